@@ -1,0 +1,1224 @@
+"""Mamba-2 in one readable file.
+
+    Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
+    Structured State Space Duality", ICML 2024, https://arxiv.org/abs/2405.21060 ("the paper" below).
+
+What is here, in reading order:
+
+    1. Mamba2Config       sizes, under the names of both the paper's code and transformers
+    2. SSD                the sequence transformation in three forms that give the same result:
+                          ssd_recurrent  step by step          (Section 3.4.1, "linear mode")
+                          ssd_quadratic  as masked attention   (Section 5.1,   "quadratic mode")
+                          ssd            chunked: quadratic inside a chunk, recurrent between chunks
+                                         (Section 6, Listing 1)
+    3. Mamba2             the layer: projections, short convolution, SSD, gated norm (Section 7.1)
+    4. Mamba2Model, Mamba2ForCausalLM   the language model, native to Hugging Face transformers
+    5. Loading            of the published checkpoints, in every format they come in
+
+One idea carries all of it: a layer is a pure function of its input and its state,
+
+    y, state = layer.step(u, state)
+
+for any number of tokens. One call prefills, resumes after a pause, decodes one token in constant time,
+or forks a prompt: what it was given is never changed, and calling it on any split of a sequence gives
+what one call on the whole would give.
+
+Glossary: the letters of shapes and einsums, and the paper's notation for them.
+
+    code   paper    meaning
+    b               batch
+    l      T        length of the sequence
+    q, s   Q        positions inside a chunk: of the output (q) and of the input (s)
+    d      D        width of the model, d_model
+    h      H        heads
+    p      P        channels of a head, headdim
+    n      N        size of the state of one channel, d_state
+    g      G        groups of heads that share B and C;  r = h / g heads in a group
+    k               taps of the short convolution, d_conv
+    x      X        input of SSD, "values" in the language of attention
+    dt     Δ        step size, one a head and position
+    A      A        decay rate, one negative number a head; a step decays the state by exp(dt A)
+    B, C   B, C     "keys" and "queries": what is written to the state and read from it
+    D      D        skip connection
+    state  h_t      the state of a head, (p, n) numbers
+    L      L        the decays between positions, a 1-semiseparable matrix
+
+Only torch and einops are needed for 1 to 3; the language model needs transformers. On CUDA the fused
+kernels of `kernels.py`, if it lies beside this file, step in where `kernels` is mentioned, and nowhere
+else. MIT licence: copy this file into your own work as you like.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+transformers_missing = None
+try:
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+except ModuleNotFoundError as error:
+    if error.name != "transformers":  # something that transformers needs: hiding it would mislead
+        raise
+    transformers_missing = "this needs transformers: pip install 'transformers>=5.5'"
+
+    class PreTrainedConfig:
+        """Stands in for transformers' class, so that the configuration and the layer work without it."""
+
+        attribute_map = {}
+
+        def __getattr__(self, name):
+            if name in type(self).attribute_map:
+                return getattr(self, type(self).attribute_map[name])
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def __setattr__(self, name, value):
+            super().__setattr__(type(self).attribute_map.get(name, name), value)
+
+        @classmethod
+        def from_dict(cls, *args, **kwargs):
+            raise ImportError(transformers_missing)
+
+        from_pretrained = from_json_file = from_dict
+
+        def save_pretrained(self, *args, **kwargs):
+            raise ImportError(transformers_missing)
+
+    class PreTrainedModel(nn.Module):
+        """Stands in for transformers' class, and says what is missing when it is used."""
+
+        def __init__(self, *args, **kwargs):
+            raise ImportError(transformers_missing)
+
+        @classmethod
+        def from_pretrained(cls, *args, **kwargs):
+            raise ImportError(transformers_missing)
+
+    class GenerationMixin:
+        pass
+
+
+def _load_kernels():
+    """The module `kernels.py` beside this file, or None.
+
+    It is loaded by its path, under a name of its own: never by `import kernels`, which may find Hugging
+    Face's package of that name, and must keep finding it.
+    """
+    path = Path(__file__).with_name("kernels.py")
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(f"{__name__}_kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+kernels = _load_kernels()
+
+
+# ------------------------------------------------------------------------------------------------------
+# 1. Configuration
+# ------------------------------------------------------------------------------------------------------
+
+
+class Mamba2Config(PreTrainedConfig):
+    """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
+
+    Every option has the name that transformers gives it, which is also its name in `config.json`, and most
+    also answer to the name that the paper's code gives them; either can be passed, read and set:
+
+        hidden_size           d_model         width of the model (768)
+        num_hidden_layers     n_layer         number of layers (24)
+        vocab_size                            rows of the embedding (50288)
+        state_size            d_state         n, size of the state of one channel (128)
+        head_dim              headdim         p, channels of a head (64)
+        n_groups              ngroups         g, groups of heads that share B and C (1)
+        expand                                inner width / hidden_size, not only integers (2)
+        num_heads             nheads          h (None: computed, expand * hidden_size / head_dim)
+        conv_kernel           d_conv          k, taps of the short convolution (4)
+        chunk_size                            positions in a chunk: changes the speed, not the result (64)
+        hidden_act                            of convolution and gate; only "silu" exists
+        use_bias              bias            biases in in_proj and out_proj (False)
+        use_conv_bias         conv_bias       bias in the convolution (True)
+        time_step_limit       dt_limit        (low, high): dt is clamped to it, always ((0, inf))
+        time_step_min, _max   dt_min, dt_max  dt at initialisation is log-uniform in it (0.001, 0.1)
+        time_step_floor       dt_init_floor   and at least this (1e-4)
+        layer_norm_epsilon    norm_epsilon    of every RMSNorm (1e-5)
+        residual_in_fp32                      float32 residual stream, whatever the weights are (True)
+        initializer_range                     standard deviation of a new embedding (0.02)
+        tie_word_embeddings   tie_embeddings  the head uses the embedding's weights (True)
+        bos_token_id, eos_token_id, pad_token_id (all 0), use_cache (True)   as in all of transformers
+
+    Options that all transformers configurations have (`dtype`, `id2label`, ...) are accepted too.
+
+    Raises:
+        TypeError: an unknown option, or one that is given under both of its names.
+        ValueError: sizes that do not fit together; the message has the value, the rule and the remedy.
+    """
+
+    model_type = "mamba2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "d_model": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "d_state": "state_size",
+        "headdim": "head_dim",
+        "ngroups": "n_groups",
+        "nheads": "num_heads",
+        "d_conv": "conv_kernel",
+        "bias": "use_bias",
+        "conv_bias": "use_conv_bias",
+        "dt_limit": "time_step_limit",
+        "dt_min": "time_step_min",
+        "dt_max": "time_step_max",
+        "dt_init_floor": "time_step_floor",
+        "norm_epsilon": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+    }
+
+    def __init__(self, **options):
+        for alias, name in self.attribute_map.items():
+            if alias in options:
+                if name in options:
+                    raise TypeError(f"{alias!r} and {name!r} are one option: give one of them")
+                options[name] = options.pop(alias)
+        for name, default in _DEFAULTS.items():
+            setattr(self, name, options.pop(name, default))
+        for name in options:
+            if not _is_common_option(name):
+                raise TypeError(f"Mamba2Config has no option {name!r}; see help(Mamba2Config)")
+
+        # Differs: the depth scaling that this option asks for belongs to our initialisation, always. It is
+        # saved as False because transformers' own Mamba-2 would scale *loaded* weights once more.
+        self.rescale_prenorm_residual = False
+        if self.num_heads is None and isinstance(self.head_dim, int) and self.head_dim > 0:
+            self.num_heads = self.d_inner // self.head_dim
+        # Infinity has two spellings in JSON: Infinity and {"__float__": "Infinity"}.
+        self.time_step_limit = tuple(
+            float(limit["__float__"] if isinstance(limit, dict) else limit)
+            for limit in self.time_step_limit
+        )
+        if transformers_missing is None:
+            super().__init__(**options)
+            # Differs: PEFT knows transformers' Mamba-2 by this name and bars LoRA on its out_proj, whose
+            # weight is read there behind the module's back. Ours always calls the module. The class's own
+            # model_type, "mamba2", is what is saved.
+            self.model_type = "mamba2-single-file"
+        self.validate_architecture()
+
+    @property
+    def d_inner(self) -> int:
+        """Width inside a layer: expand * hidden_size = num_heads * head_dim."""
+        return int(self.expand * self.hidden_size)
+
+    def validate_architecture(self):
+        """Raise a ValueError if the sizes do not describe a Mamba-2."""
+
+        def require(condition, name, rule):
+            if not condition:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: {rule}")
+
+        counts = "hidden_size num_hidden_layers vocab_size state_size head_dim n_groups conv_kernel chunk_size"
+        for name in counts.split():
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(is_count, name, "must be an integer of at least 1")
+        is_number = isinstance(self.expand, (int, float))
+        require(is_number and self.expand > 0, "expand", "must be a positive number")
+        require(
+            self.num_heads * self.head_dim == self.expand * self.hidden_size,
+            "num_heads",
+            f"num_heads * head_dim = {self.num_heads} * {self.head_dim} must equal expand * hidden_size = "
+            f"{self.expand} * {self.hidden_size} = {self.expand * self.hidden_size}; choose a head_dim that "
+            "divides it, and leave num_heads out to have it computed",
+        )
+        groups_fit = self.num_heads % self.n_groups == 0
+        require(groups_fit, "n_groups", f"must divide the number of heads, {self.num_heads}")
+        require(self.hidden_act == "silu", "hidden_act", "only 'silu' is implemented; leave it out")
+        limits_fit = len(self.time_step_limit) == 2 and (
+            0 <= self.time_step_limit[0] <= self.time_step_limit[1]
+        )
+        rule = "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit"
+        require(limits_fit, "time_step_limit", rule)
+        rule = f"must be positive and at most time_step_max, {self.time_step_max}"
+        require(0 < self.time_step_min <= self.time_step_max, "time_step_min", rule)
+
+    def to_diff_dict(self):
+        """What `save_pretrained` writes: all options, for transformers' defaults are not ours."""
+        return {**{name: getattr(self, name) for name in _DEFAULTS}, **super().to_diff_dict()}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Read the content of a `config.json`, in transformers' format or in the original one.
+
+        Raises:
+            ValueError: it describes another architecture, or options that are not implemented.
+        """
+        if "ssm_cfg" in config_dict:
+            config_dict = _translate_original_config(config_dict)
+        elif "model_type" in config_dict and transformers_missing is None:
+            if config_dict["model_type"] != cls.model_type:
+                raise ValueError(
+                    f"model_type = {config_dict['model_type']!r}: this is not a Mamba-2 checkpoint, "
+                    f"which has model_type {cls.model_type!r}"
+                )
+            from transformers import Mamba2Config as TheirConfig
+
+            # An option that a file in their format leaves out has their default, not ours.
+            config_dict = {**TheirConfig().to_dict(), **config_dict}
+        # Whatever else is in the file is kept as an attribute, and means nothing here.
+        given = {k: v for k, v in config_dict.items() if k in _DEFAULTS or _is_common_option(k)}
+        config = super().from_dict(given, **kwargs)
+        for name in config_dict.keys() - given.keys() - {"model_type", "rescale_prenorm_residual"}:
+            setattr(config[0] if isinstance(config, tuple) else config, name, config_dict[name])
+        return config
+
+
+_DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 24,
+    "vocab_size": 50288,
+    "state_size": 128,
+    "head_dim": 64,
+    "n_groups": 1,
+    "expand": 2,
+    "num_heads": None,
+    "conv_kernel": 4,
+    "chunk_size": 64,
+    "hidden_act": "silu",
+    "use_bias": False,
+    "use_conv_bias": True,
+    "time_step_limit": (0.0, math.inf),
+    "time_step_min": 0.001,
+    "time_step_max": 0.1,
+    "time_step_floor": 1e-4,
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": True,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "use_cache": True,
+}
+
+
+def _is_common_option(name: str) -> bool:
+    """Whether `name` is an option of every transformers configuration."""
+    if transformers_missing is not None or name in {"model_type", *Mamba2Config.attribute_map}:
+        return False
+    return hasattr(PreTrainedConfig, name) or name in {"attn_implementation", "experts_implementation"}
+
+
+def _translate_original_config(original: dict) -> dict:
+    """The `config.json` of the mamba_ssm package, such as state-spaces/mamba2-130m's, in our names."""
+    original, ssm = dict(original), dict(original["ssm_cfg"])
+    if (layer := ssm.pop("layer", "Mamba1")) != "Mamba2":
+        raise ValueError(f"ssm_cfg.layer = {layer!r}: only checkpoints with 'Mamba2' layers can be loaded")
+    for name, why in {
+        "attn_layer_idx": "hybrids with attention layers are not implemented",
+        "d_intermediate": "models with MLP layers are not implemented",
+    }.items():
+        if original.get(name):
+            raise ValueError(f"{name} = {original[name]!r}: {why}")
+    fixed = {"rms_norm": True}, {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
+    for part, expected in zip((original, ssm), fixed):
+        for name, value in expected.items():
+            if part.pop(name, value) != value:
+                raise ValueError(f"{name} = {not value}: only {value} is implemented")
+    for name in ("A_init_range", "conv_init", "use_mem_eff_path"):  # no effect on loaded weights
+        ssm.pop(name, None)
+    multiple = original.get("pad_vocab_size_multiple", 8)
+    translated = {
+        "hidden_size": original["d_model"],
+        "num_hidden_layers": original["n_layer"],
+        "vocab_size": -(-original["vocab_size"] // multiple) * multiple,
+        "residual_in_fp32": original.get("residual_in_fp32", True),
+        "tie_word_embeddings": original.get("tie_embeddings", True),
+    }
+    for alias, value in ssm.items():
+        name = Mamba2Config.attribute_map.get(alias, alias)
+        if name not in _DEFAULTS:
+            raise ValueError(f"ssm_cfg.{alias} = {value!r}: this option is not implemented")
+        translated[name] = value
+    return translated
+
+
+# ------------------------------------------------------------------------------------------------------
+# 2. SSD, the state space dual form of a selective state space model, in three forms
+# ------------------------------------------------------------------------------------------------------
+#
+# All three compute, for each head, the selective state space model of the paper's equation (2),
+#
+#     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
+#     y_t     = state_t C_t + D x_t                             (p)
+#
+# and share one signature:
+#
+#     y, final_state = form(x, dt, A, B, C, D, initial_state=..., seq_idx=...)
+#
+#     x               (b, l, h, p)       input
+#     dt              (b, l, h)          step sizes, after softplus: at least 0
+#     A               (h)                negative decay rates
+#     B, C            (b, l, g, n)       input and output projections; g divides h
+#     D               (h), (h, p), None  skip connection
+#     initial_state   (b, h, p, n)       the state before the first position; None is zero
+#     seq_idx         (b, l) integers    where it changes from one position to the next, another sequence
+#                                        begins, from a zero state; None is one sequence. The initial
+#                                        state belongs to the sequence of the first position.
+#     y               (b, l, h, p)       in x's dtype
+#     final_state     (b, h, p, n)       float32, or float64 if x is
+#
+# l may be 0, and gradients reach every floating-point input. Inside, everything is float32 (float64 if x
+# is), autocast or not: states and sums of decays live long, and would not survive less.
+
+
+def _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx):
+    """Raise a ValueError or TypeError for arguments that SSD has no meaning for."""
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}: it must be (batch, length, heads, headdim)")
+    for name, tensor in dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state).items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: it must be a floating-point tensor")
+    b, l, h, p = x.shape
+    if B.dim() != 4 or B.shape[2] == 0 or h % B.shape[2]:
+        raise ValueError(
+            f"B has shape {tuple(B.shape)}: it must be (batch, length, groups, state) with a number of "
+            f"groups that divides the {h} heads of x"
+        )
+    shapes = {
+        "dt": (dt, [(b, l, h)]),
+        "A": (A, [(h,)]),
+        "B": (B, [(b, l, *B.shape[2:])]),
+        "C": (C, [tuple(B.shape)]),
+        "D": (D, [(h,), (h, p)]),
+        "initial_state": (initial_state, [(b, h, p, B.shape[3])]),
+        "seq_idx": (seq_idx, [(b, l)]),
+    }
+    for name, (tensor, allowed) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) not in allowed:
+            allowed = " or ".join(map(str, allowed))
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: with x of shape {(b, l, h, p)} and "
+                f"B of shape {tuple(B.shape)} it must be {allowed}"
+            )
+    if seq_idx is not None and seq_idx.is_floating_point():
+        raise TypeError(f"seq_idx is {seq_idx.dtype}: it must hold integers, equal inside a sequence")
+
+
+def _runs(seq_idx: Tensor | None) -> Tensor | None:
+    """Number the sequences of each row 0, 1, 2, ... from (b, l) labels that change at their borders."""
+    if seq_idx is None or seq_idx.shape[1] == 0:
+        return None
+    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))  # (b, l)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _start(x, B, initial_state):
+    """The state to start from, (b, h, p, n), in the dtype of the computation."""
+    dtype = _at_least_float32(x.dtype)
+    if initial_state is None:
+        b, _, h, p = x.shape
+        return x.new_zeros(b, h, p, B.shape[3], dtype=dtype)
+    return initial_state.to(dtype)
+
+
+def _skip(D, x):
+    """D x, the skip connection; (b, l, h, p)."""
+    return x * rearrange(D.to(x.dtype), "h ... -> h (...)")
+
+
+def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
+    """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1.
+
+    Time O(l p n) and memory O(p n) for each head. It is how one token is decoded, and the definition that
+    the two other forms are compared with. Arguments, results and dtypes: at the head of this section.
+    chunk_size is accepted, and without effect, so that the three forms can stand for each other.
+
+    Raises:
+        ValueError: shapes that do not fit together.  TypeError: dtypes that do not.
+    """
+    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
+    state, run, dtype = _start(x, B, initial_state), _runs(seq_idx), x.dtype
+    x, dt, A, B, C = (t.to(state.dtype) for t in (x, dt, A, B, C))
+    r = x.shape[2] // B.shape[2]
+    B, C = (repeat(t, "b l g n -> b l (g r) n", r=r) for t in (B, C))
+    decay = torch.exp(dt * A)  # (b, l, h)
+    xdt = x * dt[..., None]  # (b, l, h, p)
+    ys = [x[:, :0]]
+    for t in range(x.shape[1]):
+        if run is not None and t > 0:
+            state = state.masked_fill((run[:, t] != run[:, t - 1])[:, None, None, None], 0)
+        written = xdt[:, t, :, :, None] * B[:, t, :, None, :]  # (b, h, p, n)
+        state = decay[:, t, :, None, None] * state + written  # (b, h, p, n)
+        ys.append((state * C[:, t, :, None, :]).sum(-1)[:, None])  # (b, 1, h, p)
+    y = torch.cat(ys, dim=1)  # (b, l, h, p)
+    if D is not None:
+        y = y + _skip(D, x)
+    return y.to(dtype), state
+
+
+def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
+    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1.
+
+    C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax. Time
+    and memory O(l^2) for each head. Arguments, results and dtypes: at the head of this section.
+    chunk_size is accepted, and without effect, so that the three forms can stand for each other.
+
+    Raises:
+        ValueError: shapes that do not fit together.  TypeError: dtypes that do not.
+    """
+    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
+    return ssd_chunked(x, dt, A, B, C, D, max(x.shape[1], 1), initial_state, seq_idx)
+
+
+def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
+    """SSD in chunks: quadratic inside a chunk, recurrent from chunk to chunk (Section 6, Listing 1).
+
+    Time O(l (q + n) p) and memory O(l p + q^2 + p n) for each head, with chunks of q = chunk_size
+    positions, nearly all of it in matrix products. chunk_size changes speed, not results. Arguments,
+    results and dtypes: at the head of this section. On CUDA a fused kernel steps in where it can.
+
+    Raises:
+        ValueError: shapes that do not fit together, or chunk_size < 1.  TypeError: dtypes that do not.
+    """
+    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
+    if not chunk_size >= 1:
+        raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
+    if kernels and kernels.takes_ssd(x, dt, A, B, C, D, initial_state=initial_state, seq_idx=seq_idx):
+        return kernels.ssd(x, dt, A, B, C, D, initial_state=initial_state, seq_idx=seq_idx)
+    return ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+
+
+def ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
+    """What `ssd` and `ssd_quadratic` do, in plain PyTorch: `_ssd_chunk` on one chunk after the other."""
+    state, run = _start(x, B, initial_state), _runs(seq_idx)
+    A, ys = A.to(state.dtype), [x[:, :0]]
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[1], chunk_size):
+            chunk = slice(start, start + chunk_size)
+            xs, dts, Bs, Cs = (t[:, chunk].to(state.dtype) for t in (x, dt, B, C))
+            if run is not None and start > 0:
+                state = state.masked_fill((run[:, start] != run[:, start - 1])[:, None, None, None], 0)
+            y, state = _ssd_chunk(xs, dts, A, Bs, Cs, state, None if run is None else run[:, chunk])
+            if D is not None:
+                y = y + _skip(D, xs)
+            ys.append(y.to(x.dtype))
+    return torch.cat(ys, dim=1), state
+
+
+def _ssd_chunk(x, dt, A, B, C, state, run):
+    """One chunk of q positions: what it adds to the output and to the state, (b, q, h, p), (b, h, p, n).
+
+    The numbers are those of the paper's Listing 1. Products with B and C are made once for a group of
+    heads, not for each head: (r p) stands for all channels of a group.
+    """
+    h, g = x.shape[2], B.shape[2]
+    log_decay = rearrange(dt * A, "b q (g r) -> b g r q", g=g)
+    xdt = rearrange(x * dt[..., None], "b q (g r) p -> b g r q p", g=g)
+    B, C = (rearrange(t, "b q g n -> b g q n") for t in (B, C))
+    state = rearrange(state, "b (g r) p n -> b g (r p) n", g=g)
+
+    L = segsum(log_decay).exp()  # (b, g, r, q, s), decay from position s to position q
+    from_start = log_decay.cumsum(-1).exp()  # (b, g, r, q), decay from before the chunk to position q
+    if run is not None:  # nothing passes from one sequence to another
+        L = L.masked_fill((run[:, :, None] != run[:, None, :])[:, None, None], 0)
+        from_start = from_start.masked_fill((run != run[:, :1])[:, None, None], 0)
+    to_end, through = L[..., -1, :], from_start[..., -1:]  # (b, g, r, q), (b, g, r, 1)
+
+    # 1. Diagonal block: from the chunk's inputs to its outputs, as attention.
+    scores = C @ B.mT  # (b, g, q, s)
+    y = (scores[:, :, None] * L) @ xdt  # (b, g, r, q, p)
+    # 2. From the chunk's inputs to the state at its end.
+    written = rearrange(xdt * to_end[..., None], "b g r q p -> b g (r p) q") @ B  # (b, g, (r p), n)
+    # 4. From the state before the chunk to its outputs.
+    read = rearrange(C @ state.mT, "b g q (r p) -> b g r q p", r=h // g)
+    y = y + from_start[..., None] * read  # (b, g, r, q, p)
+    # 3. The recurrence, from chunk to chunk.
+    through = through.expand(-1, -1, -1, x.shape[3])  # (b, g, r, p)
+    state = rearrange(through, "b g r p -> b g (r p) 1") * state + written  # (b, g, (r p), n)
+
+    y = rearrange(y, "b g r q p -> b q (g r) p")
+    return y, rearrange(state, "b g (r p) n -> b (g r) p n", r=h // g)
+
+
+def segsum(log_decay: Tensor) -> Tensor:
+    """Sums over segments: out[..., q, s] = log_decay[..., s+1] + ... + log_decay[..., q], as Listing 1.
+
+    (..., q) in, (..., q, s) out: 0 on the diagonal and -inf above it, so that exp() of it is L. It is not
+    the difference of two prefix sums, which loses all digits of a weak decay that follows a strong one.
+    """
+    q = log_decay.shape[-1]
+    lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
+    terms = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~lower.tril(-1), 0)
+    return terms.cumsum(-2).masked_fill(~lower, -torch.inf)  # (..., q, s)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 3. The layer
+# ------------------------------------------------------------------------------------------------------
+
+
+class Mamba2State(NamedTuple):
+    """The state of one layer: all that it remembers, and a value, which is never changed in place.
+
+    conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the layer's dtype
+    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer)
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
+    """Causal depthwise convolution and SiLU: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
+
+    Args:
+        x: (b, l, d).
+        weight, bias: (d, k), and (d) or None.
+        initial_state: (b, k-1, d), the inputs before the first position; None is zeros.
+        seq_idx: (b, l) integers or None; as in `ssd`, no tap reaches over a border between sequences.
+
+    Returns:
+        y: (b, l, d), in x's dtype; computed in float32 at least.
+        final_state: (b, k-1, d), in x's dtype: the last inputs, zero where they are of an earlier sequence.
+    """
+    if kernels and kernels.takes_causal_conv1d(
+        x, weight, bias, initial_state=initial_state, seq_idx=seq_idx
+    ):
+        return kernels.causal_conv1d(x, weight, bias, initial_state=initial_state, seq_idx=seq_idx)
+    b, l, d = x.shape
+    k = weight.shape[1]
+    if initial_state is None:
+        initial_state = x.new_zeros(b, k - 1, d)
+    window = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
+    final_state = window[:, l:].clone()  # a view would keep the whole window alive
+    if (run := _runs(seq_idx)) is not None:
+        run = F.pad(run, (k - 1, 0))  # (b, k-1+l): what came before belongs to the first sequence
+        final_state = final_state.masked_fill((run[:, l:] != run[:, -1:])[..., None], 0)
+    window = window.to(_at_least_float32(x.dtype))
+    y = 0 if bias is None else bias.to(window.dtype)
+    for j in range(k):
+        tap = window[:, j : j + l]  # (b, l, d)
+        if run is not None:
+            tap = tap.masked_fill((run[:, j : j + l] != run[:, k - 1 :])[..., None], 0)
+        y = y + weight[:, j].to(window.dtype) * tap
+    return F.silu(y).to(x.dtype), final_state
+
+
+def rms_norm(x, weight, eps, groups=1):
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over each of `groups` equal parts of the last axis.
+
+    (..., d) and (d) in, (..., d) out in weight's dtype; computed in float32 at least.
+    """
+    x = x.to(_at_least_float32(x.dtype)).unflatten(-1, (groups, -1))
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x.flatten(-2) * weight).to(weight.dtype)
+
+
+class CausalConv1d(nn.Module):
+    """`causal_conv1d` with its parameters, which have the shapes of the published checkpoints."""
+
+    def __init__(self, channels: int, taps: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x, initial_state=None, seq_idx=None):
+        weight = rearrange(self.weight, "d 1 k -> d k")
+        return causal_conv1d(x, weight, self.bias, initial_state=initial_state, seq_idx=seq_idx)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its weight. With a gate it normalises y * silu(gate), as in Section 7.1.
+
+    Differs: the original normalises over the whole width; with more than one group, the published models
+    (Codestral) were trained with one norm for each group (Section 8.1), and so is this.
+    """
+
+    def __init__(self, width: int, eps: float, groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.groups = eps, groups
+
+    def forward(self, y, gate=None):
+        if gate is not None:
+            dtype = _at_least_float32(y.dtype)
+            y = y.to(dtype) * F.silu(gate.to(dtype))
+        return rms_norm(y, self.weight, self.eps, self.groups)
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 layer (Section 7.1), functional in its state.
+
+        layer = Mamba2(d_model=256)          # or any other option of Mamba2Config, or a Mamba2Config
+        y = layer(u)                         # (b, l, d) in, (b, l, d) out
+        y, state = layer.step(u)             # the same, and the state behind the last token
+        y, state = layer.step(v, state)      # goes on from there, by any number of tokens
+
+    It is initialised as in the original implementation. Parameter names and shapes are those of the
+    published checkpoints.
+
+    Raises:
+        TypeError, ValueError: as `Mamba2Config`.
+    """
+
+    def __init__(self, config: Mamba2Config | None = None, **options):
+        super().__init__()
+        if config is None:
+            config = Mamba2Config(**options)
+        elif options or not isinstance(config, Mamba2Config):
+            raise TypeError("pass a Mamba2Config or options by name: Mamba2(config) or Mamba2(d_model=256)")
+        config.validate_architecture()
+        self.config = config
+        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.use_bias)
+        self.conv1d = CausalConv1d(self.widths[1], config.conv_kernel, config.use_conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.D = nn.Parameter(torch.empty(h))
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True  # see parameter_groups
+        self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
+        self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, depth: int = 1):
+        """Draw new weights as the original does; depth: layers in the model, which scale out_proj down."""
+
+        def uniform(parameter, fan_in):
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
+        def copy(parameter, value):
+            # transformers marks what it has loaded; its guard in nn.init does not know this function.
+            if not getattr(parameter, "_is_hf_initialized", False):
+                parameter.copy_(value)
+
+        config = self.config
+        uniform(self.in_proj.weight, config.hidden_size)
+        uniform(self.out_proj.weight, self.widths[0] * depth)
+        uniform(self.conv1d.weight, config.conv_kernel)
+        if config.use_bias:
+            nn.init.zeros_(self.in_proj.bias)
+            nn.init.zeros_(self.out_proj.bias)
+        if config.use_conv_bias:
+            uniform(self.conv1d.bias, config.conv_kernel)
+        nn.init.ones_(self.norm.weight)
+        nn.init.ones_(self.D)
+        # A is uniform in [-16, -1]; dt log-uniform in [time_step_min, time_step_max].
+        draw = torch.empty_like(self.A_log, dtype=torch.float32)
+        copy(self.A_log, draw.uniform_(1, 16).log())
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = draw.uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def step(self, u, state=None, mask=None, seq_idx=None):
+        """The layer on some tokens, from a state: prefill, resumption and decoding are this one call.
+
+        Args:
+            u: (b, l, d), l >= 0.
+            state: the Mamba2State that an earlier call returned; None is the empty one.
+            mask: (b, l), bool or 0/1, or None. Masked positions do not exist, wherever they are: the other
+                outputs and the state are as if they had been left out. Their own outputs are 0.
+            seq_idx: (b, l) integers or None. Where it changes, another sequence begins, with an empty
+                state; `state` belongs to the sequence of the first position that is not masked.
+
+        Returns:
+            y: (b, l, d), in the dtype of the projections.
+            state: Mamba2State, behind the last position. `state` itself is unchanged, and gradients pass
+            through both.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit; the message says what would.
+        """
+        return self(u, state, mask, seq_idx, return_state=True)
+
+    def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
+        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
+        config, k = self.config, self.config.conv_kernel
+        self._check(u, state, mask, seq_idx)
+        conv, ssm = (None, None) if state is None else state
+        if conv is None:
+            conv = u.new_zeros(u.shape[0], k - 1, self.widths[1])
+        if mask is not None:
+            mask = mask.bool()[..., None]  # (b, l, 1)
+            u = u.masked_fill(~mask, 0)  # whatever was there, even a NaN
+
+        z, xBC, dt = self.in_proj(u).split(self.widths, dim=-1)
+        dtype = _at_least_float32(dt.dtype)
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (b, l, h)
+        if config.time_step_limit != (0.0, math.inf):
+            dt = dt.clamp(*config.time_step_limit)
+
+        if mask is not None and mask.shape[1] > 0:
+            # Masked positions go to the front of each row, in front of the convolution's state even: the
+            # state then stands next to the first input that exists, the last inputs are at the end, and
+            # SSD passes over the rest, where dt = 0.
+            rows = torch.arange(u.shape[0], device=u.device)[:, None]  # (b, 1)
+            order = mask[..., 0].int().argsort(dim=1, stable=True)  # (b, l)
+            dt = dt.masked_fill(~mask, 0)[rows, order]
+            window = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, k-1+l, h p + 2 g n)
+            order_after_state = F.pad(mask[..., 0].int(), (k - 1, 0), value=1).argsort(dim=1, stable=True)
+            conv, xBC = window[rows, order_after_state].split([k - 1, u.shape[1]], dim=1)
+            if seq_idx is not None:  # masked positions join the first sequence
+                first = (~mask[..., 0]).sum(1, keepdim=True).clamp(max=u.shape[1] - 1)  # (b, 1)
+                position = torch.arange(u.shape[1], device=u.device)
+                seq_idx = seq_idx.gather(1, order).gather(1, torch.maximum(position, first))
+
+        xBC, conv = self.conv1d(xBC, conv, seq_idx)
+        widths = [self.widths[0], *2 * [config.n_groups * config.state_size]]
+        x, B, C = xBC.split(widths, dim=-1)
+        y, ssm = ssd(
+            rearrange(x, "b l (h p) -> b l h p", h=config.num_heads),
+            dt,
+            -torch.exp(self.A_log.to(dtype)),
+            rearrange(B, "b l (g n) -> b l g n", g=config.n_groups),
+            rearrange(C, "b l (g n) -> b l g n", g=config.n_groups),
+            self.D,
+            chunk_size=config.chunk_size,
+            initial_state=ssm,
+            seq_idx=seq_idx,
+        )
+        y = rearrange(y, "b l h p -> b l (h p)")
+        if mask is not None and mask.shape[1] > 0:
+            y = y[rows, order.argsort(dim=1)]  # back to where they came from
+        y = self.out_proj(self.norm(y, gate=z))
+        if mask is not None:
+            y = y.masked_fill(~mask, 0)
+        return (y, Mamba2State(conv, ssm)) if return_state else y
+
+    def _check(self, u, state, mask, seq_idx):
+        config = self.config
+        if u.dim() != 3 or u.shape[2] != config.hidden_size:
+            raise ValueError(
+                f"the input has shape {tuple(u.shape)}: it must be (batch, length, {config.hidden_size})"
+            )
+        b, l, _ = u.shape
+        for name, value in dict(mask=mask, seq_idx=seq_idx).items():
+            if value is not None and tuple(value.shape) != (b, l):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {(b, l)}")
+        if state is not None:
+            expected = [
+                (b, config.conv_kernel - 1, self.widths[1]),
+                (b, config.num_heads, config.head_dim, config.state_size),
+            ]
+            shapes = [tuple(part.shape) for part in state]
+            if shapes != expected:
+                raise ValueError(f"the state has parts of shapes {shapes}: they must be {expected}")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
+
+    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases do not.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    exempt = [getattr(p, "_no_weight_decay", False) or p.dim() < 2 for p in parameters]
+    return [
+        {"params": [p for p, e in zip(parameters, exempt) if not e], "weight_decay": weight_decay},
+        {"params": [p for p, e in zip(parameters, exempt) if e], "weight_decay": 0.0},
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------
+# 4. The language model
+# ------------------------------------------------------------------------------------------------------
+
+
+class Mamba2Block(nn.Module):
+    """A residual block: h + layer(norm(h)). Arguments and results as `Mamba2.step`."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = Mamba2(config)
+
+    def forward(self, h, state=None, mask=None, seq_idx=None):
+        y, state = self.mixer(self.norm(h), state, mask, seq_idx, return_state=True)
+        return h + y, state
+
+
+@dataclass(frozen=True)
+class Mamba2Cache:
+    """The state of a whole model behind some tokens, and a value: nothing changes it.
+
+    A forward pass takes one as `past_key_values` and returns a new one; the old one can be used again, to
+    go on from the same prompt in another way. Its size does not depend on how many tokens it has seen.
+
+        states    a Mamba2State for each layer
+        length    tokens seen, masked ones included
+        seq_idx   (b), the label of the sequence that each row ended in, or None
+    """
+
+    states: tuple[Mamba2State, ...]
+    length: int = 0
+    seq_idx: Tensor | None = None
+    # What transformers' generation asks of a cache:
+    is_compileable = False
+    is_croppable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def map(self, function) -> Mamba2Cache:
+        """The cache with `function` applied to each of its tensors."""
+        states = tuple(Mamba2State(*map(function, state)) for state in self.states)
+        seq_idx = None if self.seq_idx is None else function(self.seq_idx)
+        return replace(self, states=states, seq_idx=seq_idx)
+
+    def select(self, rows: Tensor) -> Mamba2Cache:
+        """The rows of the batch that the (m) integers `rows` name, in that order, repeated or left out."""
+        return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def repeat(self, times: int) -> Mamba2Cache:
+        """Each row `times` times in a row: (b) becomes (b times). This forks a prompt."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    def detach(self) -> Mamba2Cache:
+        """The cache without its history of gradients."""
+        return self.map(Tensor.detach)
+
+    def to(self, device) -> Mamba2Cache:
+        """The cache on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def save(self, path):
+        """Write the cache to a safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {f"layers.{i}.conv": state.conv for i, state in enumerate(self.states)}
+        tensors |= {f"layers.{i}.ssm": state.ssm for i, state in enumerate(self.states)}
+        if self.seq_idx is not None:
+            tensors["seq_idx"] = self.seq_idx
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, path, metadata={"length": str(self.length)})
+
+    @classmethod
+    def load(cls, path, device="cpu") -> Mamba2Cache:
+        """Read a cache that `save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            length = int(file.metadata()["length"])
+        n_layer = sum(name.endswith(".conv") for name in tensors)
+        states = [
+            Mamba2State(tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"]) for i in range(n_layer)
+        ]
+        return cls(tuple(states), length, tensors.get("seq_idx"))
+
+
+class Mamba2PreTrainedModel(PreTrainedModel):
+    """What the two models below share: initialisation, and loading that tolerates no mistake."""
+
+    config_class = Mamba2Config
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Mamba2Block"]
+    _is_stateful = True  # tells transformers that the cache cannot be cut back to fewer tokens
+
+    def _init_weights(self, module):
+        if isinstance(module, Mamba2):
+            module.reset_parameters(depth=self.config.num_hidden_layers)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, output_loading_info=False, **kwargs):
+        """Load a published or saved model; arguments as in all of transformers.
+
+        `name_or_path` is a name on the hub or a folder, in the original mamba_ssm format, in transformers'
+        format, or Codestral-Mamba's.
+
+        Raises:
+            ValueError: the checkpoint's weights are not exactly those of the model that its config
+                describes, or it is of another architecture. Nothing is ever filled up with random weights.
+        """
+        kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
+        model, info = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+        faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
+        if any(faults.values()):
+            found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+            raise ValueError(
+                f"the weights in {name_or_path!r} are not those of the {cls.__name__} that its config "
+                f"describes. {found}"
+            )
+        return (model, info) if output_loading_info else model
+
+    def _reorder_cache(self, past_key_values, beam_idx):
+        return past_key_values.select(beam_idx)
+
+
+class Mamba2Model(Mamba2PreTrainedModel):
+    """Embedding, blocks and final norm: the language model without its head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # of a Mamba2ForCausalLM's checkpoint
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Mamba2Block(config) for _ in range(config.num_hidden_layers)])
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings
+
+    def set_input_embeddings(self, embeddings):
+        self.embeddings = embeddings
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        *,
+        seq_idx=None,
+        initial_states=None,
+        output_attentions=None,
+    ):
+        """Run the model on some tokens, from a cache if there is one.
+
+        Args:
+            input_ids: (b, l) integers, or inputs_embeds: (b, l, d). Exactly one of them.
+            attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks positions
+                that do not exist, wherever they are. None is no such position.
+            past_key_values: the Mamba2Cache of an earlier call, which is not changed.
+            use_cache: return a new cache; None is the config's choice, and no cache in training.
+            output_hidden_states: also return the input of every block, and the final output.
+            return_dict: False returns a tuple.
+            seq_idx: (b, l) integers, for sequences packed into one row: where it changes, another begins.
+                With a cache, also where it changes from the last call to this one.
+            initial_states: a Mamba2State for each layer to start from, such as trained ones; the same as
+                past_key_values=Mamba2Cache(initial_states).
+            output_attentions: accepted for transformers' sake; there are none.
+
+        Returns:
+            BaseModelOutputWithPast: last_hidden_state (b, l, d), past_key_values, hidden_states.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit, or that are not in this list.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
+        if past_key_values is not None and initial_states is not None:
+            raise ValueError("give one of past_key_values and initial_states: each is a state to start from")
+        if past_key_values is not None and not isinstance(past_key_values, Mamba2Cache):
+            raise TypeError(
+                f"past_key_values is a {type(past_key_values).__name__}: it must be the Mamba2Cache that an "
+                "earlier call of this model returned"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+
+        past = past_key_values or Mamba2Cache(tuple(initial_states or ()))
+        states = past.states or [None] * len(self.layers)
+        if len(states) != len(self.layers):
+            raise ValueError(f"{len(states)} states for {len(self.layers)} layers: give one for each")
+        h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
+        if self.config.residual_in_fp32:
+            h = h.to(_at_least_float32(h.dtype))
+        mask = _as_mask(attention_mask, h.shape[:2])
+        if seq_idx is not None and past.seq_idx is not None and h.shape[1] > 0:
+            ended = _first(seq_idx, mask, past.seq_idx) != past.seq_idx  # (b)
+            states = [
+                Mamba2State(*(t.masked_fill(ended.view(-1, *[1] * (t.dim() - 1)), 0) for t in state))
+                for state in states
+            ]
+
+        hidden_states, new_states = [], []
+        for layer, state in zip(self.layers, states):
+            hidden_states.append(h)
+            if self.gradient_checkpointing and self.training:
+                h, state = self._gradient_checkpointing_func(layer.__call__, h, state, mask, seq_idx)
+            else:
+                h, state = layer(h, state, mask, seq_idx)
+            new_states.append(state)
+        h = self.norm_f(h)
+        hidden_states.append(h)
+
+        cache = None
+        if use_cache:
+            last = past.seq_idx
+            if seq_idx is not None and h.shape[1] > 0:
+                flipped = None if mask is None else mask.flip(1)
+                last = _first(seq_idx.flip(1), flipped, seq_idx[:, -1] if last is None else last)
+            cache = Mamba2Cache(tuple(new_states), past.length + h.shape[1], last)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=h,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def _as_mask(attention_mask, shape):
+    """(b, l) bool from transformers' attention_mask, or None where nothing is masked."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0]:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: it must be {tuple(shape)}")
+    if attention_mask.shape[1] < shape[1]:
+        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} of {shape[1]} positions")
+    mask = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
+    # Nothing masked is the common case, and worth asking for; a graph that is captured cannot ask.
+    can_ask = mask.device.type != "meta" and not torch.compiler.is_compiling()
+    return None if can_ask and bool(mask.all()) else mask
+
+
+def _first(seq_idx, mask, default):
+    """(b), the label of the first position of each row that is not masked; `default` if all are."""
+    if mask is None:
+        return seq_idx[:, 0]
+    first = seq_idx.gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
+    return torch.where(mask.any(1), first, default)
+
+
+class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
+    """The Mamba-2 language model. All of transformers works with it: generate, Trainer, PEFT, pipelines.
+
+        model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
+        ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__(config)
+        self.backbone = Mamba2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False  # the cache is made by the forward pass
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        output_hidden_states=None,
+        return_dict=None,
+        *,
+        seq_idx=None,
+        initial_states=None,
+        num_items_in_batch=None,
+        output_attentions=None,
+    ):
+        """Logits, and with `labels` the loss. The arguments that are not here are `Mamba2Model.forward`'s.
+
+        Args:
+            labels: (b, l) integers, the tokens themselves, which are shifted here: position t predicts the
+                next position of its sequence that is not masked. -100 is not predicted.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for the
+                positions in a tensor of indices.
+            num_items_in_batch: divide the summed loss by this, not by the number of predictions.
+
+        Returns:
+            CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
+        """
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        output = self.backbone(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            return_dict=True,
+            seq_idx=seq_idx,
+            initial_states=initial_states,
+            output_attentions=output_attentions,
+        )
+        h = output.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h[:, keep])
+        loss = None
+        if labels is not None:
+            targets = _next_tokens(labels, _as_mask(attention_mask, h.shape[:2]), seq_idx)[:, keep]
+            targets = targets.flatten().to(logits.device)
+            scores = logits.flatten(0, 1).to(_at_least_float32(logits.dtype))
+            loss = F.cross_entropy(scores, targets, reduction="sum")
+            loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        # transformers takes the ids that come with a cache for the whole sequence, and cuts off what the
+        # cache has seen. If that leaves nothing, they were the new tokens alone.
+        if next_sequence_length is not None and next_sequence_length <= 0:
+            next_sequence_length = None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+
+
+def _next_tokens(labels, mask, seq_idx):
+    """(b, l), for each position the label it has to predict; -100 where there is none.
+
+    That is the label of the next position that is not masked, unless it is of another sequence.
+    """
+    if labels.shape[1] == 0:
+        return labels
+    if mask is None:
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        following = None if seq_idx is None else F.pad(seq_idx[:, 1:], (0, 1))
+    else:
+        order = mask.int().argsort(dim=1, stable=True)  # (b, l), masked positions to the front
+        back = order.argsort(dim=1)
+        shift = lambda t, value: F.pad(t.gather(1, order)[:, 1:], (0, 1), value=value).gather(1, back)
+        targets = shift(labels, -100).masked_fill(~mask, -100)
+        following = None if seq_idx is None else shift(seq_idx, 0)
+    return targets if seq_idx is None else targets.masked_fill(following != seq_idx, -100)
+
+
+def register_with_transformers():
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM build the classes of this file for "mamba2"."""
+    if transformers_missing is not None:
+        raise ImportError(transformers_missing)
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
+    AutoModel.register(Mamba2Config, Mamba2Model, exist_ok=True)
+    AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
