@@ -1,9 +1,9 @@
 """Fused GPU kernels for mamba2.py.
 
-`mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take over:
-`takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the meaning of its
-namesake in mamba2.py, can run on these tensors. No kernel is written yet: every answer is False, and
-mamba2.py goes on in plain PyTorch.
+`mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take
+over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the
+meaning of its namesake in mamba2.py, can run on these tensors. No kernel is written yet: every
+answer is False, and mamba2.py goes on in plain PyTorch.
 """
 
 import importlib.machinery
@@ -17,8 +17,8 @@ __version__ = "0.0.1"  # a number, because transformers asks any module called `
 def _hand_over():
     """Let Hugging Face's package `kernels` have its name.
 
-    In a folder with this file `import kernels` finds this file first, where transformers means Hugging
-    Face's package. If that is installed, it is loaded in this module's place.
+    In a folder with this file `import kernels` finds this file first, where transformers means
+    Hugging Face's package. If that is installed, it is loaded in this module's place.
     """
     here = Path(__file__).resolve().parent
     elsewhere = [path for path in sys.path if Path(path or ".").resolve() != here]

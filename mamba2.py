@@ -1,7 +1,8 @@
 """Mamba-2 in one readable file.
 
-    Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
-    Structured State Space Duality", ICML 2024, https://arxiv.org/abs/2405.21060 ("the paper" below).
+    Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
+    Through Structured State Space Duality", ICML 2024, https://arxiv.org/abs/2405.21060 ("the
+    paper" below).
 
 What is here, in reading order:
 
@@ -19,9 +20,9 @@ One idea carries all of it: a layer is a pure function of its input and its stat
 
     y, state = layer.step(u, state)
 
-for any number of tokens. One call prefills, resumes after a pause, decodes one token in constant time,
-or forks a prompt: what it was given is never changed, and calling it on any split of a sequence gives
-what one call on the whole would give.
+for any number of tokens. One call prefills, resumes after a pause, decodes one token in constant
+time, or forks a prompt: what it was given is never changed, and calling it on any split of a
+sequence gives what one call on the whole would give.
 
 Glossary: the letters of shapes and einsums, and the paper's notation for them.
 
@@ -43,13 +44,14 @@ Glossary: the letters of shapes and einsums, and the paper's notation for them.
     state  h_t      the state of a head, (p, n) numbers
     L      L        the decays between positions, a 1-semiseparable matrix
 
-Only torch and einops are needed for 1 to 3; the language model needs transformers. On CUDA the fused
-kernels of `kernels.py`, if it lies beside this file, step in where `kernels` is mentioned, and nowhere
-else. MIT licence: copy this file into your own work as you like.
+Only torch and einops are needed for 1 to 3; the language model needs transformers. On CUDA the
+fused kernels of `kernels.py`, if it lies beside this file, step in where `kernels` is mentioned,
+and nowhere else. MIT licence: copy this file into your own work as you like.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import sys
@@ -72,7 +74,7 @@ except ModuleNotFoundError as error:
     transformers_missing = "this needs transformers: pip install 'transformers>=5.5'"
 
     class PreTrainedConfig:
-        """Stands in for transformers' class, so that the configuration and the layer work without it."""
+        """Stands in for transformers' class, so that configuration and layer work without."""
 
         attribute_map = {}
 
@@ -110,8 +112,8 @@ except ModuleNotFoundError as error:
 def _load_kernels():
     """The module `kernels.py` beside this file, or None.
 
-    It is loaded by its path, under a name of its own: never by `import kernels`, which may find Hugging
-    Face's package of that name, and must keep finding it.
+    It is loaded by its path, under a name of its own: never by `import kernels`, which may find
+    Hugging Face's package of that name, and must keep finding it.
     """
     path = Path(__file__).with_name("kernels.py")
     if not path.is_file():
@@ -126,16 +128,17 @@ def _load_kernels():
 kernels = _load_kernels()
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Configuration
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
 
-    Every option has the name that transformers gives it, which is also its name in `config.json`, and most
-    also answer to the name that the paper's code gives them; either can be passed, read and set:
+    Every option has the name that transformers gives it, which is also its name in `config.json`,
+    and most also answer to the name that the paper's code gives them; either can be passed, read
+    and set:
 
         hidden_size           d_model         width of the model (768)
         num_hidden_layers     n_layer         number of layers (24)
@@ -146,7 +149,7 @@ class Mamba2Config(PreTrainedConfig):
         expand                                inner width / hidden_size, not only integers (2)
         num_heads             nheads          h (None: computed, expand * hidden_size / head_dim)
         conv_kernel           d_conv          k, taps of the short convolution (4)
-        chunk_size                            positions in a chunk: changes the speed, not the result (64)
+        chunk_size                            positions in a chunk: speed, not results (256)
         hidden_act                            of convolution and gate; only "silu" exists
         use_bias              bias            biases in in_proj and out_proj (False)
         use_conv_bias         conv_bias       bias in the convolution (True)
@@ -154,16 +157,17 @@ class Mamba2Config(PreTrainedConfig):
         time_step_min, _max   dt_min, dt_max  dt at initialisation is log-uniform in it (0.001, 0.1)
         time_step_floor       dt_init_floor   and at least this (1e-4)
         layer_norm_epsilon    norm_epsilon    of every RMSNorm (1e-5)
-        residual_in_fp32                      float32 residual stream, whatever the weights are (True)
+        residual_in_fp32                      residual stream in float32 even for bf16 weights (True)
         initializer_range                     standard deviation of a new embedding (0.02)
         tie_word_embeddings   tie_embeddings  the head uses the embedding's weights (True)
-        bos_token_id, eos_token_id, pad_token_id (all 0), use_cache (True)   as in all of transformers
+        bos_token_id, eos_token_id, pad_token_id (all 0), use_cache (True): as everywhere
 
     Options that all transformers configurations have (`dtype`, `id2label`, ...) are accepted too.
 
     Raises:
         TypeError: an unknown option, or one that is given under both of its names.
-        ValueError: sizes that do not fit together; the message has the value, the rule and the remedy.
+        ValueError: sizes that do not fit together; the message has the value, the rule and the
+        remedy.
     """
 
     model_type = "mamba2"
@@ -198,8 +202,9 @@ class Mamba2Config(PreTrainedConfig):
             if not _is_common_option(name):
                 raise TypeError(f"Mamba2Config has no option {name!r}; see help(Mamba2Config)")
 
-        # Differs: the depth scaling that this option asks for belongs to our initialisation, always. It is
-        # saved as False because transformers' own Mamba-2 would scale *loaded* weights once more.
+        # Differs: the depth scaling that this option asks for belongs to our initialisation,
+        # always. It is saved as False because transformers' own Mamba-2 would scale *loaded*
+        # weights once more.
         self.rescale_prenorm_residual = False
         if self.num_heads is None and isinstance(self.head_dim, int) and self.head_dim > 0:
             self.num_heads = self.d_inner // self.head_dim
@@ -210,9 +215,9 @@ class Mamba2Config(PreTrainedConfig):
         )
         if transformers_missing is None:
             super().__init__(**options)
-            # Differs: PEFT knows transformers' Mamba-2 by this name and bars LoRA on its out_proj, whose
-            # weight is read there behind the module's back. Ours always calls the module. The class's own
-            # model_type, "mamba2", is what is saved.
+            # Differs: PEFT knows transformers' Mamba-2 by this name and bars LoRA on its out_proj,
+            # whose weight is read there behind the module's back. Ours always calls the module. The
+            # class's own model_type, "mamba2", is what is saved.
             self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
@@ -228,8 +233,8 @@ class Mamba2Config(PreTrainedConfig):
             if not condition:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: {rule}")
 
-        counts = "hidden_size num_hidden_layers vocab_size state_size head_dim n_groups conv_kernel chunk_size"
-        for name in counts.split():
+        counts = "hidden_size num_hidden_layers vocab_size state_size head_dim n_groups"
+        for name in (*counts.split(), "conv_kernel", "chunk_size"):
             value = getattr(self, name)
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             require(is_count, name, "must be an integer of at least 1")
@@ -238,9 +243,10 @@ class Mamba2Config(PreTrainedConfig):
         require(
             self.num_heads * self.head_dim == self.expand * self.hidden_size,
             "num_heads",
-            f"num_heads * head_dim = {self.num_heads} * {self.head_dim} must equal expand * hidden_size = "
-            f"{self.expand} * {self.hidden_size} = {self.expand * self.hidden_size}; choose a head_dim that "
-            "divides it, and leave num_heads out to have it computed",
+            f"num_heads * head_dim = {self.num_heads} * {self.head_dim} must equal "
+            f"expand * hidden_size = {self.expand} * {self.hidden_size} = "
+            f"{self.expand * self.hidden_size}; choose a head_dim that divides it, and leave "
+            "num_heads out to have it computed",
         )
         groups_fit = self.num_heads % self.n_groups == 0
         require(groups_fit, "n_groups", f"must divide the number of heads, {self.num_heads}")
@@ -269,8 +275,8 @@ class Mamba2Config(PreTrainedConfig):
         elif "model_type" in config_dict and transformers_missing is None:
             if config_dict["model_type"] != cls.model_type:
                 raise ValueError(
-                    f"model_type = {config_dict['model_type']!r}: this is not a Mamba-2 checkpoint, "
-                    f"which has model_type {cls.model_type!r}"
+                    f"model_type = {config_dict['model_type']!r}: not a Mamba-2 checkpoint, whose "
+                    f"model_type is {cls.model_type!r}"
                 )
             from transformers import Mamba2Config as TheirConfig
 
@@ -294,7 +300,7 @@ _DEFAULTS = {
     "expand": 2,
     "num_heads": None,
     "conv_kernel": 4,
-    "chunk_size": 64,
+    "chunk_size": 256,
     "hidden_act": "silu",
     "use_bias": False,
     "use_conv_bias": True,
@@ -317,14 +323,16 @@ def _is_common_option(name: str) -> bool:
     """Whether `name` is an option of every transformers configuration."""
     if transformers_missing is not None or name in {"model_type", *Mamba2Config.attribute_map}:
         return False
-    return hasattr(PreTrainedConfig, name) or name in {"attn_implementation", "experts_implementation"}
+    return name in {"attn_implementation", "experts_implementation"} or hasattr(
+        PreTrainedConfig, name
+    )
 
 
 def _translate_original_config(original: dict) -> dict:
-    """The `config.json` of the mamba_ssm package, such as state-spaces/mamba2-130m's, in our names."""
+    """The `config.json` of the mamba_ssm package (state-spaces/mamba2-130m) in our names."""
     original, ssm = dict(original), dict(original["ssm_cfg"])
     if (layer := ssm.pop("layer", "Mamba1")) != "Mamba2":
-        raise ValueError(f"ssm_cfg.layer = {layer!r}: only checkpoints with 'Mamba2' layers can be loaded")
+        raise ValueError(f"ssm_cfg.layer = {layer!r}: only 'Mamba2' checkpoints can be loaded")
     for name, why in {
         "attn_layer_idx": "hybrids with attention layers are not implemented",
         "d_intermediate": "models with MLP layers are not implemented",
@@ -354,9 +362,9 @@ def _translate_original_config(original: dict) -> dict:
     return translated
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. SSD, the state space dual form of a selective state space model, in three forms
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 #
 # All three compute, for each head, the selective state space model of the paper's equation (2),
 #
@@ -373,28 +381,28 @@ def _translate_original_config(original: dict) -> dict:
 #     B, C            (b, l, g, n)       input and output projections; g divides h
 #     D               (h), (h, p), None  skip connection
 #     initial_state   (b, h, p, n)       the state before the first position; None is zero
-#     seq_idx         (b, l) integers    where it changes from one position to the next, another sequence
-#                                        begins, from a zero state; None is one sequence. The initial
-#                                        state belongs to the sequence of the first position.
+#     seq_idx         (b, l) integers    where it changes from one position to the next, another
+#                                        sequence begins, from a zero state; None is one sequence.
+#                                        The initial state belongs to the first position's.
 #     y               (b, l, h, p)       in x's dtype
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
-# l may be 0, and gradients reach every floating-point input. Inside, everything is float32 (float64 if x
-# is), autocast or not: states and sums of decays live long, and would not survive less.
+# l may be 0, and gradients reach every floating-point input. Inside, everything is float32 (float64
+# if x is), autocast or not: states and sums of decays live long, and would not survive less.
 
 
 def _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx):
     """Raise a ValueError or TypeError for arguments that SSD has no meaning for."""
     if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}: it must be (batch, length, heads, headdim)")
+        raise ValueError(f"x has shape {tuple(x.shape)}: it must be (batch, length, heads, p)")
     for name, tensor in dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state).items():
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}: it must be a floating-point tensor")
     b, l, h, p = x.shape
     if B.dim() != 4 or B.shape[2] == 0 or h % B.shape[2]:
         raise ValueError(
-            f"B has shape {tuple(B.shape)}: it must be (batch, length, groups, state) with a number of "
-            f"groups that divides the {h} heads of x"
+            f"B has shape {tuple(B.shape)}: it must be (batch, length, groups, state) with a number "
+            f"of groups that divides the {h} heads of x"
         )
     shapes = {
         "dt": (dt, [(b, l, h)]),
@@ -413,11 +421,11 @@ def _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx):
                 f"B of shape {tuple(B.shape)} it must be {allowed}"
             )
     if seq_idx is not None and seq_idx.is_floating_point():
-        raise TypeError(f"seq_idx is {seq_idx.dtype}: it must hold integers, equal inside a sequence")
+        raise TypeError(f"seq_idx is {seq_idx.dtype}: it must hold integers")
 
 
 def _runs(seq_idx: Tensor | None) -> Tensor | None:
-    """Number the sequences of each row 0, 1, 2, ... from (b, l) labels that change at their borders."""
+    """Number the sequences of each row 0, 1, ... from (b, l) labels that change at borders."""
     if seq_idx is None or seq_idx.shape[1] == 0:
         return None
     return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))  # (b, l)
@@ -436,17 +444,35 @@ def _start(x, B, initial_state):
     return initial_state.to(dtype)
 
 
+def _reset(state, rows):
+    """The state (b, h, p, n) with the rows that `rows` (b) marks set to zero."""
+    return state.masked_fill(rows[:, None, None, None], 0)
+
+
 def _skip(D, x):
     """D x, the skip connection; (b, l, h, p)."""
     return x * rearrange(D.to(x.dtype), "h ... -> h (...)")
 
 
+def _without_autocast(function):
+    """Run `function(x, ...)` in the dtypes of its arguments, inside torch.autocast too."""
+
+    @functools.wraps(function)
+    def wrapped(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapped
+
+
+@_without_autocast
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1.
 
-    Time O(l p n) and memory O(p n) for each head. It is how one token is decoded, and the definition that
-    the two other forms are compared with. Arguments, results and dtypes: at the head of this section.
-    chunk_size is accepted, and without effect, so that the three forms can stand for each other.
+    Time O(l p n) and memory O(p n) for each head. It is how one token is decoded, and the
+    definition that the two other forms are compared with. Arguments, results and dtypes: at the
+    head of this section. chunk_size is accepted, and without effect, so that the three forms can
+    stand for each other.
 
     Raises:
         ValueError: shapes that do not fit together.  TypeError: dtypes that do not.
@@ -456,75 +482,84 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     x, dt, A, B, C = (t.to(state.dtype) for t in (x, dt, A, B, C))
     r = x.shape[2] // B.shape[2]
     B, C = (repeat(t, "b l g n -> b l (g r) n", r=r) for t in (B, C))
-    decay = torch.exp(dt * A)  # (b, l, h)
-    xdt = x * dt[..., None]  # (b, l, h, p)
+    decay = torch.exp(dt * A)[..., None, None]  # (b, l, h, 1, 1)
+    xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
     ys = [x[:, :0]]
     for t in range(x.shape[1]):
         if run is not None and t > 0:
-            state = state.masked_fill((run[:, t] != run[:, t - 1])[:, None, None, None], 0)
-        written = xdt[:, t, :, :, None] * B[:, t, :, None, :]  # (b, h, p, n)
-        state = decay[:, t, :, None, None] * state + written  # (b, h, p, n)
-        ys.append((state * C[:, t, :, None, :]).sum(-1)[:, None])  # (b, 1, h, p)
+            state = _reset(state, run[:, t] != run[:, t - 1])
+        state = (decay[:, t] * state).addcmul_(xdt[:, t], B[:, t, :, None])  # (b, h, p, n)
+        ys.append((state @ C[:, t, :, :, None])[None, ..., 0].transpose(0, 1))  # (b, 1, h, p)
     y = torch.cat(ys, dim=1)  # (b, l, h, p)
     if D is not None:
         y = y + _skip(D, x)
     return y.to(dtype), state
 
 
+@_without_autocast
 def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1.
 
-    C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax. Time
-    and memory O(l^2) for each head. Arguments, results and dtypes: at the head of this section.
-    chunk_size is accepted, and without effect, so that the three forms can stand for each other.
+    C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax.
+    Time and memory O(l^2) for each head. Arguments, results and dtypes: at the head of this
+    section. chunk_size is accepted, and without effect, so that the three forms can stand for each
+    other.
 
     Raises:
         ValueError: shapes that do not fit together.  TypeError: dtypes that do not.
     """
     _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
-    return ssd_chunked(x, dt, A, B, C, D, max(x.shape[1], 1), initial_state, seq_idx)
+    return _ssd_chunks(x, dt, A, B, C, D, max(x.shape[1], 1), initial_state, seq_idx)
 
 
+@_without_autocast
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
-    """SSD in chunks: quadratic inside a chunk, recurrent from chunk to chunk (Section 6, Listing 1).
+    """SSD in chunks: quadratic inside a chunk, recurrent from chunk to chunk (Section 6, Listing
+    1).
 
     Time O(l (q + n) p) and memory O(l p + q^2 + p n) for each head, with chunks of q = chunk_size
-    positions, nearly all of it in matrix products. chunk_size changes speed, not results. Arguments,
-    results and dtypes: at the head of this section. On CUDA a fused kernel steps in where it can.
+    positions, nearly all of it in matrix products. chunk_size changes speed, not results.
+    Arguments, results and dtypes: at the head of this section. On CUDA a fused kernel steps in
+    where it can.
 
     Raises:
-        ValueError: shapes that do not fit together, or chunk_size < 1.  TypeError: dtypes that do not.
+        ValueError: shapes that do not fit together, or chunk_size < 1.  TypeError: dtypes that do
+        not.
     """
     _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
     if not chunk_size >= 1:
         raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
-    if kernels and kernels.takes_ssd(x, dt, A, B, C, D, initial_state=initial_state, seq_idx=seq_idx):
-        return kernels.ssd(x, dt, A, B, C, D, initial_state=initial_state, seq_idx=seq_idx)
-    return ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    options = dict(initial_state=initial_state, seq_idx=seq_idx)
+    if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
+        return kernels.ssd(x, dt, A, B, C, D, **options)
+    if x.shape[1] == 1:  # a chunk of one position is a step of the recurrence
+        return ssd_recurrent(x, dt, A, B, C, D, **options)
+    return _ssd_chunks(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
 
 
-def ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
-    """What `ssd` and `ssd_quadratic` do, in plain PyTorch: `_ssd_chunk` on one chunk after the other."""
+def _ssd_chunks(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
+    """`_ssd_chunk` on one chunk after the other: (b, l, h, p), (b, h, p, n)."""
     state, run = _start(x, B, initial_state), _runs(seq_idx)
     A, ys = A.to(state.dtype), [x[:, :0]]
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, x.shape[1], chunk_size):
-            chunk = slice(start, start + chunk_size)
-            xs, dts, Bs, Cs = (t[:, chunk].to(state.dtype) for t in (x, dt, B, C))
-            if run is not None and start > 0:
-                state = state.masked_fill((run[:, start] != run[:, start - 1])[:, None, None, None], 0)
-            y, state = _ssd_chunk(xs, dts, A, Bs, Cs, state, None if run is None else run[:, chunk])
-            if D is not None:
-                y = y + _skip(D, xs)
-            ys.append(y.to(x.dtype))
+    for start in range(0, x.shape[1], chunk_size):
+        chunk = slice(start, start + chunk_size)
+        xs, dts, Bs, Cs = (t[:, chunk].to(state.dtype) for t in (x, dt, B, C))
+        runs = None if run is None else run[:, chunk]
+        if run is not None and start > 0:
+            state = _reset(state, run[:, start] != run[:, start - 1])
+        y, state = _ssd_chunk(xs, dts, A, Bs, Cs, state, runs)
+        if D is not None:
+            y = y + _skip(D, xs)
+        ys.append(y.to(x.dtype))
     return torch.cat(ys, dim=1), state
 
 
 def _ssd_chunk(x, dt, A, B, C, state, run):
-    """One chunk of q positions: what it adds to the output and to the state, (b, q, h, p), (b, h, p, n).
+    """One chunk of q positions: what it adds to the output and to the state, (b, q, h, p), (b, h,
+    p, n).
 
-    The numbers are those of the paper's Listing 1. Products with B and C are made once for a group of
-    heads, not for each head: (r p) stands for all channels of a group.
+    The numbers are those of the paper's Listing 1. Products with B and C are made once for a group
+    of heads, not for each head: (r p) stands for all channels of a group.
     """
     h, g = x.shape[2], B.shape[2]
     log_decay = rearrange(dt * A, "b q (g r) -> b g r q", g=g)
@@ -533,7 +568,7 @@ def _ssd_chunk(x, dt, A, B, C, state, run):
     state = rearrange(state, "b (g r) p n -> b g (r p) n", g=g)
 
     L = segsum(log_decay).exp()  # (b, g, r, q, s), decay from position s to position q
-    from_start = log_decay.cumsum(-1).exp()  # (b, g, r, q), decay from before the chunk to position q
+    from_start = log_decay.cumsum(-1).exp()  # (b, g, r, q), decay from before the chunk to q
     if run is not None:  # nothing passes from one sequence to another
         L = L.masked_fill((run[:, :, None] != run[:, None, :])[:, None, None], 0)
         from_start = from_start.masked_fill((run != run[:, :1])[:, None, None], 0)
@@ -556,10 +591,12 @@ def _ssd_chunk(x, dt, A, B, C, state, run):
 
 
 def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments: out[..., q, s] = log_decay[..., s+1] + ... + log_decay[..., q], as Listing 1.
+    """Sums over segments: out[..., q, s] = log_decay[..., s+1] + ... + log_decay[..., q], as
+    Listing 1.
 
-    (..., q) in, (..., q, s) out: 0 on the diagonal and -inf above it, so that exp() of it is L. It is not
-    the difference of two prefix sums, which loses all digits of a weak decay that follows a strong one.
+    (..., q) in, (..., q, s) out: 0 on the diagonal and -inf above it, so that exp() of it is L. It
+    is not the difference of two prefix sums, which loses all digits of a weak decay that follows a
+    strong one.
     """
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
@@ -567,9 +604,9 @@ def segsum(log_decay: Tensor) -> Tensor:
     return terms.cumsum(-2).masked_fill(~lower, -torch.inf)  # (..., q, s)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. The layer
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Mamba2State(NamedTuple):
@@ -590,16 +627,17 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         x: (b, l, d).
         weight, bias: (d, k), and (d) or None.
         initial_state: (b, k-1, d), the inputs before the first position; None is zeros.
-        seq_idx: (b, l) integers or None; as in `ssd`, no tap reaches over a border between sequences.
+        seq_idx: (b, l) integers or None; as in `ssd`, no tap reaches over a border between
+        sequences.
 
     Returns:
         y: (b, l, d), in x's dtype; computed in float32 at least.
-        final_state: (b, k-1, d), in x's dtype: the last inputs, zero where they are of an earlier sequence.
+        final_state: (b, k-1, d), in x's dtype: the last inputs, zero where they are of an earlier
+        sequence.
     """
-    if kernels and kernels.takes_causal_conv1d(
-        x, weight, bias, initial_state=initial_state, seq_idx=seq_idx
-    ):
-        return kernels.causal_conv1d(x, weight, bias, initial_state=initial_state, seq_idx=seq_idx)
+    options = dict(initial_state=initial_state, seq_idx=seq_idx)
+    if kernels and kernels.takes_causal_conv1d(x, weight, bias, **options):
+        return kernels.causal_conv1d(x, weight, bias, **options)
     b, l, d = x.shape
     k = weight.shape[1]
     if initial_state is None:
@@ -620,7 +658,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 
 
 def rms_norm(x, weight, eps, groups=1):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over each of `groups` equal parts of the last axis.
+    """x / sqrt(mean(x^2) + eps) * weight, the mean over each of `groups` equal parts of the last
+    axis.
 
     (..., d) and (d) in, (..., d) out in weight's dtype; computed in float32 at least.
     """
@@ -645,8 +684,8 @@ class CausalConv1d(nn.Module):
 class RMSNorm(nn.Module):
     """`rms_norm` with its weight. With a gate it normalises y * silu(gate), as in Section 7.1.
 
-    Differs: the original normalises over the whole width; with more than one group, the published models
-    (Codestral) were trained with one norm for each group (Section 8.1), and so is this.
+    Differs: the original normalises over the whole width; with more than one group, the published
+    models (Codestral) were trained with one norm for each group (Section 8.1), and so is this.
     """
 
     def __init__(self, width: int, eps: float, groups: int = 1):
@@ -664,7 +703,7 @@ class RMSNorm(nn.Module):
 class Mamba2(nn.Module):
     """The Mamba-2 layer (Section 7.1), functional in its state.
 
-        layer = Mamba2(d_model=256)          # or any other option of Mamba2Config, or a Mamba2Config
+        layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state behind the last token
         y, state = layer.step(v, state)      # goes on from there, by any number of tokens
@@ -681,7 +720,7 @@ class Mamba2(nn.Module):
         if config is None:
             config = Mamba2Config(**options)
         elif options or not isinstance(config, Mamba2Config):
-            raise TypeError("pass a Mamba2Config or options by name: Mamba2(config) or Mamba2(d_model=256)")
+            raise TypeError("pass a Mamba2Config, or options by name: Mamba2(d_model=256)")
         config.validate_architecture()
         self.config = config
         h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -699,13 +738,14 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
-        """Draw new weights as the original does; depth: layers in the model, which scale out_proj down."""
+        """Draw new weights as the original does; out_proj is scaled by depth, the layers in all."""
 
         def uniform(parameter, fan_in):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
         def copy(parameter, value):
-            # transformers marks what it has loaded; its guard in nn.init does not know this function.
+            # transformers marks what it has loaded; its guard in nn.init does not know this
+            # function.
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)
 
@@ -728,20 +768,23 @@ class Mamba2(nn.Module):
         copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def step(self, u, state=None, mask=None, seq_idx=None):
-        """The layer on some tokens, from a state: prefill, resumption and decoding are this one call.
+        """The layer on some tokens, from a state: prefill, resumption and decoding are this one
+        call.
 
         Args:
             u: (b, l, d), l >= 0.
             state: the Mamba2State that an earlier call returned; None is the empty one.
-            mask: (b, l), bool or 0/1, or None. Masked positions do not exist, wherever they are: the other
-                outputs and the state are as if they had been left out. Their own outputs are 0.
-            seq_idx: (b, l) integers or None. Where it changes, another sequence begins, with an empty
-                state; `state` belongs to the sequence of the first position that is not masked.
+            mask: (b, l), bool or 0/1, or None. Masked positions do not exist, wherever they are:
+                the other outputs and the state are as if they had been left out. Their own outputs
+                are 0.
+            seq_idx: (b, l) integers or None. Where it changes, another sequence begins, with an
+                empty state; `state` belongs to the sequence of the first position that is not
+                masked.
 
         Returns:
             y: (b, l, d), in the dtype of the projections.
-            state: Mamba2State, behind the last position. `state` itself is unchanged, and gradients pass
-            through both.
+            state: Mamba2State, behind the last position. `state` itself is unchanged, and gradients
+            pass through both.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit; the message says what would.
@@ -750,35 +793,22 @@ class Mamba2(nn.Module):
 
     def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
-        config, k = self.config, self.config.conv_kernel
+        config = self.config
         self._check(u, state, mask, seq_idx)
         conv, ssm = (None, None) if state is None else state
-        if conv is None:
-            conv = u.new_zeros(u.shape[0], k - 1, self.widths[1])
         if mask is not None:
-            mask = mask.bool()[..., None]  # (b, l, 1)
-            u = u.masked_fill(~mask, 0)  # whatever was there, even a NaN
+            mask = mask.bool()
+            u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
 
         z, xBC, dt = self.in_proj(u).split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (b, l, h)
         if config.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*config.time_step_limit)
-
-        if mask is not None and mask.shape[1] > 0:
-            # Masked positions go to the front of each row, in front of the convolution's state even: the
-            # state then stands next to the first input that exists, the last inputs are at the end, and
-            # SSD passes over the rest, where dt = 0.
-            rows = torch.arange(u.shape[0], device=u.device)[:, None]  # (b, 1)
-            order = mask[..., 0].int().argsort(dim=1, stable=True)  # (b, l)
-            dt = dt.masked_fill(~mask, 0)[rows, order]
-            window = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, k-1+l, h p + 2 g n)
-            order_after_state = F.pad(mask[..., 0].int(), (k - 1, 0), value=1).argsort(dim=1, stable=True)
-            conv, xBC = window[rows, order_after_state].split([k - 1, u.shape[1]], dim=1)
-            if seq_idx is not None:  # masked positions join the first sequence
-                first = (~mask[..., 0]).sum(1, keepdim=True).clamp(max=u.shape[1] - 1)  # (b, 1)
-                position = torch.arange(u.shape[1], device=u.device)
-                seq_idx = seq_idx.gather(1, order).gather(1, torch.maximum(position, first))
+        if conv is None:
+            conv = xBC.new_zeros(u.shape[0], config.conv_kernel - 1, xBC.shape[2])
+        if mask is not None:
+            xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
 
         xBC, conv = self.conv1d(xBC, conv, seq_idx)
         widths = [self.widths[0], *2 * [config.n_groups * config.state_size]]
@@ -790,23 +820,26 @@ class Mamba2(nn.Module):
             rearrange(B, "b l (g n) -> b l g n", g=config.n_groups),
             rearrange(C, "b l (g n) -> b l g n", g=config.n_groups),
             self.D,
-            chunk_size=config.chunk_size,
+            # Differs: published configs say 256, which suits the original's kernels; plain PyTorch
+            # is fastest at 64, and the result is the same.
+            chunk_size=min(config.chunk_size, 64),
             initial_state=ssm,
             seq_idx=seq_idx,
         )
         y = rearrange(y, "b l h p -> b l (h p)")
-        if mask is not None and mask.shape[1] > 0:
-            y = y[rows, order.argsort(dim=1)]  # back to where they came from
+        if mask is not None:
+            y = _take(y, back)
         y = self.out_proj(self.norm(y, gate=z))
         if mask is not None:
-            y = y.masked_fill(~mask, 0)
+            y = y.masked_fill(~mask[..., None], 0)
         return (y, Mamba2State(conv, ssm)) if return_state else y
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
         if u.dim() != 3 or u.shape[2] != config.hidden_size:
             raise ValueError(
-                f"the input has shape {tuple(u.shape)}: it must be (batch, length, {config.hidden_size})"
+                f"the input has shape {tuple(u.shape)}: it must be (batch, length, "
+                f"{config.hidden_size})"
             )
         b, l, _ = u.shape
         for name, value in dict(mask=mask, seq_idx=seq_idx).items():
@@ -822,10 +855,45 @@ class Mamba2(nn.Module):
                 raise ValueError(f"the state has parts of shapes {shapes}: they must be {expected}")
 
 
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """x (b, l, ...) with the positions of each row in the order (b, l) given: (b, l, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], order]
+
+
+def _pass_over(mask, xBC, conv, dt, seq_idx):
+    """Arrange the inputs of convolution and SSD so that both pass over masked positions.
+
+    The masked positions (m of them) go to the front of each row, in front of the convolution's
+    state even, all others keep their order:
+
+        conv | xBC    k-1 of state | l inputs, any of them masked
+        becomes       m masked | k-1 of state | l - m inputs       cut after k-1 again
+
+    So the state stands next to the first input that exists, and the last ones are at the end. SSD
+    passes over the rest, where dt becomes 0: nothing is written to its state, and nothing decays.
+
+    Returns:
+        xBC, conv, dt, seq_idx in the new order, and `back` (b, l), which `_take` needs to undo it.
+    """
+    b, l = mask.shape
+    order = mask.int().argsort(dim=1, stable=True)  # (b, l)
+    dt = _take(dt.masked_fill(~mask[..., None], 0), order)
+    if seq_idx is not None and l > 0:  # masked positions join the sequence of the first that is not
+        first = (~mask).sum(1, keepdim=True).clamp(max=l - 1)  # (b, 1)
+        position = torch.arange(l, device=mask.device)  # (l)
+        seq_idx = seq_idx.gather(1, order).gather(1, torch.maximum(position, first))
+    with_state = F.pad(mask, (conv.shape[1], 0), value=True).int()  # (b, k-1+l)
+    window = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, k-1+l, ...)
+    window = _take(window, with_state.argsort(dim=1, stable=True))
+    conv, xBC = window.split([conv.shape[1], l], dim=1)
+    return xBC, conv, dt, seq_idx, order.argsort(dim=1)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
 
-    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases do not.
+    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
+    do not.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     exempt = [getattr(p, "_no_weight_decay", False) or p.dim() < 2 for p in parameters]
@@ -835,9 +903,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. The language model
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Mamba2Block(nn.Module):
@@ -857,8 +925,9 @@ class Mamba2Block(nn.Module):
 class Mamba2Cache:
     """The state of a whole model behind some tokens, and a value: nothing changes it.
 
-    A forward pass takes one as `past_key_values` and returns a new one; the old one can be used again, to
-    go on from the same prompt in another way. Its size does not depend on how many tokens it has seen.
+    A forward pass takes one as `past_key_values` and returns a new one; the old one can be used
+    again, to go on from the same prompt in another way. Its size does not depend on how many tokens
+    it has seen.
 
         states    a Mamba2State for each layer
         length    tokens seen, masked ones included
@@ -882,7 +951,7 @@ class Mamba2Cache:
         return replace(self, states=states, seq_idx=seq_idx)
 
     def select(self, rows: Tensor) -> Mamba2Cache:
-        """The rows of the batch that the (m) integers `rows` name, in that order, repeated or left out."""
+        """The rows of the batch that the integers `rows` name, in that order."""
         return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def repeat(self, times: int) -> Mamba2Cache:
@@ -917,10 +986,10 @@ class Mamba2Cache:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             length = int(file.metadata()["length"])
         n_layer = sum(name.endswith(".conv") for name in tensors)
-        states = [
-            Mamba2State(tensors[f"layers.{i}.conv"], tensors[f"layers.{i}.ssm"]) for i in range(n_layer)
+        parts = [
+            [tensors[f"layers.{i}.{part}"] for part in ("conv", "ssm")] for i in range(n_layer)
         ]
-        return cls(tuple(states), length, tensors.get("seq_idx"))
+        return cls(tuple(Mamba2State(*part) for part in parts), length, tensors.get("seq_idx"))
 
 
 class Mamba2PreTrainedModel(PreTrainedModel):
@@ -947,22 +1016,23 @@ class Mamba2PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, name_or_path, *args, output_loading_info=False, **kwargs):
         """Load a published or saved model; arguments as in all of transformers.
 
-        `name_or_path` is a name on the hub or a folder, in the original mamba_ssm format, in transformers'
-        format, or Codestral-Mamba's.
+        `name_or_path` is a name on the hub or a folder, in the original mamba_ssm format, in
+        transformers' format, or Codestral-Mamba's.
 
         Raises:
             ValueError: the checkpoint's weights are not exactly those of the model that its config
-                describes, or it is of another architecture. Nothing is ever filled up with random weights.
+                describes, or it is of another architecture. Nothing is ever filled up with random
+                weights.
         """
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
-        model, info = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
-        faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
-        if any(faults.values()):
-            found = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
-            raise ValueError(
-                f"the weights in {name_or_path!r} are not those of the {cls.__name__} that its config "
-                f"describes. {found}"
-            )
+        kwargs["output_loading_info"] = True
+        model, info = super().from_pretrained(name_or_path, *args, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys"):
+            if info[kind]:
+                raise ValueError(
+                    f"{name_or_path!r} does not hold the weights of the {cls.__name__} that its "
+                    f"config describes: {kind} {sorted(info[kind])}"
+                )
         return (model, info) if output_loading_info else model
 
     def _reorder_cache(self, past_key_values, beam_idx):
@@ -1006,16 +1076,16 @@ class Mamba2Model(Mamba2PreTrainedModel):
 
         Args:
             input_ids: (b, l) integers, or inputs_embeds: (b, l, d). Exactly one of them.
-            attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks positions
-                that do not exist, wherever they are. None is no such position.
+            attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks
+                positions that do not exist, wherever they are. None is no such position.
             past_key_values: the Mamba2Cache of an earlier call, which is not changed.
             use_cache: return a new cache; None is the config's choice, and no cache in training.
             output_hidden_states: also return the input of every block, and the final output.
             return_dict: False returns a tuple.
-            seq_idx: (b, l) integers, for sequences packed into one row: where it changes, another begins.
-                With a cache, also where it changes from the last call to this one.
-            initial_states: a Mamba2State for each layer to start from, such as trained ones; the same as
-                past_key_values=Mamba2Cache(initial_states).
+            seq_idx: (b, l) integers, for sequences packed into one row: where it changes, another
+                begins. With a cache, also where it changes from the last call to this one.
+            initial_states: a Mamba2State for each layer to start from, such as trained ones; the
+                same as past_key_values=Mamba2Cache(initial_states).
             output_attentions: accepted for transformers' sake; there are none.
 
         Returns:
@@ -1029,11 +1099,11 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
         if past_key_values is not None and initial_states is not None:
-            raise ValueError("give one of past_key_values and initial_states: each is a state to start from")
+            raise ValueError("give past_key_values or initial_states, not both")
         if past_key_values is not None and not isinstance(past_key_values, Mamba2Cache):
             raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__}: it must be the Mamba2Cache that an "
-                "earlier call of this model returned"
+                f"past_key_values is a {type(past_key_values).__name__}: it must be the Mamba2Cache "
+                "that an earlier call of this model returned"
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -1045,25 +1115,27 @@ class Mamba2Model(Mamba2PreTrainedModel):
         past = past_key_values or Mamba2Cache(tuple(initial_states or ()))
         states = past.states or [None] * len(self.layers)
         if len(states) != len(self.layers):
-            raise ValueError(f"{len(states)} states for {len(self.layers)} layers: give one for each")
+            raise ValueError(f"{len(states)} states for {len(self.layers)} layers: give one each")
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
         if self.config.residual_in_fp32:
             h = h.to(_at_least_float32(h.dtype))
         mask = _as_mask(attention_mask, h.shape[:2])
         if seq_idx is not None and past.seq_idx is not None and h.shape[1] > 0:
             ended = _first(seq_idx, mask, past.seq_idx) != past.seq_idx  # (b)
+            zero = ended[:, None, None]
             states = [
-                Mamba2State(*(t.masked_fill(ended.view(-1, *[1] * (t.dim() - 1)), 0) for t in state))
-                for state in states
+                Mamba2State(s.conv.masked_fill(zero, 0), s.ssm.masked_fill(zero[..., None], 0))
+                for s in states
             ]
 
         hidden_states, new_states = [], []
         for layer, state in zip(self.layers, states):
             hidden_states.append(h)
             if self.gradient_checkpointing and self.training:
-                h, state = self._gradient_checkpointing_func(layer.__call__, h, state, mask, seq_idx)
+                run = functools.partial(self._gradient_checkpointing_func, layer.__call__)
             else:
-                h, state = layer(h, state, mask, seq_idx)
+                run = layer
+            h, state = run(h, state, mask, seq_idx)
             new_states.append(state)
         h = self.norm_f(h)
         hidden_states.append(h)
@@ -1088,7 +1160,8 @@ def _as_mask(attention_mask, shape):
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0]:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: it must be {tuple(shape)}")
+        found = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask has shape {found}: it must be {tuple(shape)}")
     if attention_mask.shape[1] < shape[1]:
         raise ValueError(f"attention_mask covers {attention_mask.shape[1]} of {shape[1]} positions")
     mask = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
@@ -1106,7 +1179,8 @@ def _first(seq_idx, mask, default):
 
 
 class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
-    """The Mamba-2 language model. All of transformers works with it: generate, Trainer, PEFT, pipelines.
+    """The Mamba-2 language model. All of transformers works with it: generate, Trainer, PEFT,
+    pipelines.
 
         model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
         ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
@@ -1142,11 +1216,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         num_items_in_batch=None,
         output_attentions=None,
     ):
-        """Logits, and with `labels` the loss. The arguments that are not here are `Mamba2Model.forward`'s.
+        """Logits, and with `labels` the loss. The arguments that are not here are
+        `Mamba2Model.forward`'s.
 
         Args:
-            labels: (b, l) integers, the tokens themselves, which are shifted here: position t predicts the
-                next position of its sequence that is not masked. -100 is not predicted.
+            labels: (b, l) integers, the tokens themselves, which are shifted here: position t
+                predicts the next position of its sequence that is not masked. -100 is not
+                predicted.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for the
                 positions in a tensor of indices.
             num_items_in_batch: divide the summed loss by this, not by the number of predictions.
@@ -1177,7 +1253,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             targets = targets.flatten().to(logits.device)
             scores = logits.flatten(0, 1).to(_at_least_float32(logits.dtype))
             loss = F.cross_entropy(scores, targets, reduction="sum")
-            loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is None:
+                num_items_in_batch = (targets != -100).sum()
+            loss = loss / num_items_in_batch
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1187,8 +1265,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        # transformers takes the ids that come with a cache for the whole sequence, and cuts off what the
-        # cache has seen. If that leaves nothing, they were the new tokens alone.
+        # transformers takes the ids that come with a cache for the whole sequence, and cuts off
+        # what the cache has seen. If that leaves nothing, they were the new tokens alone.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
@@ -1207,14 +1285,17 @@ def _next_tokens(labels, mask, seq_idx):
     else:
         order = mask.int().argsort(dim=1, stable=True)  # (b, l), masked positions to the front
         back = order.argsort(dim=1)
-        shift = lambda t, value: F.pad(t.gather(1, order)[:, 1:], (0, 1), value=value).gather(1, back)
+
+        def shift(x, value):
+            return _take(F.pad(_take(x, order)[:, 1:], (0, 1), value=value), back)
+
         targets = shift(labels, -100).masked_fill(~mask, -100)
         following = None if seq_idx is None else shift(seq_idx, 0)
     return targets if seq_idx is None else targets.masked_fill(following != seq_idx, -100)
 
 
 def register_with_transformers():
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM build the classes of this file for "mamba2"."""
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM use this file for "mamba2"."""
     if transformers_missing is not None:
         raise ImportError(transformers_missing)
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
