@@ -157,7 +157,7 @@ class Mamba2Config(PreTrainedConfig):
         time_step_min, _max   dt_min, dt_max  dt at initialisation is log-uniform in it (0.001, 0.1)
         time_step_floor       dt_init_floor   and at least this (1e-4)
         layer_norm_epsilon    norm_epsilon    of every RMSNorm (1e-5)
-        residual_in_fp32                      residual stream in float32 even for bf16 weights (True)
+        residual_in_fp32                      float32 residual stream, also of bf16 weights (True)
         initializer_range                     standard deviation of a new embedding (0.02)
         tie_word_embeddings   tie_embeddings  the head uses the embedding's weights (True)
         bos_token_id, eos_token_id, pad_token_id (all 0), use_cache (True): as everywhere
@@ -340,7 +340,7 @@ def _translate_original_config(original: dict) -> dict:
         if original.get(name):
             raise ValueError(f"{name} = {original[name]!r}: {why}")
     fixed = {"rms_norm": True}, {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
-    for part, expected in zip((original, ssm), fixed):
+    for part, expected in zip((original, ssm), fixed, strict=True):
         for name, value in expected.items():
             if part.pop(name, value) != value:
                 raise ValueError(f"{name} = {not value}: only {value} is implemented")
@@ -391,67 +391,63 @@ def _translate_original_config(original: dict) -> dict:
 # if x is), autocast or not: states and sums of decays live long, and would not survive less.
 
 
-def _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx):
-    """Raise a ValueError or TypeError for arguments that SSD has no meaning for."""
+def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
+    """Check the arguments of SSD, and give what all forms start from, in the computation's dtype.
+
+    Returns:
+        log_decay: (b, l, h), the logarithm of each step's decay: dt A, and -inf where another
+            sequence begins, so that nothing of the one before is left.
+        D: (h, 1) or (h, p), zero for None.
+        state: (b, h, p, n), the initial one.
+    """
     if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}: it must be (batch, length, heads, p)")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: it must be (batch, length, heads, headdim)"
+        )
     for name, tensor in dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state).items():
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}: it must be a floating-point tensor")
+    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.is_complex()):
+        raise TypeError(f"seq_idx is {seq_idx.dtype}: it must hold integers")
     b, l, h, p = x.shape
     if B.dim() != 4 or B.shape[2] == 0 or h % B.shape[2]:
         raise ValueError(
             f"B has shape {tuple(B.shape)}: it must be (batch, length, groups, state) with a number "
             f"of groups that divides the {h} heads of x"
         )
-    shapes = {
-        "dt": (dt, [(b, l, h)]),
-        "A": (A, [(h,)]),
-        "B": (B, [(b, l, *B.shape[2:])]),
-        "C": (C, [tuple(B.shape)]),
-        "D": (D, [(h,), (h, p)]),
-        "initial_state": (initial_state, [(b, h, p, B.shape[3])]),
-        "seq_idx": (seq_idx, [(b, l)]),
-    }
-    for name, (tensor, allowed) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) not in allowed:
-            allowed = " or ".join(map(str, allowed))
+    g, n = B.shape[2:]
+    for name, tensor, *shapes in (
+        ("dt", dt, (b, l, h)),
+        ("A", A, (h,)),
+        ("B", B, (b, l, g, n)),
+        ("C", C, (b, l, g, n)),
+        ("D", D, (h,), (h, p)),
+        ("initial_state", initial_state, (b, h, p, n)),
+        ("seq_idx", seq_idx, (b, l)),
+    ):
+        if tensor is not None and tuple(tensor.shape) not in shapes:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: with x of shape {(b, l, h, p)} and "
-                f"B of shape {tuple(B.shape)} it must be {allowed}"
+                f"{name} has shape {tuple(tensor.shape)}: with x of shape {tuple(x.shape)} and B "
+                f"of shape {tuple(B.shape)} it must be {' or '.join(map(str, shapes))}"
             )
-    if seq_idx is not None and seq_idx.is_floating_point():
-        raise TypeError(f"seq_idx is {seq_idx.dtype}: it must hold integers")
 
-
-def _runs(seq_idx: Tensor | None) -> Tensor | None:
-    """Number the sequences of each row 0, 1, ... from (b, l) labels that change at borders."""
-    if seq_idx is None or seq_idx.shape[1] == 0:
-        return None
-    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1), (1, 0))  # (b, l)
+    dtype = _at_least_float32(x.dtype)
+    log_decay = dt.to(dtype) * A.to(dtype)
+    if seq_idx is not None:
+        log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
+    D = x.new_zeros(h, 1, dtype=dtype) if D is None else D.to(dtype).view(h, -1)
+    if initial_state is None:
+        initial_state = x.new_zeros(b, h, p, n)
+    return log_decay, D, initial_state.to(dtype)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _start(x, B, initial_state):
-    """The state to start from, (b, h, p, n), in the dtype of the computation."""
-    dtype = _at_least_float32(x.dtype)
-    if initial_state is None:
-        b, _, h, p = x.shape
-        return x.new_zeros(b, h, p, B.shape[3], dtype=dtype)
-    return initial_state.to(dtype)
-
-
-def _reset(state, rows):
-    """The state (b, h, p, n) with the rows that `rows` (b) marks set to zero."""
-    return state.masked_fill(rows[:, None, None, None], 0)
-
-
-def _skip(D, x):
-    """D x, the skip connection; (b, l, h, p)."""
-    return x * rearrange(D.to(x.dtype), "h ... -> h (...)")
+def _borders(seq_idx: Tensor) -> Tensor:
+    """(b, l) bool: whether another sequence begins at this position. The first is no border."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
 
 
 def _without_autocast(function):
@@ -459,7 +455,10 @@ def _without_autocast(function):
 
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(x, *args, **kwargs)
 
     return wrapped
@@ -470,29 +469,25 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1.
 
     Time O(l p n) and memory O(p n) for each head. It is how one token is decoded, and the
-    definition that the two other forms are compared with. Arguments, results and dtypes: at the
-    head of this section. chunk_size is accepted, and without effect, so that the three forms can
-    stand for each other.
+    definition that the other forms are compared with. Arguments, results, dtypes: at the head of
+    this section. chunk_size has no effect; with it the three forms can stand for each other.
 
     Raises:
-        ValueError: shapes that do not fit together.  TypeError: dtypes that do not.
+        ValueError: shapes that do not fit together.
+        TypeError: dtypes that do not.
     """
-    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
-    state, run, dtype = _start(x, B, initial_state), _runs(seq_idx), x.dtype
-    x, dt, A, B, C = (t.to(state.dtype) for t in (x, dt, A, B, C))
-    r = x.shape[2] // B.shape[2]
+    log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    dtype, r = x.dtype, x.shape[2] // B.shape[2]
+    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     B, C = (repeat(t, "b l g n -> b l (g r) n", r=r) for t in (B, C))
-    decay = torch.exp(dt * A)[..., None, None]  # (b, l, h, 1, 1)
+    decay = log_decay.exp()[..., None, None]  # (b, l, h, 1, 1)
     xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
     ys = [x[:, :0]]
     for t in range(x.shape[1]):
-        if run is not None and t > 0:
-            state = _reset(state, run[:, t] != run[:, t - 1])
         state = (decay[:, t] * state).addcmul_(xdt[:, t], B[:, t, :, None])  # (b, h, p, n)
-        ys.append((state @ C[:, t, :, :, None])[None, ..., 0].transpose(0, 1))  # (b, 1, h, p)
-    y = torch.cat(ys, dim=1)  # (b, l, h, p)
-    if D is not None:
-        y = y + _skip(D, x)
+        y = state @ C[:, t, :, :, None]  # (b, h, p, 1)
+        ys.append(rearrange(y, "b h p 1 -> b 1 h p"))
+    y = torch.cat(ys, dim=1) + D * x  # (b, l, h, p)
     return y.to(dtype), state
 
 
@@ -501,102 +496,96 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1.
 
     C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax.
-    Time and memory O(l^2) for each head. Arguments, results and dtypes: at the head of this
-    section. chunk_size is accepted, and without effect, so that the three forms can stand for each
-    other.
+    Time and memory O(l^2) for each head: it is `ssd` with a single chunk. Arguments, results,
+    dtypes: at the head of this section. chunk_size has no effect; with it the three forms can stand
+    for each other.
 
     Raises:
-        ValueError: shapes that do not fit together.  TypeError: dtypes that do not.
+        ValueError: shapes that do not fit together.
+        TypeError: dtypes that do not.
     """
-    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
-    return _ssd_chunks(x, dt, A, B, C, D, max(x.shape[1], 1), initial_state, seq_idx)
+    whole = max(x.shape[1], 1) if x.dim() > 1 else 1
+    return _ssd_chunked(x, dt, A, B, C, D, whole, initial_state, seq_idx)
 
 
 @_without_autocast
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
-    """SSD in chunks: quadratic inside a chunk, recurrent from chunk to chunk (Section 6, Listing
-    1).
+    """SSD in chunks (Section 6, Listing 1): quadratic inside a chunk, recurrent between chunks.
 
-    Time O(l (q + n) p) and memory O(l p + q^2 + p n) for each head, with chunks of q = chunk_size
-    positions, nearly all of it in matrix products. chunk_size changes speed, not results.
-    Arguments, results and dtypes: at the head of this section. On CUDA a fused kernel steps in
-    where it can.
+    Time O(l (q + n) p) and memory O(l p + q^2 + p n) for each head, with q = chunk_size positions
+    in a chunk, nearly all of it in matrix products. chunk_size changes speed, not results.
+    Arguments, results, dtypes: at the head of this section. A fused kernel steps in where it can.
 
     Raises:
-        ValueError: shapes that do not fit together, or chunk_size < 1.  TypeError: dtypes that do
-        not.
+        ValueError: shapes that do not fit together, or chunk_size < 1.
+        TypeError: dtypes that do not fit.
     """
-    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
-    if not chunk_size >= 1:
-        raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
         return kernels.ssd(x, dt, A, B, C, D, **options)
-    if x.shape[1] == 1:  # a chunk of one position is a step of the recurrence
+    if x.dim() == 4 and x.shape[1] == 1:  # a chunk of one position is a step of the recurrence
         return ssd_recurrent(x, dt, A, B, C, D, **options)
-    return _ssd_chunks(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    return _ssd_chunked(x, dt, A, B, C, D, chunk_size, **options)
 
 
-def _ssd_chunks(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
-    """`_ssd_chunk` on one chunk after the other: (b, l, h, p), (b, h, p, n)."""
-    state, run = _start(x, B, initial_state), _runs(seq_idx)
-    A, ys = A.to(state.dtype), [x[:, :0]]
+def _ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
+    """`ssd` in plain PyTorch."""
+    if not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
+    log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    ys = [x[:, :0]]
     for start in range(0, x.shape[1], chunk_size):
         chunk = slice(start, start + chunk_size)
         xs, dts, Bs, Cs = (t[:, chunk].to(state.dtype) for t in (x, dt, B, C))
-        runs = None if run is None else run[:, chunk]
-        if run is not None and start > 0:
-            state = _reset(state, run[:, start] != run[:, start - 1])
-        y, state = _ssd_chunk(xs, dts, A, Bs, Cs, state, runs)
-        if D is not None:
-            y = y + _skip(D, xs)
-        ys.append(y.to(x.dtype))
-    return torch.cat(ys, dim=1), state
+        y, state = _ssd_chunk(xs * dts[..., None], log_decay[:, chunk], Bs, Cs, state)
+        ys.append((y + D * xs).to(x.dtype))
+    return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
-def _ssd_chunk(x, dt, A, B, C, state, run):
-    """One chunk of q positions: what it adds to the output and to the state, (b, q, h, p), (b, h,
-    p, n).
+def _ssd_chunk(xdt, log_decay, B, C, state):
+    """One chunk, of q positions, from the state before it to the state behind it.
 
-    The numbers are those of the paper's Listing 1. Products with B and C are made once for a group
-    of heads, not for each head: (r p) stands for all channels of a group.
+    The numbers are the steps of Listing 1. What has to do with B and C is computed once for a group
+    of heads, in one matrix product: (r p) are all channels of a group.
+
+    Args:
+        xdt: (b, q, h, p), x dt.  log_decay: (b, q, h).  B, C: (b, q, g, n).  state: (b, h, p, n).
+
+    Returns:
+        y without the skip connection: (b, q, h, p).  state: (b, h, p, n).
     """
-    h, g = x.shape[2], B.shape[2]
-    log_decay = rearrange(dt * A, "b q (g r) -> b g r q", g=g)
-    xdt = rearrange(x * dt[..., None], "b q (g r) p -> b g r q p", g=g)
+    p, g = xdt.shape[3], B.shape[2]
+    xdt = rearrange(xdt, "b q (g r) p -> b g r q p", g=g)
+    log_decay = rearrange(log_decay, "b q (g r) -> b g r q", g=g)
     B, C = (rearrange(t, "b q g n -> b g q n") for t in (B, C))
     state = rearrange(state, "b (g r) p n -> b g (r p) n", g=g)
 
-    L = segsum(log_decay).exp()  # (b, g, r, q, s), decay from position s to position q
-    from_start = log_decay.cumsum(-1).exp()  # (b, g, r, q), decay from before the chunk to q
-    if run is not None:  # nothing passes from one sequence to another
-        L = L.masked_fill((run[:, :, None] != run[:, None, :])[:, None, None], 0)
-        from_start = from_start.masked_fill((run != run[:, :1])[:, None, None], 0)
-    to_end, through = L[..., -1, :], from_start[..., -1:]  # (b, g, r, q), (b, g, r, 1)
+    L = segsum(log_decay).exp()  # (b, g, r, q, s): decay from position s to position q
+    from_start = log_decay.cumsum(-1).exp()  # (b, g, r, q): decay from before the chunk to q
+    to_end = L[..., -1, :]  # (b, g, r, s): decay from s to the last position
 
-    # 1. Diagonal block: from the chunk's inputs to its outputs, as attention.
+    # 1. Diagonal block: from the inputs of the chunk to its outputs, as attention.
     scores = C @ B.mT  # (b, g, q, s)
     y = (scores[:, :, None] * L) @ xdt  # (b, g, r, q, p)
-    # 2. From the chunk's inputs to the state at its end.
-    written = rearrange(xdt * to_end[..., None], "b g r q p -> b g (r p) q") @ B  # (b, g, (r p), n)
+    # 2. From the inputs of the chunk to the state behind it.
+    written = rearrange(xdt * to_end[..., None], "b g r s p -> b g (r p) s") @ B  # (b, g, (r p), n)
     # 4. From the state before the chunk to its outputs.
-    read = rearrange(C @ state.mT, "b g q (r p) -> b g r q p", r=h // g)
+    read = rearrange(C @ state.mT, "b g q (r p) -> b g r q p", p=p)
     y = y + from_start[..., None] * read  # (b, g, r, q, p)
-    # 3. The recurrence, from chunk to chunk.
-    through = through.expand(-1, -1, -1, x.shape[3])  # (b, g, r, p)
-    state = rearrange(through, "b g r p -> b g (r p) 1") * state + written  # (b, g, (r p), n)
+    # 3. The recurrence, from the state before the chunk to the state behind it.
+    decay = repeat(from_start[..., -1], "b g r -> b g (r p) 1", p=p)
+    state = decay * state + written  # (b, g, (r p), n)
 
     y = rearrange(y, "b g r q p -> b q (g r) p")
-    return y, rearrange(state, "b g (r p) n -> b (g r) p n", r=h // g)
+    return y, rearrange(state, "b g (r p) n -> b (g r) p n", p=p)
 
 
 def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments: out[..., q, s] = log_decay[..., s+1] + ... + log_decay[..., q], as
-    Listing 1.
+    """Sums over segments (Listing 1): out_qs = log_decay_(s+1) + ... + log_decay_q.
 
     (..., q) in, (..., q, s) out: 0 on the diagonal and -inf above it, so that exp() of it is L. It
-    is not the difference of two prefix sums, which loses all digits of a weak decay that follows a
-    strong one.
+    is not the difference of two prefix sums, which loses the digits of a weak decay that follows a
+    strong one, and has no value behind an infinite one.
     """
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
@@ -627,13 +616,11 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         x: (b, l, d).
         weight, bias: (d, k), and (d) or None.
         initial_state: (b, k-1, d), the inputs before the first position; None is zeros.
-        seq_idx: (b, l) integers or None; as in `ssd`, no tap reaches over a border between
-        sequences.
+        seq_idx: (b, l) integers or None; as in `ssd`, no tap reaches over a border.
 
     Returns:
         y: (b, l, d), in x's dtype; computed in float32 at least.
-        final_state: (b, k-1, d), in x's dtype: the last inputs, zero where they are of an earlier
-        sequence.
+        final_state: (b, k-1, d), in x's dtype: the last inputs, zero if of an earlier sequence.
     """
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_causal_conv1d(x, weight, bias, **options):
@@ -644,26 +631,34 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         initial_state = x.new_zeros(b, k - 1, d)
     window = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     final_state = window[:, l:].clone()  # a view would keep the whole window alive
-    if (run := _runs(seq_idx)) is not None:
-        run = F.pad(run, (k - 1, 0))  # (b, k-1+l): what came before belongs to the first sequence
-        final_state = final_state.masked_fill((run[:, l:] != run[:, -1:])[..., None], 0)
-    window = window.to(_at_least_float32(x.dtype))
-    y = 0 if bias is None else bias.to(window.dtype)
+    if seq_idx is not None:  # number the sequences; what came before belongs to the first
+        number = F.pad(_borders(seq_idx), (k - 1, 0)).cumsum(1)  # (b, k-1+l)
+        final_state = final_state.masked_fill((number[:, l:] != number[:, -1:])[..., None], 0)
+    dtype = _at_least_float32(x.dtype)
+    window, y = window.to(dtype), 0 if bias is None else bias.to(dtype)
     for j in range(k):
         tap = window[:, j : j + l]  # (b, l, d)
-        if run is not None:
-            tap = tap.masked_fill((run[:, j : j + l] != run[:, k - 1 :])[..., None], 0)
-        y = y + weight[:, j].to(window.dtype) * tap
+        if seq_idx is not None:
+            tap = tap.masked_fill((number[:, j : j + l] != number[:, k - 1 :])[..., None], 0)
+        y = y + weight[:, j].to(dtype) * tap
     return F.silu(y).to(x.dtype), final_state
 
 
-def rms_norm(x, weight, eps, groups=1):
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over each of `groups` equal parts of the last
-    axis.
+def rms_norm(x, weight, eps, *, gate=None, groups=1):
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, of x * silu(gate) if there is a gate.
 
-    (..., d) and (d) in, (..., d) out in weight's dtype; computed in float32 at least.
+    Args:
+        x, gate: (..., d).
+        weight: (d).
+        eps: added to the mean square.
+        groups: the mean is taken over each of so many equal parts of the last axis (Section 8.1).
+
+    Returns:
+        (..., d), in weight's dtype; computed in float32 at least.
     """
-    x = x.to(_at_least_float32(x.dtype)).unflatten(-1, (groups, -1))
+    dtype = _at_least_float32(x.dtype)
+    x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
+    x = x.unflatten(-1, (groups, -1))  # (..., g, d / g)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (x.flatten(-2) * weight).to(weight.dtype)
 
@@ -682,22 +677,15 @@ class CausalConv1d(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its weight. With a gate it normalises y * silu(gate), as in Section 7.1.
-
-    Differs: the original normalises over the whole width; with more than one group, the published
-    models (Codestral) were trained with one norm for each group (Section 8.1), and so is this.
-    """
+    """`rms_norm` with its weight."""
 
     def __init__(self, width: int, eps: float, groups: int = 1):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps, self.groups = eps, groups
 
-    def forward(self, y, gate=None):
-        if gate is not None:
-            dtype = _at_least_float32(y.dtype)
-            y = y.to(dtype) * F.silu(gate.to(dtype))
-        return rms_norm(y, self.weight, self.eps, self.groups)
+    def forward(self, x, gate=None):
+        return rms_norm(x, self.weight, self.eps, gate=gate, groups=self.groups)
 
 
 class Mamba2(nn.Module):
@@ -730,11 +718,15 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True  # see parameter_groups
         self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
+        self.mark_parameters()
         self.reset_parameters()
+
+    def mark_parameters(self):
+        """Exempt dt_bias, A_log and D from weight decay, by the mark that the original uses."""
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
@@ -744,8 +736,7 @@ class Mamba2(nn.Module):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
         def copy(parameter, value):
-            # transformers marks what it has loaded; its guard in nn.init does not know this
-            # function.
+            # transformers marks what it has loaded, and guards nn.init's functions against it.
             if not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(value)
 
@@ -768,8 +759,7 @@ class Mamba2(nn.Module):
         copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def step(self, u, state=None, mask=None, seq_idx=None):
-        """The layer on some tokens, from a state: prefill, resumption and decoding are this one
-        call.
+        """The layer on some tokens, from a state: prefill, resuming and decoding are this call.
 
         Args:
             u: (b, l, d), l >= 0.
@@ -783,8 +773,8 @@ class Mamba2(nn.Module):
 
         Returns:
             y: (b, l, d), in the dtype of the projections.
-            state: Mamba2State, behind the last position. `state` itself is unchanged, and gradients
-            pass through both.
+            state: Mamba2State, behind the last position. The one that was passed is unchanged;
+                gradients pass through both.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit; the message says what would.
@@ -895,11 +885,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
     do not.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    exempt = [getattr(p, "_no_weight_decay", False) or p.dim() < 2 for p in parameters]
+    groups = {False: [], True: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            exempt = getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2
+            groups[exempt].append(parameter)
     return [
-        {"params": [p for p, e in zip(parameters, exempt) if not e], "weight_decay": weight_decay},
-        {"params": [p for p, e in zip(parameters, exempt) if e], "weight_decay": 0.0},
+        {"params": groups[False], "weight_decay": weight_decay},
+        {"params": groups[True], "weight_decay": 0.0},
     ]
 
 
@@ -1033,6 +1026,9 @@ class Mamba2PreTrainedModel(PreTrainedModel):
                     f"{name_or_path!r} does not hold the weights of the {cls.__name__} that its "
                     f"config describes: {kind} {sorted(info[kind])}"
                 )
+        for module in model.modules():
+            if isinstance(module, Mamba2):
+                module.mark_parameters()  # loading made new parameters
         return (model, info) if output_loading_info else model
 
     def _reorder_cache(self, past_key_values, beam_idx):
@@ -1129,7 +1125,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             ]
 
         hidden_states, new_states = [], []
-        for layer, state in zip(self.layers, states):
+        for layer, state in zip(self.layers, states, strict=True):
             hidden_states.append(h)
             if self.gradient_checkpointing and self.training:
                 run = functools.partial(self._gradient_checkpointing_func, layer.__call__)
@@ -1179,11 +1175,10 @@ def _first(seq_idx, mask, default):
 
 
 class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
-    """The Mamba-2 language model. All of transformers works with it: generate, Trainer, PEFT,
-    pipelines.
+    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers.
 
-        model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
-        ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
+    model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
+    ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -1216,8 +1211,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         num_items_in_batch=None,
         output_attentions=None,
     ):
-        """Logits, and with `labels` the loss. The arguments that are not here are
-        `Mamba2Model.forward`'s.
+        """Logits, and with `labels` the loss. All other arguments: see `Mamba2Model.forward`.
 
         Args:
             labels: (b, l) integers, the tokens themselves, which are shifted here: position t
