@@ -412,8 +412,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     b, l, h, p = x.shape
     if B.dim() != 4 or B.shape[2] == 0 or h % B.shape[2]:
         raise ValueError(
-            f"B has shape {tuple(B.shape)}: it must be (batch, length, groups, state) with a number "
-            f"of groups that divides the {h} heads of x"
+            f"B has shape {tuple(B.shape)}: it must be (batch, length, groups, state) with a "
+            f"number of groups that divides the {h} heads of x"
         )
     g, n = B.shape[2:]
     for name, tensor, *shapes in (
@@ -1098,8 +1098,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
             raise ValueError("give past_key_values or initial_states, not both")
         if past_key_values is not None and not isinstance(past_key_values, Mamba2Cache):
             raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__}: it must be the Mamba2Cache "
-                "that an earlier call of this model returned"
+                f"past_key_values is a {type(past_key_values).__name__}: it must be the Mamba2Cache"
+                " that an earlier call of this model returned"
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
