@@ -51,6 +51,7 @@ and nowhere else. MIT licence: copy this file into your own work as you like.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import math
@@ -206,13 +207,13 @@ class Mamba2Config(PreTrainedConfig):
         # always. It is saved as False because transformers' own Mamba-2 would scale *loaded*
         # weights once more.
         self.rescale_prenorm_residual = False
-        if self.num_heads is None and isinstance(self.head_dim, int) and self.head_dim > 0:
-            self.num_heads = self.d_inner // self.head_dim
-        # Infinity has two spellings in JSON: Infinity and {"__float__": "Infinity"}.
-        self.time_step_limit = tuple(
-            float(limit["__float__"] if isinstance(limit, dict) else limit)
-            for limit in self.time_step_limit
-        )
+        try:  # infinity has two spellings in JSON: Infinity and {"__float__": "Infinity"}
+            self.time_step_limit = tuple(
+                float(limit["__float__"] if isinstance(limit, dict) else limit)
+                for limit in self.time_step_limit
+            )
+        except (TypeError, ValueError, KeyError):
+            pass  # validate_architecture says what is wrong with it
         if transformers_missing is None:
             super().__init__(**options)
             # Differs: PEFT knows transformers' Mamba-2 by this name and bars LoRA on its out_proj,
@@ -227,37 +228,47 @@ class Mamba2Config(PreTrainedConfig):
         return int(self.expand * self.hidden_size)
 
     def validate_architecture(self):
-        """Raise a ValueError if the sizes do not describe a Mamba-2."""
+        """Raise a ValueError if the sizes do not describe a Mamba-2; compute num_heads if None."""
 
         def require(condition, name, rule):
             if not condition:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: {rule}")
 
+        def is_number(value, kinds=(int, float)):
+            return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
         counts = "hidden_size num_hidden_layers vocab_size state_size head_dim n_groups"
         for name in (*counts.split(), "conv_kernel", "chunk_size"):
             value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(is_count, name, "must be an integer of at least 1")
-        is_number = isinstance(self.expand, (int, float))
-        require(is_number and self.expand > 0, "expand", "must be a positive number")
+            require(is_number(value, int) and value > 0, name, "must be an integer of at least 1")
+        numbers = "expand layer_norm_epsilon initializer_range time_step_min time_step_max"
+        for name in (*numbers.split(), "time_step_floor"):
+            value = getattr(self, name)
+            require(is_number(value) and value > 0, name, "must be a positive number")
+
+        if self.num_heads is None:
+            self.num_heads = self.d_inner // self.head_dim
         require(
-            self.num_heads * self.head_dim == self.expand * self.hidden_size,
+            is_number(self.num_heads, int)
+            and self.num_heads * self.head_dim == self.expand * self.hidden_size,
             "num_heads",
             f"num_heads * head_dim = {self.num_heads} * {self.head_dim} must equal "
             f"expand * hidden_size = {self.expand} * {self.hidden_size} = "
             f"{self.expand * self.hidden_size}; choose a head_dim that divides it, and leave "
             "num_heads out to have it computed",
         )
-        groups_fit = self.num_heads % self.n_groups == 0
-        require(groups_fit, "n_groups", f"must divide the number of heads, {self.num_heads}")
+        rule = f"must divide the number of heads, {self.num_heads}"
+        require(self.num_heads % self.n_groups == 0, "n_groups", rule)
         require(self.hidden_act == "silu", "hidden_act", "only 'silu' is implemented; leave it out")
-        limits_fit = len(self.time_step_limit) == 2 and (
-            0 <= self.time_step_limit[0] <= self.time_step_limit[1]
-        )
+        limit = self.time_step_limit
+        are_numbers = isinstance(limit, tuple) and [type(value) for value in limit] == [
+            float,
+            float,
+        ]
         rule = "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit"
-        require(limits_fit, "time_step_limit", rule)
-        rule = f"must be positive and at most time_step_max, {self.time_step_max}"
-        require(0 < self.time_step_min <= self.time_step_max, "time_step_min", rule)
+        require(are_numbers and 0 <= limit[0] <= limit[1], "time_step_limit", rule)
+        rule = f"must be at most time_step_max, {self.time_step_max}"
+        require(self.time_step_min <= self.time_step_max, "time_step_min", rule)
 
     def to_diff_dict(self):
         """What `save_pretrained` writes: all options, for transformers' defaults are not ours."""
@@ -400,36 +411,21 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
         D: (h, 1) or (h, p), zero for None.
         state: (b, h, p, n), the initial one.
     """
-    if x.dim() != 4:
+    _require("x", x, dims="batch, length, heads, headdim")
+    _require("B", B, dims="batch, length, groups, state")
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    if g == 0 or h % g:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}: it must be (batch, length, heads, headdim)"
+            f"B has shape {tuple(B.shape)}: its number of groups, {g}, must be a divisor of the "
+            f"number of heads of x, {h}"
         )
-    for name, tensor in dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state).items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} is {tensor.dtype}: it must be a floating-point tensor")
-    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.is_complex()):
-        raise TypeError(f"seq_idx is {seq_idx.dtype}: it must hold integers")
-    b, l, h, p = x.shape
-    if B.dim() != 4 or B.shape[2] == 0 or h % B.shape[2]:
-        raise ValueError(
-            f"B has shape {tuple(B.shape)}: it must be (batch, length, groups, state) with a "
-            f"number of groups that divides the {h} heads of x"
-        )
-    g, n = B.shape[2:]
-    for name, tensor, *shapes in (
-        ("dt", dt, (b, l, h)),
-        ("A", A, (h,)),
-        ("B", B, (b, l, g, n)),
-        ("C", C, (b, l, g, n)),
-        ("D", D, (h,), (h, p)),
-        ("initial_state", initial_state, (b, h, p, n)),
-        ("seq_idx", seq_idx, (b, l)),
-    ):
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: with x of shape {tuple(x.shape)} and B "
-                f"of shape {tuple(B.shape)} it must be {' or '.join(map(str, shapes))}"
-            )
+    _require("dt", dt, (b, l, h))
+    _require("A", A, (h,))
+    _require("B", B, (b, l, g, n))
+    _require("C", C, (b, l, g, n))
+    _require("D", D, (h,), (h, p))
+    _require("initial_state", initial_state, (b, h, p, n))
+    _require("seq_idx", seq_idx, (b, l), kind="integers")
 
     dtype = _at_least_float32(x.dtype)
     log_decay = dt.to(dtype) * A.to(dtype)
@@ -439,6 +435,21 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     if initial_state is None:
         initial_state = x.new_zeros(b, h, p, n)
     return log_decay, D, initial_state.to(dtype)
+
+
+def _require(name, tensor, *shapes, dims=None, kind="floating-point numbers"):
+    """Raise unless `tensor` is None, or a tensor of that kind with such a shape or such dims."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
+    fits = tensor.dim() == dims.count(",") + 1 if dims else tuple(tensor.shape) in shapes
+    if not fits:
+        expected = f"({dims})" if dims else " or ".join(map(str, shapes))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {expected}")
+    found = "floating-point numbers" if tensor.is_floating_point() else "integers"
+    if tensor.is_complex() or kind not in (found, "numbers"):
+        raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -503,8 +514,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
         ValueError: shapes that do not fit together.
         TypeError: dtypes that do not.
     """
-    whole = max(x.shape[1], 1) if x.dim() > 1 else 1
-    return _ssd_chunked(x, dt, A, B, C, D, whole, initial_state, seq_idx)
+    return _ssd_chunked(x, dt, A, B, C, D, None, initial_state, seq_idx)
 
 
 @_without_autocast
@@ -519,22 +529,23 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
         ValueError: shapes that do not fit together, or chunk_size < 1.
         TypeError: dtypes that do not fit.
     """
+    if not (isinstance(chunk_size, int) and chunk_size >= 1):
+        raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
         return kernels.ssd(x, dt, A, B, C, D, **options)
-    if x.dim() == 4 and x.shape[1] == 1:  # a chunk of one position is a step of the recurrence
+    if x.shape[1:2] == (1,):  # a chunk of one position is a step of the recurrence
         return ssd_recurrent(x, dt, A, B, C, D, **options)
     return _ssd_chunked(x, dt, A, B, C, D, chunk_size, **options)
 
 
 def _ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
-    """`ssd` in plain PyTorch."""
-    if not (isinstance(chunk_size, int) and chunk_size >= 1):
-        raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
+    """`ssd` in plain PyTorch; chunk_size None is a single chunk."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    size = chunk_size or max(x.shape[1], 1)
     ys = [x[:, :0]]
-    for start in range(0, x.shape[1], chunk_size):
-        chunk = slice(start, start + chunk_size)
+    for start in range(0, x.shape[1], size):
+        chunk = slice(start, start + size)
         xs, dts, Bs, Cs = (t[:, chunk].to(state.dtype) for t in (x, dt, B, C))
         y, state = _ssd_chunk(xs * dts[..., None], log_decay[:, chunk], Bs, Cs, state)
         ys.append((y + D * xs).to(x.dtype))
@@ -615,17 +626,25 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         x: (b, l, d).
         weight, bias: (d, k), and (d) or None.
         initial_state: (b, k-1, d), the inputs before the first position; None is zeros.
-        seq_idx: (b, l) integers or None; as in `ssd`, no tap reaches over a border.
+        seq_idx: (b, l) integers or None; as in `ssd`. No tap reaches over a border.
 
     Returns:
         y: (b, l, d), in x's dtype; computed in float32 at least.
         final_state: (b, k-1, d), in x's dtype: the last inputs, zero if of an earlier sequence.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
     """
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_causal_conv1d(x, weight, bias, **options):
         return kernels.causal_conv1d(x, weight, bias, **options)
-    b, l, d = x.shape
-    k = weight.shape[1]
+    _require("x", x, dims="batch, length, channels")
+    _require("weight", weight, dims="channels, taps")
+    (b, l, d), k = x.shape, weight.shape[1]
+    _require("weight", weight, (d, k))
+    _require("bias", bias, (d,))
+    _require("initial_state", initial_state, (b, k - 1, d))
+    _require("seq_idx", seq_idx, (b, l), kind="integers")
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
     window = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
@@ -825,23 +844,14 @@ class Mamba2(nn.Module):
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
-        if u.dim() != 3 or u.shape[2] != config.hidden_size:
-            raise ValueError(
-                f"the input has shape {tuple(u.shape)}: it must be (batch, length, "
-                f"{config.hidden_size})"
-            )
+        _require("u", u, dims="batch, length, width")
         b, l, _ = u.shape
-        for name, value in dict(mask=mask, seq_idx=seq_idx).items():
-            if value is not None and tuple(value.shape) != (b, l):
-                raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {(b, l)}")
-        if state is not None:
-            expected = [
-                (b, config.conv_kernel - 1, self.widths[1]),
-                (b, config.num_heads, config.head_dim, config.state_size),
-            ]
-            shapes = [tuple(part.shape) for part in state]
-            if shapes != expected:
-                raise ValueError(f"the state has parts of shapes {shapes}: they must be {expected}")
+        _require("u", u, (b, l, config.hidden_size))
+        _require("mask", mask, (b, l), kind="numbers")
+        _require("seq_idx", seq_idx, (b, l), kind="integers")
+        conv, ssm = (None, None) if state is None else state
+        _require("state.conv", conv, (b, config.conv_kernel - 1, self.widths[1]))
+        _require("state.ssm", ssm, (b, config.num_heads, config.head_dim, config.state_size))
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -1016,15 +1026,31 @@ class Mamba2PreTrainedModel(PreTrainedModel):
                 describes, or it is of another architecture. Nothing is ever filled up with random
                 weights.
         """
-        kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
-        kwargs["output_loading_info"] = True
-        model, info = super().from_pretrained(name_or_path, *args, **kwargs)
-        for kind in ("missing_keys", "unexpected_keys"):
+        from safetensors import SafetensorError
+
+        options = {
+            "key_mapping": {r"backbone\.embedding\.": "backbone.embeddings."},  # original format
+            **kwargs,
+            "ignore_mismatched_sizes": True,  # is reported below, by name
+            "output_loading_info": True,
+        }
+        try:
+            model, info = super().from_pretrained(name_or_path, *args, **options)
+        except (EOFError, OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, (EOFError, SafetensorError)) or (
+                "PytorchStreamReader" in str(error) or getattr(error, "errno", 0) == errno.EINVAL
+            ):
+                message = f"a file of weights in {str(name_or_path)!r} is truncated or damaged"
+                raise ValueError(f"{message}: {error}") from error
+            raise
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
                 raise ValueError(
-                    f"{name_or_path!r} does not hold the weights of the {cls.__name__} that its "
-                    f"config describes: {kind} {sorted(info[kind])}"
+                    f"{str(name_or_path)!r} does not hold the weights of the {cls.__name__} that "
+                    f"its config describes: {kind} {sorted(info[kind])}"
                 )
+        # Or else `save_pretrained` would rename the weights back, as they were in the original.
+        vars(model).pop("_weight_conversions", None)
         for module in model.modules():
             if isinstance(module, Mamba2):
                 module.mark_parameters()  # loading made new parameters
@@ -1257,12 +1283,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         )
         return output if return_dict else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
+    ):
         # transformers takes the ids that come with a cache for the whole sequence, and cuts off
         # what the cache has seen. If that leaves nothing, they were the new tokens alone.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 def _next_tokens(labels, mask, seq_idx):
