@@ -1,0 +1,2226 @@
+"""Tests of mamba2.py; their names are the claims.
+
+What is right is written again here, from the paper (Dao and Gu 2024, arxiv.org/abs/2405.21060) and
+without mamba2.py: `recurrence` is the SSD, `layer_by_hand` the layer, both position by position.
+Nearly everything runs in float64, where two orders of summation differ by some 1e-14, so that 1e-10
+leaves no room for a mistake. All of it runs on CUDA where there is one, and else on the CPU.
+"""
+
+import copy
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import accelerate
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from packaging.version import Version
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.generation import (
+    BaseStreamer,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import mamba2
+from mamba2 import (
+    Mamba2,
+    Mamba2Cache,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Mamba2Model,
+    Mamba2State,
+    parameter_groups,
+    ssd,
+    ssd_quadratic,
+    ssd_recurrent,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FORMS = [ssd_recurrent, ssd_quadratic, ssd]
+DRAW = dict(dtype=torch.float64, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def recurrence(x, dt, A, B, C, D=None, initial_state=None, seq_idx=None):
+    """The oracle: the paper's equation (2), position by position, in float64."""
+    x, dt, A, B, C = (t.double() for t in (x, dt, A, B, C))
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    group = [head // (h // g) for head in range(h)]
+    state, ys = x.new_zeros(b, h, p, n), [x.new_zeros(b, 0, h, p)]
+    if initial_state is not None:
+        state = initial_state.double()
+    for t in range(l):
+        if seq_idx is not None and t > 0:
+            goes_on = (seq_idx[:, t] == seq_idx[:, t - 1]).double()
+            state = state * goes_on[:, None, None, None]
+        key, query = B[:, t, group, None, :], C[:, t, group, None, :]  # (b, h, 1, n)
+        decay, step = (dt[:, t] * A).exp()[:, :, None, None], dt[:, t, :, None, None]
+        state = decay * state + step * x[:, t, :, :, None] * key
+        y = (state * query).sum(-1)  # (b, h, p)
+        if D is not None:
+            y = y + (D.double() if D.dim() == 2 else D.double()[:, None]) * x[:, t]
+        ys.append(y[:, None])
+    return torch.cat(ys, 1), state
+
+
+def ssd_inputs(b, l, h, p, g, n, *, D=(), state=True):
+    """Random arguments of SSD, in float64; D is the shape of D behind the heads, or None."""
+    inputs = {
+        "x": torch.randn(b, l, h, p, **DRAW),
+        "dt": F.softplus(torch.randn(b, l, h, **DRAW)),
+        "A": -torch.rand(h, **DRAW) - 0.05,
+        "B": torch.randn(b, l, g, n, **DRAW),
+        "C": torch.randn(b, l, g, n, **DRAW),
+        "D": None if D is None else torch.randn(h, *D, **DRAW),
+        "initial_state": torch.randn(b, h, p, n, **DRAW) if state else None,
+    }
+    return {name: t.requires_grad_() for name, t in inputs.items() if t is not None}
+
+
+def labels(b, l):
+    """Random seq_idx of zeros and ones: a label comes back for another sequence, as it may."""
+    return (torch.rand(b, l, device=DEVICE) < 0.3).cumsum(1) % 2
+
+
+def make_layer(**options):
+    """A small layer in float64 in which every parameter has a random value, and so an effect."""
+    sizes = dict(d_model=10, d_state=5, headdim=5, ngroups=2, d_conv=4, chunk_size=4)
+    layer = Mamba2(**{**sizes, **options}).to(DEVICE, torch.float64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return layer
+
+
+def layer_inputs(layer, b, l):
+    """Random u and state for a layer."""
+    c, draw = layer.config, dict(**DRAW, requires_grad=True)
+    channels = c.nheads * c.headdim + 2 * c.ngroups * c.d_state
+    conv = torch.randn(b, c.d_conv - 1, channels, **draw)
+    ssm = torch.randn(b, c.nheads, c.headdim, c.d_state, **draw)
+    return torch.randn(b, l, c.d_model, **draw), Mamba2State(conv, ssm)
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def gradients(outputs, inputs):
+    """Gradients of all inputs from cotangents on all outputs, the same for the same shapes."""
+    loss = sum(0 * t.sum() for t in tensors(inputs))  # has a gradient, even where l = 0
+    for output in tensors(outputs):
+        draw = torch.Generator().manual_seed(output.numel())
+        cotangent = torch.randn(output.shape, generator=draw, dtype=torch.float64)
+        loss = loss + (output.double() * cotangent.to(output.device)).sum()
+    return torch.autograd.grad(loss, tensors(inputs), retain_graph=True, materialize_grads=True)
+
+
+def assert_close(found, expected, tolerance=1e-10, case="", rounding=0):
+    """Each tensor is equal, relative to the largest value in it, and each value to its rounding."""
+    for i, (f, e) in enumerate(zip(tensors(found), tensors(expected), strict=True)):
+        f, e = f.detach().double(), e.detach().double()
+        assert f.shape == e.shape, f"{case} [{i}]"
+        if e.numel():
+            error, scale = (f - e).abs().max(), e.abs().max()
+            message = f"{case} [{i}]: error {error:.1e} where values are {scale:.1e}"
+            assert ((f - e).abs() <= tolerance * scale + rounding * e.abs()).all(), message
+
+
+def assert_same(found, expected, inputs, case=""):
+    """The results are equal, and so are their gradients for all inputs."""
+    assert_close(found, expected, case=case)
+    assert_close(gradients(found, inputs), gradients(expected, inputs), case=f"{case} gradient")
+
+
+def identical(found, expected):
+    pairs = list(zip(tensors(found), tensors(expected), strict=True))
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+
+
+def in_pieces(step, l, state, cuts):
+    """Outputs and state of `step(slice, state)`, called on one piece after the other."""
+    ys = []
+    for start, end in zip([0, *cuts], [*cuts, l], strict=True):
+        y, state = step(slice(start, end), state)
+        ys.append(y)
+    return torch.cat(ys, 1), state
+
+
+class Bytes(TorchDispatchMode):
+    """Watches the tensors that operations make: most bytes alive at once, most bytes of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.largest = WeakIdKeyDictionary(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (tensor.untyped_storage() for tensor in tensors(out)):
+            self.alive[storage] = storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+# ---- SSD -----------------------------------------------------------------------------------------
+
+
+def test_the_three_forms_are_the_recurrence_on_240_random_shapes():
+    for case in range(240):
+        q = random.randint(1, 8)
+        l = [0, 1, q - 1, q, q + 1, 3 * q + 7][case % 6]
+        b, g, r = random.choice([0, 1, 2, 3]), random.randint(1, 3), random.randint(1, 3)
+        p, n = random.choice([1, 3, 5, 8]), random.choice([1, 3, 4, 7])
+        D = random.choice([None, (), (p,)])
+        inputs = ssd_inputs(b, l, g * r, p, g, n, D=D, state=random.random() < 0.5)
+        seq_idx = labels(b, l) if random.random() < 0.5 else None
+        expected = recurrence(**inputs, seq_idx=seq_idx)
+        expected = [*expected, gradients(expected, inputs)]
+        for form in FORMS:
+            found = form(**inputs, seq_idx=seq_idx, chunk_size=q)
+            case = f"{form.__name__} b={b} l={l} q={q} g={g} r={r} p={p} n={n} D={D} {seq_idx}"
+            assert_close([*found, gradients(found, inputs)], expected, case=case)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_passes_on_every_input_and_state(form):
+    inputs = ssd_inputs(1, 5, 2, 2, 1, 2, D=(2,))
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1]], device=DEVICE)  # the border is inside of a chunk
+
+    def function(*given):
+        return form(**dict(zip(inputs, given, strict=True)), seq_idx=seq_idx, chunk_size=2)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+def test_the_chunked_form_can_be_differentiated_twice():
+    inputs, seq_idx = ssd_inputs(1, 4, 2, 1, 1, 2), torch.tensor([[0, 1, 1, 1]], device=DEVICE)
+
+    def function(*given):
+        return ssd(**dict(zip(inputs, given, strict=True)), seq_idx=seq_idx, chunk_size=2)
+
+    assert torch.autograd.gradgradcheck(function, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_costs_the_rounding_of_the_result_alone(form, dtype, monkeypatch):
+    inputs = {k: t.detach().to(dtype) for k, t in ssd_inputs(2, 200, 4, 8, 2, 16).items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    mixed = {k: t if k in ("x", "B", "C") else t.to(wide) for k, t in inputs.items()}
+    mixed["D"] = mixed["D"] + 0.001  # has no bfloat16, and as it is float32 needs none
+    for given in (inputs, mixed):  # all of x's dtype; or as in a layer: dt, A, D, state wider
+        exact_y, exact_state = recurrence(**given)
+        # Inside all is `wide`, whose sums of up to 200 terms lose some 10 of its roundings; the
+        # result is rounded once to x's dtype, by at most half of its epsilon. A kernel may round
+        # products too, that it feeds to matrix units: two roundings more.
+        inner, epsilon = 10 * torch.finfo(wide).eps, torch.finfo(dtype).eps
+        y, state = form(**given)
+        assert (y.dtype, state.dtype) == (dtype, wide)
+        assert_close((y, state), (exact_y, exact_state), inner + 2 * epsilon)
+        with monkeypatch.context() as patch:
+            patch.setattr(mamba2, "kernels", None)
+            y, state = form(**given)
+        assert (y.dtype, state.dtype) == (dtype, wide)
+        assert_close(state, exact_state, inner)
+        assert_close(y, exact_y, inner, rounding=epsilon / 2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_does_not_reach_into_ssd(form):
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = {k: t.detach().to(dtype) for k, t in ssd_inputs(2, 70, 4, 8, 2, 16).items()}
+        outside = form(**inputs)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            assert identical(form(**inputs), outside)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_extreme_steps_and_decays_are_finite_and_right(form):
+    b, l, h = 2, 70, 5
+    inputs = ssd_inputs(b, l, h, 3, 1, 4)
+    with torch.no_grad():
+        inputs["dt"].copy_(10 ** torch.empty_like(inputs["dt"]).uniform_(-8, 3))  # 1e-8 .. 1e3
+        inputs["A"].copy_(-torch.tensor([1e-8, 1e-3, 1, 30, 1e3]))
+    single = {k: t.detach().float().requires_grad_() for k, t in inputs.items()}
+    for seq_idx in (None, labels(b, l)):
+        expected = recurrence(**inputs, seq_idx=seq_idx)
+        assert_same(form(**inputs, seq_idx=seq_idx), expected, inputs, list(inputs))
+        found = form(**single, seq_idx=seq_idx)
+        # float32: exp(s) has the relative error of s, up to 20 epsilons of 1.2e-7 where it matters;
+        # gradients are sums of such values, and of y.
+        assert_close(found, expected, 1e-5)
+        assert_close(gradients(found, single), gradients(expected, inputs), 1e-4, list(inputs))
+
+
+@pytest.mark.parametrize("form", [ssd_quadratic, ssd])
+def test_a_weak_decay_after_a_strong_one_keeps_its_digits(form):
+    l = 64
+    inputs = {k: t.detach() for k, t in ssd_inputs(1, l, 1, 3, 1, 4, D=None, state=False).items()}
+    inputs["A"].fill_(-1)
+    inputs["dt"].fill_(0.01)
+    inputs["dt"][:, 1], inputs["x"][:, 1] = 1e6, 0  # forget everything, write nothing
+    expected, _ = recurrence(**inputs)
+    single = {name: tensor.float() for name, tensor in inputs.items()}
+    found, _ = form(**single, chunk_size=l)
+    assert_close(found, expected, 1e-5)  # some 20 epsilons of float32
+    # The obvious formula, with L from differences of prefix sums, is wrong already in the second
+    # digit: next to 1e6 float32 has no digits behind the point but sixteenths.
+    x, dt, B, C = (single[name][0] for name in ("x", "dt", "B", "C"))
+    sums = (dt[:, 0] * single["A"]).cumsum(0)  # (l)
+    naive = ((C[:, 0] @ B[:, 0].T) * (sums[:, None] - sums).exp().tril()) @ (dt * x[:, 0])
+    exact = expected[0, :, 0]
+    assert (naive - exact).abs().max() > 0.02 * exact.abs().max()
+
+
+def test_the_chunked_form_holds_no_matrix_of_the_sequence():
+    b, l, h, p, g, n, q = 1, 1024, 8, 16, 2, 16, 64
+    inputs = ssd_inputs(b, l, h, p, g, n, state=False)  # float64: no kernel, 8 bytes a number
+    x_bytes, given = 8 * b * l * h * p, sum(8 * t.numel() for t in inputs.values())
+    with torch.no_grad(), Bytes() as forward:
+        ssd(**inputs, chunk_size=q)
+    # Alive at once: the inputs (views of them are counted), the outputs of the chunks and what they
+    # are put together in, and of one chunk 8 matrices (h, q, q) or less.
+    assert forward.peak <= given + 2 * x_bytes + 8 * (8 * b * h * q * q)
+    assert forward.peak < 8 * l * l  # so less than one l x l matrix for one of 8 heads
+    with Bytes() as training:
+        y, _ = ssd(**inputs, chunk_size=q)
+        y.sum().backward()
+    assert training.largest <= x_bytes  # the backward pass makes no larger tensor either
+    assert x_bytes < 8 * l * l and x_bytes < 8 * b * (l // q) * q * q * h * n
+
+
+def test_products_with_B_and_C_are_made_once_for_a_group():
+    b, l, h, p, g, n, q = 2, 96, 12, 8, 3, 16, 32
+    with FlopCounterMode(display=False) as counter:
+        ssd(**ssd_inputs(b, l, h, p, g, n), chunk_size=q)
+    scores = g * q * q * n  # C B^T, for each group, not for each head
+    a_chunk = scores + h * q * q * p + h * p * q * n + h * q * n * p
+    assert counter.get_total_flops() <= 2 * b * (l // q) * a_chunk
+
+
+BAD_SSD = {
+    "x of three axes": dict(x=(2, 5, 12)),
+    "dt of other heads": dict(dt=(2, 5, 3)),
+    "A of other heads": dict(A=(2,)),
+    "groups that do not divide": dict(B=(2, 5, 3, 6), C=(2, 5, 3, 6)),
+    "no group": dict(B=(2, 5, 0, 6), C=(2, 5, 0, 6)),
+    "B of another length": dict(B=(2, 1, 2, 6), C=(2, 1, 2, 6)),
+    "C of another state": dict(C=(2, 5, 2, 1)),
+    "a scalar D": dict(D=()),
+    "D of other channels": dict(D=(4, 1)),
+    "a state turned round": dict(initial_state=(2, 4, 6, 3)),
+    "a state for one row": dict(initial_state=(1, 4, 3, 6)),
+    "seq_idx of another length": dict(seq_idx=(2, 4)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", BAD_SSD)
+def test_ssd_refuses_shapes_that_do_not_fit(form, case):
+    inputs, name = ssd_inputs(2, 5, 4, 3, 2, 6), next(iter(BAD_SSD[case]))
+    for changed, shape in BAD_SSD[case].items():
+        dtype = torch.int64 if changed == "seq_idx" else torch.float64
+        inputs[changed] = torch.ones(shape, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match="must be") as raised:
+        form(**inputs)
+    assert str(raised.value).startswith(f"{name} has shape {BAD_SSD[case][name]}: ")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "D", "initial_state", "seq_idx"])
+def test_ssd_refuses_dtypes_that_mean_nothing(form, name):
+    inputs = ssd_inputs(2, 5, 4, 3, 2, 6)
+    bad = torch.zeros(2, 5) if name == "seq_idx" else inputs[name].detach().int()
+    with pytest.raises(TypeError, match=f"{name} is {bad.dtype}: it must"):
+        form(**inputs | {name: bad.to(DEVICE)})
+
+
+@pytest.mark.parametrize("chunk_size", [0, -3, 2.5, None])
+def test_ssd_refuses_chunks_of_no_positions(chunk_size):
+    with pytest.raises(ValueError, match=f"chunk_size = {chunk_size}: it must be"):
+        ssd(**ssd_inputs(1, 5, 2, 2, 1, 2), chunk_size=chunk_size)
+
+
+# ---- Convolution and norm ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_the_convolution_is_torchs_between_the_borders(k):
+    b, d, draw = 2, 5, dict(**DRAW, requires_grad=True)
+    weight, bias, before = (torch.randn(s, **draw) for s in ((d, k), (d,), (b, k - 1, d)))
+    for l in (0, 1, 2, 3, 4, 9):
+        x = torch.randn(b, l, d, **draw)
+        for state in (None, before):
+            window = torch.cat([torch.zeros_like(before) if state is None else state, x], 1)
+            y = x.mT if l == 0 else F.silu(F.conv1d(window.mT, weight[:, None], bias, groups=d))
+            found = mamba2.causal_conv1d(x, weight, bias, initial_state=state)
+            assert_same(found, (y.mT, window[:, l:]), [x, weight, bias, before])
+
+    # Sequences of 4, 1, 2 and 3 positions in a row; the third has the label of the first again.
+    x, sizes = torch.randn(b, 10, d, **draw), [4, 1, 2, 3]
+    seq_idx = torch.tensor([[0, 0, 0, 0, 1, 0, 0, 2, 2, 2]] * b, device=DEVICE)
+    found = mamba2.causal_conv1d(x, weight, initial_state=before, seq_idx=seq_idx)
+    parts = [mamba2.causal_conv1d(part, weight) for part in x.split(sizes, 1)]
+    parts[0] = mamba2.causal_conv1d(x[:, :4], weight, initial_state=before)
+    assert_same(found, (torch.cat([y for y, _ in parts], 1), parts[-1][1]), [x, weight, before])
+
+
+def gated_norm_by_hand(y, z, weight, eps, groups):
+    width, parts = y.shape[-1] // groups, []
+    for i in range(groups):
+        part = slice(i * width, (i + 1) * width)
+        gated = y[..., part] * z[..., part] * torch.sigmoid(z[..., part])
+        size = torch.sqrt((gated**2).sum(-1, keepdim=True) / width + eps)
+        parts.append(gated / size * weight[part])
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_the_gated_norm_is_one_norm_for_each_group(groups):
+    norm = mamba2.RMSNorm(12, eps=0.3, groups=groups).to(DEVICE, torch.float64)
+    nn.init.normal_(norm.weight)
+    y, z = torch.randn(2, 2, 5, 12, **DRAW, requires_grad=True)
+    expected = gated_norm_by_hand(y, z, norm.weight, 0.3, groups)
+    assert_same(norm(y, gate=z), expected, [y, z, norm.weight])
+    one = torch.full_like(z, 1.2784645427610738)  # where z * sigmoid(z) is 1
+    expected = gated_norm_by_hand(y, one, norm.weight, 0.3, groups)
+    assert_same(norm(y), expected, [y, norm.weight])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_convolution_and_norm_cost_the_rounding_of_the_result_alone(dtype):
+    x, z, weight = (torch.randn(s, device=DEVICE).to(dtype) for s in ((2, 9, 8), (2, 9, 8), (8, 4)))
+    norm = mamba2.RMSNorm(8, 1e-5, groups=2).to(DEVICE, dtype)
+    y, state = mamba2.causal_conv1d(x, weight, weight[:, 0])
+    found = y, norm(x, gate=z)
+    x, z, weight, norm = x.double(), z.double(), weight.double(), copy.deepcopy(norm).double()
+    expected = mamba2.causal_conv1d(x, weight, weight[:, 0])[0], norm(x, gate=z)
+    assert found[0].dtype == found[1].dtype == dtype and identical(state, x[:, -3:].to(dtype))
+    # The arithmetic is in float32, with some 10 roundings of 1.2e-7; then half an epsilon of dtype.
+    assert_close(found, expected, 2e-6, rounding=torch.finfo(dtype).eps / 2)
+
+
+# ---- The layer -----------------------------------------------------------------------------------
+
+
+def layer_by_hand(layer, u, state=None):
+    """y of the layer (Section 7.1), from its parameters, in their published order and meaning."""
+    c, inner = layer.config, layer.config.nheads * layer.config.headdim
+    b, l, gn, k = *u.shape[:2], c.ngroups * c.d_state, c.d_conv
+    z, x, B, C, dt = layer.in_proj(u).split([inner, inner, gn, gn, c.nheads], dim=-1)
+    xBC = torch.cat([x, B, C], -1)
+    before = xBC.new_zeros(b, k - 1, inner + 2 * gn) if state is None else state.conv
+    window, conv = torch.cat([before, xBC], 1), torch.zeros_like(xBC)
+    for t in range(l):
+        for j in range(k):
+            conv[:, t] += layer.conv1d.weight[:, 0, j] * window[:, t + j]
+        if layer.conv1d.bias is not None:
+            conv[:, t] += layer.conv1d.bias
+    x, B, C = (conv * torch.sigmoid(conv)).split([inner, gn, gn], dim=-1)
+    low, high = (torch.tensor(limit, **DRAW) for limit in c.dt_limit)
+    dt = torch.minimum(torch.maximum(torch.log1p(torch.exp(dt + layer.dt_bias)), low), high)
+    x, B = x.reshape(b, l, c.nheads, c.headdim), B.reshape(b, l, c.ngroups, c.d_state)
+    C, A = C.reshape(b, l, c.ngroups, c.d_state), -torch.exp(layer.A_log)
+    y, ssm = recurrence(x, dt, A, B, C, layer.D, None if state is None else state.ssm)
+    weight, eps = layer.norm.weight, c.norm_epsilon
+    y = gated_norm_by_hand(y.reshape(b, l, inner), z, weight, eps, c.ngroups)
+    return layer.out_proj(y), Mamba2State(window[:, l:], ssm)
+
+
+LAYERS = {
+    "defaults": {},
+    "one group": dict(ngroups=1),
+    "as many groups as heads": dict(ngroups=4),
+    "expand = 1.5, odd sizes": dict(d_model=14, headdim=3, expand=1.5, ngroups=7, d_state=3),
+    "one head, one channel": dict(d_model=1, headdim=1, expand=1, ngroups=1, d_state=1),
+    "all biases": dict(bias=True, conv_bias=True),
+    "no biases": dict(bias=False, conv_bias=False),
+    "dt limits": dict(dt_limit=(0.05, 0.2)),
+    "a low dt limit": dict(dt_limit=(0.1, math.inf), bias=True),
+    "no convolution": dict(d_conv=1),
+    "seven taps, another eps": dict(d_conv=7, norm_epsilon=0.1),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_the_layer_is_the_layer_written_by_hand(case):
+    layer = make_layer(**LAYERS[case])
+    u, given_state = layer_inputs(layer, 2, 11)
+    for state in (None, given_state):
+        expected, found = layer_by_hand(layer, u, state), layer.step(u, state)
+        assert_same(found, expected, [u, state, list(layer.parameters())])
+        assert isinstance(found[1], Mamba2State) and torch.equal(layer(u, state), found[0])
+        tokens = in_pieces(lambda t, s: layer.step(u[:, t], s), 11, state, range(1, 11))
+        assert_close(tokens, expected)  # dt's limits hold in single steps too
+
+
+@pytest.mark.parametrize("what", [*FORMS, "layer", "layer without convolution"])
+def test_any_split_of_the_sequence_gives_the_same_state(what):
+    b, l = 2, 23
+    seq_idx = (torch.arange(l, device=DEVICE) // 8).expand(b, l)
+    if what in FORMS:
+        inputs = ssd_inputs(b, l, 4, 3, 2, 5)
+        state = inputs.pop("initial_state")
+        given = [inputs, state]
+
+        def step(piece, state):
+            part = {k: t if k in ("A", "D") else t[:, piece] for k, t in inputs.items()}
+            options = dict(seq_idx=seq_idx[:, piece], chunk_size=random.randint(1, 6))
+            return what(**part, initial_state=state, **options)
+    else:
+        layer = make_layer(d_conv=4 if what == "layer" else 1)
+        u, state = layer_inputs(layer, b, l)
+        given = [u, state, list(layer.parameters())]
+
+        def step(piece, state):
+            return layer.step(u[:, piece], state, seq_idx=seq_idx[:, piece])
+
+    for start in (None, state):
+        for _ in range(3):
+            # Anywhere but at borders between sequences; a single token, and empty pieces.
+            cuts = random.choices([i for i in range(l) if i % 8], k=4)
+            cuts = sorted([0, 3, 4, *cuts, cuts[0], l])
+            assert_same(in_pieces(step, l, start, cuts), step(slice(l), start), given, cuts)
+
+
+@pytest.mark.parametrize("l", [0, 1, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_state_is_a_value_that_can_be_used_again(l, masked):
+    layer = make_layer()
+    (u, _), (v, _), (prompt, _) = (layer_inputs(layer, 2, n) for n in (l, l, 6))
+    mask = torch.rand(2, l, device=DEVICE) < 0.5 if masked else None
+    _, state = layer.step(prompt)
+    given = tensors([u, v, mask, state])
+    before = [(part.clone(), part._version) for part in given]
+    forks = [layer.step(w, state, mask) for w in (u, v, u)]
+    for y, end in forks:  # each goes back through the one state, and none spoils it for the next
+        (y.sum() + end.ssm.square().sum()).backward(retain_graph=True)
+    for part, (value, version) in zip(given, before, strict=True):
+        assert torch.equal(part, value) and part._version == version
+    assert identical(forks[0], forks[2])
+    for _, end in forks:  # they share no memory, nor keep alive what they were computed from
+        for part, old in zip(end, state, strict=True):
+            assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+            assert l == 0 or part.data_ptr() != old.data_ptr()
+
+
+MASKS = """00000111111 11111100000 11100001111 10110100101 00000000000 11111111111 00000000001
+           10000000000 01111111110""".split()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("masked, packed", [(True, False), (False, True), (True, True)])
+def test_masked_positions_do_not_exist_and_packed_sequences_are_separate(
+    k, with_state, masked, packed
+):
+    layer, l, b = make_layer(d_conv=k, bias=True, dt_limit=(0.2, 2.0)), 11, len(MASKS)
+    u, state = layer_inputs(layer, b, l)
+    state = state if with_state else None
+    mask = torch.tensor([[int(digit) for digit in row] for row in MASKS], device=DEVICE)
+    seen = mask.bool() if masked else torch.ones_like(mask, dtype=torch.bool)
+    idx = labels(b, l) if packed else torch.zeros_like(mask)
+
+    rows = []  # what is seen of each row, each of its sequences by itself
+    for row in range(b):
+        row_u, label = u[row : row + 1, seen[row]], idx[row, seen[row]]
+        borders = (label[1:] != label[:-1]).nonzero()[:, 0] + 1
+        end, ys = None if state is None else Mamba2State(*(s[row : row + 1] for s in state)), []
+        for i, part in enumerate(row_u.tensor_split(borders.cpu(), 1)):
+            y, end = layer.step(part, end if i == 0 else None)
+            ys.append(y[0])
+        rows.append((torch.cat(ys), *end))
+    expected = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+
+    others = [state, list(layer.parameters())]
+    expected += gradients(expected, [u, others])
+    # What masked positions hold is not heard: neither NaN, nor a label of their own.
+    junk = u.detach().masked_fill(~seen[..., None], math.nan).requires_grad_()
+    junk_idx = idx.masked_fill(~seen, 7) if packed else None
+    for kind in (torch.bool, torch.int64, torch.float32) if masked else (None,):
+        y, end = layer.step(junk, state, mask.to(kind) if masked else None, junk_idx)
+        assert (y[~seen] == 0).all()
+        found = [y[seen], *end]
+        assert_close([*found, gradients(found, [junk, others])], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 4])
+def test_masked_tokens_leave_the_state_as_it_is_to_the_last_bit(dtype, k):
+    layer = make_layer(d_conv=k, bias=True).to(dtype)
+    _, state = layer.step(layer_inputs(layer, 3, 7)[0].to(dtype))
+    for l in (1, 2, 6):
+        u = torch.full((3, l, 10), math.nan, dtype=dtype, device=DEVICE)
+        y, after = layer.step(u, state, torch.zeros(3, l, device=DEVICE))
+        assert (y == 0).all() and identical(after, state)
+
+
+@pytest.mark.parametrize("b, l", [(0, 3), (2, 0), (0, 0)])
+def test_no_rows_and_no_tokens_are_inputs_too(b, l):
+    layer = make_layer()
+    u, state = layer_inputs(layer, b, l)
+    full, idx = torch.ones(b, l, device=DEVICE), torch.zeros(b, l, dtype=torch.int, device=DEVICE)
+    for start in (None, state):
+        for mask, seq_idx in ((None, None), (full, None), (None, idx), (full, idx)):
+            y, after = layer.step(u, start, mask, seq_idx)
+            zeros = [torch.zeros_like(part) for part in state]
+            assert y.shape == (b, l, 10) and identical(after, start or zeros)
+            assert all((g == 0).all() for g in gradients(y, list(layer.parameters())))
+
+
+@pytest.mark.parametrize("what", [*FORMS, "layer", "masked layer"])
+def test_no_output_depends_on_what_comes_later(what):
+    l, layer = 11, make_layer()
+    if what in FORMS:
+        inputs = ssd_inputs(1, l, 4, 3, 2, 5)
+        given, (y, _) = [inputs[k] for k in ("x", "dt", "B", "C")], what(**inputs, chunk_size=4)
+    else:
+        mask = torch.arange(l, device=DEVICE)[None] != 3 if what == "masked layer" else None
+        u, _ = layer_inputs(layer, 1, l)
+        given, y = [u], layer(u, mask=mask)
+    for t in (0, 2, 4, 7, 10):
+        found = torch.autograd.grad(y[:, t].square().sum(), given, retain_graph=True)
+        assert all((gradient[:, t + 1 :] == 0).all() for gradient in found)  # exactly
+        assert (found[0][:, [0, t]] != 0).any(-1).all()  # but it does on what came before
+
+
+def test_a_layer_in_half_precision_keeps_its_state_in_float32():
+    exact = Mamba2(d_model=32, d_state=16, headdim=8, ngroups=2).to(DEVICE)
+    u = torch.randn(2, 100, 32, device=DEVICE)
+    half = copy.deepcopy(exact).bfloat16()
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        cast = in_pieces(lambda piece, state: exact.step(u[:, piece], state), 100, None, [99])
+    for y, state in (half.step(u.bfloat16()), cast):
+        dtypes = [tensor.dtype for tensor in (y, *state)]
+        assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+        # About ten roundings of 2^-9 (weights, input, projections, convolution, norm) in a row.
+        assert_close(y, exact(u), 0.02)
+
+
+def test_a_decoded_token_costs_the_same_memory_after_ten_tokens_and_a_thousand():
+    layer, sizes = make_layer(), []
+    u = layer_inputs(layer, 1, 1000)[0].detach()
+    with torch.no_grad():
+        for context in (9, 999):
+            _, state = layer.step(u[:, :context])
+            with Bytes() as tracker:
+                _, state = layer.step(u[:, :1], state)
+            sizes.append([tracker.peak, *(part.untyped_storage().nbytes() for part in state)])
+    assert sizes[0] == sizes[1]
+    assert sizes[0][1:] == [8 * 3 * (20 + 2 * 2 * 5), 8 * 4 * 5 * 5]
+
+
+def test_a_graph_of_the_layer_is_captured_whole_and_is_right():
+    layer = make_layer()
+    seq_idx = torch.tensor([[0] * 4 + [1] * 6, [0] * 7 + [1] * 3], device=DEVICE)
+    mask = torch.tensor([[0, 0] + [1] * 8, [1, 0] * 5], device=DEVICE)
+    step = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
+    for l, extra in ((10, ()), (10, (mask, seq_idx)), (1, ())):
+        u, state = layer_inputs(layer, 2, l)
+        found = step(u, state, *extra)
+        assert isinstance(found[1], Mamba2State)
+        expected = layer.step(u, state, *extra)
+        assert_same(found, expected, [u, state, list(layer.parameters())])
+
+
+BAD_LAYER = {
+    "u without a batch": (dict(u=(5, 10)), ValueError, "(5, 10)"),
+    "u of another width": (dict(u=(2, 5, 9)), ValueError, "(2, 5, 9)"),
+    "mask of another length": (dict(mask=(2, 6)), ValueError, "(2, 6)"),
+    "mask without a batch": (dict(mask=(5,)), ValueError, "(5,)"),
+    "mask of attention": (dict(mask=(2, 5, 5)), ValueError, "(2, 5, 5)"),
+    "seq_idx of another batch": (dict(seq_idx=(1, 5)), ValueError, "(1, 5)"),
+    "conv state too long": (dict(conv=(2, 4, 40)), ValueError, "(2, 4, 40)"),
+    "conv state of other channels": (dict(conv=(2, 3, 41)), ValueError, "(2, 3, 41)"),
+    "conv state of another batch": (dict(conv=(1, 3, 40)), ValueError, "(1, 3, 40)"),
+    "ssm state of another batch": (dict(ssm=(1, 4, 5, 5)), ValueError, "(1, 4, 5, 5)"),
+    "ssm state of other heads": (dict(ssm=(2, 2, 5, 5)), ValueError, "(2, 2, 5, 5)"),
+    "seq_idx that is not integers": (dict(seq_idx=(2, 5)), TypeError, "float"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LAYER)
+def test_the_layer_refuses_what_does_not_fit(case):
+    changes, error, part_of_message = BAD_LAYER[case]
+    shapes = dict(u=(2, 5, 10), conv=(2, 3, 40), ssm=(2, 4, 5, 5), mask=(2, 5)) | changes
+    given = {name: torch.ones(shape, **DRAW) for name, shape in shapes.items()}
+    state = Mamba2State(given.pop("conv"), given.pop("ssm"))
+    with pytest.raises(error, match="must") as raised:
+        make_layer().step(state=state, **given)
+    assert part_of_message in str(raised.value)
+
+
+# ---- Initialisation and optimiser groups ---------------------------------------------------------
+
+
+def test_a_layer_alone_is_initialised_as_in_the_original():
+    with DEVICE:
+        layer = Mamba2(d_model=512, headdim=1, d_state=2)  # 1024 heads, to see distributions
+        biased = Mamba2(d_model=8, headdim=4, bias=True)
+        other = Mamba2(d_model=64, headdim=1, dt_min=0.02, dt_max=0.5, dt_init_floor=0.1)
+    A, dt, slack = layer.A_log.exp(), F.softplus(layer.dt_bias), 1e-5  # of float32's exp and log
+    assert 1 - slack < A.min() < 1.2 and 15.8 < A.max() < 16 * (1 + slack)
+    assert 0.001 * (1 - slack) < dt.min() < 0.0011 and 0.09 < dt.max() < 0.1 * (1 + slack)
+    # Uniform, and log-uniform: the means of 1024 draws, within five standard deviations.
+    assert abs(A.mean() - 8.5) < 5 * 15 / 12**0.5 / 32
+    assert abs(dt.log().mean() - math.log(0.01)) < 5 * math.log(100) / 12**0.5 / 32
+    dt = F.softplus(other.dt_bias)
+    assert 0.1 * (1 - slack) < dt.min() < 0.1 * (1 + slack) and 0.3 < dt.max() < 0.5 * (1 + slack)
+    assert (layer.D == 1).all() and (layer.norm.weight == 1).all()
+    assert (biased.in_proj.bias == 0).all() and (biased.out_proj.bias == 0).all()
+    bounds = {"in_proj.weight": 512, "out_proj.weight": 1024, "conv1d.weight": 4, "conv1d.bias": 4}
+    for name, fan_in in bounds.items():
+        scaled = layer.get_parameter(name) * fan_in**0.5  # uniform in [-1, 1]
+        assert 0.99 < scaled.abs().max() < 1 + slack and abs(scaled.mean()) < 0.05
+    y = layer(torch.randn(2, 50, 512, device=DEVICE))
+    assert 0.01 < y.std() < 1  # neither vanishing nor exploding, nor NaN
+
+
+def test_initialisation_follows_the_seed_and_scales_out_proj_by_depth():
+    layer, states = Mamba2(d_model=16, headdim=4, bias=True).to(DEVICE), []
+    for depth in (1, 1, 9):
+        for parameter in layer.parameters():
+            nn.init.constant_(parameter, math.nan)
+        torch.manual_seed(1)
+        layer.reset_parameters(depth)
+        states.append(copy.deepcopy(layer.state_dict()))
+    first, again, deep = states
+    assert identical(first, again)
+    deep["out_proj.weight"] *= 9**0.5
+    assert_close(deep, first, 1e-6)  # a few roundings of float32
+
+
+def test_optimiser_groups_hold_every_parameter_once_and_exempt_the_right_ones():
+    model = nn.Module()
+    model.embeddings = nn.Embedding(7, 8)
+    model.block = mamba2.Mamba2Block(Mamba2Config(d_model=8, headdim=4, bias=True))
+    model.head = nn.Linear(8, 7)
+    model.head.weight = model.embeddings.weight  # tied
+    model.frozen = nn.Linear(8, 8).requires_grad_(False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay, exempt = mamba2.parameter_groups(model, 0.1)
+    assert (decay["weight_decay"], exempt["weight_decay"]) == (0.1, 0.0)
+    decaying = "conv1d.weight in_proj.weight out_proj.weight".split()
+    decaying = ["embeddings.weight", *(f"block.mixer.{name}" for name in decaying)]
+    assert sorted(names[id(p)] for p in decay["params"]) == sorted(decaying)
+    free = "A_log D dt_bias conv1d.bias in_proj.bias out_proj.bias norm.weight".split()
+    free = ["block.norm.weight", "head.bias", *(f"block.mixer.{name}" for name in free)]
+    assert sorted(names[id(p)] for p in exempt["params"]) == sorted(free)
+    marked = {n for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert marked == {"block.mixer.A_log", "block.mixer.D", "block.mixer.dt_bias"}
+
+
+# ---- Configuration -------------------------------------------------------------------------------
+
+TWO_NAMES = {
+    ("hidden_size", "d_model"): 96,
+    ("num_hidden_layers", "n_layer"): 3,
+    ("state_size", "d_state"): 17,
+    ("head_dim", "headdim"): 32,
+    ("n_groups", "ngroups"): 2,
+    ("num_heads", "nheads"): 24,
+    ("conv_kernel", "d_conv"): 5,
+    ("use_bias", "bias"): True,
+    ("use_conv_bias", "conv_bias"): False,
+    ("time_step_limit", "dt_limit"): (0.5, 2.0),
+    ("time_step_min", "dt_min"): 0.01,
+    ("time_step_max", "dt_max"): 0.2,
+    ("time_step_floor", "dt_init_floor"): 0.003,
+    ("layer_norm_epsilon", "norm_epsilon"): 0.125,
+    ("tie_word_embeddings", "tie_embeddings"): False,
+}
+
+
+@pytest.mark.parametrize("names", TWO_NAMES, ids=" = ".join)
+def test_an_option_has_two_names(names):
+    for given in names:
+        config = Mamba2Config(**{given: TWO_NAMES[names]})
+        assert [getattr(config, name) for name in names] == 2 * [TWO_NAMES[names]]
+        setattr(config, given, 77)
+        assert [getattr(config, name) for name in names] == [77, 77]
+    with pytest.raises(TypeError, match="one option"):
+        Mamba2Config(**dict.fromkeys(names, TWO_NAMES[names]))
+
+
+def test_the_defaults_are_those_of_mamba2_130m():
+    config = Mamba2Config(d_model=768)
+    shapes = {name: tuple(value.shape) for name, value in Mamba2(config).state_dict().items()}
+    assert shapes == {
+        "dt_bias": (24,),
+        "A_log": (24,),
+        "D": (24,),
+        "in_proj.weight": (3352, 768),
+        "conv1d.weight": (1792, 1, 4),
+        "conv1d.bias": (1792,),
+        "norm.weight": (1536,),
+        "out_proj.weight": (768, 1536),
+    }
+    sizes = dict(n_layer=24, vocab_size=50288, d_state=128, headdim=64, ngroups=1, expand=2)
+    sizes |= dict(d_inner=1536, nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
+    sizes |= dict(dt_limit=(0, math.inf), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4)
+    sizes |= dict(norm_epsilon=1e-5, residual_in_fp32=True, tie_embeddings=True, use_cache=True)
+    assert {name: getattr(config, name) for name in sizes} == sizes
+
+
+def test_a_layer_takes_options_or_a_config_of_any_sizes_that_fit():
+    for options in (
+        dict(d_model=7, headdim=2, expand=2, d_state=3),
+        dict(d_model=24, expand=1.5, headdim=9),
+        dict(d_model=3, expand=5, headdim=15, d_conv=1),
+        dict(d_model=30, n_groups=3, head_dim=10, num_heads=6, chunk_size=7),
+        dict(d_model=6, ngroups=4, headdim=1, nheads=12, d_conv=9),
+    ):
+        layer, other = Mamba2(**options).to(DEVICE), Mamba2(Mamba2Config(**options)).to(DEVICE)
+        other.load_state_dict(layer.state_dict())
+        u = torch.randn(2, 5, options["d_model"], device=DEVICE)
+        y = layer(u)
+        assert y.shape == u.shape and y.isfinite().all() and torch.equal(y, other(u))
+
+
+IMPOSSIBLE = {
+    "hidden_size": [0, -1, 2.5, True],
+    "num_hidden_layers": [0],
+    "vocab_size": [0, 1.0],
+    "state_size": [0, -4],
+    "head_dim": [0, 2.0],
+    "n_groups": [0, 5, 48],
+    "conv_kernel": [0],
+    "chunk_size": [0, 2.5],
+    "expand": [0, -2],
+    "num_heads": [23, 0],
+    "hidden_act": ["gelu"],
+    "time_step_limit": [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)],
+    "time_step_min": [0, -0.1, 0.5],
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_sizes_are_errors_that_say_what_would_do(name):
+    for value in IMPOSSIBLE[name]:
+        with pytest.raises(ValueError, match="must|only") as raised:
+            Mamba2Config(**{name: value})
+        assert str(raised.value).startswith(f"{name} = {value!r}: ")
+        config = Mamba2Config(d_model=768)
+        setattr(config, name, value)  # a config that was spoilt later is no better
+        with pytest.raises(ValueError, match=f"{name} = "):
+            Mamba2(config)
+
+
+def test_options_that_do_not_fit_or_exist_are_errors():
+    with pytest.raises(ValueError, match=r"num_heads = 15: .* 15 \* 100 must .* 2 \* 768 = 1536"):
+        Mamba2Config(head_dim=100)
+    with pytest.raises(ValueError, match=r"num_heads = 5: .* 1\.5 \* 7 = 10\.5"):
+        Mamba2Config(d_model=7, expand=1.5, headdim=2)
+    with pytest.raises(TypeError, match="'d_modell'"):
+        Mamba2Config(d_modell=64)
+    with pytest.raises(TypeError, match="'use_mem_eff_path'"):
+        Mamba2(d_model=64, headdim=8, use_mem_eff_path=True)
+    config = Mamba2Config(d_model=64)
+    for arguments, options in (((64,), {}), ((config,), dict(d_model=64)), (({},), {})):
+        with pytest.raises(TypeError, match="Mamba2Config"):
+            Mamba2(*arguments, **options)
+
+
+# ---- Importing, in interpreters of its own -------------------------------------------------------
+
+
+def clone(folder, *names):
+    """Copy files of the project into a folder, and return the folder."""
+    folder.mkdir(parents=True)
+    for name in names:
+        shutil.copy(Path(mamba2.__file__).with_name(name), folder)
+    return folder
+
+
+def run_python(code, folder, *path):
+    """Run code in a fresh interpreter in a folder, which comes first on its path, then `path`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    command = [sys.executable, "-c", textwrap.dedent(code) + "\nprint('reached the end')"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("reached the end\n"), done.stderr
+
+
+def test_layer_and_ssd_need_torch_and_einops_alone_wherever_the_files_lie(tmp_path):
+    clone(tmp_path / "mypackage", "mamba2.py", "kernels.py").joinpath("__init__.py").touch()
+    clone(tmp_path / "alone", "mamba2.py").joinpath("__init__.py").touch()
+    for name, content in {"broken": "import missing_part", "empty": ""}.items():
+        (tmp_path / name / "transformers").mkdir(parents=True)
+        (tmp_path / name / "transformers" / "__init__.py").write_text(content)
+    code = """
+        import importlib, sys
+        import pytest
+        sys.modules["transformers"] = sys.modules["triton"] = None  # importing them now fails
+        import torch
+        import alone.mamba2, mypackage.mamba2
+
+        # The file alone is plain PyTorch; with its sidecar it loads that, under a name of its own.
+        assert alone.mamba2.kernels is None
+        sidecar = mypackage.mamba2.kernels
+        assert sidecar.__file__ == mypackage.__path__[0] + "/kernels.py" and sidecar.takes_ssd
+        assert sidecar.__name__ == "mypackage.mamba2_kernels" and "kernels" not in sys.modules
+        assert sys.modules[sidecar.__name__] is sidecar
+
+        for module in (alone.mamba2, mypackage.mamba2):
+            Mamba2, Mamba2Config, ssd = module.Mamba2, module.Mamba2Config, module.ssd
+            one = torch.ones(1, 1, 1, 1)
+            y, state = ssd(one, one[0], -one[0, 0, 0], one, one)
+            assert y.item() == state.item() == 1
+
+            config = Mamba2Config(d_model=16, headdim=8, n_groups=2)
+            config.d_state = 24
+            assert (config.hidden_size, config.ngroups, config.state_size) == (16, 2, 24)
+            for options, error in {"d_modell": TypeError, "hidden_size": TypeError}.items():
+                with pytest.raises(error):
+                    Mamba2Config(d_model=16, **{options: 16})
+            with pytest.raises(ValueError, match="head_dim"):
+                Mamba2Config(d_model=16, headdim=5)
+            with pytest.raises(AttributeError, match="no_such_option"):
+                config.no_such_option
+
+            layer, u, losses = Mamba2(config), torch.randn(2, 9, 16), []
+            optimizer = torch.optim.AdamW(module.parameter_groups(layer, 0.1), lr=0.01)
+            for _ in range(20):
+                losses.append((layer(u) - u).square().mean())
+                optimizer.zero_grad()
+                losses[-1].backward()
+                optimizer.step()
+            assert losses[-1] < 0.9 * losses[0]
+
+            for use in (
+                lambda: module.Mamba2ForCausalLM(config),
+                lambda: module.Mamba2Model(config),
+                lambda: module.Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m"),
+                lambda: Mamba2Config.from_pretrained("state-spaces/mamba2-130m"),
+                lambda: config.save_pretrained("somewhere"),
+                module.register_with_transformers,
+            ):
+                with pytest.raises(ImportError, match="needs transformers: pip install"):
+                    use()
+
+        # Only the absence of transformers is forgiven, not that of something that it needs, nor a
+        # transformers that is there and does not have what it should.
+        for folder, error, name in (
+            ("broken", ModuleNotFoundError, "missing_part"),
+            ("empty", ImportError, "transformers"),
+        ):
+            sys.modules.pop("transformers", None)
+            sys.modules.pop("alone.mamba2", None)
+            sys.path.insert(0, folder)
+            with pytest.raises(ImportError) as raised:
+                importlib.import_module("alone.mamba2")
+            assert raised.type is error and raised.value.name == name
+            sys.path.remove(folder)
+    """
+    run_python(code, tmp_path)
+
+
+IMPORT_IN_THE_CLONE = """
+    import importlib.util, sys
+    import kernels  # by somebody who means Hugging Face's
+    {check}
+    from transformers import PreTrainedModel  # asks for Hugging Face's kernels, and their version
+    from mamba2 import Mamba2, Mamba2Config, Mamba2ForCausalLM, ssd
+    import mamba2
+    assert mamba2.kernels.__file__ == {folder!r} + "/kernels.py" and mamba2.kernels.takes_ssd
+    assert mamba2.kernels.__name__ == "mamba2_kernels"
+    assert sys.modules["kernels"] is kernels is not mamba2.kernels
+    assert issubclass(Mamba2ForCausalLM, PreTrainedModel)
+    for name in ("once", "again"):  # nothing in it, such as an operator's name, can be taken once
+        spec = importlib.util.spec_from_file_location(name, {folder!r} + "/kernels.py")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+def test_the_clone_leaves_the_name_kernels_to_hugging_faces_package(tmp_path):
+    pytest.importorskip("transformers")
+    from transformers.utils import import_utils
+
+    folder, site = clone(tmp_path / "clone", "mamba2.py", "kernels.py"), tmp_path / "site"
+    # A stand-in of a version that this transformers takes, with the name that it failed for, and
+    # all others: what it imports at once are types and decorators.
+    version = getattr(import_utils, "KERNELS_MIN_VERSION", "0.18.2")
+    stand_in = """
+        class Anything(type):
+            def __getattr__(self, name):
+                return self
+        class CUDAProperties(metaclass=Anything):
+            def __new__(cls, *args, **options):
+                return lambda same: same
+        def __getattr__(name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return CUDAProperties
+    """
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text(textwrap.dedent(stand_in))
+    (site / f"kernels-{version}.dist-info").mkdir()
+    metadata = site / f"kernels-{version}.dist-info" / "METADATA"
+    metadata.write_text(f"Name: kernels\nVersion: {version}\n")
+    check = f"assert kernels.CUDAProperties and kernels.__file__.startswith({str(site)!r})"
+    run_python(IMPORT_IN_THE_CLONE.format(check=check, folder=str(folder)), folder, site)
+
+
+def test_the_clone_works_without_hugging_faces_package_kernels(tmp_path):
+    pytest.importorskip("transformers")
+    if any(importlib.metadata.distributions(name="kernels")):
+        pytest.skip("Hugging Face's kernels is installed here; the test before this one covers it")
+    folder = clone(tmp_path / "clone", "mamba2.py", "kernels.py")
+    check = "assert kernels.takes_ssd; from packaging.version import parse; "
+    check += "parse(kernels.__version__)  # transformers does so"
+    run_python(IMPORT_IN_THE_CLONE.format(check=check, folder=str(folder)), folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# The language model, in transformers
+# --------------------------------------------------------------------------------------------------
+
+ROOT = Path(mamba2.__file__).resolve().parent
+# transformers' own Mamba-2 convolves with cuDNN, which would round float32 to TF32.
+torch.backends.cudnn.allow_tf32 = False
+# The models below are so small that threads would only wait for each other, five times as long.
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+F32 = 1e-4  # relative: what two orders of summation in float32 leave, after a few layers
+F64 = 1e-10  # relative: the same in float64, with room for gradients, which cancel
+VOCABULARY = 64
+TINY = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=2,
+    state_size=16,
+    head_dim=8,
+    chunk_size=8,
+    initializer_range=0.2,
+)
+ALL = dict(n_groups=2, use_bias=True, time_step_limit=(0.01, 0.1))  # every option that may leak
+GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def tiny(kind=Mamba2ForCausalLM, dtype=torch.float32, **options):
+    """A small model, none of whose parameters is 0 or 1 throughout: that would hide mistakes."""
+    torch.manual_seed(0)
+    model = kind(Mamba2Config(**{**TINY, **options}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            if name.endswith("out_proj.weight"):
+                parameter.mul_(4)  # so that what comes next depends on more than the last token
+    return model.to(DEVICE, dtype).eval()
+
+
+def tokens(*shape, seed=0, vocabulary=VOCABULARY):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocabulary, shape, generator=generator).to(DEVICE)
+
+
+def assert_near(actual, expected, relative):
+    assert actual.shape == expected.shape
+    if expected.numel():
+        error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
+        assert error <= relative * size, f"{error / size:.1e} of the largest value"
+
+
+def assert_same_gradients(actual, expected, relative=F64):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert expected[name].abs().max() > 0, name
+        assert_near(actual[name], expected[name], relative)
+
+
+def model_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_state(actual, expected, relative=0.0):
+    for one, other in zip(actual.states, expected.states, strict=True):
+        assert_near(one.conv, other.conv, relative)
+        assert_near(one.ssm, other.ssm, relative)
+
+
+def assert_same_model(actual, expected, relative=F32):
+    """Equal weights, and equal logits but for rounding: loaded memory is aligned in another way."""
+    weights, others = actual.state_dict(), expected.state_dict()
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == others[name].dtype and torch.equal(weight, others[name]), name
+    ids = tokens(2, 9).to(actual.device)
+    assert_near(actual(ids)[0], expected(ids)[0], relative)
+
+
+def save(model, folder, **options):
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def load(folder, kind=Mamba2ForCausalLM, **options):
+    return kind.from_pretrained(folder, **options).to(DEVICE).eval()
+
+
+def edit_json(path, **changes):
+    """Change entries of a JSON file; None takes one out."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def edit_weights(folder, **changes):
+    """Change tensors of a checkpoint; None takes one out."""
+    path = folder / "model.safetensors"
+    weights = {**load_file(path), **changes}
+    save_file({k: v for k, v in weights.items() if v is not None}, path, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------- the same as transformers' own Mamba-2
+
+their_groups_are_right = Version(transformers.__version__) > Version("5.20.2")
+needs_groups = pytest.mark.skipif(
+    not their_groups_are_right, reason="transformers <= 5.20.2 ignores groups in its gated norm"
+)
+VARIANTS = [
+    pytest.param({}, id="tied"),
+    pytest.param(dict(tie_word_embeddings=False), id="untied"),
+    pytest.param(dict(use_bias=True, use_conv_bias=False, conv_kernel=2), id="biases"),
+    pytest.param(dict(residual_in_fp32=False, layer_norm_epsilon=1e-2), id="residual"),
+    pytest.param(dict(time_step_limit=(0.01, 0.1)), id="dt limit"),
+    pytest.param(dict(n_groups=8, head_dim=4), id="8 groups", marks=needs_groups),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 37, 300])
+@pytest.mark.parametrize("options", VARIANTS)
+def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, length, tmp_path):
+    ours = tiny(chunk_size=256, **options)
+    theirs = load(save(ours, tmp_path), transformers.Mamba2ForCausalLM)
+    ids = tokens(2, length)
+    mine, reference = ours(ids, labels=ids), theirs(ids, labels=ids)
+    assert_near(mine.logits, reference.logits, F32)
+    if length > 1:
+        assert_near(mine.loss, reference.loss, F32)
+
+    if "time_step_limit" in options:
+        return  # theirs forgets the limit after the prompt
+    past, their_past = mine.past_key_values, theirs(ids, use_cache=True).cache_params
+    for step in range(3):
+        new = tokens(2, 1, seed=step)
+        mine = ours(new, past_key_values=past)
+        past, reference = mine.past_key_values, theirs(new, cache_params=their_past)
+        assert_near(mine.logits, reference.logits, F32)
+
+    if not options.get("use_bias"):  # theirs lets a bias through the padding
+        mask = torch.ones_like(ids)
+        mask[0, : length // 3] = 0
+        mine, reference = (model(ids, attention_mask=mask).logits for model in (ours, theirs))
+        assert_near(mine[mask.bool()], reference[mask.bool()], F32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_transformers_own_mamba2_saves_gives_the_same_logits_here(tied, tmp_path):
+    torch.manual_seed(0)
+    options = dict(num_heads=8, n_groups=1, tie_word_embeddings=tied, pad_token_id=5)
+    config = transformers.Mamba2Config(**TINY, **options)
+    theirs = transformers.Mamba2ForCausalLM(config).to(DEVICE).eval()
+    ours = load(save(theirs, tmp_path))
+    ids = tokens(2, 37)
+    assert_near(ours(ids).logits, theirs(ids).logits, F32)
+    assert ours.config.pad_token_id == 5
+    # What a file in their format leaves out is what they take for it; our defaults are others.
+    content = dict(model_type="mamba2", num_heads=16, head_dim=8, hidden_size=64)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config, defaults = Mamba2Config.from_pretrained(tmp_path), transformers.Mamba2Config()
+    for name in ("n_groups", "eos_token_id", "tie_word_embeddings", "initializer_range"):
+        assert getattr(config, name) == getattr(defaults, name) != getattr(Mamba2Config(), name)
+
+
+# ------------------------------------------------------------------- a cache, and what it promises
+
+
+@torch.no_grad()
+def test_one_call_and_any_split_into_calls_with_a_cache_give_the_same():
+    model, ids = tiny(dtype=torch.float64, **ALL), tokens(3, 20)
+    mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.4
+    seq_idx = torch.tensor([4] * 8 + [2] * 5 + [4] * 7, device=DEVICE).expand(3, 20)
+    for given in ({}, dict(seq_idx=seq_idx), dict(attention_mask=mask, seq_idx=seq_idx)):
+        whole = model(ids, use_cache=True, **given)
+        for split in range(21):  # 8 and 13, where a sequence ends, among them
+            past, logits = None, []
+            for part in (slice(0, split), slice(split, split + 2), slice(split + 2, 20)):
+                pieces = {name: value[:, part] for name, value in given.items()}
+                output = model(ids[:, part], past_key_values=past, use_cache=True, **pieces)
+                past = output.past_key_values
+                logits.append(output.logits)
+            exists = given.get("attention_mask", torch.ones_like(mask))
+            assert_near(torch.cat(logits, 1)[exists], whole.logits[exists], F64)
+            assert_same_state(past, whole.past_key_values, F64)
+            assert past.get_seq_length() == 20
+
+
+@torch.no_grad()
+def test_a_cache_is_a_value_that_can_be_used_again():
+    model, ids = tiny(), tokens(2, 9)
+    cache = model(ids).past_key_values
+    before = cache.map(torch.clone)
+    once = model(tokens(2, 3, seed=1), past_key_values=cache)
+    with_generate = [model.generate(ids, past_key_values=cache, **GREEDY) for _ in range(2)]
+    again = model(tokens(2, 3, seed=1), past_key_values=cache)
+    assert_same_state(cache, before)
+    assert cache.length == 9 and once.past_key_values.length == 12
+    assert torch.equal(once.logits, again.logits)
+    assert torch.equal(*with_generate)
+    with pytest.raises(AttributeError):
+        cache.length = 3
+
+
+@torch.no_grad()
+def test_a_cache_can_be_forked_selected_moved_and_mapped():
+    model, ids = tiny(), tokens(2, 9)
+    seq_idx = torch.tensor([[1] * 9, [2] * 9], device=DEVICE)
+    cache = model(ids, seq_idx=seq_idx).past_key_values
+    new = tokens(6, 4, seed=1)
+    forked = model(new, past_key_values=cache.repeat(3)).logits
+    whole = model(torch.cat([ids.repeat_interleave(3, 0), new], 1)).logits[:, 9:]
+    assert_near(forked, whole, F32)
+
+    chosen = torch.tensor([1, 0, 1])
+    selected = cache.select(chosen)
+    assert_same_state(selected, model(ids[chosen]).past_key_values, F32)
+    assert selected.seq_idx.tolist() == [2, 1, 2] and selected.length == 9
+    assert {t.device.type for s in cache.to("cpu").states for t in s} == {"cpu"}
+    doubled = cache.map(lambda tensor: 2 * tensor)
+    assert torch.equal(doubled.states[1].ssm, 2 * cache.states[1].ssm)
+    assert torch.equal(doubled.seq_idx, 2 * cache.seq_idx)
+    sizes = [
+        sum(t.numel() for s in c.states for t in s)
+        for c in (cache, model(ids[:, :1])["past_key_values"])
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_cache_survives_a_file_that_runs_no_code(dtype, tmp_path):
+    model, path = tiny(dtype=dtype, num_hidden_layers=12), tmp_path / "prompt.safetensors"
+    cache = model(tokens(2, 9), seq_idx=torch.full((2, 9), 7, device=DEVICE)).past_key_values
+    cache.save(path)
+    back = Mamba2Cache.load(path, device=DEVICE)
+    assert_same_state(back, cache)
+    assert [t.dtype for s in back.states for t in s] == [t.dtype for s in cache.states for t in s]
+    assert back.length == 9 and torch.equal(back.seq_idx, cache.seq_idx)
+    new = tokens(2, 3, seed=1)
+    logits = [model(new, past_key_values=c).logits for c in (cache, back)]
+    assert torch.equal(*logits)
+    Mamba2Cache(cache.states, 3).save(path)
+    assert Mamba2Cache.load(path).seq_idx is None
+    with safe_open(path, framework="pt") as file:
+        assert "layers.11.ssm" in file.keys()
+
+
+def test_gradients_pass_through_a_cache_until_it_is_detached():
+    model, ids = tiny(dtype=torch.float64, **ALL).train(), tokens(2, 12)
+    first = model(ids[:, :5], use_cache=True)
+    rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
+    whole = model(ids).logits
+    assert model(ids).past_key_values is None  # none in training, unless it is asked for
+    weights = torch.randn_like(whole)
+    in_parts = model_gradients(model, (torch.cat([first.logits, rest], 1) * weights).sum())
+    assert_same_gradients(in_parts, model_gradients(model, (whole * weights).sum()))
+    detached = first.past_key_values.detach()
+    assert first.past_key_values.states[0].ssm.requires_grad
+    assert not any(t.requires_grad for s in detached.states for t in s)
+
+
+def test_initial_states_are_honoured_and_can_be_trained():
+    model, ids = tiny(), tokens(2, 9)
+    cache = model(ids).past_key_values.detach()
+    states = tuple(Mamba2State(*(t.clone().requires_grad_() for t in s)) for s in cache.states)
+    for kind in (model, model.backbone):
+        from_states, from_cache = kind(ids, initial_states=states), kind(ids, past_key_values=cache)
+        assert torch.equal(from_states[0], from_cache[0])
+        assert not torch.equal(from_states[0], kind(ids)[0])
+    model(ids, initial_states=states, labels=ids).loss.backward()
+    assert all(t.grad.abs().max() > 0 for s in states for t in s)
+    with pytest.raises(ValueError, match="not both"):
+        model(ids, initial_states=states, past_key_values=cache)
+    with pytest.raises(ValueError, match="1 states for 2 layers"):
+        model(ids, initial_states=states[:1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 6])
+def test_masked_tokens_leave_the_state_as_it_was(length):
+    model = tiny(**ALL)
+    before = model(tokens(2, 9), seq_idx=torch.zeros_like(tokens(2, 9))).past_key_values
+    mask = torch.zeros(2, length, dtype=torch.long, device=DEVICE)
+    seq_idx = torch.full((2, length), 9, device=DEVICE)
+    for given in ({}, {"seq_idx": seq_idx}):
+        output = model(tokens(2, length), mask, before, **given)
+        assert_same_state(output.past_key_values, before)
+        assert torch.equal(output.past_key_values.seq_idx, before.seq_idx)
+    assert output.past_key_values.length == 9 + length
+    empty = model(tokens(2, length), mask).past_key_values
+    assert all(not t.any() for s in empty.states for t in s)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+def test_no_tokens_and_no_rows_are_valid_input(shape):
+    model, ids = tiny(**ALL), tokens(*shape)
+    cache = model(tokens(shape[0], 4)).past_key_values
+    for given in ({}, dict(attention_mask=ids, seq_idx=ids)):
+        output = model(ids, past_key_values=cache, **given)
+        assert output.logits.shape == (*shape, VOCABULARY)
+        assert output.past_key_values.length == 4 + shape[1]
+        if shape[1] == 0:
+            assert_same_state(output.past_key_values, cache)
+    assert model(ids, labels=ids, num_items_in_batch=1).loss == 0
+
+
+@torch.no_grad()
+def test_the_outputs_are_those_that_were_asked_for():
+    model, ids = tiny(), tokens(2, 9)
+    output = model(ids, output_hidden_states=True)
+    assert [tuple(h.shape) for h in output.hidden_states] == 3 * [(2, 9, 32)]
+    assert torch.equal(output.hidden_states[0], model.get_input_embeddings()(ids))
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+    last = model.backbone(inputs_embeds=output.hidden_states[0]).last_hidden_state
+    assert torch.equal(last, output.hidden_states[-1])
+    assert output.loss is None and model(ids).hidden_states is None
+    assert model(ids, use_cache=False).past_key_values is None
+    as_tuple = model(ids, return_dict=False, use_cache=False)
+    assert len(as_tuple) == 1 and torch.equal(as_tuple[0], output.logits)
+    assert len(model.backbone(ids, return_dict=False)) == 2
+    model.config.use_cache = False
+    assert model(ids).past_key_values is None
+
+
+@torch.no_grad()
+def test_logits_to_keep_are_a_part_of_all_logits_and_of_the_loss():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 9)
+    logits = model(ids).logits
+    chosen = torch.tensor([0, 3, 8], device=DEVICE)
+    for keep, kept in ((1, logits[:, -1:]), (4, logits[:, -4:]), (chosen, logits[:, chosen])):
+        assert_near(model(ids, logits_to_keep=keep).logits, kept, F64)
+    output = model(ids, labels=ids, logits_to_keep=4)
+    expected = F.cross_entropy(logits[:, -4:-1].flatten(0, 1), ids[:, -3:].flatten())
+    assert_near(output.loss, expected, F64)
+
+
+BAD_ARGUMENTS = [
+    ("unexpected.*position_ids", dict(position_ids=tokens(2, 9))),
+    ("unexpected.*cu_seqlens", dict(cu_seqlens=tokens(2))),
+    ("unexpected.*cache_params", dict(cache_params=None)),
+    ("unexpected.*atention_mask", dict(atention_mask=tokens(2, 9))),
+    ("past_key_values is a tuple", dict(past_key_values=((1, 2), (3, 4)))),
+    ("past_key_values is a DynamicCache", dict(past_key_values=transformers.DynamicCache())),
+]
+
+
+@pytest.mark.parametrize("kind", [Mamba2ForCausalLM, Mamba2Model])
+@pytest.mark.parametrize("message, arguments", BAD_ARGUMENTS, ids=[m for m, _ in BAD_ARGUMENTS])
+def test_an_argument_that_is_not_understood_is_a_type_error(kind, message, arguments):
+    with pytest.raises(TypeError, match=message):
+        tiny(kind)(tokens(2, 9), **arguments)
+
+
+def test_arguments_that_do_not_fit_are_value_errors():
+    model, ids = tiny(), tokens(2, 9)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="no attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="covers 8 of 9"):
+        model(ids, attention_mask=ids[:, :8])
+    with pytest.raises(ValueError, match=r"must be \(2, 9\)"):
+        model(ids, attention_mask=ids[:1])
+    with pytest.raises(ValueError, match=r"seq_idx has shape \(2, 8\).*\(2, 9\)"):
+        model(ids, seq_idx=ids[:, :8])
+    with pytest.raises(ValueError, match=r"shape.*\(1, 3, 96\).*must be.*\(2, 3, 96\)"):
+        model(ids, past_key_values=model(ids[:1]).past_key_values)
+
+
+# ----------------------------------------------------------------------------- numbers of any kind
+
+
+def test_float64_is_honoured_inside():
+    # With float32 anywhere inside, the difference quotient would be noise: 1e-7 / 1e-6.
+    model, ids = tiny(dtype=torch.float64, **ALL), tokens(2, 20)
+    loss = model(ids, labels=ids).loss
+    assert loss.dtype == torch.float64
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            direction, center = torch.randn_like(parameter), parameter.clone()
+            at = []
+            for step in (1e-6, -1e-6):
+                parameter.copy_(center + step * direction)
+                at.append(model(ids, labels=ids).loss)
+            parameter.copy_(center)
+            slope = (parameter.grad * direction).sum()
+            # 1e-8 is ten times the rounding of a loss of 5 in float64, divided by 2e-6.
+            assert abs((at[0] - at[1]) / 2e-6 - slope) <= 1e-8 < slope.abs()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+def test_bfloat16_weights_keep_a_float32_residual_stream_and_state(residual_in_fp32):
+    ids, options = tokens(2, 20), dict(residual_in_fp32=residual_in_fp32)
+    model = tiny(dtype=torch.bfloat16, **options)
+    output = model(ids, labels=ids, output_hidden_states=True)
+    residual = torch.float32 if residual_in_fp32 else torch.bfloat16
+    assert {h.dtype for h in output.hidden_states[:-1]} == {residual}
+    assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    assert output.past_key_values.states[0].ssm.dtype == torch.float32
+    # bfloat16 has 8 bits, 4e-3; 5e-2 leaves room for a dozen roundings in a row.
+    assert_near(output.logits.float(), tiny(**options)(ids).logits, 5e-2)
+
+
+@pytest.mark.parametrize("options", [{}, dict(expand=1.5, hidden_size=64), dict(n_groups=2)])
+def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=1024, hidden_size=64, head_dim=16, num_hidden_layers=4)
+    model = Mamba2ForCausalLM(Mamba2Config(**{**sizes, **options})).to(DEVICE)
+    ids = tokens(4, 64, vocabulary=1024)
+    assert abs(model(ids, labels=ids).loss.item() - math.log(1024)) < 0.05
+    for layer in model.backbone.layers:  # the original's depth scaling, by sqrt(4)
+        width = layer.mixer.out_proj.in_features
+        assert 0.95 < layer.mixer.out_proj.weight.abs().max() * (4 * width) ** 0.5 <= 1
+    assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
+
+
+@torch.no_grad()
+def test_a_width_that_is_no_multiple_of_the_models_works(tmp_path):
+    model, ids = tiny(expand=1.5, dtype=torch.float64), tokens(2, 9)
+    assert model.config.num_heads == 6
+    whole, prompt = model(ids).logits, model(ids[:, :8])
+    assert_near(model(ids[:, 8:], past_key_values=prompt.past_key_values).logits, whole[:, 8:], F64)
+    again = load(save(model, tmp_path))
+    assert again.config.expand == 1.5
+    assert_same_model(again, model, F64)
+
+
+# -------------------------------------------------------------------- padded, packed, or by itself
+
+MASK_KINDS = [
+    "00000111111111111111",
+    "11111111111110000000",
+    "11110000000001111111",
+    "01101000111010110101",
+    "00000000000000000000",
+    "11111111111111111111",
+]
+
+
+def padded():
+    """A batch with masks of every kind, with nonsense at masked positions, and some labels -100."""
+    mask = torch.tensor([[int(c) for c in row] for row in MASK_KINDS], device=DEVICE)
+    ids = tokens(*mask.shape)
+    labels = torch.where(tokens(*mask.shape, seed=1) % 5 == 0, -100, ids)
+    labels = torch.where(mask.bool(), labels, tokens(*mask.shape, seed=2))
+    return ids, mask, labels
+
+
+def summed_loss(logits, labels):
+    """The loss of one sequence, and how many tokens it predicts."""
+    labels = labels[1:]
+    return F.cross_entropy(logits[:-1], labels, reduction="sum"), (labels != -100).sum()
+
+
+def mean_loss(model, pairs):
+    """The loss of sequences that are run one by one, each token weighted equally."""
+    parts = [summed_loss(model(ids[None]).logits[0], labels) for ids, labels in pairs if len(ids)]
+    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
+
+
+def test_a_padded_batch_gives_what_its_rows_give_alone():
+    model = tiny(dtype=torch.float64, **ALL)
+    ids, mask, labels = padded()
+    exists = mask.bool()
+    output = model(ids, mask, labels=labels, use_cache=True)
+    for row in range(len(ids)):
+        alone = model(ids[row, exists[row]][None], use_cache=True)
+        assert_near(output.logits[row, exists[row]], alone.logits[0], F64)
+        chosen = output.past_key_values.select(torch.tensor([row]))
+        assert_same_state(chosen, alone.past_key_values, F64)
+    loss = mean_loss(model, [(i[e], y[e]) for i, y, e in zip(ids, labels, exists, strict=True)])
+    assert_near(output.loss, loss, F64)
+    assert_same_gradients(model_gradients(model, output.loss), model_gradients(model, loss))
+
+
+@torch.no_grad()
+def test_steps_after_a_padded_prompt_give_what_they_give_after_the_prompt_alone():
+    model = tiny(dtype=torch.float64, **ALL)
+    ids, mask, _ = padded()
+    past = model(ids, mask).past_key_values
+    new = tokens(len(ids), 4, seed=3)
+    steps = []
+    for t in range(4):
+        mask = F.pad(mask, (0, 1), value=1)  # as generate does: the mask of all tokens so far
+        output = model(new[:, t : t + 1], mask, past)
+        past = output.past_key_values
+        steps.append(output.logits)
+    for row, line in enumerate(MASK_KINDS):
+        exists = torch.tensor([c == "1" for c in line], device=DEVICE)
+        alone = model(torch.cat([ids[row, exists], new[row]])[None]).logits[:, -4:]
+        assert_near(torch.cat(steps, 1)[row : row + 1], alone, F64)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_sequences_give_what_they_give_apart(masked):
+    model = tiny(dtype=torch.float64, **ALL)
+    ids, mask, labels = padded()
+    if not masked:
+        mask = torch.ones_like(mask)
+    lengths = [[1, 7, 12], [9, 10, 1], [3, 12, 5], [13, 6, 1], [10, 10], [8, 12]]
+    seq_idx = torch.tensor(  # labels may come again: 0 1 0
+        [[i % 2 for i, n in enumerate(row) for _ in range(n)] for row in lengths], device=DEVICE
+    )
+    output = model(ids, mask if masked else None, labels=labels, seq_idx=seq_idx)
+    documents, logits = [], []
+    for row, parts in enumerate(zip(ids, labels, mask.bool(), output.logits, strict=True)):
+        for i, y, exists, o in zip(*(part.split(lengths[row]) for part in parts), strict=True):
+            documents.append((i[exists], y[exists]))
+            logits.append(o[exists])
+    # A sequence that is masked as a whole leaves its neighbours side by side, still apart unless
+    # they have one label; the rows above have no such case.
+    for (i, _), o in zip(documents, logits, strict=True):
+        assert_near(o, model(i[None]).logits[0], F64)
+    loss = mean_loss(model, documents)
+    assert_near(output.loss, loss, F64)
+    assert_same_gradients(model_gradients(model, output.loss), model_gradients(model, loss))
+
+
+# --------------------------------------------------------------------------------------- generate
+
+
+def prompts():
+    """Three prompts of different lengths, padded on the left."""
+    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long, device=DEVICE)
+    mask[0, :9] = mask[1, :3] = 0
+    return ids, mask
+
+
+def generate_by_hand(model, ids, steps, choose):
+    for _ in range(steps):
+        ids = torch.cat([ids, choose(ids, model(ids, use_cache=False).logits[:, -1].float())], 1)
+    return ids
+
+
+@torch.no_grad()
+def test_greedy_text_is_that_of_a_loop_without_a_cache():
+    model, ids = tiny(**ALL), tokens(2, 12)
+    by_hand = generate_by_hand(model, ids, 12, lambda _, logits: logits.argmax(1, keepdim=True))
+    assert len(set(by_hand[0, 12:].tolist())) > 4  # it is no repetition, which anything could give
+    assert torch.equal(model.generate(ids, **GREEDY), by_hand)
+    assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), by_hand)
+
+
+SAMPLING = [
+    dict(temperature=0.7),
+    dict(top_k=5),
+    dict(top_p=0.6),
+    dict(min_p=0.3),
+    dict(repetition_penalty=1.8),
+    dict(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=1.2),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", SAMPLING, ids=lambda options: "+".join(options))
+def test_sampled_text_is_that_of_a_loop_without_a_cache(options):
+    model, ids = tiny(dtype=torch.float64), tokens(2, 12)
+    kinds = dict(
+        repetition_penalty=RepetitionPenaltyLogitsProcessor,
+        temperature=TemperatureLogitsWarper,
+        top_k=TopKLogitsWarper,
+        top_p=TopPLogitsWarper,
+        min_p=MinPLogitsWarper,
+    )
+    process = LogitsProcessorList([kinds[name](options[name]) for name in kinds if name in options])
+
+    def choose(ids, logits):
+        return torch.multinomial(process(ids, logits).softmax(-1), 1)
+
+    torch.manual_seed(3)
+    by_hand = generate_by_hand(model, ids, 12, choose)
+    torch.manual_seed(3)
+    given = {**GREEDY, "do_sample": True, "top_k": 0, **options}
+    assert torch.equal(model.generate(ids, **given), by_hand)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [dict(num_beams=4), dict(num_beams=4, length_penalty=2.0)])
+def test_beams_are_the_same_with_and_without_a_cache(options):
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    given = {**GREEDY, **options, "num_return_sequences": 3, "eos_token_id": 7}
+    given |= dict(attention_mask=mask, return_dict_in_generate=True, output_scores=True)
+    cached, uncached = (model.generate(ids, use_cache=use, **given) for use in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert_near(cached.sequences_scores, uncached.sequences_scores, 1e-5)  # they are float32
+    assert len(cached.sequences) == 9 and len(cached.sequences.unique(dim=0)) == 9
+    greedy = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert not torch.equal(cached.sequences[::3, : greedy.shape[1]], greedy)
+
+
+@torch.no_grad()
+def test_a_batch_that_is_padded_on_the_left_continues_as_each_prompt_alone():
+    model = tiny(dtype=torch.float64, **ALL)
+    ids, mask = prompts()
+    together = model.generate(ids, attention_mask=mask, **GREEDY)[:, 12:]
+    for row in range(3):
+        prompt = ids[row, mask[row].bool()][None]
+        assert torch.equal(together[row], model.generate(prompt, **GREEDY)[0, prompt.shape[1] :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("history", [3, 8])
+def test_generate_goes_on_from_a_cache_with_all_tokens_or_with_the_new_ones(history):
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)[:, 12:]
+    cache = model(ids[:, :history], mask[:, :history]).past_key_values
+    given = dict(past_key_values=cache, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(ids, **given)[:, 12:], expected)
+    new = ids[:, history:]
+    assert torch.equal(model.generate(new, **given)[:, 12 - history :], expected)
+
+    unpadded = model.generate(ids, use_cache=False, **GREEDY)[:, 12:]  # no mask is all ones
+    given = dict(past_key_values=model(ids[:, :history]).past_key_values, **GREEDY)
+    assert torch.equal(model.generate(ids, **given)[:, 12:], unpadded)
+    if history >= new.shape[1]:  # else new tokens alone look like all of them: give the mask
+        assert torch.equal(model.generate(new, **given)[:, 12 - history :], unpadded)
+
+
+@torch.no_grad()
+def test_the_cache_that_generate_returns_can_be_gone_on_from():
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    long = model.generate(ids, attention_mask=mask, **{**GREEDY, "max_new_tokens": 20})
+    first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    assert first.past_key_values.length == 23  # the last token has not been fed yet
+    mask, given = F.pad(mask, (0, 12), value=1), {**GREEDY, "max_new_tokens": 8}
+    cache = first.past_key_values
+    second = model.generate(first.sequences, attention_mask=mask, past_key_values=cache, **given)
+    assert torch.equal(second, long)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_a_long_prompt_can_be_read_in_pieces(size):
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    given = dict(attention_mask=mask, **GREEDY)
+    cache = model(ids[:, :0]).past_key_values
+    pieces = model.generate(ids, past_key_values=cache, prefill_chunk_size=size, **given)
+    assert torch.equal(pieces, model.generate(ids, **given))
+
+
+@torch.no_grad()
+def test_generate_takes_embeddings_for_a_prompt():
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    embeddings = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    given = dict(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(**given), expected[:, 12:])
+    assert torch.equal(model.generate(ids, **given), expected)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.seen, self.ended = [], False
+
+    def put(self, value):
+        self.seen += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+@torch.no_grad()
+def test_a_streamer_sees_each_token_and_every_stop_is_kept():
+    model, ids = tiny(), tokens(1, 12)
+    text, streamer = model.generate(ids, **GREEDY)[0].tolist(), Recorder()
+    model.generate(ids, streamer=streamer, **GREEDY)
+    assert streamer.seen == text and streamer.ended
+    stop = text[15]
+    until = text[: 12 + text[12:].index(stop) + 1]
+    assert model.generate(ids, stopping_criteria=[StopAt(stop)], **GREEDY)[0].tolist() == until
+    assert model.generate(ids, **{**GREEDY, "eos_token_id": stop})[0].tolist() == until
+    assert model.generate(ids, **GREEDY | {"max_new_tokens": None, "max_length": 14}).shape[1] == 14
+    other = tokens(1, 12, seed=5)
+    both = model.generate(torch.cat([ids, other]), **{**GREEDY, "eos_token_id": stop})
+    rest = both[0, len(until) :].tolist()
+    assert both[0, : len(until)].tolist() == until and set(rest) <= {0}  # pad_token_id
+
+
+@torch.no_grad()
+def test_several_samples_of_one_prompt_are_those_of_the_prompt_repeated():
+    model = tiny()
+    ids, mask = prompts()
+    given = {**GREEDY, "do_sample": True, "top_k": 0}
+    torch.manual_seed(0)
+    several = model.generate(ids, attention_mask=mask, num_return_sequences=2, **given)
+    torch.manual_seed(0)
+    ids, mask = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+    assert torch.equal(several, model.generate(ids, attention_mask=mask, **given))
+    assert not torch.equal(several[0], several[1])
+
+
+def test_what_generate_cannot_do_right_is_refused():
+    model, ids = tiny(), tokens(1, 12)
+    for given in (dict(assistant_model=tiny()), dict(prompt_lookup_num_tokens=3)):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+            model.generate(ids, **given, **GREEDY)
+    with pytest.raises(ValueError, match="tempratur"):
+        model.generate(ids, tempratur=1.0, **GREEDY)
+    for given in (dict(position_ids=ids), dict(cache_params=model(ids).past_key_values)):
+        with pytest.raises((TypeError, ValueError), match=next(iter(given))):
+            model.generate(ids, **given, **GREEDY)
+    for bad in (transformers.DynamicCache(),):
+        with pytest.raises(TypeError, match="past_key_values is a"):
+            model.generate(ids, past_key_values=bad, **GREEDY)
+
+
+# ------------------------------------------------------------------------ Trainer, PEFT, pipelines
+
+TEXTS = ["a", "bb bb bb bb bb", "no text at all", "text", "ab" * 9, "cd" * 12, "short", "to a to a"]
+
+
+def byte_data():
+    tokenizer = transformers.ByT5Tokenizer()
+    return tokenizer, [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS]
+
+
+def train(folder, collator, data, model=None, optimizer=None, resume=None, **options):
+    """What transformers' Trainer makes of a model, and the losses on the way."""
+    if model is None:
+        model = tiny(vocab_size=384, dtype=torch.float64)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+    given = dict(max_steps=6, per_device_train_batch_size=4, logging_steps=1, save_strategy="no")
+    given |= dict(use_cpu=DEVICE.type == "cpu", report_to=[], disable_tqdm=True)
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(output_dir=str(folder), **{**given, **options}),
+        train_dataset=data,
+        data_collator=collator,
+        optimizers=(optimizer, None),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return model, [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def collators(tokenizer):
+    padding = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    packing = transformers.DataCollatorWithFlattening(
+        return_position_ids=False, return_seq_idx=True
+    )
+    return padding, packing
+
+
+def test_the_trainer_lowers_the_loss_of_padded_and_of_packed_batches(tmp_path):
+    tokenizer, data = byte_data()
+    for collator in collators(tokenizer):
+        _, losses = train(tmp_path, collator, data, max_steps=12)
+        assert len(losses) == 12 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_padding_and_packing_collators_give_the_same_loss():
+    model, (tokenizer, data) = tiny(vocab_size=384, dtype=torch.float64), byte_data()
+    batches = [collator([dict(row) for row in data]) for collator in collators(tokenizer)]
+    assert batches[0]["input_ids"].shape[0] == 8 and batches[1]["input_ids"].shape[0] == 1
+    losses = [model(**{k: v.to(DEVICE) for k, v in batch.items()}).loss for batch in batches]
+    assert_near(*losses, F64)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="transformers 5.5's Trainer with accelerate 1.15 divides once more, Llama's loss too",
+)
+def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
+    tokenizer, data = byte_data()
+    weights = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        model = tiny(vocab_size=384, dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        given = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+        train(
+            tmp_path,
+            collators(tokenizer)[0],
+            data,
+            model,
+            optimizer,
+            max_steps=1,
+            max_grad_norm=0.0,
+            **given,
+        )
+        weights.append(dict(model.named_parameters()))
+    before = dict(tiny(vocab_size=384, dtype=torch.float64).named_parameters())
+    for name in before:
+        assert not torch.equal(weights[0][name], before[name])
+        assert_near(weights[1][name], weights[0][name], F64)
+
+
+def test_training_that_is_resumed_ends_where_it_would_have_ended(tmp_path):
+    tokenizer, data = byte_data()
+    given = dict(save_strategy="steps", save_steps=2, max_steps=4)
+    whole, losses = train(tmp_path, collators(tokenizer)[0], data, **given)
+    resumed, rest = train(
+        tmp_path, collators(tokenizer)[0], data, resume=str(tmp_path / "checkpoint-2"), **given
+    )
+    assert rest == losses  # the log of the first half is restored too
+    for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert_near(one, other, F64)
+    last = load(tmp_path / "checkpoint-4", dtype=torch.float64)
+    assert_same_model(last, resumed.to(DEVICE).eval(), F64)
+
+
+def test_weight_decay_spares_all_but_projections_convolutions_and_embedding():
+    model = tiny(**ALL)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    kept = {re.sub(r".*layers\.\d+\.", "", names[id(p)]) for p in decayed["params"]}
+    assert kept == {"backbone.embeddings.weight"} | {
+        f"mixer.{part}.weight" for part in ("in_proj", "out_proj", "conv1d")
+    }
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_the_loss_is_divided_by_the_number_of_items_that_is_given():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 9)
+    loss = model(ids, labels=ids).loss
+    count = torch.tensor(16, device=DEVICE)  # as Trainer does, to accumulate unequal batches
+    parts = [slice(0, 2), slice(2, 9)]
+    mine = [model(ids[:, p], labels=ids[:, p], num_items_in_batch=count).loss for p in parts]
+    alone = [model(ids[:, p], labels=ids[:, p]).loss * (p.stop - p.start - 1) / 8 for p in parts]
+    assert_near(torch.stack(mine), torch.stack(alone), F64)
+    assert_near(model(ids, labels=ids, num_items_in_batch=4).loss, loss * 16 / 4, F64)
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
+    model, ids = tiny(dtype=torch.float64, **ALL).train(), tokens(2, 20)
+    mask, seq_idx = (ids % 4 > 0).long(), torch.arange(20, device=DEVICE).expand(2, 20) // 8
+    calls = []
+    model.backbone.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    given = dict(attention_mask=mask, seq_idx=seq_idx, labels=ids)
+    expected = model_gradients(model, model(ids, **given).loss)
+    assert len(calls) == 1
+    model.gradient_checkpointing_enable()
+    assert_same_gradients(model_gradients(model, model(ids, **given).loss), expected)
+    assert len(calls) == 3
+    model.gradient_checkpointing_disable()
+    assert_same_gradients(model_gradients(model, model(ids, **given).loss), expected)
+    assert len(calls) == 4
+
+
+TARGETS = {"in": ["in_proj"], "out": ["out_proj"], "both": ["in_proj", "out_proj"], "all": None}
+
+
+@pytest.mark.parametrize("where", TARGETS)
+def test_lora_trains_the_projections_and_merges_and_comes_back(where, tmp_path):
+    ids = tokens(2, 9)
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=TARGETS[where] or "all-linear", lora_alpha=8
+    )
+    model = peft.get_peft_model(tiny(), lora)
+    before = model(ids).logits.detach()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * (1 if where in ("in", "out") else 2)
+    assert all("lora_" in name for name in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    model.train()
+    for _ in range(2):  # lora_B begins at 0, so that lora_A moves in the second step only
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.eval()(ids).logits
+    assert (after - before).abs().max() > 0.01 * before.abs().max()
+    model.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(tiny(), tmp_path).to(DEVICE)
+    assert_near(back(ids).logits, after, F32)
+    text = model.generate(input_ids=ids, **GREEDY)
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.generate(ids, **GREEDY), text)
+    assert isinstance(merged, Mamba2ForCausalLM)
+    assert_near(merged(ids).logits, after, F32)
+
+
+def test_lora_on_the_convolution_is_an_error_and_not_a_silence():
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["conv1d"])
+    with pytest.raises(ValueError, match="CausalConv1d.* is not supported"):
+        peft.get_peft_model(tiny(), lora)
+
+
+@torch.no_grad()
+def test_a_pipeline_writes_what_generate_writes():
+    model, tokenizer = tiny(vocab_size=384, dtype=torch.float64), transformers.ByT5Tokenizer()
+    tokenizer.padding_side = "left"
+    write = transformers.pipeline("text-generation", model, tokenizer=tokenizer, device=DEVICE)
+    expected = []
+    for text in TEXTS[:4]:
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(DEVICE)
+        expected.append(model.generate(ids, **GREEDY)[0].tolist())
+        written = write(text, return_tensors=True, **GREEDY)
+        assert written[0]["generated_token_ids"] == expected[-1]
+    together = write(TEXTS[:4], batch_size=4, return_full_text=True, **GREEDY)
+    for one, ids in zip(together, expected, strict=True):
+        assert one[0]["generated_text"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+AUTO = """
+import json, sys
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import mamba2
+folder = sys.argv[1]
+names = [type(AutoConfig.from_pretrained(folder)).__module__]
+mamba2.register_with_transformers()
+mamba2.register_with_transformers()
+config = AutoConfig.from_pretrained(folder)
+models = [auto.from_pretrained(folder) for auto in (AutoModelForCausalLM, AutoModel)]
+models += [AutoModelForCausalLM.from_config(config)]
+print(json.dumps(names + [f"{type(x).__module__}.{type(x).__name__}" for x in [config, *models]]))
+"""
+
+
+def test_the_auto_classes_find_this_file_on_request_and_not_before(tmp_path):
+    save(tiny(), tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", AUTO, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    before, *after = json.loads(result.stdout.splitlines()[-1])
+    assert before.startswith("transformers.")
+    names = "Mamba2Config Mamba2ForCausalLM Mamba2Model Mamba2ForCausalLM"
+    assert after == [f"mamba2.{name}" for name in names.split()]
+
+
+@torch.no_grad()
+def test_the_whole_model_compiles_into_one_graph():
+    model, ids = tiny(num_hidden_layers=1, **ALL), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[1, 3:5] = 0
+    past = model(ids, mask).past_key_values
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    calls = dict(input_ids=ids, use_cache=False), dict(input_ids=ids[:, :1], past_key_values=past)
+    for given in (*calls, dict(input_ids=ids, attention_mask=mask, seq_idx=ids // 16)):
+        expected, actual = model(**given), compiled(**given)
+        assert_near(actual.logits, expected.logits, F32)
+        if expected.past_key_values:
+            assert_same_state(actual.past_key_values, expected.past_key_values, F32)
+
+
+# ---------------------------------------------------------------------------- saving and loading
+
+
+def test_saving_and_loading_keeps_weights_and_every_option(tmp_path):
+    options = {**TINY, **ALL, "layer_norm_epsilon": 1e-3, "eos_token_id": 5, "id2label": {0: "no"}}
+    model = tiny(**options)
+    model.config.made_by = "a test"
+    again = load(save(model, tmp_path / "a"))
+    for name, value in {**options, "made_by": "a test", "num_heads": 8}.items():
+        assert getattr(again.config, name) == value, name
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["model_type"] == "mamba2" and config["architectures"] == ["Mamba2ForCausalLM"]
+    twice = load(save(again, tmp_path / "b"))
+    assert config.items() <= json.loads((tmp_path / "b" / "config.json").read_text()).items()
+    assert_same_model(again, model)
+    assert_same_model(twice, model)
+    assert callable(model.push_to_hub)
+
+
+@pytest.mark.parametrize("form", ["whole", "sharded", "bin", "no architectures", "backbone"])
+@pytest.mark.parametrize("kind", [Mamba2ForCausalLM, Mamba2Model])
+@torch.no_grad()
+def test_transformers_format_loads_in_every_form(form, kind, tmp_path):
+    model = tiny()
+    save(model.backbone if form == "backbone" else model, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if form == "sharded":
+        weights.unlink()
+        save(model, tmp_path, max_shard_size="5KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    elif form == "bin":
+        weights.unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    elif form == "no architectures":
+        edit_json(tmp_path / "config.json", architectures=None)
+    loaded = load(tmp_path, kind)
+    assert_same_model(loaded, model if kind is Mamba2ForCausalLM else model.backbone)
+
+
+def test_loaded_weights_are_not_scaled_by_depth_again(tmp_path):
+    model = tiny()
+    edit_json(save(model, tmp_path / "a") / "config.json", rescale_prenorm_residual=True)
+    again = load(save(load(tmp_path / "a"), tmp_path / "b"))
+    theirs = load(tmp_path / "b", transformers.Mamba2ForCausalLM)
+    for loaded in (load(tmp_path / "a"), again, theirs):
+        assert_same_model(loaded, model)
+
+
+def original(folder, model=None, ssm_cfg=None, **changes):
+    """A checkpoint as the mamba_ssm package writes it, of a `tiny` model."""
+    folder.mkdir(exist_ok=True)
+    config = dict(d_model=32, d_intermediate=0, n_layer=2, vocab_size=VOCABULARY - 3)
+    config |= dict(attn_layer_idx=[], attn_cfg={}, rms_norm=True, residual_in_fp32=True)
+    config |= dict(fused_add_norm=True, pad_vocab_size_multiple=16, tie_embeddings=True)
+    config["ssm_cfg"] = dict(layer="Mamba2", d_state=16, headdim=8, chunk_size=8)
+    config["ssm_cfg"] |= ssm_cfg or {}
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    weights = (model or tiny()).state_dict()
+    names = {name: name.replace("embeddings", "embedding") for name in weights}
+    torch.save({names[k]: v for k, v in weights.items()}, folder / "pytorch_model.bin")
+    return folder
+
+
+@torch.no_grad()
+def test_the_original_format_loads_and_is_saved_under_the_standard_names(tmp_path):
+    model = tiny()
+    loaded = load(original(tmp_path / "original", model))
+    assert_same_model(loaded, model)
+    assert loaded.lm_head.weight is loaded.backbone.embeddings.weight
+    assert_same_model(load(tmp_path / "original", Mamba2Model), model.backbone)
+    save(loaded, tmp_path / "ours")
+    save(model, tmp_path / "expected")
+    names = [set(load_file(tmp_path / f / "model.safetensors")) for f in ("ours", "expected")]
+    assert "backbone.embeddings.weight" in names[0] and names[0] == names[1]
+    for kind in (Mamba2ForCausalLM, transformers.Mamba2ForCausalLM):
+        assert_same_model(load(tmp_path / "ours", kind), model)
+
+
+@torch.no_grad()
+def test_the_original_formats_options_are_understood(tmp_path):
+    given = dict(ngroups=2, d_conv=3, expand=1.5, bias=True, conv_bias=False, dt_limit=[0.01, 0.1])
+    model = tiny(tie_embeddings=False, residual_in_fp32=False, **given)
+    given |= dict(norm_before_gate=False, A_init_range=[1, 16])
+    changes = dict(tie_embeddings=False, residual_in_fp32=False)
+    loaded = load(original(tmp_path, model, given, **changes))
+    assert_same_model(loaded, model)
+    assert loaded.config.time_step_limit == (0.01, 0.1) and not loaded.config.residual_in_fp32
+    assert not loaded.config.tie_word_embeddings
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("infinity", ["Infinity", '{"__float__": "Infinity"}'])
+def test_codestral_in_miniature_loads(infinity, tmp_path):
+    model = tiny(n_groups=8, head_dim=4, tie_word_embeddings=False)
+    path = save(model, tmp_path) / "config.json"
+    edit_json(path, norm_before_gate=True, time_step_limit=[0.0, "LIMIT"], architectures=None)
+    path.write_text(path.read_text().replace('"LIMIT"', infinity))
+    loaded = load(tmp_path)
+    assert loaded.config.time_step_limit == (0.0, math.inf)
+    assert_same_model(loaded, model)
+    assert not torch.equal(loaded.lm_head.weight, loaded.backbone.embeddings.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["theirs", "original"])
+@pytest.mark.parametrize("options", [dict(dtype=torch.bfloat16), dict(device_map="auto")], ids=str)
+def test_dtype_and_device_map_are_kept(form, options, tmp_path):
+    model = tiny()
+    save(model, tmp_path) if form == "theirs" else original(tmp_path, model)
+    loaded = Mamba2ForCausalLM.from_pretrained(tmp_path, **options).eval()
+    dtype = options.get("dtype", torch.float32)
+    assert {p.dtype for p in loaded.parameters()} == {dtype} and loaded.dtype == dtype
+    assert loaded.device.type == ("cpu" if "dtype" in options else DEVICE.type)
+    assert_same_model(loaded, model.to(loaded.device, dtype), F32 if dtype.itemsize == 4 else 5e-2)
+
+
+@torch.no_grad()
+def test_offloaded_layers_give_the_same_logits(tmp_path):
+    model, ids = tiny(), tokens(2, 9)
+    expected = model(ids).logits
+    save(model, tmp_path / "model")
+    places = dict.fromkeys(["backbone.embeddings", "lm_head", "backbone.layers.1"], str(DEVICE))
+    places |= {"backbone.norm_f": "disk", "backbone.layers.0": "disk"}
+    on_disk = Mamba2ForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights"
+    ).eval()
+    assert on_disk.backbone.layers[0].mixer.D.device.type == "meta"
+    assert_near(on_disk(ids).logits, expected, F32)
+    in_memory = accelerate.cpu_offload(tiny(), execution_device=DEVICE)
+    assert in_memory.backbone.layers[0].mixer.D.device.type == "meta"
+    assert_near(in_memory(ids).logits, expected, F32)
+
+
+NAMES = dict(D="backbone.layers.1.mixer.D", out="backbone.layers.0.mixer.out_proj.weight")
+WRONG_WEIGHTS = [
+    ("missing.*" + re.escape(NAMES["D"]), {NAMES["D"]: None}),
+    ("missing.*backbone.embeddings.weight", {"backbone.embeddings.weight": None}),
+    ("missing.*lm_head.weight", {"lm_head.weight": None}),
+    ("unexpected.*backbone.layers.2.mixer.D", {"backbone.layers.2.mixer.D": torch.ones(8)}),
+    (re.escape(NAMES["D"]), {NAMES["D"]: torch.ones(7)}),
+    (re.escape(NAMES["out"]), {NAMES["out"]: torch.ones(64, 32)}),
+]
+
+
+@pytest.mark.parametrize("message, changes", WRONG_WEIGHTS, ids=[m for m, _ in WRONG_WEIGHTS])
+@pytest.mark.parametrize("options", [{}, dict(ignore_mismatched_sizes=True)], ids=["", "ignore"])
+def test_weights_that_do_not_fit_the_config_are_named(message, changes, options, tmp_path):
+    edit_weights(save(tiny(tie_word_embeddings=False), tmp_path), **changes)
+    with pytest.raises(ValueError, match=message):
+        Mamba2ForCausalLM.from_pretrained(tmp_path, **options)
+
+
+def test_a_checkpoint_of_the_backbone_gives_no_untied_language_model(tmp_path):
+    save(tiny(Mamba2Model, tie_word_embeddings=False), tmp_path)
+    with pytest.raises(ValueError, match="missing.*lm_head.weight"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+WRONG_SIZES = {"num_hidden_layers": 3, "state_size": 8, "vocab_size": 48, "use_bias": True}
+
+
+@pytest.mark.parametrize("name", WRONG_SIZES)
+def test_a_config_that_does_not_fit_the_weights_is_an_error(name, tmp_path):
+    edit_json(save(tiny(), tmp_path) / "config.json", **{name: WRONG_SIZES[name]})
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_an_error_that_names_the_checkpoint(file, kept, tmp_path):
+    folder = tmp_path / "truncated"
+    save(tiny(), folder) if file == "model.safetensors" else original(folder)
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises((ValueError, OSError), match="truncated"):
+        Mamba2ForCausalLM.from_pretrained(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    save(tiny(), tmp_path, max_shard_size="5KB")
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises((ValueError, OSError), match=gone.name):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+class Payload:
+    """What a malicious pickle holds: to load it is to call a function."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    original(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({**torch.load(path, weights_only=True), "extra": Payload()}, path)
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+    assert not Path("it-ran").exists()
+
+
+OTHERS = {
+    "layer = 'Mamba1'": dict(ssm_cfg={}),
+    "attn_layer_idx = .9.: hybrids": dict(attn_layer_idx=[9]),
+    "d_intermediate = 64: .*MLP": dict(d_intermediate=64),
+    "ssm_cfg.gate_rank = 3: .*not implemented": dict(
+        ssm_cfg=dict(layer="Mamba2", d_state=16, headdim=8, gate_rank=3)
+    ),
+    "norm_before_gate = True": dict(ssm_cfg=dict(layer="Mamba2", norm_before_gate=True)),
+    "rms_norm = False": dict(rms_norm=False),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
+def test_other_architectures_in_the_original_format_are_refused_with_the_reason(message, tmp_path):
+    changes = dict(OTHERS[message])
+    edit_json(original(tmp_path) / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_mamba1_in_transformers_format_is_refused(tmp_path):
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+    save(transformers.MambaForCausalLM(config), tmp_path)
+    for kind in (Mamba2ForCausalLM, Mamba2Model, Mamba2Config):
+        with pytest.raises(ValueError, match="model_type = 'mamba': not a Mamba-2 checkpoint"):
+            kind.from_pretrained(tmp_path)
+
+
+# --------------------------------------------------------------------------- README and notebook
+
+README = ROOT / "README.md"
+BLOCKS = (
+    re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S) if README.exists() else []
+)
+
+
+def test_the_readme_has_code_to_run():
+    assert README.is_file() and BLOCKS
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_readme_block_runs(number, tmp_path, monkeypatch):
+    first = BLOCKS[number].splitlines()[0]
+    for need, met in {"needs a hub": False, "needs a GPU": torch.cuda.is_available()}.items():
+        if first.startswith("#") and need in first and not met:
+            pytest.skip(f"block {number + 1} of README.md {need}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    namespace = {"__name__": "readme"}
+    exec(compile(BLOCKS[number], f"README.md, block {number + 1}", "exec"), namespace)
+    assert len(namespace) > 2  # it defined something: it is no empty block
+
+
+def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
+    notebook = json.loads((ROOT / "demo.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert len("".join(cell["source"]).splitlines()) <= 20, cell["source"]
+        assert all(output["output_type"] != "error" for output in cell["outputs"])
+    assert any(cell["outputs"] for cell in cells)
