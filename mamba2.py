@@ -1121,11 +1121,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
         if past_key_values is not None and initial_states is not None:
             raise ValueError("give past_key_values or initial_states, not both")
-        if past_key_values is not None and not isinstance(past_key_values, Mamba2Cache):
-            raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__}: it must be the Mamba2Cache"
-                " that an earlier call of this model returned"
-            )
+        _require_cache(past_key_values)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -1176,6 +1172,14 @@ class Mamba2Model(Mamba2PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
+def _require_cache(cache):
+    if cache is not None and not isinstance(cache, Mamba2Cache):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}: it must be the Mamba2Cache that an "
+            "earlier call of this model returned"
+        )
+
+
 def _as_mask(attention_mask, shape):
     """(b, l) bool from transformers' attention_mask, or None where nothing is masked."""
     if attention_mask is None:
@@ -1203,7 +1207,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers.
 
     model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
-    ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
+        ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
+
+    `generate(ids, past_key_values=cache)` goes on from a cache. As always in transformers, ids are the
+    whole sequence, or new tokens alone with an attention_mask that covers the whole sequence.
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -1283,11 +1290,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         )
         return output if return_dict else output.to_tuple()
 
+    def _validate_model_kwargs(self, model_kwargs):
+        _require_cache(model_kwargs.get("past_key_values"))
+        super()._validate_model_kwargs(model_kwargs)
+
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
-        # transformers takes the ids that come with a cache for the whole sequence, and cuts off
-        # what the cache has seen. If that leaves nothing, they were the new tokens alone.
+        # transformers takes ids that come with a cache for the whole sequence, unless a longer
+        # attention_mask comes with them, and cuts off what the cache has seen. If that leaves
+        # nothing, they can only have been new tokens.
         if next_sequence_length is not None and next_sequence_length <= 0:
             next_sequence_length = None
         return super().prepare_inputs_for_generation(
