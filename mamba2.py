@@ -1209,8 +1209,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
         ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
 
-    `generate(ids, past_key_values=cache)` goes on from a cache. As always in transformers, ids are the
-    whole sequence, or new tokens alone with an attention_mask that covers the whole sequence.
+    `generate(ids, past_key_values=cache)` goes on from a cache. As always in transformers, ids are
+    the whole sequence, or new tokens alone with an attention_mask that covers the whole sequence.
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
