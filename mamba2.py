@@ -492,11 +492,11 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     B, C = (repeat(t, "b l g n -> b l (g r) n", r=r) for t in (B, C))
     decay = log_decay.exp()[..., None, None]  # (b, l, h, 1, 1)
     xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
+    B, C = B[..., None, :], C[..., None]  # (b, l, h, 1, n), (b, l, h, n, 1)
     ys = [x[:, :0]]
-    for t in range(x.shape[1]):
-        state = (decay[:, t] * state).addcmul_(xdt[:, t], B[:, t, :, None])  # (b, h, p, n)
-        y = state @ C[:, t, :, :, None]  # (b, h, p, 1)
-        ys.append(rearrange(y, "b h p 1 -> b 1 h p"))
+    for decay_t, xdt_t, B_t, C_t in zip(*(t.unbind(1) for t in (decay, xdt, B, C)), strict=True):
+        state = (decay_t * state).addcmul_(xdt_t, B_t)  # (b, h, p, n)
+        ys.append(rearrange(state @ C_t, "b h p 1 -> b 1 h p"))
     y = torch.cat(ys, dim=1) + D * x  # (b, l, h, p)
     return y.to(dtype), state
 
@@ -542,12 +542,15 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
 def _ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
     """`ssd` in plain PyTorch; chunk_size None is a single chunk."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
-    size = chunk_size or max(x.shape[1], 1)
-    ys = [x[:, :0]]
-    for start in range(0, x.shape[1], size):
-        chunk = slice(start, start + size)
-        xs, dts, Bs, Cs = (t[:, chunk].to(state.dtype) for t in (x, dt, B, C))
-        y, state = _ssd_chunk(xs * dts[..., None], log_decay[:, chunk], Bs, Cs, state)
+    if x.shape[1] == 0:
+        return x, state
+    size = chunk_size or x.shape[1]
+    # split, because the gradient of so many slices would each time be as long as the sequence
+    chunks = zip(*(t.split(size, dim=1) for t in (x, dt, log_decay, B, C)), strict=True)
+    ys = []
+    for xs, dts, log_decays, Bs, Cs in chunks:
+        xs, dts, Bs, Cs = (t.to(state.dtype) for t in (xs, dts, Bs, Cs))
+        y, state = _ssd_chunk(xs * dts[..., None], log_decays, Bs, Cs, state)
         ys.append((y + D * xs).to(x.dtype))
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
@@ -653,12 +656,13 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         number = F.pad(_borders(seq_idx), (k - 1, 0)).cumsum(1)  # (b, k-1+l)
         final_state = final_state.masked_fill((number[:, l:] != number[:, -1:])[..., None], 0)
     dtype = _at_least_float32(x.dtype)
-    window, y = window.to(dtype), 0 if bias is None else bias.to(dtype)
+    window, weight = window.to(dtype), weight.to(dtype)
+    y = x.new_zeros(d, dtype=dtype) if bias is None else bias.to(dtype)
     for j in range(k):
         tap = window[:, j : j + l]  # (b, l, d)
         if seq_idx is not None:
             tap = tap.masked_fill((number[:, j : j + l] != number[:, k - 1 :])[..., None], 0)
-        y = y + weight[:, j].to(dtype) * tap
+        y = torch.addcmul(y, weight[:, j], tap)
     return F.silu(y).to(x.dtype), final_state
 
 
