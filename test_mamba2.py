@@ -7,6 +7,7 @@ leaves no room for a mistake. All of it runs on CUDA where there is one, and els
 """
 
 import copy
+import functools
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import accelerate
@@ -2228,3 +2230,102 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
         assert len("".join(cell["source"]).splitlines()) <= 20, cell["source"]
         assert all(output["output_type"] != "error" for output in cell["outputs"])
     assert any(cell["outputs"] for cell in cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# Benchmark: `python test_mamba2.py` compares with transformers' own Mamba-2, in plain PyTorch
+# --------------------------------------------------------------------------------------------------
+
+
+def milliseconds(functions, repeats=7):
+    """Median time of each function; they alternate, so that noise meets all of them."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):  # the first is for warming up
+        for function, record in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            record.append(1e3 * (time.perf_counter() - start))
+    return [sorted(record[1:])[repeats // 2] for record in times]
+
+
+def report(name, theirs, ours, unit="ms"):
+    ratio = f"{theirs / ours:.2f} to 1"
+    print(f"{name:44} {theirs:8.1f} {ours:8.1f} {unit:3} {ratio:>12}", flush=True)
+
+
+def benchmark():
+    from transformers.models.mamba2 import modeling_mamba2 as their
+
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    print("shapes of mamba2-130m, float32, 2 threads, medians   transformers     ours", flush=True)
+
+    b, l, h, p, g, n = 1, 2048, 24, 64, 1, 128
+    inputs = [torch.randn(b, l, h, p), 0.1 * torch.rand(b, l, h), -16 * torch.rand(h)]
+    inputs += [torch.randn(b, l, g, n), torch.randn(b, l, g, n)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    layer = Mamba2(d_model=768)
+    config = dict(hidden_size=768, num_heads=h, n_groups=g, vocab_size=50288)
+    their_layer = their.Mamba2Mixer(transformers.Mamba2Config(**config), layer_idx=0)
+    u = torch.randn(b, l, 768, requires_grad=True)
+
+    def without_gradients(function):
+        return torch.no_grad()(function)
+
+    def with_gradients(function):
+        return lambda: sum(tensor.sum() for tensor in tensors(function())).backward()
+
+    def their_ssd():
+        name = "mamba2_chunk_scan"  # since transformers 5.21; a method of the layer before
+        return getattr(their, name)(*inputs, chunk_size=256, return_final_states=True)
+
+    for what, theirs, ours in (
+        (f"SSD, {l} positions", their_ssd, lambda: ssd(*inputs)),
+        (f"layer, {l} positions", lambda: their_layer(u), lambda: layer(u)),
+    ):
+        for how, mode in (("forward", without_gradients), ("+ backward", with_gradients)):
+            pair = mode(theirs), mode(ours)
+            report(f"{what}: {how}", *milliseconds(pair))
+            peaks = []
+            for function in pair:
+                with Bytes() as watch:
+                    function()
+                peaks.append(watch.peak / 2**20)
+            report("    peak memory beside the inputs", *peaks, unit="MiB")
+
+    model = Mamba2ForCausalLM(Mamba2Config()).eval()
+    their_config = transformers.Mamba2Config(
+        **config, num_hidden_layers=24, tie_word_embeddings=True
+    )
+    their_model = transformers.Mamba2ForCausalLM(their_config).eval()
+    with torch.no_grad():
+        token = torch.tensor([[17]])
+        cache = model(token, use_cache=True).past_key_values
+        their_cache = their_model(token, use_cache=True).cache_params
+        theirs, ours = (
+            lambda: their_model(token, cache_params=their_cache),
+            lambda: model(token, past_key_values=cache),
+        )
+        report("decoding a token, 24 layers", *milliseconds((theirs, ours), repeats=21))
+        torch._inductor.config.freezing = True  # packs the weights for the CPU
+        compiled = torch.compile(model)
+        frozen = lambda: compiled(token, past_key_values=cache)  # noqa: E731
+        report("    the same, ours compiled", *milliseconds((theirs, frozen), repeats=21))
+
+    print("\nours, a token after a context of ...        ms   MB of state")
+    layers = Mamba2ForCausalLM(Mamba2Config(n_layer=2, vocab_size=256)).eval()
+    cache, seen, steps, sizes = None, 0, [], []
+    contexts = [100, 1_000, 10_000, 100_000]
+    with torch.no_grad():
+        for context in contexts:
+            for piece in torch.randint(256, (1, context - seen)).split(4096, dim=1):
+                cache = layers(piece, past_key_values=cache, logits_to_keep=1).past_key_values
+            seen = context
+            sizes.append(sum(t.nbytes for t in tensors(cache.states)) / 1e6)
+            steps.append(functools.partial(layers, token, past_key_values=cache))
+        for row in zip(contexts, milliseconds(steps, repeats=101), sizes, strict=True):
+            print("{:>38,} tokens {:6.2f} {:8.2f}".format(*row))
+
+
+if __name__ == "__main__":
+    benchmark()
