@@ -24,13 +24,14 @@ for any number of tokens. One call prefills, resumes after a pause, decodes one 
 time, or forks a prompt: what it was given is never changed, and calling it on any split of a
 sequence gives what one call on the whole would give.
 
-Glossary: the letters of shapes and einsums, and the paper's notation for them.
+Glossary: the letters of shapes, and the paper's notation for them.
 
     code   paper    meaning
     b               batch
     l      T        length of the sequence
-    q, s   Q        positions inside a chunk: of the output (q) and of the input (s)
-    d      D        width of the model, d_model
+    q, s   Q        positions in a chunk: of the output (q) and of the input (s); in the quadratic
+                    form, in the whole sequence
+    d               width of the model, d_model; elsewhere, any number of channels
     h      H        heads
     p      P        channels of a head, headdim
     n      N        size of the state of one channel, d_state
@@ -69,8 +70,8 @@ transformers_missing = None
 try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-except ModuleNotFoundError as error:
-    if error.name != "transformers":  # something that transformers needs: hiding it would mislead
+except ImportError as error:
+    if error.name != "transformers":  # neither missing nor too old, but broken: that must be seen
         raise
     transformers_missing = "this needs transformers: pip install 'transformers>=5.5'"
 
@@ -150,7 +151,7 @@ class Mamba2Config(PreTrainedConfig):
         expand                                inner width / hidden_size, not only integers (2)
         num_heads             nheads          h (None: computed, expand * hidden_size / head_dim)
         conv_kernel           d_conv          k, taps of the short convolution (4)
-        chunk_size                            positions in a chunk: speed, not results (256)
+        chunk_size                            positions in a chunk, 64 at most; only for speed(256)
         hidden_act                            of convolution and gate; only "silu" exists
         use_bias              bias            biases in in_proj and out_proj (False)
         use_conv_bias         conv_bias       bias in the convolution (True)
@@ -225,10 +226,13 @@ class Mamba2Config(PreTrainedConfig):
     @property
     def d_inner(self) -> int:
         """Width inside a layer: expand * hidden_size = num_heads * head_dim."""
-        return int(self.expand * self.hidden_size)
+        return round(self.expand * self.hidden_size)
 
     def validate_architecture(self):
-        """Raise a ValueError if the sizes do not describe a Mamba-2; compute num_heads if None."""
+        """Raise a ValueError if the sizes do not describe a Mamba-2; num_heads None is computed.
+
+        transformers calls this by its name, whenever it makes or changes a configuration.
+        """
 
         def require(condition, name, rule):
             if not condition:
@@ -241,16 +245,19 @@ class Mamba2Config(PreTrainedConfig):
         for name in (*counts.split(), "conv_kernel", "chunk_size"):
             value = getattr(self, name)
             require(is_number(value, int) and value > 0, name, "must be an integer of at least 1")
-        numbers = "expand layer_norm_epsilon initializer_range time_step_min time_step_max"
-        for name in (*numbers.split(), "time_step_floor"):
+        for name in ("expand", "time_step_min", "time_step_max"):
             value = getattr(self, name)
             require(is_number(value) and value > 0, name, "must be a positive number")
+        for name in ("layer_norm_epsilon", "initializer_range", "time_step_floor"):
+            value = getattr(self, name)
+            require(is_number(value) and value >= 0, name, "must be a number of at least 0")
 
         if self.num_heads is None:
             self.num_heads = self.d_inner // self.head_dim
         require(
             is_number(self.num_heads, int)
-            and self.num_heads * self.head_dim == self.expand * self.hidden_size,
+            and self.num_heads * self.head_dim == self.d_inner
+            and math.isclose(self.d_inner, self.expand * self.hidden_size),
             "num_heads",
             f"num_heads * head_dim = {self.num_heads} * {self.head_dim} must equal "
             f"expand * hidden_size = {self.expand} * {self.hidden_size} = "
@@ -261,10 +268,8 @@ class Mamba2Config(PreTrainedConfig):
         require(self.num_heads % self.n_groups == 0, "n_groups", rule)
         require(self.hidden_act == "silu", "hidden_act", "only 'silu' is implemented; leave it out")
         limit = self.time_step_limit
-        are_numbers = isinstance(limit, tuple) and [type(value) for value in limit] == [
-            float,
-            float,
-        ]
+        is_pair = isinstance(limit, tuple) and len(limit) == 2
+        are_numbers = is_pair and all(isinstance(value, float) for value in limit)
         rule = "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit"
         require(are_numbers and 0 <= limit[0] <= limit[1], "time_step_limit", rule)
         rule = f"must be at most time_step_max, {self.time_step_max}"
@@ -293,10 +298,12 @@ class Mamba2Config(PreTrainedConfig):
 
             # An option that a file in their format leaves out has their default, not ours.
             config_dict = {**TheirConfig().to_dict(), **config_dict}
+        config_dict = {cls.attribute_map.get(k, k): v for k, v in config_dict.items()}
         # Whatever else is in the file is kept as an attribute, and means nothing here.
         given = {k: v for k, v in config_dict.items() if k in _DEFAULTS or _is_common_option(k)}
         config = super().from_dict(given, **kwargs)
-        for name in config_dict.keys() - given.keys() - {"model_type", "rescale_prenorm_residual"}:
+        handled = {*given, *cls.attribute_map, "model_type", "rescale_prenorm_residual"}
+        for name in config_dict.keys() - handled:
             setattr(config[0] if isinstance(config, tuple) else config, name, config_dict[name])
         return config
 
@@ -382,7 +389,8 @@ def _translate_original_config(original: dict) -> dict:
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
 #     y_t     = state_t C_t + D x_t                             (p)
 #
-# and share one signature:
+# where the paper's A_t is exp(dt_t A) and its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A).
+# They share one signature:
 #
 #     y, final_state = form(x, dt, A, B, C, D, initial_state=..., seq_idx=...)
 #
@@ -408,7 +416,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     Returns:
         log_decay: (b, l, h), the logarithm of each step's decay: dt A, and -inf where another
             sequence begins, so that nothing of the one before is left.
-        D: (h, 1) or (h, p), zero for None.
+        D: (h, 1) or (h, p), or None.
         state: (b, h, p, n), the initial one.
     """
     _require("x", x, dims="batch, length, heads, headdim")
@@ -423,24 +431,26 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     _require("A", A, (h,))
     _require("B", B, (b, l, g, n))
     _require("C", C, (b, l, g, n))
-    _require("D", D, (h,), (h, p))
-    _require("initial_state", initial_state, (b, h, p, n))
-    _require("seq_idx", seq_idx, (b, l), kind="integers")
+    if D is not None:
+        _require("D", D, (h,), (h, p))
+    if initial_state is not None:
+        _require("initial_state", initial_state, (b, h, p, n))
+    if seq_idx is not None:
+        _require("seq_idx", seq_idx, (b, l), kind="integers")
 
     dtype = _at_least_float32(x.dtype)
     log_decay = dt.to(dtype) * A.to(dtype)
     if seq_idx is not None:
         log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
-    D = x.new_zeros(h, 1, dtype=dtype) if D is None else D.to(dtype).view(h, -1)
+    if D is not None:
+        D = (D if D.dim() == 2 else D[:, None]).to(dtype)
     if initial_state is None:
         initial_state = x.new_zeros(b, h, p, n)
     return log_decay, D, initial_state.to(dtype)
 
 
 def _require(name, tensor, *shapes, dims=None, kind="floating-point numbers"):
-    """Raise unless `tensor` is None, or a tensor of that kind with such a shape or such dims."""
-    if tensor is None:
-        return
+    """Raise unless `tensor` is a tensor of that kind, with one of the shapes or with such dims."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
     fits = tensor.dim() == dims.count(",") + 1 if dims else tuple(tensor.shape) in shapes
@@ -466,7 +476,7 @@ def _without_autocast(function):
 
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
-        if x.device.type == "meta":  # which has no autocast
+        if not isinstance(x, Tensor) or x.device.type == "meta":  # which has no autocast
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
@@ -493,12 +503,29 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     decay = log_decay.exp()[..., None, None]  # (b, l, h, 1, 1)
     xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
     B, C = B[..., None, :], C[..., None]  # (b, l, h, 1, n), (b, l, h, n, 1)
-    ys = [x[:, :0]]
+    ys = [x[:, :0]]  # so that there is something to concatenate if l = 0
     for decay_t, xdt_t, B_t, C_t in zip(*(t.unbind(1) for t in (decay, xdt, B, C)), strict=True):
-        state = (decay_t * state).addcmul_(xdt_t, B_t)  # (b, h, p, n)
+        state = torch.addcmul(decay_t * state, xdt_t, B_t)  # (b, h, p, n)
         ys.append(rearrange(state @ C_t, "b h p 1 -> b 1 h p"))
-    y = torch.cat(ys, dim=1) + D * x  # (b, l, h, p)
+    y = torch.cat(ys, dim=1)  # (b, l, h, p)
+    if D is not None:
+        y = y + D * x
     return y.to(dtype), state
+
+
+def segsum(log_decay: Tensor) -> Tensor:
+    """Sums over segments: out_qs = log_decay_(s+1) + ... + log_decay_q, so that exp(out) is L.
+
+    (..., q) in, (..., q, s) out, floating point: 0 on the diagonal and -inf above it.
+
+    Differs: Listing 1 takes the difference of two prefix sums, which loses the digits of a weak
+    decay that follows a strong one, and has no value behind an infinite one. This adds up each
+    segment.
+    """
+    q = log_decay.shape[-1]
+    lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
+    terms = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~lower.tril(-1), 0)
+    return terms.cumsum(-2).masked_fill(~lower, -torch.inf)  # (..., q, s)
 
 
 @_without_autocast
@@ -506,24 +533,42 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1.
 
     C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax.
-    Time and memory O(l^2) for each head: it is `ssd` with a single chunk. Arguments, results,
-    dtypes: at the head of this section. chunk_size has no effect; with it the three forms can stand
-    for each other.
+    Time and memory O(l^2) for each head. Arguments, results, dtypes: at the head of this section.
+    chunk_size has no effect; with it the three forms can stand for each other.
 
     Raises:
         ValueError: shapes that do not fit together.
         TypeError: dtypes that do not.
     """
-    return _ssd_chunked(x, dt, A, B, C, D, None, initial_state, seq_idx)
+    log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    dtype, r = x.dtype, x.shape[2] // B.shape[2]
+    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
+    B, C = (repeat(t, "b l g n -> b (g r) l n", r=r) for t in (B, C))
+    xdt = rearrange(x * dt[..., None], "b l h p -> b h l p")
+    # The initial state stands in front of the sequence: one more place that decays start from.
+    log_decay = F.pad(rearrange(log_decay, "b l h -> b h l"), (1, 0))
+    decay = segsum(log_decay).exp()  # (b, h, 1+l, 1+l)
+    L, from_start, to_end = decay[..., 1:, 1:], decay[..., 1:, :1], decay[..., -1:, 1:]
+
+    y = (L * (C @ B.mT)) @ xdt + from_start * (C @ state.mT)  # (b, h, l, p)
+    state = decay[..., -1:, :1] * state + (xdt.mT * to_end) @ B  # (b, h, p, n)
+    y = rearrange(y, "b h l p -> b l h p")
+    if D is not None:
+        y = y + D * x
+    return y.to(dtype), state
 
 
 @_without_autocast
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
     """SSD in chunks (Section 6, Listing 1): quadratic inside a chunk, recurrent between chunks.
 
-    Time O(l (q + n) p) and memory O(l p + q^2 + p n) for each head, with q = chunk_size positions
-    in a chunk, nearly all of it in matrix products. chunk_size changes speed, not results.
-    Arguments, results, dtypes: at the head of this section. A fused kernel steps in where it can.
+    With q = chunk_size positions in a chunk: time O(l (q + n) p) for each head, nearly all of it in
+    matrix products; memory O(l p + q^2 + p n), or O(l (p + q)) if gradients are wanted. chunk_size
+    changes speed, not results. Arguments, results, dtypes: at the head of this section. A fused
+    kernel steps in where it can.
+
+    Differs: Listing 1 takes all chunks at once, and the recurrence between them as one more matrix.
+    The loop keeps the products of a single chunk in memory, and shows the recurrence.
 
     Raises:
         ValueError: shapes that do not fit together, or chunk_size < 1.
@@ -534,24 +579,19 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
         return kernels.ssd(x, dt, A, B, C, D, **options)
-    if x.shape[1:2] == (1,):  # a chunk of one position is a step of the recurrence
+    # A chunk of one position is a step of the recurrence.
+    if isinstance(x, Tensor) and x.shape[1:2] == (1,):
         return ssd_recurrent(x, dt, A, B, C, D, **options)
-    return _ssd_chunked(x, dt, A, B, C, D, chunk_size, **options)
-
-
-def _ssd_chunked(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx):
-    """`ssd` in plain PyTorch; chunk_size None is a single chunk."""
-    log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
     if x.shape[1] == 0:
         return x, state
-    size = chunk_size or x.shape[1]
     # split, because the gradient of so many slices would each time be as long as the sequence
-    chunks = zip(*(t.split(size, dim=1) for t in (x, dt, log_decay, B, C)), strict=True)
+    chunks = zip(*(t.split(chunk_size, dim=1) for t in (x, dt, log_decay, B, C)), strict=True)
     ys = []
     for xs, dts, log_decays, Bs, Cs in chunks:
         xs, dts, Bs, Cs = (t.to(state.dtype) for t in (xs, dts, Bs, Cs))
         y, state = _ssd_chunk(xs * dts[..., None], log_decays, Bs, Cs, state)
-        ys.append((y + D * xs).to(x.dtype))
+        ys.append((y if D is None else y + D * xs).to(x.dtype))
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
@@ -582,28 +622,15 @@ def _ssd_chunk(xdt, log_decay, B, C, state):
     y = (scores[:, :, None] * L) @ xdt  # (b, g, r, q, p)
     # 2. From the inputs of the chunk to the state behind it.
     written = rearrange(xdt * to_end[..., None], "b g r s p -> b g (r p) s") @ B  # (b, g, (r p), n)
+    # 3. The recurrence, from the state before the chunk to the state behind it.
+    decay = repeat(from_start[..., -1], "b g r -> b g (r p) 1", p=p)
+    new_state = decay * state + written  # (b, g, (r p), n)
     # 4. From the state before the chunk to its outputs.
     read = rearrange(C @ state.mT, "b g q (r p) -> b g r q p", p=p)
     y = y + from_start[..., None] * read  # (b, g, r, q, p)
-    # 3. The recurrence, from the state before the chunk to the state behind it.
-    decay = repeat(from_start[..., -1], "b g r -> b g (r p) 1", p=p)
-    state = decay * state + written  # (b, g, (r p), n)
 
     y = rearrange(y, "b g r q p -> b q (g r) p")
-    return y, rearrange(state, "b g (r p) n -> b (g r) p n", p=p)
-
-
-def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments (Listing 1): out_qs = log_decay_(s+1) + ... + log_decay_q.
-
-    (..., q) in, (..., q, s) out: 0 on the diagonal and -inf above it, so that exp() of it is L. It
-    is not the difference of two prefix sums, which loses the digits of a weak decay that follows a
-    strong one, and has no value behind an infinite one.
-    """
-    q = log_decay.shape[-1]
-    lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
-    terms = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~lower.tril(-1), 0)
-    return terms.cumsum(-2).masked_fill(~lower, -torch.inf)  # (..., q, s)
+    return y, rearrange(new_state, "b g (r p) n -> b (g r) p n", p=p)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -616,6 +643,8 @@ class Mamba2State(NamedTuple):
 
     conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the layer's dtype
     ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer)
+
+    Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
     """
 
     conv: Tensor
@@ -645,9 +674,12 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     _require("weight", weight, dims="channels, taps")
     (b, l, d), k = x.shape, weight.shape[1]
     _require("weight", weight, (d, k))
-    _require("bias", bias, (d,))
-    _require("initial_state", initial_state, (b, k - 1, d))
-    _require("seq_idx", seq_idx, (b, l), kind="integers")
+    if bias is not None:
+        _require("bias", bias, (d,))
+    if initial_state is not None:
+        _require("initial_state", initial_state, (b, k - 1, d))
+    if seq_idx is not None:
+        _require("seq_idx", seq_idx, (b, l), kind="integers")
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
     window = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
@@ -711,7 +743,11 @@ class RMSNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """The Mamba-2 layer (Section 7.1), functional in its state.
+    """The Mamba-2 layer (Section 7.1), functional in its state:
+
+        z, xBC, dt = in_proj(u);  x, B, C = conv1d(xBC), with its SiLU
+        y = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
+        output = out_proj(norm(y * silu(z)))
 
         layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
@@ -752,7 +788,11 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
-        """Draw new weights as the original does; out_proj is scaled by depth, the layers in all."""
+        """Draw new weights as the original does; out_proj is scaled by depth, the layers in all.
+
+        Projections and convolution keep PyTorch's default, uniform in +-1/sqrt(fan_in), for
+        out_proj divided by sqrt(depth). Biases of projections are 0, as in the original's models.
+        """
 
         def uniform(parameter, fan_in):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
@@ -774,10 +814,10 @@ class Mamba2(nn.Module):
         nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)
         # A is uniform in [-16, -1]; dt log-uniform in [time_step_min, time_step_max].
-        draw = torch.empty_like(self.A_log, dtype=torch.float32)
-        copy(self.A_log, draw.uniform_(1, 16).log())
+        A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
+        copy(self.A_log, A.log())
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = draw.uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        dt = torch.empty_like(A).uniform_(low, high).exp().clamp(min=config.time_step_floor)
         copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def step(self, u, state=None, mask=None, seq_idx=None):
@@ -801,7 +841,7 @@ class Mamba2(nn.Module):
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit; the message says what would.
         """
-        return self(u, state, mask, seq_idx, return_state=True)
+        return self(u, state, mask, seq_idx, return_state=True)  # not forward: hooks have to run
 
     def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
@@ -851,11 +891,16 @@ class Mamba2(nn.Module):
         _require("u", u, dims="batch, length, width")
         b, l, _ = u.shape
         _require("u", u, (b, l, config.hidden_size))
-        _require("mask", mask, (b, l), kind="numbers")
-        _require("seq_idx", seq_idx, (b, l), kind="integers")
-        conv, ssm = (None, None) if state is None else state
-        _require("state.conv", conv, (b, config.conv_kernel - 1, self.widths[1]))
-        _require("state.ssm", ssm, (b, config.num_heads, config.head_dim, config.state_size))
+        if mask is not None:
+            _require("mask", mask, (b, l), kind="numbers")
+        if seq_idx is not None:
+            _require("seq_idx", seq_idx, (b, l), kind="integers")
+        if state is not None:
+            if not (isinstance(state, tuple) and len(state) == 2):
+                raise TypeError(f"state is a {type(state).__name__}: it must be a Mamba2State")
+            heads = (config.num_heads, config.head_dim, config.state_size)
+            _require("state.conv", state[0], (b, config.conv_kernel - 1, self.widths[1]))
+            _require("state.ssm", state[1], (b, *heads))
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -896,7 +941,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
 
     Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
-    do not.
+    do not. (The first three also bear the original's mark, `_no_weight_decay`, for other code.)
     """
     groups = {False: [], True: []}
     for parameter in model.parameters():
@@ -927,7 +972,7 @@ class Mamba2Block(nn.Module):
         return h + y, state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mamba2Cache:
     """The state of a whole model behind some tokens, and a value: nothing changes it.
 
@@ -1028,8 +1073,10 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the checkpoint's weights are not exactly those of the model that its config
                 describes, or it is of another architecture. Nothing is ever filled up with random
-                weights.
+                weights, even if `ignore_mismatched_sizes` asks for it.
         """
+        if transformers_missing is not None:
+            raise ImportError(transformers_missing)
         from safetensors import SafetensorError
 
         options = {
@@ -1042,6 +1089,7 @@ class Mamba2PreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(name_or_path, *args, **options)
         except (EOFError, OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, (EOFError, SafetensorError)) or (
+                # what torch says of a damaged file, and what mapping an empty one gives
                 "PytorchStreamReader" in str(error) or getattr(error, "errno", 0) == errno.EINVAL
             ):
                 message = f"a file of weights in {str(name_or_path)!r} is truncated or damaged"
@@ -1192,7 +1240,10 @@ def _as_mask(attention_mask, shape):
         found = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask has shape {found}: it must be {tuple(shape)}")
     if attention_mask.shape[1] < shape[1]:
-        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} of {shape[1]} positions")
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns: it must cover the {shape[1]} "
+            "new positions at least, and may cover what the cache has seen in front of them"
+        )
     mask = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
     # Nothing masked is the common case, and worth asking for; a graph that is captured cannot ask.
     can_ask = mask.device.type != "meta" and not torch.compiler.is_compiling()
@@ -1279,6 +1330,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         logits = self.lm_head(h[:, keep])
         loss = None
         if labels is not None:
+            _require("labels", labels, tuple(h.shape[:2]), kind="integers")
             targets = _next_tokens(labels, _as_mask(attention_mask, h.shape[:2]), seq_idx)[:, keep]
             targets = targets.flatten().to(logits.device)
             scores = logits.flatten(0, 1).to(_at_least_float32(logits.dtype))
@@ -1302,10 +1354,15 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
         # transformers takes ids that come with a cache for the whole sequence, unless a longer
-        # attention_mask comes with them, and cuts off what the cache has seen. If that leaves
-        # nothing, they can only have been new tokens.
-        if next_sequence_length is not None and next_sequence_length <= 0:
-            next_sequence_length = None
+        # attention_mask comes with them, and cuts off what the cache has seen.
+        if next_sequence_length is not None and next_sequence_length < 0:
+            next_sequence_length = None  # they are fewer than that, so they can only be new
+        if next_sequence_length == 0:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen as many: give "
+                "the whole sequence with at least one token that the cache has not seen, or new "
+                "tokens with an attention_mask that covers the whole sequence"
+            )
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -1316,21 +1373,18 @@ def _next_tokens(labels, mask, seq_idx):
 
     That is the label of the next position that is not masked, unless it is of another sequence.
     """
-    if labels.shape[1] == 0:
-        return labels
     if mask is None:
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        following = None if seq_idx is None else F.pad(seq_idx[:, 1:], (0, 1))
-    else:
-        order = mask.int().argsort(dim=1, stable=True)  # (b, l), masked positions to the front
-        back = order.argsort(dim=1)
+        mask = torch.ones_like(labels, dtype=torch.bool)
+    order = mask.int().argsort(dim=1, stable=True)  # (b, l), masked positions to the front
+    back = order.argsort(dim=1)
 
-        def shift(x, value):
-            return _take(F.pad(_take(x, order)[:, 1:], (0, 1), value=value), back)
+    def following(x):
+        return _take(F.pad(_take(x, order), (0, 1), value=-100)[:, 1:], back)
 
-        targets = shift(labels, -100).masked_fill(~mask, -100)
-        following = None if seq_idx is None else shift(seq_idx, 0)
-    return targets if seq_idx is None else targets.masked_fill(following != seq_idx, -100)
+    targets = following(labels).masked_fill(~mask, -100)
+    if seq_idx is not None:
+        targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
+    return targets
 
 
 def register_with_transformers():
