@@ -1,15 +1,114 @@
-"""Fused GPU kernels for mamba2.py.
+"""Fused Triton kernels for mamba2.py: SSD, short convolution and gated norm, forward and backward.
 
 `mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take
 over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the
-meaning of its namesake in mamba2.py, can run on these tensors. No kernel is written yet: every
-answer is False, and mamba2.py goes on in plain PyTorch.
+meaning of its namesake in mamba2.py (its twin, in plain PyTorch), can run on these tensors. Where
+the answer is no, mamba2.py goes on in plain PyTorch; that it did is said once, if the tensors are
+on a GPU and looked like ones for a kernel. Nothing is compiled at install, only Triton at the first
+call; without Triton or a GPU every answer is no. `python kernels.py` times all of it on a GPU.
+
+    projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
+           ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
+           └─────> z ───────────────────────────────────────────────────┴──> rms_norm
+
+Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
+channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
+writes into the state and t >= s the one that reads it. Tiles carry their axes as a suffix.
+
+SSD
+---
+Per batch element and head:
+
+    H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T        the state, (p, n)
+    y_t = H_t C_t + D x_t
+
+Inside a chunk let a_q = sum of dt·A·log2(e) up to and including q, so that 2^(a_t - a_s) is the
+decay from s to t. With H the state at the chunk's start and a_end = a at its last position:
+
+    y_t   = 2^a_t C_t·H + sum_{s<=t} (B_s·C_t) 2^(a_t - a_s) dt_s x_s + D x_t
+    H_end = 2^a_end H + sum_s 2^(a_end - a_s) dt_s x_s B_s^T
+
+Forward: one program per (batch, head) walks the chunks with the state in registers, so that nothing
+of size n·p per chunk ever goes to memory.
+
+    dt, A ──prep──> a, e, end              (b·h, l) fp32, three; end: one number per chunk
+                       │
+    x, B ──[segment]───┤                   only if b·h is too small to fill the GPU: the state that
+                       │                   each segment of the sequence adds, (b, segments, h, p, n)
+    x, B, C ─────────scan──> y, final      y: x's dtype; final: (b, h, p, n) fp32
+
+Backward: the states at the chunk borders are computed again (half-precision, one pair per chunk),
+then everything is parallel over chunks. A program loops over the heads that share B and C, so that
+dB and dC are summed on chip; no atomics anywhere, hence the same bits every time.
+
+    dt, A ─────────prep────> a, e, dt, end
+    x, B, dy, C ───border──> H, dH         (b·h·c, p, n) in x's dtype: the state at every chunk's
+                      │                    start, and its gradient at every chunk's end
+    x, dy, B, C, dH ─dx────> dx, W, sums   W: (b·c·g·splits, s, t) fp32; sums: (b, h, l) fp32, three
+    x, dy, C, H, dH ─bc────> dB, dC        (or fp32 partial sums of them, which `total` adds up)
+    sums ──────────chain───> ddt, dA       the reversed cumulative sums, and the chain rule to dt, A
+
+Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
+each of H, dH 671 MB: forward 0.69 GB (x, y and 1 % more; B and C stay in the L2 cache); backward
+border 2.0, dx 1.7, bc 2.0, all else 0.2 GB.
+
+Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
+of matrix products are in x's dtype (fp32 inputs: true fp32 products, unless PyTorch's own switch
+allows tf32). No decay is split into factors that could overflow; differences are masked, then exp2.
+With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
+
+Convolution and gated norm
+--------------------------
+Each is bound by memory: an element takes a few dozen instructions, so the time to aim for is the
+bytes that must move over the bandwidth of a device copy. Bytes per element of x, for 2-byte inputs
+(every input read once, every output written once):
+
+    operation        forward                backward
+    causal_conv1d    x, y              4    x, dy, dx                 6
+    rms_norm         x, gate, out      6    x, gate, dout, dx, dgate 10
+
+Nothing but inputs is kept for the backward: pre-activations and root mean squares are computed
+again from the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where
+they lie: rows may be any distance apart, as in a slice of a wider projection, as long as the last
+dimension is contiguous.
+
+Gradients of weights are sums over all positions. Every program sums the positions it walks over in
+registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order. No
+atomics: the same input gives the same bits.
 """
 
+import functools
 import importlib.machinery
 import importlib.util
+import os
 import sys
+import warnings
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    TRITON = True
+except ImportError as error:
+    if not (error.name or "").startswith("triton"):  # something that triton needs
+        raise
+    TRITON = False
+
+    class _NoTriton:
+        """Stands in for whatever is named or called in the definitions of kernels."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    triton = tl = TensorDescriptor = _NoTriton()
 
 __version__ = "0.0.1"  # a number, because transformers asks any module called `kernels` for one
 
@@ -34,11 +133,1965 @@ if __name__ == "kernels":
     _hand_over()
 
 
-def takes_ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None) -> bool:
-    """Whether `ssd` can run on these tensors."""
+# --------------------------------------------------------------------------------------------------
+# Shared by all operations: what is refused, and how PyTorch gets to know a kernel
+# --------------------------------------------------------------------------------------------------
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # run kernels as Python, on a CPU, for tests
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_said = set()
+
+
+# There are two kinds of reason not to run a kernel. `_unfit*` give the silent ones: no kernel is
+# meant for these tensors (on a CPU, in float64, empty), or they do not fit together, and then it is
+# the twin's turn to say so. `_beyond*` give the limits of a kernel, of which a user should hear.
+
+
+def _unfit(required: dict, optional: dict) -> str | None:
+    """Why no kernel is meant for these tensors, by name; None if one may be."""
+    if not TRITON:
+        return "triton is not installed, or too old"
+    device = None
+    for name, tensor in (required | optional).items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            return f"{name} is not a tensor"
+        if device is None:
+            device = tensor.device
+            if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+                return "the kernels need tensors on a CUDA device"
+        if tensor.device != device:
+            return f"{name} is not on the device of the other tensors"
+        if name == "seq_idx":
+            if tensor.is_floating_point() or tensor.is_complex():
+                return "seq_idx does not hold integers"
+        elif tensor.dtype not in DTYPES:
+            return f"{name} is not bfloat16, float16 or float32"
+    return None
+
+
+def _misshapen(*shapes) -> str | None:
+    """The first of the (name, tensor or None, allowed shape, ...) with another shape; or None."""
+    for name, tensor, *allowed in shapes:
+        if tensor is not None and tensor.shape not in allowed:
+            return f"the shape of {name} does not fit the others, or is not one that is understood"
+    return None
+
+
+def _beyond_labels(seq_idx: Tensor | None) -> str | None:
+    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
+        return f"seq_idx is {seq_idx.dtype}; it must be int32 or int64"
+    return None
+
+
+def _takes(operation: str, reason: str | None) -> bool:
+    """Turn a reason that a user should hear of into an answer, and say it once."""
+    if reason is None:
+        return True
+    if not torch.compiler.is_compiling() and (operation, reason) not in _said:
+        _said.add((operation, reason))
+        message = f"plain PyTorch runs instead of the kernels of {operation}: {reason}"
+        warnings.warn(message, stacklevel=4)
     return False
+
+
+def _refuse(operation: str, reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"kernels.{operation}: {reason}; mamba2.{operation} takes any tensors")
+
+
+def _free_namespace() -> str:
+    """A namespace for operators which no other execution of this file in this process has."""
+    number = 1
+    while hasattr(getattr(torch.ops, f"mamba2_kernels_{number}"), "ssd"):
+        number += 1
+    return f"mamba2_kernels_{number}"
+
+
+NAMESPACE = _free_namespace()
+
+
+def _operation(name, forward, backward, fake, count):
+    """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
+
+    forward(*inputs)               one or two tensors; inputs: tensors or None, then numbers
+    backward(*gradients, *inputs)  a list: the gradients of the first `count` inputs, contiguous,
+                                   and an empty tensor for an input that is None
+    fake(*inputs)                  results of forward, of which only shape and dtype count
+
+    To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
+    instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    opaque = torch.library.custom_op(qualified, forward, mutates_args=())
+    opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
+    inputs_in_all = forward.__code__.co_argcount
+
+    def fake_backward(*arguments):
+        x, *others = arguments[-inputs_in_all:][:count]
+        return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, *others)]
+
+    def save(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        tensors = [i for i in inputs if i is None or isinstance(i, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.numbers = inputs[len(tensors) :]
+
+    def gradients(run, ctx, *given):
+        inputs = (*ctx.saved_tensors, *ctx.numbers)
+        found = [None] * len(inputs)
+        if any(gradient is not None for gradient in given):
+            found[:count] = run(*given, *inputs)
+        pairs = zip(found, inputs, strict=True)
+        return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
+
+    opaque.register_fake(fake)
+    opaque_backward.register_fake(fake_backward)
+    opaque.register_autograd(functools.partial(gradients, opaque_backward), setup_context=save)
+    once = torch.autograd.function.once_differentiable(functools.partial(gradients, backward))
+    functions = dict(forward=forward, setup_context=save, backward=once)
+    methods = {name: staticmethod(function) for name, function in functions.items()}
+    eager = type(f"{name}_eager", (torch.autograd.Function,), methods)
+
+    def call(*inputs):
+        if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
+            return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
+        return eager.apply(*inputs)
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------
+# SSD
+# --------------------------------------------------------------------------------------------------
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# A step that decays by 2^-128 leaves nothing of an fp32 state. Going no lower keeps the running sum
+# small, and with it the rounding error of its differences, when dt·A is -1e6.
+LOWEST = tl.constexpr(-128.0)
+
+
+@triton.jit
+def pin(tile, PIN: tl.constexpr):
+    """The tile, unchanged, but as something the compiler takes for a computed value.
+
+    Triton gives a loaded tile that only matrix products read, straight from shared memory, one
+    more buffer than the others. Passing it through registers once (a move that the assembler drops)
+    saves that buffer, which is what lets two programs share a multiprocessor in `scan_kernel`: 0.45
+    instead of 0.62 ms for 2.7b at b8 l4096 on an H200. PIN: 2-byte types on a GPU.
+    """
+    if PIN:
+        tile = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2
+        )
+    return tile
+
+
+@triton.jit
+def load_state(ptr, sp, sn, p, n, mask_pn):
+    """A tile of a (p, n) state in fp32, zero outside it."""
+    tile = tl.load(ptr + p[:, None] * sp + n[None, :] * sn, mask=mask_pn, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def prep_kernel(
+    dt_ptr, A_ptr, seq_ptr, a_ptr, e_ptr, dts_ptr, end_ptr, run_ptr,
+    dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl,
+    L, NC, H,
+    HAS_SEQ: tl.constexpr, Q: tl.constexpr, HB: tl.constexpr,
+):  # fmt: skip
+    """a_q = sum_{i<=q} dt_i A log2(e) in each chunk; e_q = a_q - log2(dt_q), which folds dt into
+    the exponent: 2^(a_t - e_s) = 2^(a_t - a_s) dt_s; end = a_Q; run_q = number of resets so far.
+
+    Grid (b·c, h / HB). Tile: Q positions x HB heads, read with heads adjacent, written with
+    positions adjacent.
+
+        dt <- load (Q, HB);  da <- max(dt · A · log2 e, -128)
+        a  <- cumulative sum of da along q
+        store a, a - log2 dt, dt (padded to whole chunks), sum of da
+        run <- cumulative sum of seq_idx[l] != seq_idx[l-1], from 0 in every chunk
+
+    Masked: positions past l read dt = 0, so they neither decay nor add (their e is +inf).
+    """
+    bc = tl.program_id(0).to(tl.int64)
+    b = bc // NC
+    c = bc % NC
+    q = tl.arange(0, Q)
+    pos = c * Q + q
+    h = tl.program_id(1) * HB + tl.arange(0, HB)
+    mask_q = pos < L
+    mask_h = h < H
+    mask_qh = mask_q[:, None] & mask_h[None, :]
+    # load
+    dt_at = dt_ptr + b * dt_sb + pos[:, None] * dt_sl + h[None, :] * dt_sh
+    dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0).to(tl.float32)
+    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32) * LOG2E
+    # decay
+    da_qh = tl.maximum(dt_qh * A_h[None, :], LOWEST)
+    a_qh = tl.cumsum(da_qh, axis=0)
+    # store
+    out = (b * H + h[None, :]) * (NC * Q) + pos[:, None]
+    tl.store(a_ptr + out, a_qh, mask=mask_h[None, :])
+    tl.store(e_ptr + out, a_qh - tl.log2(dt_qh), mask=mask_h[None, :])
+    tl.store(dts_ptr + out, dt_qh, mask=mask_h[None, :])
+    tl.store(end_ptr + (b * H + h) * NC + c, tl.sum(da_qh, axis=0), mask=mask_h)
+    if HAS_SEQ:
+        if tl.program_id(1) == 0:
+            seq = seq_ptr + b * seq_sb + pos * seq_sl
+            mask_q = mask_q & (pos > 0)
+            change_q = tl.load(seq, mask=mask_q, other=0) != tl.load(
+                seq - seq_sl, mask=mask_q, other=0
+            )
+            tl.store(run_ptr + b * (NC * Q) + pos, tl.cumsum(change_q.to(tl.int32), axis=0))
+
+
+@triton.jit
+def walk(
+    v_desc, K_desc, w_desc, border_desc, end_ptr, run_ptr, state_pn, first, last, reverse,
+    b, h, g, pb, nb, bh, NC,
+    KEEP: tl.constexpr, HAS_SEQ: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The state alone, chunk after chunk: state <- 2^a_end state + (v · weight)^T K.
+
+    Forward in time v, K = x, B and the weight is 2^(a_end - e_q); in reverse v, K = dy, C and the
+    weight is 2^a_q, which is the same recurrence for the gradient of the state. Returns the last
+    state and the sum of a_end (-inf past a reset). KEEP: the state before each chunk goes to
+    border_desc.
+
+        |  v^T (p, q)  |  x  |  K (q, n)  |  ->  state (p, n) in registers
+
+    Masked by the tensor descriptors: positions past l, rows past p, columns past n read as zero.
+    """
+    q = tl.arange(0, Q)
+    total = 0.0
+    for i in tl.range(first, last, num_stages=STAGES):
+        c = tl.where(reverse, NC - 1 - i, i)
+        # load
+        K_qn = K_desc.load([b, g, c * Q, nb * NB]).reshape(Q, NB)
+        v_pq = tl.trans(v_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB))
+        w_q = w_desc.load([bh, c * Q]).reshape(Q)
+        a_end = tl.load(end_ptr + c)
+        # decay
+        w_q = tl.exp2(tl.where(reverse, w_q, a_end - w_q))
+        gamma = tl.exp2(a_end)
+        total += a_end
+        if HAS_SEQ:
+            run_q = tl.load(run_ptr + c * Q + q)
+            run_end = tl.load(run_ptr + c * Q + Q - 1)
+            w_q = tl.where(run_q == tl.where(reverse, 0, run_end), w_q, 0.0)
+            gamma = tl.where(run_end == 0, gamma, 0.0)
+            total = tl.where(run_end == 0, total, float("-inf"))
+        # store
+        if KEEP:
+            tile = state_pn.to(v_pq.dtype).reshape(1, PB, NB)
+            border_desc.store([bh * NC + c, pb * PB, nb * NB], tile)
+        # dot
+        vw_pq = (v_pq * w_q[None, :]).to(v_pq.dtype)
+        state_pn *= gamma
+        state_pn = tl.dot(vw_pq, K_qn, state_pn, input_precision=PREC)
+    return state_pn, total
+
+
+# SSD: forward -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def segment_kernel(
+    x_desc, B_desc, e_desc, end_ptr, run_ptr, seg_ptr, decay_ptr,
+    NC, H, HPG, NPB, P, N, NSEG, CPS,
+    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What a segment of CPS chunks adds to the state, and the decay over the whole segment.
+
+    Grid (b · (segments - 1) · h · p/PB, n/NB): nobody needs the last segment's. Tile (PB, NB) of
+    the state.
+
+        state <- 0;  state, total <- walk(the segment's chunks)
+        store state, 2^total
+    """
+    pid = tl.program_id(0)
+    pb = pid % NPB
+    h = (pid // NPB) % H
+    s = (pid // NPB // H) % (NSEG - 1)
+    b = pid // NPB // H // (NSEG - 1)
+    nb = tl.program_id(1)
+    b64 = b.to(tl.int64)
+    state_pn, total = walk(
+        x_desc, B_desc, e_desc, x_desc, end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
+        tl.zeros((PB, NB), tl.float32), s * CPS, tl.minimum(s * CPS + CPS, NC), False,
+        b, h, h // HPG, pb, nb, b * H + h, NC,
+        False, HAS_SEQ, Q, PB, NB, PREC, STAGES,
+    )  # fmt: skip
+    # store
+    row = (b64 * NSEG + s) * H + h
+    p = pb * PB + tl.arange(0, PB)
+    n = nb * NB + tl.arange(0, NB)
+    mask_pn = (p < P)[:, None] & (n < N)[None, :]
+    tl.store(seg_ptr + (row * P + p[:, None]) * N + n[None, :], state_pn, mask=mask_pn)
+    tl.store(decay_ptr + row, tl.exp2(total))
+
+
+@triton.jit
+def scan_kernel(
+    x_desc, B_desc, C_desc, a_desc, e_desc, y_ptr,
+    end_ptr, run_ptr, D_ptr, init_ptr, seg_ptr, decay_ptr, final_ptr,
+    D_sh, D_sp, i_sb, i_sh, i_sp, i_sn,
+    L, NC, H, HPG, NPB, P, N, NSEG, CPS,
+    HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, HAS_INIT: tl.constexpr, SEGMENTS: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """y_t = 2^a_t H C_t + sum_{s<=t} (B_s·C_t) 2^(a_t - e_s) x_s + D x_t, and H to the next chunk.
+
+    Grid b · segments · h · p/PB; neighbours share B and C through the L2 cache. The state's PB rows
+    and all of n stay in registers. Everything is transposed, (p, q), so that the state and x are
+    left operands, which may live in registers, and no product's result is ever transposed:
+
+             t                          t                             n
+        s  G (s, t)            p  [x^T (p, s)] G (s, t)        p  state (p, n)
+           upper triangle         + [state (p, n)] C^T (n, t)     += [x^T · weight] B (s, n)
+
+        state <- initial state, then every earlier segment's decay and addition
+        for each chunk:
+            G     <- (B C^T) ∘ 2^(a_t - e_s), zero below the diagonal
+            y     <- (state C^T) · 2^a_t + x^T G + D x^T
+            state <- 2^a_end state + (x^T · 2^(a_end - e_s)) B
+
+    Masked: s > t, and pairs in different runs of seq_idx; stores past l or p (reads are masked by
+    the descriptors).
+    """
+    pid = tl.program_id(0)
+    pb = pid % NPB
+    h = (pid // NPB) % H
+    seg = (pid // NPB // H) % NSEG
+    b = pid // NPB // H // NSEG
+    b64 = b.to(tl.int64)
+    g = h // HPG
+    p = pb * PB + tl.arange(0, PB)
+    n = tl.arange(0, NB)
+    q = tl.arange(0, Q)
+    mask_p = p < P
+    mask_pn = mask_p[:, None] & (n < N)[None, :]
+    state_pn = tl.zeros((PB, NB), tl.float32)
+    if HAS_INIT:
+        state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
+    if SEGMENTS:
+        for j in range(0, seg):
+            row = (b64 * NSEG + j) * H + h
+            state_pn *= tl.load(decay_ptr + row)
+            state_pn += load_state(seg_ptr + row * P * N, N, 1, p, n, mask_pn)
+    if HAS_D:
+        D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=mask_p, other=0.0).to(tl.float32)
+    end_ptr += (b64 * H + h) * NC
+    half_pn = state_pn.to(x_desc.dtype)
+    for c in tl.range(seg * CPS, tl.minimum(seg * CPS + CPS, NC), num_stages=STAGES):
+        # load
+        B_qn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
+        C_nq = tl.trans(C_desc.load([b, g, c * Q, 0]).reshape(Q, NB))
+        x_pq = tl.trans(x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB))
+        a_q = a_desc.load([b * H + h, c * Q]).reshape(Q)
+        e_q = e_desc.load([b * H + h, c * Q]).reshape(Q)
+        a_end = tl.load(end_ptr + c)
+        # decay
+        keep_st = q[:, None] <= q[None, :]
+        in_q = tl.exp2(a_q)
+        out_q = tl.exp2(a_end - e_q)
+        gamma = tl.exp2(a_end)
+        if HAS_SEQ:
+            run_q = tl.load(run_ptr + b64 * (NC * Q) + c * Q + q)
+            run_end = tl.load(run_ptr + b64 * (NC * Q) + c * Q + Q - 1)
+            keep_st = keep_st & (run_q[:, None] == run_q[None, :])
+            in_q = tl.where(run_q == 0, in_q, 0.0)
+            out_q = tl.where(run_q == run_end, out_q, 0.0)
+            gamma = tl.where(run_end == 0, gamma, 0.0)
+        decay_st = tl.exp2(tl.where(keep_st, a_q[None, :] - e_q[:, None], float("-inf")))
+        # dot
+        S_st = tl.dot(pin(B_qn, PIN), C_nq, input_precision=PREC)
+        G_st = (S_st * decay_st).to(x_pq.dtype)
+        y_pq = tl.dot(pin(half_pn, PIN), C_nq, input_precision=PREC) * in_q[None, :]
+        y_pq = tl.dot(x_pq, G_st, y_pq, input_precision=PREC)
+        xw_pq = (x_pq * out_q[None, :]).to(x_pq.dtype)
+        state_pn *= gamma
+        state_pn = tl.dot(xw_pq, B_qn, state_pn, input_precision=PREC)
+        half_pn = state_pn.to(x_pq.dtype)
+        if HAS_D:
+            y_pq += x_pq.to(tl.float32) * D_p[:, None]
+        # store
+        y_at = y_ptr + ((b64 * L + c * Q) * H + h) * P + q[None, :] * (H * P) + p[:, None]
+        mask_pq = mask_p[:, None] & (c * Q + q < L)[None, :]
+        tl.store(y_at, y_pq.to(x_pq.dtype), mask=mask_pq)
+    if seg == NSEG - 1:
+        final_ptr += (b64 * H + h) * P * N
+        tl.store(final_ptr + p[:, None] * N + n[None, :], state_pn, mask=mask_pn)
+
+
+# SSD: backward ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def border_kernel(
+    x_desc, B_desc, e_desc, dy_desc, C_desc, a_desc, H_desc, dH_desc,
+    end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
+    i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
+    NC, H, HPG, NPB, P, N,
+    HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The state H at every chunk's start, and the gradient dH of the state at every chunk's end:
+
+        dH_{c-1} = 2^a_end dH_c + sum_t 2^a_t dy_t C_t^T        (dH_c: where chunk c ends)
+
+    Grid (b · h · p/PB, n/NB, 2): the two directions in one launch, so that they fill the GPU
+    together. They differ in their descriptors only, not in their code.
+
+        state <- initial state            |  state <- gradient of the final state
+        walk forward over (x, B) -> H     |  walk backward over (dy, C) -> dH
+                                          |  store state as the gradient of the initial state
+    """
+    pid = tl.program_id(0)
+    nb = tl.program_id(1)
+    reverse = tl.program_id(2) == 1
+    pb = pid % NPB
+    h = (pid // NPB) % H
+    b = pid // NPB // H
+    b64 = b.to(tl.int64)
+    p = pb * PB + tl.arange(0, PB)
+    n = nb * NB + tl.arange(0, NB)
+    mask_pn = (p < P)[:, None] & (n < N)[None, :]
+    state_pn = tl.zeros((PB, NB), tl.float32)
+    if reverse:
+        v_desc, K_desc, w_desc, border_desc = dy_desc, C_desc, a_desc, dH_desc
+        if HAS_DFINAL:
+            state_pn += load_state(dfinal_ptr + b64 * f_sb + h * f_sh, f_sp, f_sn, p, n, mask_pn)
+    else:
+        v_desc, K_desc, w_desc, border_desc = x_desc, B_desc, e_desc, H_desc
+        if HAS_INIT:
+            state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
+    state_pn, _ = walk(
+        v_desc, K_desc, w_desc, border_desc, end_ptr + (b64 * H + h) * NC,
+        run_ptr + b64 * (NC * Q), state_pn, 0, NC, reverse,
+        b, h, h // HPG, pb, nb, b * H + h, NC, True, HAS_SEQ, Q, PB, NB, PREC, STAGES,
+    )  # fmt: skip
+    if HAS_INIT:
+        if reverse:
+            dinit_ptr += (b64 * H + h) * P * N
+            tile = state_pn.to(dinit_ptr.dtype.element_ty)
+            tl.store(dinit_ptr + p[:, None] * N + n[None, :], tile, mask=mask_pn)
+
+
+@triton.jit
+def dx_kernel(
+    x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, dH_desc, dx_desc,
+    end_ptr, run_ptr, D_ptr, W_ptr, row_ptr, col_ptr, out_ptr, dD_ptr,
+    D_sh, D_sp, dD_sc,
+    NC, H, G, HPG, NPB, P, NSPLIT, HPS, BATCH,
+    HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """With S_st = B_s·C_t, the decay L_st = 2^(a_t - a_s) for s <= t, T_st = x_s·dy_t and
+    o_s = 2^(a_end - a_s):
+
+        dx_s  = dt_s (sum_t S_st L_st dy_t + o_s dH B_s) + D dy_s
+        W_st  = sum over heads of L_st dt_s T_st          (so dB = W C + ..., dC = W^T B + ...)
+        row_t = sum_s dt_s M_st,  col_s = sum_t M_st      with M = T ∘ L ∘ S, in fp32, for ddt
+        out_s = o_s x_s·(dH B_s)                          what x_s gives to later chunks
+        dD    = sum_s x_s·dy_s
+
+    Grid b · c · g · splits; a program loops over the heads of its share of the group. B and S stay
+    on chip. Headdims above PB are taken PB rows at a time, as if they were more heads: all sums
+    above are linear in them.
+
+               t                             p                          p
+        s   S, W, M (s, t)            s   x, dx (s, p)          t   dy (t, p)
+
+        S <- B C^T
+        for each head:
+            v <- (B dH^T) · o_s;                 out <- rows of x ∘ v
+            T <- (x dy^T);                       dD  <- trace of T
+            W += T ∘ L · dt_s;                   row, col <- sums of T ∘ L ∘ S
+            dx <- (v + (S ∘ L) dy) · dt_s + D dy
+
+    Masked: s > t, and pairs in different runs of seq_idx.
+    """
+    pid = tl.program_id(0)
+    k = pid % NSPLIT
+    g = (pid // NSPLIT) % G
+    c = (pid // NSPLIT // G) % NC
+    b = pid // NSPLIT // G // NC
+    b64 = b.to(tl.int64)
+    q = tl.arange(0, Q)
+    B_sn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
+    C_tn = C_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
+    S_st = tl.dot(B_sn, tl.trans(C_tn), input_precision=PREC)
+    keep_st = q[:, None] <= q[None, :]
+    if HAS_SEQ:
+        run_q = tl.load(run_ptr + b64 * (NC * Q) + c * Q + q)
+        run_end = tl.load(run_ptr + b64 * (NC * Q) + c * Q + Q - 1)
+        keep_st = keep_st & (run_q[:, None] == run_q[None, :])
+    W_st = tl.zeros((Q, Q), tl.float32)
+    first = g * HPG + k * HPS
+    last = tl.minimum(first + HPS, g * HPG + HPG)
+    dD_ptr += (b64 * NC + c) * dD_sc
+    for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
+        h = i // NPB
+        pb = i % NPB
+        bh = b * H + h
+        # load
+        x_sp = x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
+        dy_tp = dy_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
+        dH_pn = dH_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
+        a_q = a_desc.load([bh, c * Q]).reshape(Q)
+        dt_q = dts_desc.load([bh, c * Q]).reshape(Q)
+        a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
+        # decay
+        out_q = tl.exp2(a_end - a_q)
+        if HAS_SEQ:
+            out_q = tl.where(run_q == run_end, out_q, 0.0)
+        L_st = tl.exp2(tl.where(keep_st, a_q[None, :] - a_q[:, None], float("-inf")))
+        # dot: through the state at the chunk's end
+        v_sp = tl.dot(B_sn, tl.trans(dH_pn), input_precision=PREC)
+        v_sp *= out_q[:, None]
+        out_s = tl.sum(x_sp.to(tl.float32) * v_sp, axis=1)
+        # dot: inside the chunk
+        T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
+        if HAS_D:
+            if not D_VECTOR:
+                diagonal_st = tl.where(q[:, None] == q[None, :], T_st, 0.0)
+                tl.store(dD_ptr + h * NPB + pb, tl.sum(tl.sum(diagonal_st, axis=1), axis=0))
+        T_st *= L_st
+        M_st = T_st * S_st
+        T_st *= dt_q[:, None]
+        W_st += T_st
+        col_s = tl.sum(M_st, axis=1)
+        row_t = tl.sum(M_st * dt_q[:, None], axis=0)
+        G_st = (S_st * L_st).to(x_sp.dtype)
+        v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
+        dx_sp = v_sp * dt_q[:, None]
+        if HAS_D:
+            if D_VECTOR:
+                p = pb * PB + tl.arange(0, PB)
+                D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
+                dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
+                dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
+                tl.store(dD_ptr + h * P + p, dD_p, mask=p < P)
+            else:
+                dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
+        # store
+        dx_desc.store([b, h, c * Q, pb * PB], dx_sp.to(x_sp.dtype).reshape(1, 1, Q, PB))
+        at = (((pb * BATCH + b).to(tl.int64) * H + h) * NC + c) * Q + q
+        tl.store(col_ptr + at, col_s)
+        tl.store(out_ptr + at, out_s)
+        tl.store(row_ptr + at, row_t)
+    W_at = W_ptr + (pid.to(tl.int64) * Q + q[:, None]) * Q + q[None, :]
+    tl.store(W_at, W_st)
+
+
+@triton.jit
+def bc_kernel(
+    x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, H_desc, dH_desc,
+    end_ptr, run_ptr, W_ptr, dB_ptr, dC_ptr, in_ptr, cross_ptr,
+    L, NC, H, G, HPG, NPB, N, NSPLIT, HPS, WSPLIT, BATCH,
+    HAS_SEQ: tl.constexpr, DIRECT: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums over the heads of a group, with W from `dx_kernel` and o_s = 2^(a_end - a_s):
+
+        dB_s  = sum_t W_st C_t + sum_h o_s dt_s x_s dH
+        dC_t  = sum_s W_st B_s + sum_h 2^a_t dy_t H
+        in_t  = 2^a_t dy_t·(H C_t)                        what t receives from earlier chunks
+        cross = 2^a_end <H, dH>                           what passes through the chunk untouched
+
+    Grid b · c · g · splits. Tiles dB (s, n) and dC (t, n) stay in registers; DIRECT (one split):
+    they are the result, otherwise fp32 parts of it for `total_kernel`.
+
+        dB, dC <- W C, W^T B    in the first split, else 0
+        for each head:
+            dB += (x · o_s dt_s) dH;             dC += (dy · 2^a_t) H
+            in <- rows of (C H^T) ∘ dy · 2^a_t;  cross <- diagonal of H dH^T · 2^a_end
+
+    The diagonals of two products stand in for sums of elementwise products: the tensor cores have
+    time to spare here, the registers have no room. Masked: columns past n, positions past l.
+    """
+    pid = tl.program_id(0)
+    k = pid % NSPLIT
+    g = (pid // NSPLIT) % G
+    c = (pid // NSPLIT // G) % NC
+    b = pid // NSPLIT // G // NC
+    b64 = b.to(tl.int64)
+    q = tl.arange(0, Q)
+    n = tl.arange(0, NB)
+    pp = tl.arange(0, PB)
+    C_tn = C_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
+    if HAS_SEQ:
+        run_q = tl.load(run_ptr + b64 * (NC * Q) + c * Q + q)
+        run_end = tl.load(run_ptr + b64 * (NC * Q) + c * Q + Q - 1)
+    dB_sn = tl.zeros((Q, NB), tl.float32)
+    dC_tn = tl.zeros((Q, NB), tl.float32)
+    if k == 0:
+        B_sn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
+        W_st = tl.zeros((Q, Q), tl.float32)
+        W_ts = tl.zeros((Q, Q), tl.float32)  # read transposed, since no product's result may be
+        for w in range(0, WSPLIT):
+            W_at = W_ptr + ((pid // NSPLIT).to(tl.int64) * WSPLIT + w) * (Q * Q)
+            W_st += tl.load(W_at + q[:, None] * Q + q[None, :])
+            W_ts += tl.load(W_at + q[None, :] * Q + q[:, None])
+        dB_sn = tl.dot(W_st.to(C_tn.dtype), C_tn, dB_sn, input_precision=PREC)
+        dC_tn = tl.dot(W_ts.to(C_tn.dtype), B_sn, dC_tn, input_precision=PREC)
+    first = g * HPG + k * HPS
+    last = tl.minimum(first + HPS, g * HPG + HPG)
+    for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
+        h = i // NPB
+        pb = i % NPB
+        bh = b * H + h
+        # load
+        x_sp = x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
+        dy_tp = dy_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
+        H_pn = H_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
+        dH_pn = dH_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
+        a_q = a_desc.load([bh, c * Q]).reshape(Q)
+        dt_q = dts_desc.load([bh, c * Q]).reshape(Q)
+        a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
+        # decay
+        in_q = tl.exp2(a_q)
+        out_q = tl.exp2(a_end - a_q) * dt_q
+        gamma = tl.exp2(a_end)
+        if HAS_SEQ:
+            in_q = tl.where(run_q == 0, in_q, 0.0)
+            out_q = tl.where(run_q == run_end, out_q, 0.0)
+            gamma = tl.where(run_end == 0, gamma, 0.0)
+        # dot
+        xw_sp = (x_sp * out_q[:, None]).to(x_sp.dtype)
+        dyw_tp = (dy_tp * in_q[:, None]).to(x_sp.dtype)
+        r_tp = tl.dot(C_tn, tl.trans(H_pn), input_precision=PREC)
+        cross_pp = tl.dot(H_pn, tl.trans(dH_pn), input_precision=PREC)
+        dB_sn = tl.dot(xw_sp, dH_pn, dB_sn, input_precision=PREC)
+        dC_tn = tl.dot(dyw_tp, H_pn, dC_tn, input_precision=PREC)
+        in_t = tl.sum(r_tp * dy_tp.to(tl.float32), axis=1) * in_q
+        cross_p = tl.sum(tl.where(pp[:, None] == pp[None, :], cross_pp, 0.0), axis=1) * gamma
+        # store
+        row = ((pb * BATCH + b).to(tl.int64) * H + h) * NC + c
+        tl.store(cross_ptr + row * PB + pp, cross_p)
+        tl.store(in_ptr + row * Q + q, in_t)
+    if DIRECT:
+        at = ((b64 * L + c * Q + q[:, None]) * G + g) * N + n[None, :]
+        mask_qn = (c * Q + q < L)[:, None] & (n < N)[None, :]
+    else:
+        at = (pid.to(tl.int64) * Q + q[:, None]) * N + n[None, :]
+        mask_qn = (q >= 0)[:, None] & (n < N)[None, :]
+    tl.store(dB_ptr + at, dB_sn.to(dB_ptr.dtype.element_ty), mask=mask_qn)
+    tl.store(dC_ptr + at, dC_tn.to(dC_ptr.dtype.element_ty), mask=mask_qn)
+
+
+@triton.jit
+def total_kernel(
+    dB_part_ptr, dC_part_ptr, dB_ptr, dC_ptr,
+    L, NC, G, N, NSPLIT,
+    Q: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """dB = sum over splits of dB_part, likewise dC. Grid b · c · g; tile (q, n).
+
+    Masked: columns past n, positions past l.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    g = pid % G
+    c = (pid // G) % NC
+    b = pid // G // NC
+    q = tl.arange(0, Q)
+    n = tl.arange(0, NB)
+    mask_qn = (c * Q + q < L)[:, None] & (n < N)[None, :]
+    dB_qn = tl.zeros((Q, NB), tl.float32)
+    dC_qn = tl.zeros((Q, NB), tl.float32)
+    # load
+    for k in range(0, NSPLIT):
+        at = ((pid * NSPLIT + k) * Q + q[:, None]) * N + n[None, :]
+        dB_qn += tl.load(dB_part_ptr + at, mask=mask_qn, other=0.0)
+        dC_qn += tl.load(dC_part_ptr + at, mask=mask_qn, other=0.0)
+    # store
+    at = ((b * L + c * Q + q[:, None]) * G + g) * N + n[None, :]
+    tl.store(dB_ptr + at, dB_qn.to(dB_ptr.dtype.element_ty), mask=mask_qn)
+    tl.store(dC_ptr + at, dC_qn.to(dC_ptr.dtype.element_ty), mask=mask_qn)
+
+
+@triton.jit
+def chain_kernel(
+    dts_ptr, A_ptr, row_ptr, col_ptr, in_ptr, out_ptr, cross_ptr, ddt_ptr, dA_ptr,
+    A_sh, dA_sc, L, NC, H, NPB, BATCH,
+    Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
+
+        f_j   = sum_{t>=j} (row_t - dt_t col_t) + sum_{t>=j} in_t + sum_{s<j} dt_s out_s + cross
+                inside the chunk                  from before       to after               past it
+        ddt_j = col_j + out_j + A f_j
+        dA    = sum_j dt_j f_j
+
+    Grid (b·c, h / HB); tile (q, h). Row and column sums come from the same fp32 products, and no
+    suffix sum is a total minus a prefix sum: either would cancel badly where the decay is strong.
+
+        load row, col, in, out, and out one position earlier; add up the parts of the headdim
+        f <- reversed cumulative sums + forward cumulative sum + cross
+        store ddt, and this chunk's part of dA
+
+    Masked: heads past h, positions past l (their dt is 0).
+    """
+    bc = tl.program_id(0).to(tl.int64)
+    b = bc // NC
+    c = bc % NC
+    q = tl.arange(0, Q)
+    pp = tl.arange(0, PB)
+    h = tl.program_id(1) * HB + tl.arange(0, HB)
+    mask_h = h < H
+    mask_qh = mask_h[None, :] & (q >= 0)[:, None]
+    mask_before = mask_h[None, :] & (q > 0)[:, None]
+    # load
+    dts_at = dts_ptr + ((b * H + h[None, :]) * NC + c) * Q + q[:, None]
+    dt_qh = tl.load(dts_at, mask=mask_qh, other=0.0)
+    dt_before_qh = tl.load(dts_at - 1, mask=mask_before, other=0.0)
+    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
+    row_qh = tl.zeros((Q, HB), tl.float32)
+    col_qh = tl.zeros((Q, HB), tl.float32)
+    in_qh = tl.zeros((Q, HB), tl.float32)
+    out_qh = tl.zeros((Q, HB), tl.float32)
+    before_qh = tl.zeros((Q, HB), tl.float32)
+    cross_h = tl.zeros((HB,), tl.float32)
+    for pb in range(0, NPB):
+        part_h = ((pb * BATCH + b) * H + h) * NC + c
+        at = part_h[None, :] * Q + q[:, None]
+        row_qh += tl.load(row_ptr + at, mask=mask_qh, other=0.0)
+        col_qh += tl.load(col_ptr + at, mask=mask_qh, other=0.0)
+        in_qh += tl.load(in_ptr + at, mask=mask_qh, other=0.0)
+        out_qh += tl.load(out_ptr + at, mask=mask_qh, other=0.0)
+        before_qh += tl.load(out_ptr + at - 1, mask=mask_before, other=0.0)
+        cross_at = cross_ptr + part_h[:, None] * PB + pp[None, :]
+        cross_h += tl.sum(tl.load(cross_at, mask=mask_h[:, None], other=0.0), axis=1)
+    # decay
+    f_qh = tl.cumsum(row_qh - dt_qh * col_qh, axis=0, reverse=True)
+    f_qh += tl.cumsum(in_qh, axis=0, reverse=True)
+    f_qh += tl.cumsum(dt_before_qh * before_qh, axis=0) + cross_h[None, :]
+    ddt_qh = col_qh + out_qh + A_h[None, :] * f_qh
+    # store
+    ddt_at = ddt_ptr + (b * L + c * Q + q[:, None]) * H + h[None, :]
+    mask_qh = mask_h[None, :] & (c * Q + q < L)[:, None]
+    tl.store(ddt_at, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
+    tl.store(dA_ptr + bc * dA_sc + h, tl.sum(dt_qh * f_qh, axis=0), mask=mask_h)
+
+
+# SSD: launches ------------------------------------------------------------------------------------
+
+
+def _config(x, n):
+    """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel.
+
+    Q = 64 is the narrowest tile that Hopper's matrix instruction takes, and work inside a chunk
+    grows with Q. PB is 64 even when the headdim is less: a padded tile costs little, while narrower
+    headdim tiles are where Triton 3.4-3.7 has been seen to miscompile. Where tiles would be more
+    than 16 KB each (d_state 256, or fp32), Q is halved and twice the warps share the work.
+    """
+    NB = max(64, n)
+    fp32 = x.dtype == torch.float32
+    Q = 32 if fp32 or NB == 256 else 64
+    PB = 32 if fp32 and NB == 256 else 64
+    return Q, PB, NB, 8 if fp32 or NB == 256 else 4
+
+
+def _stages(x):
+    """Pipeline depth: tiles are fetched two iterations ahead, or one if they are fp32."""
+    return 2 if x.dtype == torch.float32 else 3
+
+
+def _precision(x):
+    allowed = x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+@functools.cache
+def _slots(device):
+    """How many programs run at once: two on each multiprocessor (registers allow no more)."""
+    if device.type != "cuda":
+        return 8
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _segments(programs, nc, slots):
+    """Into how many segments to cut the sequence, so that no more than one wave runs."""
+    return max(1, min(slots // programs, nc // 4, 16))
+
+
+def _split(heads, programs, slots):
+    """Cut the heads of a group in (parts, heads per part), so that one wave of programs is full."""
+    size = triton.cdiv(heads, max(1, min(heads, slots // programs)))
+    return triton.cdiv(heads, size), size
+
+
+def _addressable(t):
+    """t where it lies, or a copy if the tensor memory accelerator cannot address it there: it wants
+    a contiguous last axis, and a base and strides that are multiples of 16 bytes."""
+    step = 16 // t.element_size()
+    fine = t.stride(-1) == 1 and t.data_ptr() % 16 == 0
+    for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True):
+        fine = fine and (size == 1 or (stride > 0 and stride % step == 0))
+    return t if fine else t.clone(memory_format=torch.contiguous_format)
+
+
+def _tiles(t, *block):
+    """Descriptor of t in tiles; what a tile has outside t reads as zero and is not written.
+
+    A (b, l, h, w) tensor is seen as (b, h, l, w), so that a tile (Q, W) is one head's positions.
+    """
+    shape, stride = list(t.shape), list(t.stride())
+    if t.ndim == 4:
+        stride = [s if size > 1 else 16 for size, s in zip(shape, stride, strict=True)]
+        shape, stride = [[v[0], v[2], v[1], v[3]] for v in (shape, stride)]
+        stride[3] = 1
+        block = (1, 1, *block)
+    return TensorDescriptor(t, shape, stride, list(block))
+
+
+def _strides(t, count):
+    return t.stride() if t is not None else (0,) * count
+
+
+def _D_strides(D):
+    return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+
+
+def _prep(x, dt, A, seq_idx, Q):
+    b, l, h = dt.shape
+    nc = triton.cdiv(l, Q)
+    a, e, dts = torch.empty(3, b * h, nc * Q, device=x.device, dtype=torch.float32)
+    end = torch.empty(b * h, nc, device=x.device, dtype=torch.float32)
+    # Without resets nobody reads run; `end` stands in for its address.
+    run = end
+    if seq_idx is not None:
+        run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
+    prep_kernel[(b * nc, triton.cdiv(h, 16))](
+        dt, A, seq_idx, a, e, dts, end, run,
+        *dt.stride(), A.stride(0), *_strides(seq_idx, 2), l, nc, h,
+        HAS_SEQ=seq_idx is not None, Q=Q, HB=16, num_warps=4,
+    )  # fmt: skip
+    return a, e, dts, end, run
+
+
+def _ssd_forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    Q, PB, NB, warps = _config(x, n)
+    nc, npb = triton.cdiv(l, Q), triton.cdiv(p, PB)
+    y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
+    final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
+    x, B, C = _addressable(x), _addressable(B), _addressable(C)
+    stages = _stages(x)
+    tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=_precision(x), STAGES=stages)
+    cps = triton.cdiv(nc, _segments(b * h * npb, nc, _slots(x.device)))
+    nseg = triton.cdiv(nc, cps)
+    with torch.cuda.device_of(x):
+        a, e, _, end, run = _prep(x, dt, A, seq_idx, Q)
+        x_desc, a_desc, e_desc = _tiles(x, Q, PB), _tiles(a, 1, Q), _tiles(e, 1, Q)
+        seg = decay = None
+        if nseg > 1:
+            seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
+            decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
+            segment_kernel[(b * (nseg - 1) * h * npb, triton.cdiv(n, 64))](
+                x_desc, _tiles(B, Q, 64), e_desc, end, run, seg, decay,
+                nc, h, h // g, npb, p, n, nseg, cps,
+                **tile, NB=64, num_warps=4, num_stages=stages,
+            )  # fmt: skip
+        scan_kernel[(b * nseg * h * npb,)](
+            x_desc, _tiles(B, Q, NB), _tiles(C, Q, NB), a_desc, e_desc, y,
+            end, run, D, initial_state, seg, decay, final,
+            *_D_strides(D), *_strides(initial_state, 4),
+            l, nc, h, h // g, npb, p, n, nseg, cps,
+            **tile, HAS_D=D is not None, HAS_INIT=initial_state is not None, SEGMENTS=nseg > 1,
+            NB=NB, PIN=x.element_size() == 2 and not INTERPRET,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y, final
+
+
+def _ssd_backward(
+    dy: Tensor | None, dfinal: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    hpg = h // g
+    Q, PB, NB, warps = _config(x, n)
+    nc, npb = triton.cdiv(l, Q), triton.cdiv(p, PB)
+    like = dict(device=x.device, dtype=x.dtype)
+    f32 = dict(device=x.device, dtype=torch.float32)
+    dx = torch.empty(b, l, h, p, **like)
+    dB, dC = torch.empty(b, l, g, n, **like), torch.empty(b, l, g, n, **like)
+    ddt = torch.empty(b, l, h, device=x.device, dtype=dt.dtype)
+    dinit = None
+    if initial_state is not None:
+        dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
+    dy = torch.zeros_like(x) if dy is None else dy
+    x, B, C, dy = (_addressable(t) for t in (x, B, C, dy))
+    stages = _stages(x)
+    tile = dict(
+        HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, NB=NB, PREC=_precision(x), num_warps=warps
+    )  # fmt: skip
+    programs = b * nc * g
+    wsplit, whps = _split(hpg, programs, _slots(x.device))
+    nsplit, hps = wsplit, whps
+    H, dH = torch.empty(b * h * nc, p, n, **like), torch.empty(b * h * nc, p, n, **like)
+    W = torch.empty(programs * wsplit, Q, Q, **f32)
+    row, col, into, out = torch.empty(4, npb, b, h, nc * Q, **f32)
+    cross = torch.empty(npb, b, h, nc, PB, **f32)
+    # Per chunk: the parts of dD, then those of dA; one sum over chunks finishes both.
+    vector = D is not None and D.ndim == 2
+    wide = 0 if D is None else h * (p if vector else npb)
+    parts = torch.empty(b * nc, wide + h, **f32)
+    with torch.cuda.device_of(x):
+        a, e, dts, end, run = _prep(x, dt, A, seq_idx, Q)
+        a_desc, e_desc, dts_desc = (_tiles(t, 1, Q) for t in (a, e, dts))
+        x_desc, dy_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB)
+        B_desc, C_desc = _tiles(B, Q, NB), _tiles(C, Q, NB)
+        H_desc, dH_desc = _tiles(H, 1, PB, NB), _tiles(dH, 1, PB, NB)
+        border_kernel[(b * h * npb, 1, 2)](
+            x_desc, B_desc, e_desc, dy_desc, C_desc, a_desc, H_desc, dH_desc,
+            end, run, initial_state, dfinal, dinit,
+            *_strides(initial_state, 4), *_strides(dfinal, 4), nc, h, hpg, npb, p, n,
+            **tile, HAS_INIT=initial_state is not None, HAS_DFINAL=dfinal is not None,
+            STAGES=stages, num_stages=stages,
+        )  # fmt: skip
+        dx_kernel[(programs * wsplit,)](
+            x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, dH_desc, _tiles(dx, Q, PB),
+            end, run, D, W, row, col, out, parts,
+            *_D_strides(D), wide + h, nc, h, g, hpg, npb, p, wsplit, whps, b,
+            **tile, HAS_D=D is not None, D_VECTOR=vector, STAGES=stages, num_stages=stages,
+        )  # fmt: skip
+        dB_part, dC_part = dB, dC
+        if nsplit > 1:
+            dB_part, dC_part = torch.empty(2, programs * nsplit, Q, n, **f32)
+        # Two stages here: a third set of four tiles would leave room for one program only.
+        bc_kernel[(programs * nsplit,)](
+            x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, H_desc, dH_desc,
+            end, run, W, dB_part, dC_part, into, cross,
+            l, nc, h, g, hpg, npb, n, nsplit, hps, wsplit, b,
+            **tile, DIRECT=nsplit == 1, STAGES=2, num_stages=2,
+        )  # fmt: skip
+        if nsplit > 1:
+            total_kernel[(programs,)](
+                dB_part, dC_part, dB, dC, l, nc, g, n, nsplit, Q=Q, NB=NB, num_warps=8
+            )
+        chain_kernel[(b * nc, triton.cdiv(h, 16))](
+            dts, A, row, col, into, out, cross, ddt, parts[:, wide:],
+            A.stride(0), wide + h, l, nc, h, npb, b, Q=Q, PB=PB, HB=16, num_warps=4,
+        )  # fmt: skip
+        total = parts.sum(0)
+    dA = total[wide:].to(A.dtype, copy=True)
+    dD = x.new_empty(0)
+    if D is not None:
+        dD = total[:wide].view(h, -1)
+        dD = (dD if vector else dD.sum(1)).to(D.dtype, copy=True)
+    return [dx, ddt, dA, dB, dC, dD, x.new_empty(0) if dinit is None else dinit]
+
+
+def _ssd_fake(x, dt, A, B, C, D, initial_state, seq_idx):
+    b, l, h, p = x.shape
+    return x.new_empty(x.shape), x.new_empty(b, h, p, B.shape[3], dtype=torch.float32)
+
+
+_ssd = _operation("ssd", _ssd_forward, _ssd_backward, _ssd_fake, count=7)
+
+
+def _unfit_ssd(x, dt, A, B, C, D, initial_state, seq_idx) -> str | None:
+    required = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    reason = _unfit(required, {"D": D, "initial_state": initial_state, "seq_idx": seq_idx})
+    if reason is not None:
+        return reason
+    if x.ndim != 4 or B.ndim != 4:
+        return "x and B do not have 4 dimensions"
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    if x.numel() == 0 or B.numel() == 0:
+        return "x or B is empty"
+    if h % g:
+        return "the number of groups does not divide the number of heads"
+    return _misshapen(
+        ("dt", dt, (b, l, h)),
+        ("A", A, (h,)),
+        ("B", B, (b, l, g, n)),
+        ("C", C, (b, l, g, n)),
+        ("D", D, (h,), (h, p)),
+        ("initial_state", initial_state, (b, h, p, n)),
+        ("seq_idx", seq_idx, (b, l)),
+    )
+
+
+def _beyond_ssd(x, dt, A, B, C, D, initial_state, seq_idx) -> str | None:
+    if x.dtype == torch.float16:
+        return "x is float16, whose range the products inside, such as dt (B·C), may leave"
+    if B.dtype != x.dtype or C.dtype != x.dtype:
+        return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
+    for name, size in (("headdim", x.shape[3]), ("d_state", B.shape[3])):
+        if size not in (16, 32, 64, 128, 256):
+            return f"{name} is {size}; it must be 16, 32, 64, 128 or 256"
+    if x.is_cuda and not _has_room(x.device):
+        return "the GPU has less shared memory than the 227 KB for which the tiles are chosen"
+    return _beyond_labels(seq_idx)
+
+
+@torch.compiler.assume_constant_result
+def _has_room(device: torch.device) -> bool:
+    return _shared_memory(device) >= 227 * 1024
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use: 227 KB on Hopper and on Blackwell for data centers."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
+
+
+def takes_ssd(
+    x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None
+) -> bool:  # fmt: skip
+    """Whether `ssd` can run on these tensors; a user on a GPU is told once what it cannot."""
+    given = (x, dt, A, B, C, D, initial_state, seq_idx)
+    return _unfit_ssd(*given) is None and _takes("ssd", _beyond_ssd(*given))
+
+
+def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
+    """The SSD operation; signature and meaning are those of its twin, `mamba2.ssd`.
+
+    x (b, l, h, p); dt (b, l, h) after softplus; A (h), negative; B, C (b, l, g, n); D (h) or
+    (h, p); initial_state (b, h, p, n); seq_idx (b, l), integers: where it changes, the state starts
+    again from zero. Returns y (b, l, h, p) in x's dtype and the final state (b, h, p, n) in fp32.
+    `chunk_size` is accepted for the twin's sake: the tile size is the kernels' own.
+
+    x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
+    16-byte aligned, and copied otherwise. The gradients cannot be differentiated again.
+
+    Raises:
+        ValueError: what the kernels cannot take, which is what `takes_ssd` says no to.
+    """
+    given = (x, dt, A, B, C, D, initial_state, seq_idx)
+    _refuse("ssd", _unfit_ssd(*given) or _beyond_ssd(*given))
+    return _ssd(*given)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pieces of convolution and gated norm
+# --------------------------------------------------------------------------------------------------
+
+
+def _unit(*sizes: int) -> int:
+    """8 if it divides every size, else 1.
+
+    Sizes and strides are passed to kernels in this unit. A kernel that computes `size * 8` lets the
+    compiler see that rows begin at multiples of 8 elements, so that a thread may load 16 bytes at
+    once. Triton finds such facts out alone only for multiples of 16, and the rows of the 130m
+    model's projection are 3,352 = 8 · 419 apart.
+    """
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+# Whether kernels may contain PTX, the assembly of NVIDIA's GPUs.
+PTX = tl.constexpr(not INTERPRET and torch.version.hip is None)
+
+
+@triton.jit
+def _sigmoid(v):
+    """1 / (1 + exp(-v)), at twice the speed of `tl.sigmoid` and as exact to a few units of 2^-24.
+
+    Triton's exp and division guard against tiny intermediate values, which takes more instructions
+    than the exponential itself. Here such a value may become 0: 2^(-v log2 e) below 2^-126 is added
+    to 1 anyway, and a sigmoid below 2^-126 is as good as 0.
+    """
+    if PTX:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [v * -1.4426950408889634],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [1.0 + power],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.sigmoid(v)
+
+
+@triton.jit
+def _fold_kernel(
+    partial_ptr, first_ptr, second_ptr,
+    rows, columns, n_first, n_second,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[c] = Σ_r partial[r, c]: the first `n_first` columns to one tensor, the next to another.
+
+    Grid: (column blocks,). Tile: ROWS x COLUMNS, moved down all rows.
+
+        sum = 0
+        for block of rows:            # always in the same order
+            sum += partial[block, columns]
+        out[columns] = Σ over ROWS of sum
+
+    Masked: rows and columns past the end.
+    """
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sum_rc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in range(0, rows, ROWS):
+        r = row + tl.arange(0, ROWS)
+        mask_rc = (r[:, None] < rows) & (c[None, :] < columns)
+        at_rc = r[:, None].to(tl.int64) * columns + c[None, :]
+        sum_rc += tl.load(partial_ptr + at_rc, mask=mask_rc, other=0.0)
+    sum_c = tl.sum(sum_rc, axis=0)
+    tl.store(first_ptr + c, sum_c, mask=c < n_first)
+    tl.store(second_ptr + c - n_first, sum_c, mask=(c >= n_first) & (c < n_first + n_second))
+
+
+def _fold(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Sum the rows of `partial` (r, c) into `first` and, if given, `second`."""
+    rows, columns = partial.shape
+    # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
+    # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
+    _fold_kernel[(triton.cdiv(columns, 32),)](
+        partial, first, first if second is None else second, rows, columns, first.numel(),
+        0 if second is None else second.numel(),
+        ROWS=64, COLUMNS=32, num_warps=4,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Causal depthwise convolution + bias + SiLU
+# --------------------------------------------------------------------------------------------------
+#
+# u is the initial state (k-1 inputs) followed by x, and i counts positions back from t:
+#
+#     v[t] = bias + Σ_i weight[k-1-i] · u[t-i]        i = 0 .. k-1
+#     y[t] = v[t] · σ(v[t])
+#
+# With seq_idx a term counts only if no sequence begins in (t-i, t].
+#
+# Tiles, chosen by hand on an H200: D channels wide, R rows loaded together, walked by one program
+# for so many positions. 128 and 256 divide the published widths (1792 = 7 · 256, 5376 = 21 · 256).
+#
+# Forward: four channels a thread; eight rows in flight, 4 KB a program, cover the latency of memory
+# (with one warp it is 9 % slower, with four rows 2 %). k-1 rows in 64 are read twice.
+CONV_FORWARD = dict(R=8, D=256, num_warps=2)
+CONV_FORWARD_ROWS = (64,)
+# Backward: 17 values a channel (window, unfinished dx, taps, their sums, bias and its sum) stay in
+# registers, so four channels a thread again, and only four rows of x and dy in flight. Long walks
+# write fewer partial sums; short ones are for inputs that long ones would cut in too few programs.
+CONV_BACKWARD = dict(R=4, D=128, num_warps=1)
+CONV_BACKWARD_ROWS = (256, 128)
+
+
+@triton.jit
+def _if(exists, channel, d):
+    """Mask for a row of d channels: all of them if the row exists, else none."""
+    return channel < tl.where(exists, d, 0)
+
+
+@triton.jit
+def _conv_forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
+    l, q_rows, d_units, x_batch_units, x_row_units,
+    UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """y[t] = silu(bias + Σ_i weight[k-1-i] · u[t-i]), and the last k-1 rows of u.
+
+    Grid: (batch · blocks of q · blocks of d,), d fastest: neighbours read neighbouring memory.
+    A program walks down `q_rows` positions, D channels wide, and keeps the k-1 inputs before t in
+    registers, so that each row is loaded, and turned into fp32, once:
+
+               D
+           ┌────────┐   x_window   u[t-k+1] .. u[t-1]
+           │        │
+           ├────────┤   x_rows     u[t] .. u[t+R-1]: loaded together, before the first is used,
+        R  │        │              so that their latencies overlap
+           └────────┘
+
+        for t in q0 .. q0 + q_rows - 1, R rows at a time:
+            v    = bias + weight · (u[t], x_window)     # 0 if a sequence begins in (t-i, t]
+            y[t] = v * sigmoid(v)
+            x_window = u[t], x_window without its last
+        the program with the last positions: final[j] = u[l-(k-1)+j]
+
+    Masked: channels past d, positions past l, positions before 0 (those come from the state).
+    """
+    d = d_units * UNIT
+    blocks_d = tl.cdiv(d, D)
+    blocks_q = tl.cdiv(l, q_rows)
+    program = tl.program_id(0)
+    q0 = (program // blocks_d) % blocks_q * q_rows
+    end = tl.minimum(q0 + q_rows, l)
+    batch = (program // blocks_d // blocks_q).to(tl.int64)
+    x_row = x_row_units.to(tl.int64) * UNIT
+    y_row = d_units.to(tl.int64) * UNIT
+    x_ptr += batch * x_batch_units * UNIT
+    y_ptr += batch * l * d
+    state_ptr += batch * (K - 1) * d
+    final_ptr += batch * (K - 1) * d
+    seq_ptr += batch * l
+
+    channel = (program % blocks_d) * D + tl.arange(0, D)
+    mask_d = channel < d
+    bias_d = tl.zeros((D,), tl.float32)
+    if BIAS:
+        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
+
+    # weight[i] is the tap that looks i positions back, x_window[i-1] is u[t-i]; `start` is where
+    # the sequence of position t begins, or some position before the window.
+    weight = ()
+    for i in tl.static_range(K):
+        weight_d = tl.load(weight_ptr + channel * K + K - 1 - i, mask=mask_d, other=0.0)
+        weight += (weight_d.to(tl.float32),)
+    x_window = ()
+    start = q0 - K
+    for i in tl.static_range(1, K):
+        t = q0 - i
+        mask_new_d = _if(t >= 0, channel, d)
+        u_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0).to(tl.float32)
+        if STATE:
+            at_d = (K - 1 + t) * d + channel
+            mask_old_d = _if(t < 0, channel, d)
+            u_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(tl.float32)
+        x_window += (u_d,)
+        if SEQ:  # before position 0 lies the first sequence
+            after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
+            if tl.load(seq_ptr + tl.maximum(t, 0)) != after:
+                start = tl.maximum(start, t + 1)
+
+    x_next_ptr = x_ptr + q0 * x_row
+    y_next_ptr = y_ptr + q0 * y_row
+    for t0 in range(q0, end, R):
+        # load
+        x_rows = ()
+        for j in tl.static_range(R):
+            mask_row_d = _if(t0 + j < end, channel, d)
+            x_rows += (tl.load(x_next_ptr + j * x_row + channel, mask=mask_row_d, other=0.0),)
+
+        for j in tl.static_range(R):
+            t = t0 + j
+            u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
+            if SEQ:
+                before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
+                if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
+                    start = t
+
+            # taps
+            v_d = bias_d
+            for i in tl.static_range(K):
+                u_d = u[i]
+                if SEQ and i > 0:
+                    u_d = tl.where(t - i >= start, u_d, 0.0)
+                v_d += weight[i] * u_d
+            x_window = u[: K - 1]
+
+            # store
+            y_d = v_d * _sigmoid(v_d)
+            tl.store(y_next_ptr + j * y_row + channel, y_d, mask=_if(t < end, channel, d))
+        x_next_ptr += R * x_row
+        y_next_ptr += R * y_row
+
+    # final state, the newest row first
+    if end == l:
+        joined = l > 0
+        for i in tl.static_range(1, K):
+            t = l - i
+            if SEQ and i > 1:
+                after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
+                joined = joined & (tl.load(seq_ptr + tl.maximum(t, 0)) == after)
+            mask_new_d = _if(joined & (t >= 0), channel, d)
+            row_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0)
+            if STATE:
+                mask_old_d = _if(joined & (t < 0), channel, d)
+                at_d = (K - 1 + t) * d + channel
+                row_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(row_d.dtype)
+            tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=mask_d)
+
+
+@triton.jit
+def _conv_backward_kernel(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr,
+    partial_ptr,
+    l, q_rows, d_units, x_batch_units, x_row_units,
+    UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
+    DFINAL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """With dv[t] = dy[t] · silu'(v[t]):
+
+        dx[s]       = Σ_i weight[k-1-i] · dv[s+i]     (and the same for the state, s < 0)
+        dweight[j]  = Σ_t dv[t] · u[t-(k-1)+j]
+        dbias       = Σ_t dv[t]
+
+    where a term counts only if no sequence begins between its two positions.
+
+    Grid: (batch · blocks of q · blocks of d,), d fastest. A program walks down its `q_rows`
+    positions one by one, D channels wide, and k-1 positions further, because dv[s+i] reaches back.
+    What it needs from other positions stays in registers, so each row of x and dy is read once
+    (k-1 rows twice, at the borders of the blocks), and every sigmoid is computed once:
+
+           x_window     u[t-k+1] .. u[t-1]       known inputs, for v[t]
+           pending      dx[t-k+1] .. dx[t-1]     sums that still miss a term
+
+        for t in q0 .. end + k-2, the rows loaded R at a time:
+            v   = bias + weight · (u[t], x_window)
+            dv  = dy[t] * sigmoid(v) * (1 + v * (1 - sigmoid(v)))
+            dweight, dbias += dv * (u[t], x_window), dv          # while t < end
+            pending += weight * dv;  dx[t-k+1] is complete: store it
+
+    Each program leaves one row of sums: K per channel, as in weight (d, k), then one per channel.
+    Masked: channels past d, rows past l, dx outside of the program's own positions.
+    """
+    d = d_units * UNIT
+    blocks_d = tl.cdiv(d, D)
+    blocks_q = tl.cdiv(l, q_rows)
+    program = tl.program_id(0)
+    block = (program // blocks_d).to(tl.int64)  # counts (batch, block of q)
+    q0 = (program // blocks_d) % blocks_q * q_rows
+    end = tl.minimum(q0 + q_rows, l)
+    batch = block // blocks_q
+    x_row = x_row_units.to(tl.int64) * UNIT
+    dy_row = d_units.to(tl.int64) * UNIT
+    x_ptr += batch * x_batch_units * UNIT
+    dy_ptr += batch * l * d
+    dx_ptr += batch * l * d
+    state_ptr += batch * (K - 1) * d
+    dstate_ptr += batch * (K - 1) * d
+    dfinal_ptr += batch * (K - 1) * d
+    seq_ptr += batch * l
+    partial_ptr += block * d * (K + 1)
+
+    channel = (program % blocks_d) * D + tl.arange(0, D)
+    mask_d = channel < d
+    zero_d = tl.zeros((D,), tl.float32)
+    bias_d = zero_d
+    if BIAS:
+        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
+
+    # x_window[i-1] is u[t-i]; weight[i] is the tap that looks i positions back; `start` is where
+    # the sequence of position t begins (or some position before the window).
+    weight = ()
+    dweight = ()
+    for i in tl.static_range(K):
+        weight_d = tl.load(weight_ptr + channel * K + K - 1 - i, mask=mask_d, other=0.0)
+        weight += (weight_d.to(tl.float32),)
+        dweight += (zero_d,)
+    x_window = ()
+    pending = ()
+    start = q0 - K
+    for i in tl.static_range(1, K):
+        t = q0 - i
+        mask_new_d = _if(t >= 0, channel, d)
+        u_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0)
+        u_d = u_d.to(tl.float32)
+        if STATE:
+            at_d = (K - 1 + t) * d + channel
+            mask_old_d = _if(t < 0, channel, d)
+            u_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(tl.float32)
+        x_window += (u_d,)
+        pending += (zero_d,)
+        if SEQ:
+            after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
+            if tl.load(seq_ptr + tl.maximum(t, 0)) != after:
+                start = tl.maximum(start, t + 1)
+    dbias_d = zero_d
+
+    x_next_ptr = x_ptr + q0 * x_row
+    dy_next_ptr = dy_ptr + q0 * dy_row
+    for t0 in range(q0, end + K - 1, R):
+        # load, R rows before the first is used, to have their latencies overlap
+        x_rows = ()
+        dy_rows = ()
+        for j in tl.static_range(R):
+            mask_row_d = _if(t0 + j < l, channel, d)
+            x_rows += (tl.load(x_next_ptr + j * x_row + channel, mask=mask_row_d, other=0.0),)
+            dy_rows += (tl.load(dy_next_ptr + j * dy_row + channel, mask=mask_row_d, other=0.0),)
+        x_next_ptr += R * x_row
+        dy_next_ptr += R * dy_row
+
+        for j in tl.static_range(R):
+            t = t0 + j
+            u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
+            if SEQ:  # past l nothing begins
+                before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
+                if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
+                    start = t
+
+            # dv
+            v_d = bias_d
+            for i in tl.static_range(K):
+                u_d = u[i]
+                if SEQ and i > 0:
+                    u_d = tl.where(t - i >= start, u_d, 0.0)
+                v_d += weight[i] * u_d
+            sigmoid_d = _sigmoid(v_d)
+            dv_d = dy_rows[j].to(tl.float32) * sigmoid_d * (1.0 + v_d * (1.0 - sigmoid_d))
+
+            # weight and bias: the rows past `end` belong to the next program
+            own_dv_d = tl.where(t < end, dv_d, 0.0)
+            dbias_d += own_dv_d
+            sums = ()
+            for i in tl.static_range(K):
+                u_d = u[i]
+                if SEQ and i > 0:
+                    u_d = tl.where(t - i >= start, u_d, 0.0)
+                sums += (dweight[i] + own_dv_d * u_d,)
+            dweight = sums
+
+            # x: after this term the sum for s = t-(k-1) is complete
+            sums = ()
+            for i in tl.static_range(K):
+                term_d = weight[i] * dv_d
+                if SEQ and i > 0:
+                    term_d = tl.where(t - i >= start, term_d, 0.0)
+                if i > 0:
+                    term_d += pending[i - 1]
+                sums += (term_d,)
+            s = t - (K - 1)
+            dx_d = sums[K - 1]
+            pending = sums[: K - 1]
+            x_window = u[: K - 1]
+
+            # store
+            if DFINAL:  # row r of the final state is u[l-(k-1)+r]
+                mask_final_d = _if((s >= tl.maximum(start, l - (K - 1))) & (s < l), channel, d)
+                at_d = (s - (l - (K - 1))) * d + channel
+                dx_d += tl.load(dfinal_ptr + at_d, mask=mask_final_d, other=0.0).to(tl.float32)
+            mask_s_d = _if((s >= q0) & (s < end), channel, d)
+            tl.store(dx_ptr + s * dy_row + channel, dx_d, mask=mask_s_d)
+            if STATE:
+                tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
+
+    for i in tl.static_range(K):
+        tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=mask_d)
+    tl.store(partial_ptr + d * K + channel, dbias_d, mask=mask_d)
+
+
+def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple[int, int]:
+    """Blocks of positions, all batches together, and their length: long unless that makes few."""
+    for q_rows in choices:
+        blocks = b * triton.cdiv(l, q_rows)
+        if blocks * triton.cdiv(d, channels) >= 4096:
+            break
+    return blocks, q_rows
+
+
+def _conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (b, l, d), k = x.shape, weight.shape[1]
+    y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+    final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
+    unit = _conv_unit(x)
+    blocks, q_rows = _conv_blocks(b, l, d, CONV_FORWARD["D"], CONV_FORWARD_ROWS)
+    with torch.cuda.device_of(x):
+        _conv_forward_kernel[(blocks * triton.cdiv(d, CONV_FORWARD["D"]),)](
+            x, weight.contiguous(), x if bias is None else bias.contiguous(),
+            x if state is None else state.contiguous(),
+            x if seq_idx is None else seq_idx.contiguous(), y, final, l, q_rows, d // unit,
+            x.stride(0) // unit, x.stride(1) // unit,
+            UNIT=unit, K=k, BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None,
+            **CONV_FORWARD,
+        )  # fmt: skip
+    return y, final
+
+
+def _conv_backward(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> list[Tensor]:
+    (b, l, d), k = x.shape, weight.shape[1]
+    dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
+    unit = _conv_unit(x)
+    blocks_d = triton.cdiv(d, CONV_BACKWARD["D"])
+    blocks, q_rows = _conv_blocks(b, l, d, CONV_BACKWARD["D"], CONV_BACKWARD_ROWS)
+    partial = torch.empty((blocks, d * (k + 1)), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _conv_backward_kernel[(blocks * blocks_d,)](
+            x, weight.contiguous(), x if bias is None else bias.contiguous(),
+            x if state is None else state.contiguous(),
+            x if seq_idx is None else seq_idx.contiguous(),
+            torch.zeros_like(x) if dy is None else dy.contiguous(),
+            x if dfinal is None else dfinal.contiguous(), dx, dstate, partial, l, q_rows, d // unit,
+            x.stride(0) // unit, x.stride(1) // unit,
+            UNIT=unit, K=k, BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None,
+            DFINAL=dfinal is not None, **CONV_BACKWARD,
+        )  # fmt: skip
+        _fold(partial, dweight, None if bias is None else dbias)
+    return [dx, dweight, dbias, dstate]
+
+
+def _conv_fake(x, weight, bias, state, seq_idx):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+
+
+_conv = _operation("causal_conv1d", _conv_forward, _conv_backward, _conv_fake, count=4)
+
+
+def _unfit_conv(x, weight, bias, initial_state, seq_idx) -> str | None:
+    optional = {"bias": bias, "initial_state": initial_state, "seq_idx": seq_idx}
+    reason = _unfit({"x": x, "weight": weight}, optional)
+    if reason is not None:
+        return reason
+    if x.ndim != 3 or weight.ndim != 2:
+        return "x does not have 3 dimensions, or weight not 2"
+    (b, l, d), k = x.shape, weight.shape[1]
+    if x.numel() == 0:
+        return "x is empty"
+    return _misshapen(
+        ("weight", weight, (d, k)),
+        ("bias", bias, (d,)),
+        ("initial_state", initial_state, (b, k - 1, d)),
+        ("seq_idx", seq_idx, (b, l)),
+    )
+
+
+def _conv_unit(x: Tensor) -> int:
+    # Triton makes a constant of an argument that is 1, and a constant has no dtype to convert.
+    return 1 if 8 in (x.shape[2], x.stride(1)) else _unit(x.shape[2], x.stride(0), x.stride(1))
+
+
+def _beyond_conv(x, weight, bias, initial_state, seq_idx) -> str | None:
+    if not 2 <= weight.shape[1] <= 4:
+        return f"the convolution has {weight.shape[1]} taps; it must have 2 to 4"
+    if 1 in (x.shape[2], x.stride(1)):
+        return "the rows of x are one element wide or apart"
+    if x.stride(2) != 1:
+        return "the channels of x are not next to each other in memory"
+    return _beyond_labels(seq_idx)
 
 
 def takes_causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None) -> bool:
-    """Whether `causal_conv1d` can run on these tensors."""
-    return False
+    """Whether `causal_conv1d` can run on these tensors; what it cannot is said once, on a GPU."""
+    given = (x, weight, bias, initial_state, seq_idx)
+    return _unfit_conv(*given) is None and _takes("causal_conv1d", _beyond_conv(*given))
+
+
+def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
+    """silu(causal depthwise convolution of x + bias), and the inputs that the next call needs.
+
+    Signature and meaning are those of its twin, `mamba2.causal_conv1d`:
+
+        y[t] = silu(bias + Σ_j weight[:, j] · u[t-(k-1)+j]),   u = initial_state followed by x
+
+    x              (b, l, d)     rows may be any distance apart, channels contiguous
+    weight, bias   (d, k), (d)   k = 2 .. 4
+    initial_state  (b, k-1, d)   the inputs before position 0; None: zeros
+    seq_idx        (b, l)        integers; where they change a new sequence begins, and no tap looks
+                                 back over that border. The state belongs to the first sequence.
+    Returns y (b, l, d) and the last k-1 rows of u (b, k-1, d), both in x's dtype; rows of another
+    sequence than the last position's are zeros.
+
+    Raises:
+        ValueError: what the kernel cannot take, which is what `takes_causal_conv1d` says no to.
+    """
+    given = (x, weight, bias, initial_state, seq_idx)
+    _refuse("causal_conv1d", _unfit_conv(*given) or _beyond_conv(*given))
+    if initial_state is not None:
+        initial_state = initial_state.to(x.dtype)  # rounds as the twin does
+    return _conv(x, weight, bias, initial_state, seq_idx)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gated RMSNorm
+# --------------------------------------------------------------------------------------------------
+#
+#     v   = y · silu(z)
+#     out = weight · v · scale,   scale = 1 / sqrt(mean of v² over the slice + eps)
+#
+# A slice of `size` = d / groups channels is cut into TILES tiles of N channels: powers of two that
+# together are little wider than the slice (5,120 = 5 · 1,024; one tile would be 8,192 wide).
+#
+# A thread has four channels of each tile. The backward runs 16 warps on each multiprocessor, which
+# fill it at 128 registers a thread; left alone, the compiler takes more for wide slices, and then
+# only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
+
+
+def _norm_tiles(size: int) -> dict:
+    """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
+    if size <= 256:
+        n = max(16, triton.next_power_of_2(size))
+    else:
+        n = min((1024, 512, 256), key=lambda n: triton.cdiv(size, n) * n)
+    tiles = triton.cdiv(size, n)
+    r = max(1, 1024 // triton.next_power_of_2(n * tiles))
+    return dict(R=r, N=n, TILES=tiles, num_warps=r * n // 128)
+
+
+def _norm_backward(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
+    """How many programs per group walk over the rows, and their tiles."""
+    tiles = _norm_tiles(size)
+    processors = 2
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    slots = triton.cdiv(processors * 16 // tiles["num_warps"], groups)
+    limit = dict(maxnreg=128) if size > 2048 else {}
+    return min(slots, triton.cdiv(rows, tiles["R"])), tiles | limit
+
+
+@triton.jit
+def _gated_forward_kernel(
+    y_ptr, z_ptr, weight_ptr, out_ptr,
+    rows, eps, groups, size_units, y_row_units, z_row_units,
+    UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """out = weight · v / sqrt(mean(v²) + eps), v = y · silu(z).
+
+    Grid: (blocks of rows · groups,), groups fastest. Tile: R rows x one slice, in TILES pieces.
+
+                 N          N          N
+           ┌──────────┬──────────┬──────┬ ─ ┐
+        R  │          │          │      │   │   -> one scale per row
+           └──────────┴──────────┴──────┴ ─ ┘
+            <----------- size --------->
+
+        for each piece:  v = y * z * sigmoid(z); squares += v * v       # v stays in registers
+        scale = 1 / sqrt(Σ squares / size + eps)
+        for each piece:  out = v * scale * weight
+
+    Masked: rows past the end, channels past the slice.
+    """
+    size = size_units * UNIT
+    group = tl.program_id(0) % groups
+    r = (tl.program_id(0) // groups).to(tl.int64) * R + tl.arange(0, R)
+    mask_r = r < rows
+    y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
+    z_r1 = (r * z_row_units * UNIT + group * size)[:, None]
+    out_r1 = (r * groups * size + group * size)[:, None]
+
+    # load
+    v = ()
+    squares_rn = tl.zeros((R, N), tl.float32)
+    for i in tl.static_range(TILES):
+        n = i * N + tl.arange(0, N)
+        mask_rn = mask_r[:, None] & (n < size)[None, :]
+        y_rn = tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
+        z_rn = tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
+        v_rn = y_rn * z_rn * _sigmoid(z_rn)
+        squares_rn += v_rn * v_rn
+        v += (v_rn,)
+    scale_r = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)
+
+    # store
+    for i in tl.static_range(TILES):
+        n = i * N + tl.arange(0, N)
+        weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
+        out_rn = v[i] * scale_r[:, None] * weight_n.to(tl.float32)[None, :]
+        mask_rn = mask_r[:, None] & (n < size)[None, :]
+        tl.store(out_ptr + out_r1 + n[None, :], out_rn, mask=mask_rn)
+
+
+@triton.jit
+def _gated_backward_kernel(
+    y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
+    rows, slots, eps, groups, size_units, y_row_units, z_row_units,
+    UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """With v̂ = v · scale and dv̂ = dout · weight, over one slice:
+
+        dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
+        dy, dz  = dv · silu(z), dv · y · silu'(z)
+        dweight = Σ over rows of dout · v̂
+
+    Grid: (slots · groups,), groups fastest: about as many programs as run at a time. Program `slot`
+    takes the row blocks slot, slot + slots, ... and keeps its share of dweight in registers.
+    Tile: as in the forward.
+
+        for each block of rows:
+            v     from y, z;    scale = 1 / sqrt(mean(v * v) + eps)
+            mean  = scale * Σ dout * weight * v / size
+            dv    = scale * (dout * weight - v * scale * mean)
+            dy    = dv * silu(z);   dz = dv * y * silu'(z);   dweight += dout * v * scale
+        partial[slot] = dweight
+
+    Masked: rows past the end, channels past the slice.
+    """
+    size = size_units * UNIT
+    group = tl.program_id(0) % groups
+    slot = tl.program_id(0) // groups
+    dweight = ()
+    for _ in tl.static_range(TILES):
+        dweight += (tl.zeros((R, N), tl.float32),)
+
+    for block in range(slot, tl.cdiv(rows, R), slots):
+        r = (block * R + tl.arange(0, R)).to(tl.int64)
+        mask_r = r < rows
+        y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
+        z_r1 = (r * z_row_units * UNIT + group * size)[:, None]
+        out_r1 = (r * groups * size + group * size)[:, None]
+
+        # load
+        y = ()
+        z = ()
+        dout = ()
+        for i in tl.static_range(TILES):
+            n = i * N + tl.arange(0, N)
+            mask_rn = mask_r[:, None] & (n < size)[None, :]
+            y += (tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0),)
+            z += (tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0),)
+            dout += (tl.load(dout_ptr + out_r1 + n[None, :], mask=mask_rn, other=0.0),)
+
+        # scale and mean
+        squares_rn = tl.zeros((R, N), tl.float32)
+        products_rn = tl.zeros((R, N), tl.float32)
+        for i in tl.static_range(TILES):
+            n = i * N + tl.arange(0, N)
+            weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
+            z_rn = z[i].to(tl.float32)
+            v_rn = y[i].to(tl.float32) * z_rn * _sigmoid(z_rn)
+            squares_rn += v_rn * v_rn
+            products_rn += dout[i].to(tl.float32) * weight_n.to(tl.float32)[None, :] * v_rn
+        scale_r1 = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)[:, None]
+        pull_r1 = scale_r1 * scale_r1 * scale_r1 * (tl.sum(products_rn, axis=1) / size)[:, None]
+
+        # store; v is computed again rather than kept
+        sums = ()
+        for i in tl.static_range(TILES):
+            n = i * N + tl.arange(0, N)
+            mask_rn = mask_r[:, None] & (n < size)[None, :]
+            weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
+            y_rn = y[i].to(tl.float32)
+            z_rn = z[i].to(tl.float32)
+            dout_rn = dout[i].to(tl.float32)
+            sigmoid_rn = _sigmoid(z_rn)
+            silu_rn = z_rn * sigmoid_rn
+            v_rn = y_rn * silu_rn
+            dhat_rn = dout_rn * weight_n.to(tl.float32)[None, :]
+            dv_rn = scale_r1 * dhat_rn - pull_r1 * v_rn
+            dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
+            tl.store(dy_ptr + out_r1 + n[None, :], dv_rn * silu_rn, mask=mask_rn)
+            tl.store(dz_ptr + out_r1 + n[None, :], dz_rn, mask=mask_rn)
+            sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
+        dweight = sums
+
+    partial_ptr += (slot * groups + group).to(tl.int64) * size
+    for i in tl.static_range(TILES):
+        n = i * N + tl.arange(0, N)
+        tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., d) -> (r, d): a view where the leading dimensions lie evenly, else a copy."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _gated_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    out = torch.empty(y.shape, dtype=z.dtype, device=y.device)
+    y, z = _rows(y), _rows(z)
+    rows, size = y.shape[0], y.shape[1] // groups
+    unit = _unit(size, y.stride(0), z.stride(0))
+    tiles = _norm_tiles(size)
+    with torch.cuda.device_of(y):
+        _gated_forward_kernel[(triton.cdiv(rows, tiles["R"]) * groups,)](
+            y, z, weight.contiguous(), out, rows, eps, groups, size // unit, y.stride(0) // unit,
+            z.stride(0) // unit,
+            UNIT=unit, **tiles,
+        )  # fmt: skip
+    return out
+
+
+def _gated_backward(
+    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
+) -> list[Tensor]:
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    y, z = _rows(y), _rows(z)
+    rows, size = y.shape[0], y.shape[1] // groups
+    unit = _unit(size, y.stride(0), z.stride(0))
+    slots, tiles = _norm_backward(size, rows, groups, y.device)
+    partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
+    with torch.cuda.device_of(y):
+        _gated_backward_kernel[(slots * groups,)](
+            y, z, weight.contiguous(), dout.contiguous(), dy, dz, partial, rows, slots, eps, groups,
+            size // unit, y.stride(0) // unit, z.stride(0) // unit,
+            UNIT=unit, **tiles,
+        )  # fmt: skip
+        _fold(partial, dweight)
+    return [dy, dz, dweight]
+
+
+def _gated_fake(y, z, weight, eps, groups):
+    return z.new_empty(z.shape)
+
+
+_gated = _operation("gated_rms_norm", _gated_forward, _gated_backward, _gated_fake, count=3)
+
+
+def _unfit_norm(x, weight, eps, gate, groups) -> str | None:
+    if gate is None:
+        return "there is no gate, and the norm alone has no kernel"
+    reason = _unfit({"x": x, "gate": gate, "weight": weight}, {})
+    if reason is not None:
+        return reason
+    if not isinstance(eps, (int, float)) or not isinstance(groups, int):
+        return "eps is not a number, or groups not an integer"
+    if x.ndim == 0 or x.numel() == 0:
+        return "x is empty"
+    if groups < 1 or x.shape[-1] % groups:
+        return "groups does not divide the last dimension of x"
+    return _misshapen(("gate", gate, x.shape), ("weight", weight, x.shape[-1:]))
+
+
+def _beyond_norm(x, weight, eps, gate, groups) -> str | None:
+    if x.shape[-1] // groups > 8192:
+        return f"a group has {x.shape[-1] // groups} channels; it must have at most 8192"
+    return None
+
+
+def takes_rms_norm(x, weight, eps, *, gate=None, groups=1) -> bool:
+    """Whether `rms_norm` can run on these tensors; what it cannot is said once, on a GPU."""
+    given = (x, weight, eps, gate, groups)
+    return _unfit_norm(*given) is None and _takes("rms_norm", _beyond_norm(*given))
+
+
+def rms_norm(x, weight, eps, *, gate=None, groups=1):
+    """The gated norm: weight · v / sqrt(mean(v²) + eps), v = x · silu(gate), for each group.
+
+    Signature and meaning are those of its twin, `mamba2.rms_norm`. Above y is x and z the gate.
+
+    x, gate  (..., d)   the gate often is a slice of a projection; rows may be any distance apart
+    weight   (d)
+    groups              equal parts of d that are normalised apart; d / groups at most 8,192
+    Returns (..., d) in the gate's dtype.
+
+    Raises:
+        ValueError: what the kernel cannot take, which is what `takes_rms_norm` says no to.
+    """
+    given = (x, weight, eps, gate, groups)
+    _refuse("rms_norm", _unfit_norm(*given) or _beyond_norm(*given))
+    return _gated(x, gate, weight, eps, groups)
+
+
+# --------------------------------------------------------------------------------------------------
+# Times: python kernels.py
+# --------------------------------------------------------------------------------------------------
+
+
+def _table():
+    """Print times and errors on this GPU, in bf16: ours, plain PyTorch, and peers if installed."""
+    if not (TRITON and torch.cuda.is_available()):
+        print("python kernels.py times the kernels on a GPU: it needs CUDA and Triton.")
+        return
+    from triton.testing import do_bench
+
+    import mamba2  # its `kernels` is this file, executed once more
+
+    ours, mamba2.kernels = mamba2.kernels, None  # from here on mamba2 is plain PyTorch
+    draw = dict(device="cuda", dtype=torch.bfloat16)
+    # (operation, side): the call, which returns y
+    calls = {("ssd", "ours"): ours.ssd, ("ssd", "plain"): mamba2.ssd}
+    calls |= {("conv", "ours"): ours.causal_conv1d, ("conv", "plain"): mamba2.causal_conv1d}
+    for side, module in (("ours", ours), ("plain", mamba2)):
+        calls["norm", side] = lambda x, z, w, of=module: of.rms_norm(x, w, 1e-5, gate=z)
+    try:
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+
+        options = dict(eps=1e-5, norm_before_gate=False)
+        calls["ssd", "mamba_ssm"] = lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, 256, D=D)
+        calls["norm", "mamba_ssm"] = lambda x, z, w: rmsnorm_fn(x, w, None, z=z, **options)
+    except Exception as error:  # it may fail to be imported in many ways
+        print("without mamba_ssm:", repr(error)[:80])
+    try:
+        from fla.modules.causal_conv1d import causal_conv1d as fla_conv
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        calls["ssd", "fla"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, decay, scale=1.0)
+        calls["conv", "fla"] = lambda *inputs: fla_conv(*inputs, activation="silu")
+    except Exception as error:
+        print("without fla:", repr(error)[:80])
+
+    def inputs_of(operation, b, l, h, p=64, n=128, g=1):
+        """Slices of one projection, as in the layer: z, then x, B and C, then room for dt."""
+        inner, channels = h * p, h * p + 2 * g * n
+        wide = torch.randn(b, l, inner + channels + h, **draw)
+        z, xBC, _ = wide.split([inner, channels, h], -1)
+        if operation == "conv":
+            return (
+                xBC,
+                torch.randn(channels, 4, device="cuda"),
+                torch.randn(channels, device="cuda"),
+            )
+        if operation == "norm":
+            return torch.randn(b, l, inner, **draw), z, torch.randn(inner, device="cuda")
+        x, B, C = torch.randn(b, l, channels, **draw).split([inner, g * n, g * n], -1)
+        dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
+        A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
+        return x.unflatten(2, (h, p)), dt, A, B.unflatten(2, (g, n)), C.unflatten(2, (g, n)), D
+
+    def run(side, operation, inputs):
+        """The call, its leaves, y; fla's inputs are prepared before, and its y lacks D x."""
+        if (operation, side) == ("ssd", "fla"):
+            x, dt, A, B, C, _ = inputs
+            q, k = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (C, B))
+            inputs = q, k, (x * dt[..., None]).to(x.dtype), dt * A
+        leaves = [t.detach().requires_grad_() for t in inputs]
+
+        def call():
+            y = calls[operation, side](*leaves)
+            return y[0] if isinstance(y, tuple) else y
+
+        return call, leaves, call()
+
+    def row(label, operation, *sizes):
+        inputs, cells = inputs_of(operation, *sizes), {"forward": [], "backward": []}
+        for side in [side for of, side in calls if of == operation]:
+            try:
+                call, leaves, y = run(side, operation, inputs)
+                step = functools.partial(torch.autograd.grad, y, leaves, torch.randn_like(y))
+                with torch.no_grad():
+                    forward = do_bench(call, return_mode="median")
+                backward = do_bench(lambda s=step: s(retain_graph=True), return_mode="median")
+            except Exception as error:  # out of memory, or a peer that does not run here
+                print(f"{label}, {side}: {repr(error)[:80]}")
+                continue
+            for line, ms in (("forward", forward), ("backward", backward)):
+                cells[line].append((side, ms))
+        for line, times in cells.items():
+            shown = (f"{side} {ms:8.3f} ({ms / times[0][1]:5.1f})" for side, ms in times)
+            print(f"{operation} {label:20} {line:8} | {' | '.join(shown)}", flush=True)
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
+    print("bf16, median ms of triton.testing.do_bench (in parentheses: as multiple of the first)")
+    row("2.7b b8 l4096", "ssd", 8, 4096, 80)
+    row("130m b8 l2048", "ssd", 8, 2048, 24)
+    row("2.7b b1 l4096", "ssd", 1, 4096, 80)
+    row("Codestral b2 l8192", "ssd", 2, 8192, 128, 64, 128, 8)
+    for operation in ("conv", "norm"):
+        row("130m b8 l2048", operation, 8, 2048, 24)
+        row("2.7b b8 l4096", operation, 8, 4096, 80)
+
+    print("relative error of ssd at b2 l1000 h4 g2 against float64: y, dx, ddt, dA, dB, dC, dD")
+    inputs = inputs_of("ssd", 2, 1000, 4, 64, 128, 2)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    want, dy = mamba2.ssd(*exact)[0], torch.randn(inputs[0].shape, **draw)
+    want = [want, *torch.autograd.grad(want, exact, dy.double())]
+    for side in [side for of, side in calls if of == "ssd" and side != "fla"]:
+        _, leaves, y = run(side, "ssd", inputs)
+        found = zip([y, *torch.autograd.grad(y, leaves, dy)], want, strict=True)
+        errors = ((f.double() - w).norm() / w.norm() for f, w in found)
+        print(f"{side:10}", " ".join(f"{error.item():.1e}" for error in errors))
+
+
+if __name__ == "__main__":
+    _table()

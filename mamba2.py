@@ -708,13 +708,15 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
         groups: the mean is taken over each of so many equal parts of the last axis (Section 8.1).
 
     Returns:
-        (..., d), in weight's dtype; computed in float32 at least.
+        (..., d), in the gate's dtype, or in weight's without a gate; computed in float32 at least.
     """
+    if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
+        return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
     x = x.unflatten(-1, (groups, -1))  # (..., g, d / g)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x.flatten(-2) * weight).to(weight.dtype)
+    return (x.flatten(-2) * weight).to(weight.dtype if gate is None else gate.dtype)
 
 
 class CausalConv1d(nn.Module):

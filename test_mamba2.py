@@ -6,9 +6,11 @@ Nearly everything runs in float64, where two orders of summation differ by some 
 leaves no room for a mistake. All of it runs on CUDA where there is one, and else on the CPU.
 """
 
+import contextlib
 import copy
 import functools
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -2234,6 +2237,576 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
         assert len("".join(cell["source"]).splitlines()) <= 20, cell["source"]
         assert all(output["output_type"] != "error" for output in cell["outputs"])
     assert any(cell["outputs"] for cell in cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# The kernels
+# --------------------------------------------------------------------------------------------------
+#
+# They run on CUDA, or as Python in Triton's interpreter: `test_the_kernels_pass_in_the_interpreter`
+# runs all of this again with TRITON_INTERPRET=1 where there is no GPU. What is right is the twin in
+# mamba2.py, in float64 on the CPU, which no kernel takes; it is compared with the paper above.
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = DEVICE.type == "cuda"
+HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
+SSD_DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
+PASSED_IN_THE_INTERPRETER = 91
+
+needs_kernels = pytest.mark.skipif(
+    not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
+    reason="kernels run on CUDA, or with TRITON_INTERPRET=1, and need Triton",
+)
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Whatever memory is allocated in here holds NaN: what a kernel does not write, shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(5, device=DEVICE).isnan().all()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_with_gradients(operation, inputs, cotangents, **static):
+    """Outputs by number and gradients by name, from the cotangents that are not None."""
+    leaves = {k: t.detach() for k, t in inputs.items() if t is not None}
+    floats = {k: t.requires_grad_() for k, t in leaves.items() if t.is_floating_point()}
+    outputs = operation(**leaves, **static)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], list(floats.values()), [c for _, c in pairs], materialize_grads=True
+    )
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return results | {f"d {k}": g for k, g in zip(floats, found, strict=True)}
+
+
+def relative_error(found, exact):
+    found, exact = found.double().cpu(), exact.double().cpu()
+    assert found.shape == exact.shape
+    return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def assert_kernel_right(name, inputs, tolerance, case, only=None, loose=(), **static):
+    """Values and gradients of a kernel are those of its twin; `only`: of one output's cotangent."""
+    exact_inputs = {
+        k: t if t is None else t.cpu().double() if t.is_floating_point() else t.cpu()
+        for k, t in inputs.items()
+    }
+    twin = getattr(mamba2, name)
+    with torch.no_grad():
+        outputs = twin(**exact_inputs, **static)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    cotangents = [
+        torch.randn_like(o).to(HALF) if only in (None, i) else None for i, o in enumerate(outputs)
+    ]
+    exact = run_with_gradients(twin, exact_inputs, cotangents, **static)
+    assert getattr(mamba2.kernels, f"takes_{name}")(**inputs, **static)
+    with poisoned():
+        found = run_with_gradients(getattr(mamba2.kernels, name), inputs, cotangents, **static)
+    assert found.keys() == exact.keys()
+    for key in exact:
+        error, limit = relative_error(found[key], exact[key]), dict(loose).get(key, tolerance)
+        assert error <= limit, f"{case}, {key}: {error:.1e}"  # also if it is NaN
+        if key.startswith("d "):
+            assert found[key].dtype == inputs[key[2:]].dtype
+
+
+def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), **features):
+    """Arguments of SSD as in a layer: x, B, C in dtype, all else in float32.
+
+    features: state, seq: there is an initial state, there are sequences; sliced: x, B and C are
+    slices of one tensor, "odd" where rows begin at odd addresses; steps: "extreme" or "zero"; low:
+    all is in dtype.
+    """
+    p, n = p or (64 if CUDA else 16), n or (128 if CUDA else 16)
+    draw, sliced, steps = dict(device=DEVICE), features.get("sliced"), features.get("steps")
+    widths = [int(sliced == "odd"), h * p, g * n, g * n]
+    _, x, B, C = torch.randn(b, l, sum(widths), **draw).to(dtype).split(widths, -1)
+    x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
+    if not sliced:
+        x, B, C = x.contiguous(), B.contiguous(), C.contiguous()
+    dt, A = 10 ** (2 * torch.rand(b, l, h, **draw) - 3), -1 - 15 * torch.rand(h, **draw)
+    if steps == "extreme":
+        dt = 10 ** (11 * torch.rand(b, l, h, **draw) - 8)
+        A = -(10 ** (6 * torch.rand(h, **draw) - 3))
+    elif steps == "zero":  # as at masked positions
+        dt = dt * (torch.rand(b, l, 1, **draw) < 0.5)
+    D = None if D is None else torch.randn(h, *((p,) if D else ()), **draw)
+    state = torch.randn(b, h, p, n, **draw) if features.get("state") else None
+    if features.get("low"):
+        dt, A, D, state = (t.to(dtype) for t in (dt, A, D, state))
+    borders = torch.rand(b, l, **draw) < max(1.5 / l, 0.03)
+    seq_idx = borders.cumsum(1) % 3 if features.get("seq") else None
+    return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx)
+
+
+# Lengths are (m, a) for m Q + a, where Q is the kernels' own chunk: 32 in float32, else 64.
+KERNEL_SSD = {
+    "one position": dict(l=(0, 1), state=True),
+    "Q - 1": dict(l=(1, -1), state=True),
+    "Q": dict(l=(1, 0), D=(1,)),
+    "Q + 1": dict(l=(1, 1), state=True),
+    "3 Q + 7": dict(l=(3, 7), D=(1,), state=True),
+    "groups, slices of one tensor": dict(l=(3, 7), h=4, g=2, sliced=True, state=True),
+    "slices at odd addresses": dict(l=(1, 9), sliced="odd", seq=True),
+    "all in the dtype of x": dict(l=(1, 9), low=True, state=True),
+    "a group for each head, no D": dict(l=(1, 9), g=3, D=None),
+    "sequences": dict(l=(3, 7), seq=True, state=True, D=(1,)),
+    "extreme steps and decays": dict(l=(3, 7), steps="extreme", state=True),
+    "steps of zero": dict(l=(3, 7), steps="zero", state=True, seq=True),
+    "gradient of y alone": dict(l=(1, 5), only=0, seq=True),
+    "gradient of the final state alone": dict(l=(1, 5), only=1, state=True),
+    "segments": dict(l=(9, 5), segments=4, state=True, seq=True),
+    "several heads a program": dict(l=(2, 3), h=6, g=2, split=(1, 3), state=True, seq=True),
+    "uneven shares of heads": dict(l=(2, 3), h=5, split=(2, 3), D=(1,)),
+    "several heads, several tiles each": dict(l=(1, 3), b=1, p=128, split=(1, 3), D=(1,)),
+}
+if CUDA:  # enough programs that the kernels choose so themselves
+    KERNEL_SSD["a full GPU"] = dict(l=(4, 3), b=40, h=5, sliced=True, state=True)
+    KERNEL_SSD["a full GPU, groups"] = dict(l=(4, 3), b=24, h=6, g=2, seq=True, D=(1,))
+SIZES = [(16, 16), (32, 128), (128, 64), (64, 256), (256, 32), (128, 256)] if CUDA else [(32, 256)]
+KERNEL_SSD |= {
+    f"headdim {p}, d_state {n}": dict(l=(2, 3), b=1, h=2, p=p, n=n, state=True, D=(1,), seq=True)
+    for p, n in SIZES
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_SSD)
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
+def test_kernel_ssd_is_its_twin_in_values_and_gradients(dtype, case, monkeypatch):
+    options = dict(KERNEL_SSD[case])
+    for name in ("segments", "split"):
+        if name in options:
+            forced = options.pop(name)
+            monkeypatch.setattr(mamba2.kernels, f"_{name}", lambda *sizes, forced=forced: forced)
+    (m, a), only = options.pop("l"), options.pop("only", None)
+    q = 32 if dtype == torch.float32 or options.get("n") == 256 else 64
+    inputs = kernel_ssd_inputs(dtype, m * q + a, **options)
+    # bfloat16: products have operands of 8 bits. float32: sums of some 100 terms of 24 bits; with
+    # decays over many powers of ten, their running sum keeps fewer digits. The gradient of A is one
+    # number a head, a sum over all positions of terms of both signs, which cancel.
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 3e-5 if "extreme" in case else 1e-5
+    assert_kernel_right("ssd", inputs, tolerance, case, only, loose={"d A": 3 * tolerance})
+
+
+KERNEL_CONV = {  # b, l, channels, width of the tensor they are a slice of, its start; and features
+    "one position": (2, 1, 37, 0, 0, "bias state"),
+    "two positions": (2, 2, 256, 600, 96, "seq state"),
+    "three positions": (2, 3, 300, 331, 5, "bias"),
+    "63 positions": (2, 63, 37, 0, 0, "seq"),
+    "64 positions": (1, 64, 300, 331, 5, "bias state seq"),
+    "65 positions": (2, 65, 256, 600, 96, "bias state seq"),
+    "200 positions": (1, 200, 40, 48, 8, "bias seq"),
+}
+if CUDA:
+    KERNEL_CONV["130m"] = 2, 1000, 1792, 3352, 1536, "bias state seq"
+    KERNEL_CONV["2.7b"] = 1, 333, 5376, 10576, 5120, "bias"
+# One rounding to the dtype, after arithmetic in float32 and for weights sums of 10^4 terms.
+KERNEL_SMALL = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_CONV)
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_kernel_convolution_is_its_twin_in_values_and_gradients(dtype, k, case):
+    b, l, d, width, start, features = KERNEL_CONV[case]
+    wide = torch.randn(b, l, width or d, device=DEVICE).to(dtype)
+    weight = torch.randn(d, k, device=DEVICE) / 2
+    inputs = dict(x=wide[..., start : start + d], weight=weight.to(dtype) if k == 3 else weight)
+    if "bias" in features:
+        inputs["bias"] = torch.randn(d, device=DEVICE)
+    if "state" in features:
+        inputs["initial_state"] = torch.randn(b, k - 1, d, device=DEVICE).to(dtype)
+    if "seq" in features:  # sequences of one to five positions, or of some twenty
+        ids = (torch.rand(b, l, device=DEVICE) < (0.4 if k == 3 or l < 5 else 0.05)).cumsum(1) % 3
+        inputs["seq_idx"] = ids.int() if k == 4 else ids
+    loose = {"d weight": KERNEL_SMALL[inputs["weight"].dtype], "d bias": 2e-6}
+    for only in (None, 0, 1) if l == 2 or CUDA and l == 65 else (None,):
+        assert_kernel_right("causal_conv1d", inputs, KERNEL_SMALL[dtype], case, only, loose)
+
+
+@needs_kernels
+def test_kernel_convolution_rounds_a_state_to_the_dtype_of_x_as_its_twin_does():
+    x, weight = torch.randn(2, 5, 8, device=DEVICE).to(HALF), torch.randn(8, 4, device=DEVICE)
+    state = torch.randn(2, 3, 8, device=DEVICE)
+    found = mamba2.causal_conv1d(x, weight, initial_state=state)
+    assert identical(found, mamba2.causal_conv1d(x, weight, initial_state=state.to(HALF)))
+    assert found[1].dtype == HALF
+
+
+@needs_kernels
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_kernel_gated_norm_is_its_twin_in_values_and_gradients(dtype, groups):
+    shapes = [(3, 64, 0), (1, 100, 0), (7, 96, 200), (5, 1536, 1600)]
+    if CUDA:
+        shapes += [(1, 1536, 3352), (4096, 1536, 3352), (1000, 5120, 10576), (33, 8192, 18560)]
+        shapes += [(65, 1000, 1001), (63, 1032, 0), (130, 768, 0), (9, 2560, 0)]
+    for rows, d, width in shapes:
+        gate = torch.randn(1, rows, width or d, device=DEVICE).to(dtype)[..., :d]
+        for x_dtype in {dtype, torch.float32}:
+            weight = torch.randn(d, device=DEVICE).to(dtype if rows % 2 else torch.float32)
+            x = torch.randn(1, rows, d, device=DEVICE).to(x_dtype)
+            case, limit = f"{rows} rows of {d} in {width}, x {x_dtype}", KERNEL_SMALL[dtype]
+            inputs = dict(x=x, gate=gate, weight=weight)
+            assert_kernel_right("rms_norm", inputs, limit, case, eps=1e-5, groups=groups)
+            y = mamba2.rms_norm(x, weight, 1e-5, gate=gate, groups=groups)
+            assert y.dtype == dtype, "the norm's result has the gate's dtype"
+
+
+def kernel_layer(dtype, **options):
+    """A layer whose sizes the kernels take, and the same in float64, which they do not take."""
+    torch.manual_seed(1)
+    sizes = dict(d_model=256, d_state=128, headdim=64) if CUDA else {}
+    sizes = dict(d_model=16, d_state=16, headdim=16, ngroups=2) | sizes | options
+    layer = Mamba2(**sizes).to(DEVICE, dtype)
+    return layer, copy.deepcopy(layer).double()
+
+
+@contextlib.contextmanager
+def counted(monkeypatch):
+    """The names of the operations that the kernels run in here."""
+    ran = []
+    with monkeypatch.context() as patch:
+        for name in ("ssd", "causal_conv1d", "rms_norm"):
+            operation = getattr(mamba2.kernels, name)
+
+            def counting(*args, name=name, operation=operation, **options):
+                ran.append(name)
+                return operation(*args, **options)
+
+            patch.setattr(mamba2.kernels, name, counting)
+        yield ran
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
+def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(dtype, monkeypatch):
+    layer, exact = kernel_layer(dtype)
+    l = 300 if CUDA else 40
+    u = torch.randn(2, l, layer.config.d_model, device=DEVICE).to(dtype)
+    seq_idx = (torch.arange(l, device=DEVICE) >= 2 * l // 3).int().expand(2, l)
+    cotangent = torch.randn(u.shape, device=DEVICE).to(dtype)
+
+    def everything(layer, u, cuts):
+        leaf = u.detach().requires_grad_()
+        step = lambda piece, state: layer.step(leaf[:, piece], state, None, seq_idx[:, piece])
+        y, state = in_pieces(step, l, None, cuts)
+        loss = (y * cotangent.to(y)).double().sum() + state.ssm.double().sum()
+        return [y, *state, *torch.autograd.grad(loss, [leaf, *layer.parameters()])]
+
+    want = everything(exact, u.double(), [])
+    with monkeypatch.context() as patch:
+        patch.setattr(mamba2, "kernels", None)
+        plain = everything(layer, u, [])
+    for cuts in ([], [l // 2], [l // 3, l // 3 + 1, l - 1]):
+        with counted(monkeypatch) as ran, poisoned():
+            found = everything(layer, u, cuts)
+        assert sorted(ran) == sorted(["ssd", "causal_conv1d", "rms_norm"] * (len(cuts) + 1))
+        for i, (f, p, w) in enumerate(zip(found, plain, want, strict=True)):
+            assert f.dtype == p.dtype
+            limit = 3 * relative_error(p, w) + (2e-2 if dtype == torch.bfloat16 else 1e-5)
+            assert relative_error(f, w) <= limit, f"{cuts} [{i}]"
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
+def test_kernel_results_have_the_same_bits_twice(dtype):
+    l = 200 if CUDA else 70
+    inputs = kernel_ssd_inputs(dtype, l, h=4, g=2, state=True, seq=True, sliced=True)
+    x, gate = torch.randn(2, 2, 150 if CUDA else 20, 96, device=DEVICE).to(dtype)
+    weight = torch.randn(96, 4, device=DEVICE)
+
+    def everything():
+        torch.manual_seed(2)
+        draws = torch.randn(3, *inputs["x"].shape, device=DEVICE)
+        runs = [
+            ("ssd", inputs, [draws[0], torch.randn_like(inputs["initial_state"])], {}),
+            ("causal_conv1d", dict(x=x, weight=weight), [gate, x[:, :3]], {}),
+            ("rms_norm", dict(x=x, gate=gate, weight=weight[:, 0]), [gate], dict(eps=1e-5)),
+        ]
+        return [
+            run_with_gradients(getattr(mamba2.kernels, name), given, cotangents, **static)
+            for name, given, cotangents, static in runs
+        ]
+
+    assert identical(everything(), everything())
+
+
+@needs_kernels
+def test_kernel_layer_is_captured_whole_by_torch_compile(monkeypatch):
+    layer, _ = kernel_layer(HALF if CUDA else torch.float32)
+    l = 200 if CUDA else 40
+    u = torch.randn(2, l, layer.config.d_model, device=DEVICE, dtype=layer.D.dtype)
+    seq_idx = (torch.arange(l, device=DEVICE) >= 2 * l // 3).int().expand(2, l)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    def everything(step):
+        leaf = u.detach().requires_grad_()
+        y, state = step(leaf, None, None, seq_idx)
+        loss = y.float().square().sum() + state.ssm.sum() + state.conv.float().sum()
+        return [y, *state, *torch.autograd.grad(loss, [leaf, *layer.parameters()])]
+
+    torch._dynamo.reset()
+    found = everything(torch.compile(layer.step, fullgraph=True, backend=backend))
+    assert len(graphs) == 1
+    for name in ("ssd", "causal_conv1d", "gated_rms_norm"):
+        assert sum(f"{mamba2.kernels.NAMESPACE}.{name}" in target for target in graphs[0]) == 1
+    for f, e in zip(found, everything(layer.step), strict=True):
+        assert relative_error(f, e) <= (1e-2 if CUDA else 1e-6)
+
+
+@needs_kernels
+@needs_cuda
+def test_kernel_layer_is_captured_in_a_cuda_graph_and_replayed_on_other_input():
+    layer, _ = kernel_layer(torch.bfloat16)
+    static = torch.randn(2, 300, layer.config.d_model, device=DEVICE, dtype=torch.bfloat16)
+
+    def everything():
+        leaf = static.detach().requires_grad_()
+        y, state = layer.step(leaf)
+        loss = y.float().square().sum() + state.ssm.sum() + state.conv.float().sum()
+        return [y, *state, *torch.autograd.grad(loss, [leaf, *layer.parameters()])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            everything()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything()
+    static.copy_(torch.randn_like(static))
+    for t in captured:
+        t.detach().fill_(torch.nan)
+    graph.replay()
+    assert identical(captured, everything())
+
+
+# What is not meant for kernels, or does not fit; of it nothing is said.
+KERNEL_SILENT = {
+    "float64": lambda i: {k: t.double() for k, t in i.items()},
+    "on no device": lambda i: {k: t.to("meta") for k, t in i.items()},
+    "no positions": lambda i: i | {k: i[k][:, :0] for k in ("x", "dt", "B", "C")},
+    "no rows": lambda i: i | {k: i[k][:0] for k in ("x", "dt", "B", "C", "initial_state")},
+    "x flat": lambda i: i | dict(x=i["x"].flatten(2)),
+    "x a number": lambda i: i | dict(x=1.0),
+    "no B": lambda i: i | dict(B=None),
+    "C of another length": lambda i: i | dict(C=i["C"][:, 1:]),
+    "groups that do not divide": lambda i: i | {k: i[k].repeat(1, 1, 2, 1) for k in "BC"},
+    "no groups": lambda i: i | {k: i[k][:, :, :0] for k in "BC"},
+    "D of other heads": lambda i: i | dict(D=i["D"][1:]),
+    "D a number": lambda i: i | dict(D=i["D"][0]),
+    "labels that are not integers": lambda i: i | dict(seq_idx=i["dt"][:, :, 0]),
+    "A a list": lambda i: i | dict(A=[1.0]),
+    "B of integers": lambda i: i | dict(B=i["B"].int()),
+}
+# And of which a user hears, because it costs time.
+KERNEL_LOUD = {
+    "float16": lambda i: i | {k: i[k].half() for k in ("x", "B", "C")},
+    "headdim is 12": lambda i: i | dict(x=i["x"][..., :12], initial_state=None),
+    "d_state is 10": lambda i: i | {k: i[k][..., :10] for k in ("B", "C", "initial_state")},
+    "one dtype": lambda i: i | dict(B=i["B"].bfloat16()),
+    "seq_idx is torch.int16": lambda i: i | dict(seq_idx=(i["dt"][:, :, 0] < 0.01).short()),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_SILENT)
+def test_kernel_ssd_leaves_to_its_twin_without_a_word(case):
+    inputs = kernel_ssd_inputs(torch.float32, 5, p=16, n=16, state=True)
+    del inputs["seq_idx"]
+    assert mamba2.kernels.takes_ssd(**inputs)
+    changed = KERNEL_SILENT[case](inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mamba2.kernels.takes_ssd(**changed) is False
+    with pytest.raises(ValueError, match=r"kernels\.ssd: .*; mamba2\.ssd"):
+        mamba2.kernels.ssd(**changed)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_LOUD)
+def test_kernel_ssd_leaves_to_its_twin_with_one_warning(case, monkeypatch):
+    monkeypatch.setattr(mamba2.kernels, "_said", set())
+    inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16, state=True)
+    inputs = KERNEL_LOUD[case](inputs)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found = mamba2.ssd(**inputs)
+    told = [str(w.message) for w in said if "plain PyTorch runs" in str(w.message)]
+    assert len(told) == 1 and case in told[0]
+    with pytest.raises(ValueError, match=case):
+        mamba2.kernels.ssd(**inputs)
+    exact = {k: t.double() if t is not None and k != "seq_idx" else t for k, t in inputs.items()}
+    for f, e in zip(found, mamba2.ssd(**exact), strict=True):
+        assert relative_error(f, e) <= (1e-3 if case == "float16" else 1e-6)
+
+
+@needs_kernels
+def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypatch):
+    monkeypatch.setattr(mamba2.kernels, "_said", set())
+    x, weight = torch.randn(2, 5, 8, device=DEVICE), torch.randn(8, 4, device=DEVICE)
+    conv, norm = mamba2.kernels.takes_causal_conv1d, mamba2.kernels.takes_rms_norm
+    w = weight[:, 0]
+    assert conv(x, weight) and norm(x, w, 1e-5, gate=x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for refused in (
+            conv(x.double(), weight),
+            conv(x.to("meta"), weight.to("meta")),
+            conv(x[:, :0], weight),
+            conv(x[0], weight),
+            conv(x, w),
+            conv(x, weight[1:]),
+            conv(x, weight, w[1:]),
+            conv(x, weight, initial_state=x),
+            conv(x, weight, seq_idx=x[..., 0]),
+            conv(None, weight),
+            norm(x, w, 1e-5),
+            norm(x.double(), w, 1e-5, gate=x),
+            norm(x, w, 1e-5, gate=x[:1]),
+            norm(x, w[1:], 1e-5, gate=x),
+            norm(x, w, 1e-5, gate=x, groups=3),
+            norm(x, w, 1e-5, gate=x, groups=0),
+            norm(x, w, w[0], gate=x),
+            norm(x[:0], w, 1e-5, gate=x[:0]),
+            norm(w[0], w, 1e-5, gate=w[0]),
+        ):
+            assert refused is False
+    wide = torch.randn(2, 1, 8200, device=DEVICE)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert not conv(x, torch.randn(8, 5, device=DEVICE))
+            assert not conv(x.mT, torch.randn(5, 4, device=DEVICE))
+            assert not norm(wide, wide[0, 0], 1e-5, gate=wide)
+            assert norm(wide, wide[0, 0], 1e-5, gate=wide, groups=2)
+    assert len(said) == 3
+    for warning, part in zip(said, ("5 taps", "channels of x", "8200 channels"), strict=True):
+        assert part in str(warning.message)
+    for refuse in (
+        lambda: mamba2.kernels.causal_conv1d(x, torch.randn(8, 5, device=DEVICE)),
+        lambda: mamba2.kernels.rms_norm(x, w, 1e-5),
+    ):
+        with pytest.raises(ValueError, match="takes any tensors"):
+            refuse()
+
+
+@needs_kernels
+def test_kernels_that_are_executed_again_leave_those_of_before_alone():
+    spec = importlib.util.spec_from_file_location("again", mamba2.kernels.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16, state=True)
+    expected = mamba2.kernels.ssd(**inputs)
+    assert identical(again.ssd(**inputs), expected)
+    del again._prep  # now the second one's operations fail, whose names are its own
+    for module in (again, mamba2.kernels):
+        torch._dynamo.reset()
+        for run in (module.ssd, torch.compile(module.ssd, fullgraph=True, backend="aot_eager")):
+            if module is again:
+                with pytest.raises(NameError, match="_prep"):
+                    run(**inputs)
+            else:
+                assert identical(run(**inputs), expected)
+
+
+@needs_kernels
+@needs_cuda
+def test_kernel_layer_in_autocast_is_the_layer_in_float64(monkeypatch):
+    layer, exact = kernel_layer(torch.float32)
+    u = torch.randn(2, 300, layer.config.d_model, device=DEVICE)
+    with counted(monkeypatch) as ran, torch.autocast("cuda", torch.bfloat16):
+        y = layer(u)
+    assert sorted(ran) == ["causal_conv1d", "rms_norm", "ssd"] and y.dtype == torch.bfloat16
+    gradient = torch.autograd.grad(y.float().square().sum(), layer.in_proj.weight)[0]
+    want = exact(u.double())
+    want_gradient = torch.autograd.grad(want.square().sum(), exact.in_proj.weight)[0]
+    assert relative_error(y, want) <= 2e-2 and relative_error(gradient, want_gradient) <= 4e-2
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernel_runs_on_the_gpu_of_its_tensors():
+    inputs = kernel_ssd_inputs(torch.bfloat16, 200, state=True, seq=True)
+    expected = run_with_gradients(mamba2.kernels.ssd, inputs, [inputs["x"], None])
+    inputs = {k: t.to("cuda:1") for k, t in inputs.items()}
+    found = run_with_gradients(mamba2.kernels.ssd, inputs, [inputs["x"], None])
+    assert all(t.device == torch.device("cuda:1") for t in found.values())
+    assert identical({k: t.to(DEVICE) for k, t in found.items()}, expected)
+
+
+@needs_kernels
+@needs_cuda
+def test_kernels_reach_beyond_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 45 * 2**30:
+        pytest.skip("needs 45 GB of free memory")
+    torch.cuda.empty_cache()
+    bf16, end = dict(device=DEVICE, dtype=torch.bfloat16), slice(-60, None)
+
+    def assert_same_end(big, name, inputs, cotangents, pick, **static):
+        """The end of the big results is what float64 gives for the end of the inputs."""
+        inputs = {k: pick(t).cpu().double() for k, t in inputs.items()}
+        exact = run_with_gradients(getattr(mamba2, name), inputs, cotangents, **static)
+        for key, t in big.items():
+            found, want = t[:, end], exact[key][:, end]
+            assert relative_error(found, want) <= 1e-2, (name, key)
+
+    l, d = 420_000, 5376  # 2.26e9 elements, 4.5 GB each
+    x, weight = torch.randn(1, l, d, **bf16), torch.randn(d, 4, device=DEVICE)
+    last = lambda t: t[:, -70:] if t.ndim == 3 else t
+    with torch.no_grad():
+        y, _ = mamba2.kernels.causal_conv1d(x, weight)
+    big = run_with_gradients(mamba2.kernels.causal_conv1d, dict(x=x, weight=weight), [y, None])
+    big = {k: last(big[k]).clone() for k in ("output 0", "d x")}
+    inputs = dict(x=x, weight=weight)
+    assert_same_end(big, "causal_conv1d", inputs, [last(y).cpu(), None], last)
+
+    inputs = dict(x=y, gate=x, weight=weight[:, 0])
+    big = run_with_gradients(mamba2.kernels.rms_norm, inputs, [y], eps=1e-5)
+    big = {k: last(big[k]).clone() for k in ("output 0", "d x", "d gate")}
+    assert_same_end(big, "rms_norm", inputs, [last(y).cpu()], last, eps=1e-5)
+    del x, y, inputs, big
+
+    # The states at the borders of SSD's chunks: 2.7e9 elements. All but the last row is ballast.
+    inputs = kernel_ssd_inputs(torch.bfloat16, 32768, b=8, h=80, sliced=True)
+    inputs = {k: t for k, t in inputs.items() if t is not None}
+    dy = torch.randn(inputs["x"].shape, **bf16)
+    big = run_with_gradients(mamba2.kernels.ssd, inputs, [dy, None])
+    one = {k: t[7:] if t.ndim > 2 else t for k, t in inputs.items()}
+    alone = run_with_gradients(mamba2.kernels.ssd, one, [dy[7:], None])
+    for key in ("output 0", "output 1", "d x", "d dt", "d B", "d C"):
+        assert relative_error(big[key][7:], alone[key]) <= 1e-2, key
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
+def test_the_kernels_pass_in_the_interpreter():
+    if not getattr(mamba2.kernels, "TRITON", False):
+        pytest.skip("Triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernel"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, str(Path(__file__))], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed == PASSED_IN_THE_INTERPRETER, done.stdout[-500:]
 
 
 # --------------------------------------------------------------------------------------------------
