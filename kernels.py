@@ -223,6 +223,8 @@ def _operation(name, forward, backward, fake, count):
     To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
     """
+    if not TRITON:
+        return None  # nothing will ask for it, and torch < 2.11 could not register all of it
     qualified = f"{NAMESPACE}::{name}"
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
@@ -1672,10 +1674,10 @@ def _conv_unit(x: Tensor) -> int:
 def _beyond_conv(x, weight, bias, initial_state, seq_idx) -> str | None:
     if not 2 <= weight.shape[1] <= 4:
         return f"the convolution has {weight.shape[1]} taps; it must have 2 to 4"
-    if 1 in (x.shape[2], x.stride(1)):
-        return "the rows of x are one element wide or apart"
     if x.stride(2) != 1:
         return "the channels of x are not next to each other in memory"
+    if 1 in (x.shape[2], x.stride(1)):
+        return "the rows of x are one element wide or apart"
     return _beyond_labels(seq_idx)
 
 
