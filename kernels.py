@@ -224,7 +224,7 @@ def _operation(name, forward, backward, fake, count):
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
     """
     if not TRITON:
-        return None  # nothing will ask for it, and torch < 2.11 could not register all of it
+        return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{name}"
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
