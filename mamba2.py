@@ -151,7 +151,7 @@ class Mamba2Config(PreTrainedConfig):
         expand                                inner width / hidden_size, not only integers (2)
         num_heads             nheads          h (None: computed, expand * hidden_size / head_dim)
         conv_kernel           d_conv          k, taps of the short convolution (4)
-        chunk_size                            positions in a chunk, 64 at most; only for speed(256)
+        chunk_size                            positions in a chunk, 64 at most: speed only (256)
         hidden_act                            of convolution and gate; only "silu" exists
         use_bias              bias            biases in in_proj and out_proj (False)
         use_conv_bias         conv_bias       bias in the convolution (True)
