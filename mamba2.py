@@ -1201,15 +1201,16 @@ class Mamba2Model(Mamba2PreTrainedModel):
 
         hidden_states, new_states = [], []
         for layer, state in zip(self.layers, states, strict=True):
-            hidden_states.append(h)
+            if output_hidden_states:
+                hidden_states.append(h)
             if self.gradient_checkpointing and self.training:
                 run = functools.partial(self._gradient_checkpointing_func, layer.__call__)
             else:
                 run = layer
             h, state = run(h, state, mask, seq_idx)
-            new_states.append(state)
+            if use_cache:  # what nobody asked for would only take memory
+                new_states.append(state)
         h = self.norm_f(h)
-        hidden_states.append(h)
 
         cache = None
         if use_cache:
@@ -1221,7 +1222,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         output = BaseModelOutputWithPast(
             last_hidden_state=h,
             past_key_values=cache,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=(*hidden_states, h) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
 
@@ -1263,7 +1264,7 @@ def _first(seq_idx, mask, default):
 class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers.
 
-    model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
+        model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
         ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
 
     `generate(ids, past_key_values=cache)` goes on from a cache. As always in transformers, ids are

@@ -1053,18 +1053,11 @@ def tokens(*shape, seed=0, vocabulary=VOCABULARY):
     return torch.randint(1, vocabulary, shape, generator=generator).to(DEVICE)
 
 
-def assert_near(actual, expected, relative):
-    assert actual.shape == expected.shape
-    if expected.numel():
-        error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
-        assert error <= relative * size, f"{error / size:.1e} of the largest value"
-
-
 def assert_same_gradients(actual, expected, relative=F64):
     assert actual.keys() == expected.keys()
     for name in expected:
         assert expected[name].abs().max() > 0, name
-        assert_near(actual[name], expected[name], relative)
+        assert_close(actual[name], expected[name], relative)
 
 
 def model_gradients(model, loss):
@@ -1074,9 +1067,7 @@ def model_gradients(model, loss):
 
 
 def assert_same_state(actual, expected, relative=0.0):
-    for one, other in zip(actual.states, expected.states, strict=True):
-        assert_near(one.conv, other.conv, relative)
-        assert_near(one.ssm, other.ssm, relative)
+    assert_close(actual.states, expected.states, relative)
 
 
 def assert_same_model(actual, expected, relative=F32):
@@ -1086,7 +1077,7 @@ def assert_same_model(actual, expected, relative=F32):
     for name, weight in weights.items():
         assert weight.dtype == others[name].dtype and torch.equal(weight, others[name]), name
     ids = tokens(2, 9).to(actual.device)
-    assert_near(actual(ids)[0], expected(ids)[0], relative)
+    assert_close(actual(ids)[0], expected(ids)[0], relative)
 
 
 def save(model, folder, **options):
@@ -1135,9 +1126,9 @@ def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, length,
     theirs = load(save(ours, tmp_path), transformers.Mamba2ForCausalLM)
     ids = tokens(2, length)
     mine, reference = ours(ids, labels=ids), theirs(ids, labels=ids)
-    assert_near(mine.logits, reference.logits, F32)
+    assert_close(mine.logits, reference.logits, F32)
     if length > 1:
-        assert_near(mine.loss, reference.loss, F32)
+        assert_close(mine.loss, reference.loss, F32)
 
     if "time_step_limit" in options:
         return  # theirs forgets the limit after the prompt
@@ -1146,13 +1137,13 @@ def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, length,
         new = tokens(2, 1, seed=step)
         mine = ours(new, past_key_values=past)
         past, reference = mine.past_key_values, theirs(new, cache_params=their_past)
-        assert_near(mine.logits, reference.logits, F32)
+        assert_close(mine.logits, reference.logits, F32)
 
     if not options.get("use_bias"):  # theirs lets a bias through the padding
         mask = torch.ones_like(ids)
         mask[0, : length // 3] = 0
         mine, reference = (model(ids, attention_mask=mask).logits for model in (ours, theirs))
-        assert_near(mine[mask.bool()], reference[mask.bool()], F32)
+        assert_close(mine[mask.bool()], reference[mask.bool()], F32)
 
 
 @torch.no_grad()
@@ -1164,7 +1155,7 @@ def test_what_transformers_own_mamba2_saves_gives_the_same_logits_here(tied, tmp
     theirs = transformers.Mamba2ForCausalLM(config).to(DEVICE).eval()
     ours = load(save(theirs, tmp_path))
     ids = tokens(2, 37)
-    assert_near(ours(ids).logits, theirs(ids).logits, F32)
+    assert_close(ours(ids).logits, theirs(ids).logits, F32)
     assert ours.config.pad_token_id == 5
     # What a file in their format leaves out is what they take for it; our defaults are others.
     content = dict(model_type="mamba2", num_heads=16, head_dim=8, hidden_size=64)
@@ -1192,7 +1183,7 @@ def test_one_call_and_any_split_into_calls_with_a_cache_give_the_same():
                 past = output.past_key_values
                 logits.append(output.logits)
             exists = given.get("attention_mask", torch.ones_like(mask))
-            assert_near(torch.cat(logits, 1)[exists], whole.logits[exists], F64)
+            assert_close(torch.cat(logits, 1)[exists], whole.logits[exists], F64)
             assert_same_state(past, whole.past_key_values, F64)
             assert past.get_seq_length() == 20
 
@@ -1218,6 +1209,18 @@ def test_a_cache_is_a_value_that_can_be_used_again():
 
 
 @torch.no_grad()
+def test_what_is_not_asked_for_takes_no_memory():
+    ids, peaks = tokens(1, 200), []
+    for n_layer in (2, 6):
+        model = tiny(num_hidden_layers=n_layer)
+        with Bytes() as watch:
+            model(ids, use_cache=False, logits_to_keep=1)
+        # Views of the weights count among the bytes; states and hidden states would come on top.
+        peaks.append(watch.peak - sum(p.nbytes for p in model.parameters()))
+    assert peaks[1] <= peaks[0]
+
+
+@torch.no_grad()
 def test_a_cache_can_be_forked_selected_moved_and_mapped():
     model, ids = tiny(), tokens(2, 9)
     seq_idx = torch.tensor([[1] * 9, [2] * 9], device=DEVICE)
@@ -1225,7 +1228,7 @@ def test_a_cache_can_be_forked_selected_moved_and_mapped():
     new = tokens(6, 4, seed=1)
     forked = model(new, past_key_values=cache.repeat(3)).logits
     whole = model(torch.cat([ids.repeat_interleave(3, 0), new], 1)).logits[:, 9:]
-    assert_near(forked, whole, F32)
+    assert_close(forked, whole, F32)
 
     chosen = torch.tensor([1, 0, 1])
     selected = cache.select(chosen)
@@ -1345,10 +1348,10 @@ def test_logits_to_keep_are_a_part_of_all_logits_and_of_the_loss():
     logits = model(ids).logits
     chosen = torch.tensor([0, 3, 8], device=DEVICE)
     for keep, kept in ((1, logits[:, -1:]), (4, logits[:, -4:]), (chosen, logits[:, chosen])):
-        assert_near(model(ids, logits_to_keep=keep).logits, kept, F64)
+        assert_close(model(ids, logits_to_keep=keep).logits, kept, F64)
     output = model(ids, labels=ids, logits_to_keep=4)
     expected = F.cross_entropy(logits[:, -4:-1].flatten(0, 1), ids[:, -3:].flatten())
-    assert_near(output.loss, expected, F64)
+    assert_close(output.loss, expected, F64)
 
 
 BAD_ARGUMENTS = [
@@ -1419,7 +1422,7 @@ def test_bfloat16_weights_keep_a_float32_residual_stream_and_state(residual_in_f
     assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
     assert output.past_key_values.states[0].ssm.dtype == torch.float32
     # bfloat16 has 8 bits, 4e-3; 5e-2 leaves room for a dozen roundings in a row.
-    assert_near(output.logits.float(), tiny(**options)(ids).logits, 5e-2)
+    assert_close(output.logits.float(), tiny(**options)(ids).logits, 5e-2)
 
 
 @pytest.mark.parametrize("options", [{}, dict(expand=1.5, hidden_size=64), dict(n_groups=2)])
@@ -1440,7 +1443,9 @@ def test_a_width_that_is_no_multiple_of_the_models_works(tmp_path):
     model, ids = tiny(expand=1.5, dtype=torch.float64), tokens(2, 9)
     assert model.config.num_heads == 6
     whole, prompt = model(ids).logits, model(ids[:, :8])
-    assert_near(model(ids[:, 8:], past_key_values=prompt.past_key_values).logits, whole[:, 8:], F64)
+    assert_close(
+        model(ids[:, 8:], past_key_values=prompt.past_key_values).logits, whole[:, 8:], F64
+    )
     again = load(save(model, tmp_path))
     assert again.config.expand == 1.5
     assert_same_model(again, model, F64)
@@ -1486,11 +1491,11 @@ def test_a_padded_batch_gives_what_its_rows_give_alone():
     output = model(ids, mask, labels=labels, use_cache=True)
     for row in range(len(ids)):
         alone = model(ids[row, exists[row]][None], use_cache=True)
-        assert_near(output.logits[row, exists[row]], alone.logits[0], F64)
+        assert_close(output.logits[row, exists[row]], alone.logits[0], F64)
         chosen = output.past_key_values.select(torch.tensor([row]))
         assert_same_state(chosen, alone.past_key_values, F64)
     loss = mean_loss(model, [(i[e], y[e]) for i, y, e in zip(ids, labels, exists, strict=True)])
-    assert_near(output.loss, loss, F64)
+    assert_close(output.loss, loss, F64)
     assert_same_gradients(model_gradients(model, output.loss), model_gradients(model, loss))
 
 
@@ -1509,7 +1514,7 @@ def test_steps_after_a_padded_prompt_give_what_they_give_after_the_prompt_alone(
     for row, line in enumerate(MASK_KINDS):
         exists = torch.tensor([c == "1" for c in line], device=DEVICE)
         alone = model(torch.cat([ids[row, exists], new[row]])[None]).logits[:, -4:]
-        assert_near(torch.cat(steps, 1)[row : row + 1], alone, F64)
+        assert_close(torch.cat(steps, 1)[row : row + 1], alone, F64)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -1531,9 +1536,9 @@ def test_packed_sequences_give_what_they_give_apart(masked):
     # A sequence that is masked as a whole leaves its neighbours side by side, still apart unless
     # they have one label; the rows above have no such case.
     for (i, _), o in zip(documents, logits, strict=True):
-        assert_near(o, model(i[None]).logits[0], F64)
+        assert_close(o, model(i[None]).logits[0], F64)
     loss = mean_loss(model, documents)
-    assert_near(output.loss, loss, F64)
+    assert_close(output.loss, loss, F64)
     assert_same_gradients(model_gradients(model, output.loss), model_gradients(model, loss))
 
 
@@ -1604,7 +1609,7 @@ def test_beams_are_the_same_with_and_without_a_cache(options):
     given |= dict(attention_mask=mask, return_dict_in_generate=True, output_scores=True)
     cached, uncached = (model.generate(ids, use_cache=use, **given) for use in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
-    assert_near(cached.sequences_scores, uncached.sequences_scores, 1e-5)  # they are float32
+    assert_close(cached.sequences_scores, uncached.sequences_scores, 1e-5)  # they are float32
     assert len(cached.sequences) == 9 and len(cached.sequences.unique(dim=0)) == 9
     greedy = model.generate(ids, attention_mask=mask, **GREEDY)
     assert not torch.equal(cached.sequences[::3, : greedy.shape[1]], greedy)
@@ -1791,7 +1796,7 @@ def test_padding_and_packing_collators_give_the_same_loss():
     batches = [collator([dict(row) for row in data]) for collator in collators(tokenizer)]
     assert batches[0]["input_ids"].shape[0] == 8 and batches[1]["input_ids"].shape[0] == 1
     losses = [model(**{k: v.to(DEVICE) for k, v in batch.items()}).loss for batch in batches]
-    assert_near(*losses, F64)
+    assert_close(*losses, F64)
 
 
 @pytest.mark.skipif(
@@ -1819,7 +1824,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
     before = dict(tiny(vocab_size=384, dtype=torch.float64).named_parameters())
     for name in before:
         assert not torch.equal(weights[0][name], before[name])
-        assert_near(weights[1][name], weights[0][name], F64)
+        assert_close(weights[1][name], weights[0][name], F64)
 
 
 def test_training_that_is_resumed_ends_where_it_would_have_ended(tmp_path):
@@ -1831,7 +1836,7 @@ def test_training_that_is_resumed_ends_where_it_would_have_ended(tmp_path):
     )
     assert rest == losses  # the log of the first half is restored too
     for one, other in zip(resumed.parameters(), whole.parameters(), strict=True):
-        assert_near(one, other, F64)
+        assert_close(one, other, F64)
     last = load(tmp_path / "checkpoint-4", dtype=torch.float64)
     assert_same_model(last, resumed.to(DEVICE).eval(), F64)
 
@@ -1855,8 +1860,8 @@ def test_the_loss_is_divided_by_the_number_of_items_that_is_given():
     parts = [slice(0, 2), slice(2, 9)]
     mine = [model(ids[:, p], labels=ids[:, p], num_items_in_batch=count).loss for p in parts]
     alone = [model(ids[:, p], labels=ids[:, p]).loss * (p.stop - p.start - 1) / 8 for p in parts]
-    assert_near(torch.stack(mine), torch.stack(alone), F64)
-    assert_near(model(ids, labels=ids, num_items_in_batch=4).loss, loss * 16 / 4, F64)
+    assert_close(torch.stack(mine), torch.stack(alone), F64)
+    assert_close(model(ids, labels=ids, num_items_in_batch=4).loss, loss * 16 / 4, F64)
 
 
 def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
@@ -1899,12 +1904,12 @@ def test_lora_trains_the_projections_and_merges_and_comes_back(where, tmp_path):
     assert (after - before).abs().max() > 0.01 * before.abs().max()
     model.save_pretrained(tmp_path)
     back = peft.PeftModel.from_pretrained(tiny(), tmp_path).to(DEVICE)
-    assert_near(back(ids).logits, after, F32)
+    assert_close(back(ids).logits, after, F32)
     text = model.generate(input_ids=ids, **GREEDY)
     merged = model.merge_and_unload()
     assert torch.equal(merged.generate(ids, **GREEDY), text)
     assert isinstance(merged, Mamba2ForCausalLM)
-    assert_near(merged(ids).logits, after, F32)
+    assert_close(merged(ids).logits, after, F32)
 
 
 def test_lora_on_the_convolution_is_an_error_and_not_a_silence():
@@ -1967,7 +1972,7 @@ def test_the_whole_model_compiles_into_one_graph():
     calls = dict(input_ids=ids, use_cache=False), dict(input_ids=ids[:, :1], past_key_values=past)
     for given in (*calls, dict(input_ids=ids, attention_mask=mask, seq_idx=ids // 16)):
         expected, actual = model(**given), compiled(**given)
-        assert_near(actual.logits, expected.logits, F32)
+        assert_close(actual.logits, expected.logits, F32)
         if expected.past_key_values:
             assert_same_state(actual.past_key_values, expected.past_key_values, F32)
 
@@ -2099,10 +2104,10 @@ def test_offloaded_layers_give_the_same_logits(tmp_path):
         tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights"
     ).eval()
     assert on_disk.backbone.layers[0].mixer.D.device.type == "meta"
-    assert_near(on_disk(ids).logits, expected, F32)
+    assert_close(on_disk(ids).logits, expected, F32)
     in_memory = accelerate.cpu_offload(tiny(), execution_device=DEVICE)
     assert in_memory.backbone.layers[0].mixer.D.device.type == "meta"
-    assert_near(in_memory(ids).logits, expected, F32)
+    assert_close(in_memory(ids).logits, expected, F32)
 
 
 NAMES = dict(D="backbone.layers.1.mixer.D", out="backbone.layers.0.mixer.out_proj.weight")
