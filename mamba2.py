@@ -7,14 +7,15 @@
 What is here, in reading order:
 
     1. Mamba2Config       sizes, under the names of both the paper's code and transformers
-    2. SSD                the sequence transformation in three forms that give the same result:
+    2. SSD                the sequence transformation in three forms that agree up to rounding:
                           ssd_recurrent  step by step          (Section 3.4.1, "linear mode")
                           ssd_quadratic  as masked attention   (Section 5.1,   "quadratic mode")
                           ssd            chunked: quadratic inside a chunk, recurrent between chunks
                                          (Section 6, Listing 1)
     3. Mamba2             the layer: projections, short convolution, SSD, gated norm (Section 7.1)
-    4. Mamba2Model, Mamba2ForCausalLM   the language model, native to Hugging Face transformers
-    5. Loading            of the published checkpoints, in every format they come in
+    4. Mamba2Model, Mamba2ForCausalLM   the language model, native to Hugging Face transformers;
+                          from_pretrained loads the published checkpoints: mamba_ssm's format (its
+                          config is translated in 1), transformers', and Codestral-Mamba's
 
 One idea carries all of it: a layer is a pure function of its input and its state,
 
@@ -22,7 +23,8 @@ One idea carries all of it: a layer is a pure function of its input and its stat
 
 for any number of tokens. One call prefills, resumes after a pause, decodes one token in constant
 time, or forks a prompt: what it was given is never changed, and calling it on any split of a
-sequence gives what one call on the whole would give.
+sequence gives, up to rounding, what one call on the whole would give. (Where packed sequences are
+split between two of them, the layer needs state=None for the new one; the model sees to that.)
 
 Glossary: the letters of shapes, and the paper's notation for them.
 
@@ -44,6 +46,9 @@ Glossary: the letters of shapes, and the paper's notation for them.
     D      D        skip connection
     state  h_t      the state of a head, (p, n) numbers
     L      L        the decays between positions, a 1-semiseparable matrix
+
+"The original" is the authors' own code, the package mamba_ssm. "Differs:" begins a note on where
+this file departs on purpose from it, from the paper, or from transformers' Mamba-2, and says why.
 
 Only torch and einops are needed for 1 to 3; the language model needs transformers. On CUDA the
 fused kernels of `kernels.py`, if it lies beside this file, step in where `kernels` is mentioned,
@@ -151,7 +156,7 @@ class Mamba2Config(PreTrainedConfig):
         expand                                inner width / hidden_size, not only integers (2)
         num_heads             nheads          h (None: computed, expand * hidden_size / head_dim)
         conv_kernel           d_conv          k, taps of the short convolution (4)
-        chunk_size                            positions in a chunk, 64 at most: speed only (256)
+        chunk_size                            chunk length; above 64 means 64; speed only (256)
         hidden_act                            of convolution and gate; only "silu" exists
         use_bias              bias            biases in in_proj and out_proj (False)
         use_conv_bias         conv_bias       bias in the convolution (True)
@@ -407,7 +412,8 @@ def _translate_original_config(original: dict) -> dict:
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
 # l may be 0, and gradients reach every floating-point input. Inside, everything is float32 (float64
-# if x is), autocast or not: states and sums of decays live long, and would not survive less.
+# if x is), autocast or not: states and sums of decays live long, and would not survive less. (The
+# fused kernel keeps states and sums so too, but rounds the operands of its products to x's dtype.)
 
 
 def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -488,9 +494,10 @@ def _without_autocast(function):
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1.
 
-    Time O(l p n) and memory O(p n) for each head. It is how one token is decoded, and the
-    definition that the other forms are compared with. Arguments, results, dtypes: at the head of
-    this section. chunk_size has no effect; with it the three forms can stand for each other.
+    Time O(l p n) for each head; memory O(p n) for the state beside O(l (p + n)) for inputs and
+    outputs, or O(l p n) if gradients are wanted. It is how one token is decoded, and the definition
+    that the other forms are compared with. Arguments, results, dtypes: at the head of this section.
+    chunk_size has no effect; with it the three forms can stand for each other.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -533,8 +540,8 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1.
 
     C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax.
-    Time and memory O(l^2) for each head. Arguments, results, dtypes: at the head of this section.
-    chunk_size has no effect; with it the three forms can stand for each other.
+    Time O(l^2 (n + p)) and memory O(l^2) for each head. Arguments, results, dtypes: at the head of
+    this section. chunk_size has no effect; with it the three forms can stand for each other.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -562,8 +569,9 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
     """SSD in chunks (Section 6, Listing 1): quadratic inside a chunk, recurrent between chunks.
 
-    With q = chunk_size positions in a chunk: time O(l (q + n) p) for each head, nearly all of it in
-    matrix products; memory O(l p + q^2 + p n), or O(l (p + q)) if gradients are wanted. chunk_size
+    With q = chunk_size positions in a chunk: time O(l (q n / r + q p + p n)) for each head, nearly
+    all of it in matrix products; memory, beside the arguments, O(l p + q^2 + p n), or
+    O(l (p + q + p n / q)) if gradients are wanted, for the state before each chunk. chunk_size
     changes speed, not results. Arguments, results, dtypes: at the head of this section. A fused
     kernel steps in where it can.
 
