@@ -6,6 +6,7 @@ Nearly everything runs in float64, where two orders of summation differ by some 
 leaves no room for a mistake. All of it runs on CUDA where there is one, and else on the CPU.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -22,6 +23,7 @@ import sys
 import textwrap
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import accelerate
@@ -36,8 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.generation import (
     BaseStreamer,
     LogitsProcessorList,
@@ -184,15 +186,22 @@ class Bytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.largest = WeakIdKeyDictionary(), 0, 0
+        self.watched, self.alive, self.peak, self.largest = {}, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for storage in (tensor.untyped_storage() for tensor in tensors(out)):
-            self.alive[storage] = storage.nbytes()
-            self.largest = max(self.largest, storage.nbytes())
-        self.peak = max(self.peak, sum(self.alive.values()))
+            if storage._cdata not in self.watched:
+                forget = functools.partial(self.forget, storage._cdata, storage.nbytes())
+                self.watched[storage._cdata] = weakref.ref(storage, forget)
+                self.alive += storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
         return out
+
+    def forget(self, key, nbytes, _):
+        del self.watched[key]
+        self.alive -= nbytes
 
 
 # ---- SSD -----------------------------------------------------------------------------------------
@@ -1343,15 +1352,20 @@ def test_the_outputs_are_those_that_were_asked_for():
 
 
 @torch.no_grad()
-def test_logits_to_keep_are_a_part_of_all_logits_and_of_the_loss():
+def test_logits_to_keep_are_a_part_of_all_logits():
     model, ids = tiny(dtype=torch.float64), tokens(2, 9)
     logits = model(ids).logits
     chosen = torch.tensor([0, 3, 8], device=DEVICE)
     for keep, kept in ((1, logits[:, -1:]), (4, logits[:, -4:]), (chosen, logits[:, chosen])):
         assert_close(model(ids, logits_to_keep=keep).logits, kept, F64)
-    output = model(ids, labels=ids, logits_to_keep=4)
-    expected = F.cross_entropy(logits[:, -4:-1].flatten(0, 1), ids[:, -3:].flatten())
-    assert_close(output.loss, expected, F64)
+        assert_close(model(ids, logits_to_keep=keep, segment_length=2).logits, kept, F64)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    for keep in (None, 0, 1, 4, chosen):  # says nothing about the loss
+        assert_close(model(ids, labels=ids, logits_to_keep=keep).loss, loss, F64)
+    model.train()  # where logits beside a loss are rarely wanted, and large
+    assert model(ids, labels=ids).logits is None
+    assert_close(model(ids).logits, logits, F64)
+    assert_close(model(ids, labels=ids, logits_to_keep=0).logits, logits, F64)
 
 
 BAD_ARGUMENTS = [
@@ -1472,6 +1486,13 @@ def padded():
     return ids, mask, labels
 
 
+def packed():
+    """Several sequences in each row of `padded`: their lengths, and seq_idx."""
+    lengths = [[1, 7, 12], [9, 10, 1], [3, 12, 5], [13, 6, 1], [10, 10], [8, 12]]
+    rows = [[i % 2 for i, n in enumerate(row) for _ in range(n)] for row in lengths]
+    return lengths, torch.tensor(rows, device=DEVICE)  # where labels come again: 0 1 0
+
+
 def summed_loss(logits, labels):
     """The loss of one sequence, and how many tokens it predicts."""
     labels = labels[1:]
@@ -1523,10 +1544,7 @@ def test_packed_sequences_give_what_they_give_apart(masked):
     ids, mask, labels = padded()
     if not masked:
         mask = torch.ones_like(mask)
-    lengths = [[1, 7, 12], [9, 10, 1], [3, 12, 5], [13, 6, 1], [10, 10], [8, 12]]
-    seq_idx = torch.tensor(  # labels may come again: 0 1 0
-        [[i % 2 for i, n in enumerate(row) for _ in range(n)] for row in lengths], device=DEVICE
-    )
+    lengths, seq_idx = packed()
     output = model(ids, mask if masked else None, labels=labels, seq_idx=seq_idx)
     documents, logits = [], []
     for row, parts in enumerate(zip(ids, labels, mask.bool(), output.logits, strict=True)):
@@ -1878,6 +1896,214 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
     model.gradient_checkpointing_disable()
     assert_same_gradients(model_gradients(model, model(ids, **given).loss), expected)
     assert len(calls) == 4
+
+
+def test_reentrant_checkpoints_are_refused():
+    model = tiny()
+    for kwargs in (dict(use_reentrant=True), dict(preserve_rng_state=False)):
+        with pytest.raises(ValueError, match="must have use_reentrant = False"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+# --------------------------------------------------------------------------------- long sequences
+
+
+SEGMENTS = [1, 3, 7, 19, 20, 100, "auto"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_segments_of_any_length_give_loss_and_gradients_of_the_whole(masked, apart, layer_by_layer):
+    model = tiny(dtype=torch.float64, **ALL).train()
+    ids, mask, labels = padded()
+    states = model(ids, use_cache=True).past_key_values.states
+    states = [Mamba2State(*map(torch.randn_like, state)) for state in states]
+    leaves = [model.get_input_embeddings()(ids), *tensors(states)]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    given = dict(attention_mask=mask if masked else None, seq_idx=packed()[1] if apart else None)
+    if layer_by_layer:
+        model.gradient_checkpointing_enable()
+
+    def results(segment_length):
+        parts = iter(leaves[1:])
+        output = model(
+            inputs_embeds=leaves[0],
+            labels=labels,
+            initial_states=[Mamba2State(next(parts), next(parts)) for _ in states],
+            segment_length=segment_length,
+            use_cache=True,
+            **given,
+        )
+        used = [p for p in model.parameters() if p is not model.get_input_embeddings().weight]
+        inputs = [*used, model.lm_head.weight, *leaves]
+        loss = output.loss + sum(t.square().sum() for t in tensors(output.past_key_values.states))
+        return [output.loss, *tensors(output.past_key_values.states)], gradients(loss, inputs)
+
+    expected = results(0)
+    for segment_length in SEGMENTS:
+        found = results(segment_length)
+        assert_close(found, expected, 1e-12, case=segment_length)
+
+
+def test_segments_add_up_gradients_over_batches_and_from_token_ids():
+    model = tiny(dtype=torch.float64, **ALL).train()
+    ids, mask, labels = padded()
+    total = (labels != -100).sum()
+
+    def results(segment_length):
+        model.zero_grad()
+        for rows in (slice(0, 2), slice(2, 6)):
+            given = dict(attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=total)
+            model(ids[rows], segment_length=segment_length, **given).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = results(0)
+    for segment_length in SEGMENTS:
+        assert_same_gradients(results(segment_length), expected, 1e-12)
+    model.config.segment_length = 3  # None, in a call, is the config's choice
+    calls = []
+    model.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_same_gradients(results(None), expected, 1e-12)
+    assert len(calls) == 2 * 2 * 7  # batches, times forward and again, times segments
+
+
+def test_many_segments_in_autocast_cost_no_more_than_one():
+    exact, ids = tiny(dtype=torch.float64).train(), tokens(1, 400)
+    expected = model_gradients(exact, exact(ids, labels=ids).loss)
+    model, errors = tiny().train(), []
+    for segment_length in (0, 2):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = model(ids, labels=ids, segment_length=segment_length).loss
+        found = model_gradients(model, loss)
+        errors.append(
+            {n: ((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected}
+        )
+    # 200 gradients that are added up in bfloat16 would cost several times as much.
+    for name, error in errors[0].items():
+        assert errors[1][name] < 1.2 * error + 1e-3, name
+
+
+def peak(model, run):
+    """Bytes alive at most in `run().backward()`, above those of weights and gradients."""
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = None
+    with Bytes() as watch:
+        run().backward()
+    # Views of the weights count among the bytes too.
+    return watch.peak - 2 * sum(p.nbytes for p in model.parameters())
+
+
+def grid_loss(model, ids, group, length):
+    """The loss with checkpoints of cells of `group` layers by `length` positions, to compare with.
+
+    This is multi-axis gradient checkpointing (arXiv 2411.19460), in our chunked cross entropy.
+    """
+
+    def cell(layers, h, states):
+        new = []
+        for layer, state in zip(layers, states, strict=True):
+            h, state = layer(h, state)
+            new.append(state)
+        return h, new
+
+    backbone = model.backbone
+    segments = [*backbone.embeddings(ids).split(length, dim=1)]
+    for i in range(0, len(backbone.layers), group):
+        layers, states = backbone.layers[i : i + group], [None] * group
+        for j, h in enumerate(segments):
+            segments[j], states = checkpoint(cell, layers, h, states, use_reentrant=False)
+    h = backbone.norm_f(torch.cat(segments, dim=1))
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    return model._summed_loss(h, targets) / (ids.shape[1] - 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_states_and_their_gradients_keep_nothing_longer_alive(masked):
+    layer = make_layer()
+    u, state = layer_inputs(layer, 2, 50)
+    _, new = layer.step(u, state, torch.rand(2, 50, device=DEVICE) < 0.8 if masked else None)
+    for tensor in (*new, *torch.autograd.grad(sum(t.square().sum() for t in new), state)):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_memory_grows_as_the_square_root_of_the_length():
+    sizes = dict(hidden_size=64, head_dim=64, state_size=16, num_hidden_layers=8, vocab_size=256)
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(Mamba2Config(**sizes)).train()
+    model.gradient_checkpointing_enable()
+    ids = tokens(1, 2**15, vocabulary=256).cpu()
+
+    def bounded(l):
+        return peak(model, lambda: model(ids[:, :l], labels=ids[:, :l], segment_length="auto").loss)
+
+    peaks = {l: bounded(l) for l in (2**k for k in range(10, 16))}
+    for l in list(peaks)[1:]:
+        assert peaks[l] <= 1.5 * peaks[l // 2], (l, peaks)
+    l = 2**14
+    layers = peak(model, lambda: model(ids[:, :l], labels=ids[:, :l]).loss)
+    grid = peak(model, lambda: grid_loss(model, ids[:, :l], 4, 512))  # the best of nine cells
+    print("bounded:", peaks, "layers:", layers, "grid:", grid)
+    assert peaks[l] <= layers / 10 and peaks[l] <= grid / 3
+
+
+def test_no_logits_of_the_whole_sequence_exist_where_only_the_loss_is_wanted():
+    model = tiny(vocab_size=1000).train()
+    ids = tokens(1, 500)
+    with Bytes() as watch:
+        model(ids, labels=ids).loss.backward()
+    assert watch.largest < 500 * 1000 * 4 / 4  # a quarter of them, in float32
+
+
+@torch.no_grad()
+def test_a_long_text_is_evaluated_and_read_in_the_memory_of_one_segment():
+    model, ids = tiny(), tokens(1, 4096)
+    whole = model(ids, labels=ids)
+    peaks = []
+    for l in (1024, 4096):
+        given = dict(labels=ids[:, :l], segment_length=64)
+        with Bytes() as watch:
+            output = model(ids[:, :l], **given)
+        peaks.append(watch.peak - 8 * 5 * l)  # ids, targets, and what these are made of
+        assert output.logits is None
+    assert_close(output.loss, whole.loss, F32)
+    assert_same_state(output.past_key_values, whole.past_key_values, F32)
+    assert peaks[1] <= 1.05 * peaks[0]
+    last = model(ids, segment_length=64, logits_to_keep=3)
+    assert_close(last.logits, whole.logits[:, -3:], F32)
+
+
+def test_progress_is_shown_over_both_passes_of_each_segment(capsys):
+    model, ids = tiny().train(), tokens(1, 20)
+    model(ids, labels=ids, segment_length=5, progress=True).loss.backward()
+    assert "8/8" in capsys.readouterr().err
+    with torch.no_grad():
+        model(ids, segment_length=5, progress=True)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_segments_that_make_no_sense_are_errors():
+    model, ids = tiny(), tokens(1, 20)
+    for length in (-1, 2.5, "all", True):
+        with pytest.raises(ValueError, match=f"segment_length = {length!r}.*must be a number"):
+            model(ids, segment_length=length)
+        with pytest.raises(ValueError, match=f"segment_length = {length!r}.*must be a number"):
+            Mamba2Config(segment_length=length)
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        model(ids, segment_length=5, output_hidden_states=True)
+    assert model(ids, segment_length=20, output_hidden_states=True).hidden_states is not None
+
+
+def test_the_trainer_trains_in_segments(tmp_path):
+    tokenizer, data = byte_data()
+    for collator in collators(tokenizer):
+        runs = []
+        for segment_length in (0, 7):
+            model = tiny(vocab_size=384, dtype=torch.float64, segment_length=segment_length)
+            model, losses = train(tmp_path, collator, data, model, gradient_checkpointing=True)
+            runs.append([torch.tensor(losses), *model.parameters()])
+        assert_close(runs[1], runs[0], F64)
 
 
 TARGETS = {"in": ["in_proj"], "out": ["out_proj"], "both": ["in_proj", "out_proj"], "all": None}
@@ -2909,5 +3135,76 @@ def benchmark():
             print("{:>38,} tokens {:6.2f} {:8.2f}".format(*row))
 
 
+SHAPES = {
+    "130m": dict(d_model=768, n_layer=24),
+    "370m": dict(d_model=1024, n_layer=48),
+    "780m": dict(d_model=1536, n_layer=36),
+    "1.3b": dict(d_model=2048, n_layer=48),
+    "2.7b": dict(d_model=2560, n_layer=64),
+}
+
+
+def benchmark_training(shape, lengths, methods):
+    """A step of training on one sequence: bfloat16 autocast, float32 weights, fused AdamW."""
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), torch.__version__, "mamba2-" + shape)
+    with DEVICE:
+        model = Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape])).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
+
+    def step(l, segment_length):
+        ids = torch.randint(50_000, (1, l), device=DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = model(ids, labels=ids, segment_length=segment_length).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()  # waits for the GPU
+
+    print("   length  segment  layers     peak GB    tokens/s")
+    for l in lengths:
+        for method in methods:
+            segments, layers = {
+                "plain": (0, False),
+                "layers": (0, True),
+                "segments": ("auto", False),
+                "both": ("auto", True),
+            }[method]
+            if layers:
+                model.gradient_checkpointing_enable()
+            else:
+                model.gradient_checkpointing_disable()
+            length = model._segment_length(segments, l)
+            row = f"{l:9,} {length:8,}  {'again' if layers else 'kept '} "
+            try:
+                step(min(l, 2 * length, 2**15), min(length, 2**14))  # compiles, makes the states
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                step(l, segments)
+                seconds = time.perf_counter() - start
+                row += f"{torch.cuda.max_memory_allocated() / 1e9:12.1f} {l / seconds:11,.0f}"
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad()
+                row += "   out of memory"
+            print(row, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("cpu", help="against transformers' own Mamba-2, on the CPU (the default)")
+    training = commands.add_parser("training", help="memory and speed on long sequences, on a GPU")
+    training.add_argument("shape", choices=SHAPES)
+    training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
+    kinds = "plain,layers,segments,both"
+    training.add_argument("--methods", default=kinds, help=f"any of {kinds}", type=str)
+    arguments = parser.parse_args()
+    if arguments.command == "training":
+        benchmark_training(arguments.shape, arguments.lengths, arguments.methods.split(","))
+    else:
+        benchmark()
+
+
 if __name__ == "__main__":
-    benchmark()
+    main()
