@@ -474,7 +474,10 @@ def _require(name, tensor, *shapes, dims=None, kind="floating-point numbers"):
     """Raise unless `tensor` is a tensor of that kind, with one of the shapes or with such dims."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
-    fits = tensor.dim() == dims.count(",") + 1 if dims else tuple(tensor.shape) in shapes
+    if dims:
+        fits = tensor.dim() == dims.count(",") + 1
+    else:  # not `in`, which torch.compile takes for False where sizes are symbols
+        fits = any(tensor.shape == shape for shape in shapes)
     if not fits:
         expected = f"({dims})" if dims else " or ".join(map(str, shapes))
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {expected}")
