@@ -1072,6 +1072,67 @@ class Mamba2Cache:
         return cls(tuple(Mamba2State(*part) for part in parts), length, tensors.get("seq_idx"))
 
 
+class RewindableCache:
+    """A cache that can forget its last tokens, for the speculative decoding of transformers.
+
+    A state has no way back, but it is a value: the one in front of all tokens that may have to be
+    forgotten is kept, with these. Unlike a Mamba2Cache, this changes in place, as transformers
+    expects it to.
+
+        base    the Mamba2Cache behind the tokens that are there to stay
+        since   (1, m) tokens behind these, which can be forgotten
+        tip     the Mamba2Cache behind all of them; None after some were forgotten
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, base: Mamba2Cache):
+        self.base, self.since, self.tip = base, None, base
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.base.length + (0 if self.since is None else self.since.shape[1])
+
+    def activate_past_recording(self):
+        """Nothing to do: tokens are always remembered."""
+
+    def crop(self, tokens: int):
+        """Forget the last -tokens tokens or, if positive, all but the first; the rest will stay."""
+        length = self.get_seq_length()
+        kept = min(tokens if tokens > 0 else length + tokens, length) - self.base.length
+        if kept < 0:
+            raise ValueError(
+                f"crop({tokens}): {-kept} tokens were there to stay since the last one"
+            )
+        if kept == length - self.base.length:
+            self.base, self.since = self.tip or self.base, None if self.tip else self.since
+        elif kept == 0:
+            self.since, self.tip = None, self.base
+        else:
+            self.since, self.tip = self.since[:, :kept], None
+
+    def read(self, model, ids, mask, logits_to_keep):
+        """The model's output for more tokens, (1, l)."""
+        if self.tip is not None:
+            output = model(ids, mask, self.tip, use_cache=True, logits_to_keep=logits_to_keep)
+            self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
+            self.tip = output.past_key_values
+        else:  # One pass with two rows: the first ends behind `since`, and is the new base.
+            m, l = self.since.shape[1], ids.shape[1]
+            rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
+            mask = torch.ones_like(rows) if mask is None else mask[:, -(m + l) :].repeat(2, 1)
+            mask[0, m:] = 0
+            output = model(
+                rows, mask, self.base.repeat(2), use_cache=True, logits_to_keep=logits_to_keep or l
+            )
+            output.logits = output.logits[1:]
+            first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
+            self.base = replace(first, length=self.base.length + m)
+            self.since, self.tip = ids, second
+        output.past_key_values = self
+        return output
+
+
 class Mamba2PreTrainedModel(PreTrainedModel):
     """What the two models below share: initialisation, and loading that tolerates no mistake."""
 
@@ -1080,7 +1141,7 @@ class Mamba2PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Mamba2Block"]
-    _is_stateful = True  # tells transformers that the cache cannot be cut back to fewer tokens
+    _is_stateful = False  # tells transformers that the cache can be cut back: see RewindableCache
 
     def _init_weights(self, module):
         if isinstance(module, Mamba2):
@@ -1221,9 +1282,10 @@ class Mamba2Model(Mamba2PreTrainedModel):
             return_dict = self.config.return_dict
 
         past = past_key_values or Mamba2Cache(tuple(initial_states or ()))
-        states = past.states or [None] * len(self.layers)
-        if len(states) != len(self.layers):
-            raise ValueError(f"{len(states)} states for {len(self.layers)} layers: give one each")
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer in self-speculative decoding
+        states = past.states or [None] * len(layers)
+        if len(states) != len(layers):
+            raise ValueError(f"{len(states)} states for {len(layers)} layers: give one each")
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
         if self.config.residual_in_fp32:
             h = h.to(_at_least_float32(h.dtype))
@@ -1237,7 +1299,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             ]
 
         hidden_states, new_states = [], []
-        for layer, state in zip(self.layers, states, strict=True):
+        for layer, state in zip(layers, states, strict=True):
             if output_hidden_states:
                 hidden_states.append(h)
             if self.gradient_checkpointing and self.training:
@@ -1273,7 +1335,7 @@ def _batch_and_length(input_ids, inputs_embeds):
 
 
 def _require_cache(cache):
-    if cache is not None and not isinstance(cache, Mamba2Cache):
+    if cache is not None and not isinstance(cache, (Mamba2Cache, RewindableCache)):
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}: it must be the Mamba2Cache that an "
             "earlier call of this model returned"
@@ -1381,6 +1443,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         Returns:
             CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
         """
+        if isinstance(past_key_values, RewindableCache):
+            if input_ids is None or labels is not None:
+                raise ValueError(
+                    "a RewindableCache reads input_ids alone: leave out everything else"
+                )
+            return past_key_values.read(self, input_ids, attention_mask, logits_to_keep)
         if return_dict is None:
             return_dict = self.config.return_dict
         b, l = _batch_and_length(input_ids, inputs_embeds)
@@ -1492,11 +1560,28 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         _require_cache(model_kwargs.get("past_key_values"))
         super()._validate_model_kwargs(model_kwargs)
 
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, *args
+    ):
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, *args
+        )
+        cache = model_kwargs.get("past_key_values") or Mamba2Cache(())
+        if isinstance(cache, RewindableCache):
+            return
+        if generation_config.is_assistant or generation_mode == "assisted_generation":
+            model_kwargs["past_key_values"] = RewindableCache(cache)
+        elif generation_config.prefill_chunk_size is not None:
+            model_kwargs["past_key_values"] = cache
+
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
         # transformers takes ids that come with a cache for the whole sequence, unless a longer
         # attention_mask comes with them, and cuts off what the cache has seen.
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, RewindableCache) and input_ids.shape[1] > cache.get_seq_length():
+            next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
         if next_sequence_length is not None and next_sequence_length < 0:
             next_sequence_length = None  # they are fewer than that, so they can only be new
         if next_sequence_length == 0:

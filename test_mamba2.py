@@ -59,6 +59,7 @@ from mamba2 import (
     Mamba2ForCausalLM,
     Mamba2Model,
     Mamba2State,
+    RewindableCache,
     parameter_groups,
     ssd,
     ssd_quadratic,
@@ -1685,9 +1686,70 @@ def test_a_long_prompt_can_be_read_in_pieces(size):
     model = tiny(dtype=torch.float64)
     ids, mask = prompts()
     given = dict(attention_mask=mask, **GREEDY)
-    cache = model(ids[:, :0]).past_key_values
-    pieces = model.generate(ids, past_key_values=cache, prefill_chunk_size=size, **given)
-    assert torch.equal(pieces, model.generate(ids, **given))
+    whole = model.generate(ids, **given)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=size, **given), whole)
+    assert torch.equal(model.generate(ids, segment_length=size, **given), whole)
+
+
+SPECULATION = {
+    "prompt lookup": lambda: dict(prompt_lookup_num_tokens=3),
+    "early exit": lambda: dict(assistant_early_exit=1),
+    "assistant": lambda: dict(assistant_model=tiny(dtype=torch.float64, num_hidden_layers=1)),
+    "assistant that is always right": lambda: dict(assistant_model=tiny(dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("how", SPECULATION)
+@torch.no_grad()
+def test_speculative_decoding_gives_the_greedy_text(how):
+    model, passes = tiny(dtype=torch.float64), []
+    given = dict(GREEDY, max_new_tokens=40, eos_token_id=VOCABULARY)  # which lookup must have
+    for ids, mask in ((tokens(1, 12), torch.ones(1, 12)), [t[1:2] for t in prompts()]):
+        mask = mask.long().to(DEVICE)
+        expected = model.generate(ids, attention_mask=mask, **given)
+        cache = model(ids[:, :7], mask[:, :7]).past_key_values
+        hook = model.backbone.register_forward_pre_hook(lambda *_: passes.append(1))
+        for past in (None, cache):
+            given_cache = {} if past is None else dict(past_key_values=past)
+            found = model.generate(
+                ids, attention_mask=mask, **given, **given_cache, **SPECULATION[how]()
+            )
+            assert torch.equal(found, expected)
+        hook.remove()
+        assert_same_state(cache, model(ids[:, :7], mask[:, :7]).past_key_values)  # is a value still
+    if how == "assistant that is always right":
+        assert len(passes) <= 4 * 20  # of both models, for 40 tokens each time
+
+
+@torch.no_grad()
+def test_a_mamba2_can_assist_another_and_sample():
+    model, ids = tiny(), tokens(1, 12)
+    given = dict(max_new_tokens=30, do_sample=True, eos_token_id=None, pad_token_id=0)
+    torch.manual_seed(1)
+    text = model.generate(ids, assistant_model=tiny(num_hidden_layers=1), **given)
+    assert text.shape == (1, 42) and torch.equal(text[:, :12], ids)
+
+
+@torch.no_grad()
+def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
+    model, ids = tiny(dtype=torch.float64), tokens(1, 20)
+    cache = RewindableCache(model(ids[:, :5]).past_key_values)
+    seen = 5
+    for read, forget in ((6, 2), (1, 0), (3, 3), (4, 1), (2, -9)):
+        logits = model(ids[:, seen : seen + read], past_key_values=cache).logits
+        assert_close(logits, model(ids[:, : seen + read]).logits[:, seen:], F64)
+        if forget >= 0:
+            cache.crop(-forget)
+            seen += read - forget
+        else:
+            seen += read
+            cache.crop(seen - 1)  # as transformers 5.5 counts
+            seen -= 1
+        assert cache.get_seq_length() == seen
+    with pytest.raises(ValueError, match="were there to stay"):
+        cache.crop(-5)
+    with pytest.raises(ValueError, match="reads input_ids alone"):
+        model(ids, labels=ids, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -1752,9 +1814,6 @@ def test_several_samples_of_one_prompt_are_those_of_the_prompt_repeated():
 
 def test_what_generate_cannot_do_right_is_refused():
     model, ids = tiny(), tokens(1, 12)
-    for given in (dict(assistant_model=tiny()), dict(prompt_lookup_num_tokens=3)):
-        with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
-            model.generate(ids, **given, **GREEDY)
     with pytest.raises(ValueError, match="tempratur"):
         model.generate(ids, tempratur=1.0, **GREEDY)
     for given in (dict(position_ids=ids), dict(cache_params=model(ids).past_key_values)):
