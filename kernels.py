@@ -215,18 +215,36 @@ NAMESPACE = _free_namespace()
 def _operation(name, forward, backward, fake, count):
     """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
 
-    forward(*inputs)               one or two tensors; inputs: tensors or None, then numbers
+    forward(*inputs)               some tensors; inputs: tensors or None, then numbers
     backward(*gradients, *inputs)  a list: the gradients of the first `count` inputs, contiguous,
-                                   and an empty tensor for an input that is None
+                                   and an empty tensor for an input that is None; None instead of
+                                   a function: there are no gradients
     fake(*inputs)                  results of forward, of which only shape and dtype count
 
     To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
+    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature. The
+    transforms of torch.func need one, and get the operators.)
     """
     if not TRITON:
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{name}"
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
+    opaque.register_fake(fake)
+
+    def call(*inputs):
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or type(inputs[0]) not in (Tensor, nn.Parameter)
+        ):
+            return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
+        if backward is None or not torch.is_grad_enabled():
+            return forward(*inputs)
+        return eager.apply(*inputs)
+
+    if backward is None:
+        return call
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
     inputs_in_all = forward.__code__.co_argcount
 
@@ -248,20 +266,26 @@ def _operation(name, forward, backward, fake, count):
         pairs = zip(found, inputs, strict=True)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
 
-    opaque.register_fake(fake)
     opaque_backward.register_fake(fake_backward)
     opaque.register_autograd(functools.partial(gradients, opaque_backward), setup_context=save)
-    once = torch.autograd.function.once_differentiable(functools.partial(gradients, backward))
-    functions = dict(forward=forward, setup_context=save, backward=once)
-    methods = {name: staticmethod(function) for name, function in functions.items()}
-    eager = type(f"{name}_eager", (torch.autograd.Function,), methods)
 
-    def call(*inputs):
-        if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
-            return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
-        return eager.apply(*inputs)
+    class eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            save(ctx, inputs, None)
+            return forward(*inputs)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *given):
+            return gradients(backward, ctx, *given)
 
     return call
+
+
+def _cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own takes the CPU ten times as long.)"""
+    return -(-a // b)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1263,7 +1287,7 @@ def _fold(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     rows, columns = partial.shape
     # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
     # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    _fold_kernel[(triton.cdiv(columns, 32),)](
+    _fold_kernel[(_cdiv(columns, 32),)](
         partial, first, first if second is None else second, rows, columns, first.numel(),
         0 if second is None else second.numel(),
         ROWS=64, COLUMNS=32, num_warps=4,
@@ -1582,8 +1606,8 @@ def _conv_backward_kernel(
 def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple[int, int]:
     """Blocks of positions, all batches together, and their length: long unless that makes few."""
     for q_rows in choices:
-        blocks = b * triton.cdiv(l, q_rows)
-        if blocks * triton.cdiv(d, channels) >= 4096:
+        blocks = b * _cdiv(l, q_rows)
+        if blocks * _cdiv(d, channels) >= 4096:
             break
     return blocks, q_rows
 
@@ -1597,7 +1621,7 @@ def _conv_forward(
     unit = _conv_unit(x)
     blocks, q_rows = _conv_blocks(b, l, d, CONV_FORWARD["D"], CONV_FORWARD_ROWS)
     with torch.cuda.device_of(x):
-        _conv_forward_kernel[(blocks * triton.cdiv(d, CONV_FORWARD["D"]),)](
+        _conv_forward_kernel[(blocks * _cdiv(d, CONV_FORWARD["D"]),)](
             x, weight.contiguous(), x if bias is None else bias.contiguous(),
             x if state is None else state.contiguous(),
             x if seq_idx is None else seq_idx.contiguous(), y, final, l, q_rows, d // unit,
@@ -1623,7 +1647,7 @@ def _conv_backward(
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
     unit = _conv_unit(x)
-    blocks_d = triton.cdiv(d, CONV_BACKWARD["D"])
+    blocks_d = _cdiv(d, CONV_BACKWARD["D"])
     blocks, q_rows = _conv_blocks(b, l, d, CONV_BACKWARD["D"], CONV_BACKWARD_ROWS)
     partial = torch.empty((blocks, d * (k + 1)), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -1732,8 +1756,8 @@ def _norm_tiles(size: int) -> dict:
     if size <= 256:
         n = max(16, triton.next_power_of_2(size))
     else:
-        n = min((1024, 512, 256), key=lambda n: triton.cdiv(size, n) * n)
-    tiles = triton.cdiv(size, n)
+        n = min((1024, 512, 256), key=lambda n: _cdiv(size, n) * n)
+    tiles = _cdiv(size, n)
     r = max(1, 1024 // triton.next_power_of_2(n * tiles))
     return dict(R=r, N=n, TILES=tiles, num_warps=r * n // 128)
 
@@ -1744,9 +1768,9 @@ def _norm_backward(size: int, rows: int, groups: int, device: torch.device) -> t
     processors = 2
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    slots = triton.cdiv(processors * 16 // tiles["num_warps"], groups)
+    slots = _cdiv(processors * 16 // tiles["num_warps"], groups)
     limit = dict(maxnreg=128) if size > 2048 else {}
-    return min(slots, triton.cdiv(rows, tiles["R"])), tiles | limit
+    return min(slots, _cdiv(rows, tiles["R"])), tiles | limit
 
 
 @triton.jit
@@ -1903,7 +1927,7 @@ def _gated_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
     unit = _unit(size, y.stride(0), z.stride(0))
     tiles = _norm_tiles(size)
     with torch.cuda.device_of(y):
-        _gated_forward_kernel[(triton.cdiv(rows, tiles["R"]) * groups,)](
+        _gated_forward_kernel[(_cdiv(rows, tiles["R"]) * groups,)](
             y, z, weight.contiguous(), out, rows, eps, groups, size // unit, y.stride(0) // unit,
             z.stride(0) // unit,
             UNIT=unit, **tiles,
