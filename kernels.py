@@ -1737,10 +1737,10 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Gated RMSNorm
+# RMSNorm, with a gate or without
 # --------------------------------------------------------------------------------------------------
 #
-#     v   = y · silu(z)
+#     v   = y · silu(z), or y where there is no gate z
 #     out = weight · v · scale,   scale = 1 / sqrt(mean of v² over the slice + eps)
 #
 # A slice of `size` = d / groups channels is cut into TILES tiles of N channels: powers of two that
@@ -1751,6 +1751,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 # only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
 
 
+@functools.cache
 def _norm_tiles(size: int) -> dict:
     """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
     if size <= 256:
@@ -1762,24 +1763,26 @@ def _norm_tiles(size: int) -> dict:
     return dict(R=r, N=n, TILES=tiles, num_warps=r * n // 128)
 
 
-def _norm_backward(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 2 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
     """How many programs per group walk over the rows, and their tiles."""
     tiles = _norm_tiles(size)
-    processors = 2
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    slots = _cdiv(processors * 16 // tiles["num_warps"], groups)
+    slots = _cdiv(_processors(device) * 16 // tiles["num_warps"], groups)
     limit = dict(maxnreg=128) if size > 2048 else {}
     return min(slots, _cdiv(rows, tiles["R"])), tiles | limit
 
 
 @triton.jit
-def _gated_forward_kernel(
+def _norm_forward_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr,
     rows, eps, groups, size_units, y_row_units, z_row_units,
-    UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """out = weight · v / sqrt(mean(v²) + eps), v = y · silu(z).
+    """out = weight · v / sqrt(mean(v²) + eps), v = y · silu(z); without GATE v = y.
 
     Grid: (blocks of rows · groups,), groups fastest. Tile: R rows x one slice, in TILES pieces.
 
@@ -1809,9 +1812,10 @@ def _gated_forward_kernel(
     for i in tl.static_range(TILES):
         n = i * N + tl.arange(0, N)
         mask_rn = mask_r[:, None] & (n < size)[None, :]
-        y_rn = tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-        z_rn = tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-        v_rn = y_rn * z_rn * _sigmoid(z_rn)
+        v_rn = tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
+        if GATE:
+            z_rn = tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
+            v_rn *= z_rn * _sigmoid(z_rn)
         squares_rn += v_rn * v_rn
         v += (v_rn,)
     scale_r = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)
@@ -1826,15 +1830,15 @@ def _gated_forward_kernel(
 
 
 @triton.jit
-def _gated_backward_kernel(
+def _norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
     rows, slots, eps, groups, size_units, y_row_units, z_row_units,
-    UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """With v̂ = v · scale and dv̂ = dout · weight, over one slice:
 
         dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
-        dy, dz  = dv · silu(z), dv · y · silu'(z)
+        dy, dz  = dv · silu(z), dv · y · silu'(z)     (without GATE: dy = dv)
         dweight = Σ over rows of dout · v̂
 
     Grid: (slots · groups,), groups fastest: about as many programs as run at a time. Program `slot`
@@ -1872,7 +1876,8 @@ def _gated_backward_kernel(
             n = i * N + tl.arange(0, N)
             mask_rn = mask_r[:, None] & (n < size)[None, :]
             y += (tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0),)
-            z += (tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0),)
+            if GATE:
+                z += (tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0),)
             dout += (tl.load(dout_ptr + out_r1 + n[None, :], mask=mask_rn, other=0.0),)
 
         # scale and mean
@@ -1881,8 +1886,10 @@ def _gated_backward_kernel(
         for i in tl.static_range(TILES):
             n = i * N + tl.arange(0, N)
             weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
-            z_rn = z[i].to(tl.float32)
-            v_rn = y[i].to(tl.float32) * z_rn * _sigmoid(z_rn)
+            v_rn = y[i].to(tl.float32)
+            if GATE:
+                z_rn = z[i].to(tl.float32)
+                v_rn *= z_rn * _sigmoid(z_rn)
             squares_rn += v_rn * v_rn
             products_rn += dout[i].to(tl.float32) * weight_n.to(tl.float32)[None, :] * v_rn
         scale_r1 = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)[:, None]
@@ -1895,16 +1902,21 @@ def _gated_backward_kernel(
             mask_rn = mask_r[:, None] & (n < size)[None, :]
             weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
             y_rn = y[i].to(tl.float32)
-            z_rn = z[i].to(tl.float32)
             dout_rn = dout[i].to(tl.float32)
-            sigmoid_rn = _sigmoid(z_rn)
-            silu_rn = z_rn * sigmoid_rn
-            v_rn = y_rn * silu_rn
+            v_rn = y_rn
+            if GATE:
+                z_rn = z[i].to(tl.float32)
+                sigmoid_rn = _sigmoid(z_rn)
+                silu_rn = z_rn * sigmoid_rn
+                v_rn *= silu_rn
             dhat_rn = dout_rn * weight_n.to(tl.float32)[None, :]
             dv_rn = scale_r1 * dhat_rn - pull_r1 * v_rn
-            dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
-            tl.store(dy_ptr + out_r1 + n[None, :], dv_rn * silu_rn, mask=mask_rn)
-            tl.store(dz_ptr + out_r1 + n[None, :], dz_rn, mask=mask_rn)
+            dy_rn = dv_rn
+            if GATE:
+                dy_rn *= silu_rn
+                dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
+                tl.store(dz_ptr + out_r1 + n[None, :], dz_rn, mask=mask_rn)
+            tl.store(dy_ptr + out_r1 + n[None, :], dy_rn, mask=mask_rn)
             sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
         dweight = sums
 
@@ -1914,59 +1926,64 @@ def _gated_backward_kernel(
         tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., d) -> (r, d): a view where the leading dimensions lie evenly, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor (..., d), and how far apart its rows lie; a copy if they do not lie evenly."""
+    sizes, strides = tensor.shape, tensor.stride()
+    even = all(strides[i - 1] == sizes[i] * strides[i] for i in range(1, tensor.ndim - 1))
+    if even and tensor.ndim > 1 and strides[-1] == 1:
+        return tensor, strides[-2]
+    rows = tensor.reshape(-1, sizes[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
-def _gated_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    out = torch.empty(y.shape, dtype=z.dtype, device=y.device)
-    y, z = _rows(y), _rows(z)
-    rows, size = y.shape[0], y.shape[1] // groups
-    unit = _unit(size, y.stride(0), z.stride(0))
+def _norm_forward(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int) -> Tensor:
+    out = torch.empty(y.shape, dtype=(weight if z is None else z).dtype, device=y.device)
+    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
+    y, y_row = _rows(y)
+    z, z_row = _rows(z) if gate else (y, y_row)
+    unit = _unit(size, y_row, z_row)
     tiles = _norm_tiles(size)
     with torch.cuda.device_of(y):
-        _gated_forward_kernel[(_cdiv(rows, tiles["R"]) * groups,)](
-            y, z, weight.contiguous(), out, rows, eps, groups, size // unit, y.stride(0) // unit,
-            z.stride(0) // unit,
-            UNIT=unit, **tiles,
+        _norm_forward_kernel[(_cdiv(rows, tiles["R"]) * groups,)](
+            y, z, weight.contiguous(), out, rows, eps, groups, size // unit, y_row // unit,
+            z_row // unit,
+            GATE=gate, UNIT=unit, **tiles,
         )  # fmt: skip
     return out
 
 
-def _gated_backward(
-    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
+def _norm_backward(
+    dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int
 ) -> list[Tensor]:
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dz = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    y, z = _rows(y), _rows(z)
-    rows, size = y.shape[0], y.shape[1] // groups
-    unit = _unit(size, y.stride(0), z.stride(0))
-    slots, tiles = _norm_backward(size, rows, groups, y.device)
+    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
+    y, y_row = _rows(y)
+    z, z_row = _rows(z) if gate else (y, y_row)
+    unit = _unit(size, y_row, z_row)
+    slots, tiles = _norm_slots(size, rows, groups, y.device)
     partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
     with torch.cuda.device_of(y):
-        _gated_backward_kernel[(slots * groups,)](
+        _norm_backward_kernel[(slots * groups,)](
             y, z, weight.contiguous(), dout.contiguous(), dy, dz, partial, rows, slots, eps, groups,
-            size // unit, y.stride(0) // unit, z.stride(0) // unit,
-            UNIT=unit, **tiles,
+            size // unit, y_row // unit, z_row // unit,
+            GATE=gate, UNIT=unit, **tiles,
         )  # fmt: skip
         _fold(partial, dweight)
     return [dy, dz, dweight]
 
 
-def _gated_fake(y, z, weight, eps, groups):
-    return z.new_empty(z.shape)
+def _norm_fake(y, z, weight, eps, groups):
+    return y.new_empty(y.shape, dtype=(weight if z is None else z).dtype)
 
 
-_gated = _operation("gated_rms_norm", _gated_forward, _gated_backward, _gated_fake, count=3)
+_norm = _operation("rms_norm", _norm_forward, _norm_backward, _norm_fake, count=3)
 
 
 def _unfit_norm(x, weight, eps, gate, groups) -> str | None:
-    if gate is None:
-        return "there is no gate, and the norm alone has no kernel"
-    reason = _unfit({"x": x, "gate": gate, "weight": weight}, {})
+    reason = _unfit({"x": x, "weight": weight}, {"gate": gate})
     if reason is not None:
         return reason
     if not isinstance(eps, (int, float)) or not isinstance(groups, int):
@@ -1991,21 +2008,21 @@ def takes_rms_norm(x, weight, eps, *, gate=None, groups=1) -> bool:
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
-    """The gated norm: weight · v / sqrt(mean(v²) + eps), v = x · silu(gate), for each group.
+    """weight · v / sqrt(mean(v²) + eps) for each group; v = x · silu(gate), or x without a gate.
 
     Signature and meaning are those of its twin, `mamba2.rms_norm`. Above y is x and z the gate.
 
     x, gate  (..., d)   the gate often is a slice of a projection; rows may be any distance apart
     weight   (d)
     groups              equal parts of d that are normalised apart; d / groups at most 8,192
-    Returns (..., d) in the gate's dtype.
+    Returns (..., d) in the gate's dtype, or in weight's without a gate.
 
     Raises:
         ValueError: what the kernel cannot take, which is what `takes_rms_norm` says no to.
     """
     given = (x, weight, eps, gate, groups)
     _refuse("rms_norm", _unfit_norm(*given) or _beyond_norm(*given))
-    return _gated(x, gate, weight, eps, groups)
+    return _norm(x, gate, weight, eps, groups)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2488,7 +2488,7 @@ CUDA = DEVICE.type == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 91
+PASSED_IN_THE_INTERPRETER = 95
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -2680,23 +2680,31 @@ def test_kernel_convolution_rounds_a_state_to_the_dtype_of_x_as_its_twin_does():
 
 
 @needs_kernels
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
-def test_kernel_gated_norm_is_its_twin_in_values_and_gradients(dtype, groups):
+def test_kernel_norm_is_its_twin_in_values_and_gradients(dtype, groups, gated):
     shapes = [(3, 64, 0), (1, 100, 0), (7, 96, 200), (5, 1536, 1600)]
     if CUDA:
         shapes += [(1, 1536, 3352), (4096, 1536, 3352), (1000, 5120, 10576), (33, 8192, 18560)]
         shapes += [(65, 1000, 1001), (63, 1032, 0), (130, 768, 0), (9, 2560, 0)]
     for rows, d, width in shapes:
-        gate = torch.randn(1, rows, width or d, device=DEVICE).to(dtype)[..., :d]
+        wide = torch.randn(1, rows, width or d, device=DEVICE)[..., :d]
         for x_dtype in {dtype, torch.float32}:
             weight = torch.randn(d, device=DEVICE).to(dtype if rows % 2 else torch.float32)
-            x = torch.randn(1, rows, d, device=DEVICE).to(x_dtype)
-            case, limit = f"{rows} rows of {d} in {width}, x {x_dtype}", KERNEL_SMALL[dtype]
-            inputs = dict(x=x, gate=gate, weight=weight)
-            assert_kernel_right("rms_norm", inputs, limit, case, eps=1e-5, groups=groups)
-            y = mamba2.rms_norm(x, weight, 1e-5, gate=gate, groups=groups)
-            assert y.dtype == dtype, "the norm's result has the gate's dtype"
+            x = torch.randn(1, rows, d, device=DEVICE) if gated else wide
+            inputs = dict(x=x.to(x_dtype), weight=weight)
+            if gated:
+                inputs["gate"] = wide.to(dtype)
+            result = dtype if gated else weight.dtype
+            case = f"{rows} rows of {d} in {width}, x {x_dtype}, weight {weight.dtype}"
+            loose = {key: KERNEL_SMALL[t.dtype] for key, t in (("d x", inputs["x"]),)}
+            loose = loose | {"output 0": KERNEL_SMALL[result]} if not gated else {}
+            assert_kernel_right(
+                "rms_norm", inputs, KERNEL_SMALL[dtype], case, loose=loose, eps=1e-5, groups=groups
+            )
+            y = mamba2.rms_norm(**inputs, eps=1e-5, groups=groups)
+            assert y.dtype == result, "the result has the gate's dtype, or the weight's"
 
 
 def kernel_layer(dtype, **options):
@@ -2769,6 +2777,7 @@ def test_kernel_results_have_the_same_bits_twice(dtype):
             ("ssd", inputs, [draws[0], torch.randn_like(inputs["initial_state"])], {}),
             ("causal_conv1d", dict(x=x, weight=weight), [gate, x[:, :3]], {}),
             ("rms_norm", dict(x=x, gate=gate, weight=weight[:, 0]), [gate], dict(eps=1e-5)),
+            ("rms_norm", dict(x=x, weight=weight[:, 0]), [gate], dict(eps=1e-5)),
         ]
         return [
             run_with_gradients(getattr(mamba2.kernels, name), given, cotangents, **static)
@@ -2799,7 +2808,7 @@ def test_kernel_layer_is_captured_whole_by_torch_compile(monkeypatch):
     torch._dynamo.reset()
     found = everything(torch.compile(layer.step, fullgraph=True, backend=backend))
     assert len(graphs) == 1
-    for name in ("ssd", "causal_conv1d", "gated_rms_norm"):
+    for name in ("ssd", "causal_conv1d", "rms_norm"):
         assert sum(f"{mamba2.kernels.NAMESPACE}.{name}" in target for target in graphs[0]) == 1
     for f, e in zip(found, everything(layer.step), strict=True):
         assert relative_error(f, e) <= (1e-2 if CUDA else 1e-6)
@@ -2900,7 +2909,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
     x, weight = torch.randn(2, 5, 8, device=DEVICE), torch.randn(8, 4, device=DEVICE)
     conv, norm = mamba2.kernels.takes_causal_conv1d, mamba2.kernels.takes_rms_norm
     w = weight[:, 0]
-    assert conv(x, weight) and norm(x, w, 1e-5, gate=x)
+    assert conv(x, weight) and norm(x, w, 1e-5, gate=x) and norm(x, w, 1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for refused in (
@@ -2914,7 +2923,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
             conv(x, weight, initial_state=x),
             conv(x, weight, seq_idx=x[..., 0]),
             conv(None, weight),
-            norm(x, w, 1e-5),
+            norm(x, None, 1e-5),
             norm(x.double(), w, 1e-5, gate=x),
             norm(x, w, 1e-5, gate=x[:1]),
             norm(x, w[1:], 1e-5, gate=x),
@@ -2938,7 +2947,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
         assert part in str(warning.message)
     for refuse in (
         lambda: mamba2.kernels.causal_conv1d(x, torch.randn(8, 5, device=DEVICE)),
-        lambda: mamba2.kernels.rms_norm(x, w, 1e-5),
+        lambda: mamba2.kernels.rms_norm(wide, wide[0, 0], 1e-5),
     ):
         with pytest.raises(ValueError, match="takes any tensors"):
             refuse()
