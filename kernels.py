@@ -1,4 +1,5 @@
-"""Fused Triton kernels for mamba2.py: SSD, short convolution and gated norm, forward and backward.
+"""Fused Triton kernels for mamba2.py: SSD, short convolution and norm, forward and backward, and
+one token of a layer.
 
 `mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take
 over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the
@@ -10,6 +11,9 @@ call; without Triton or a GPU every answer is no. `python kernels.py` times all 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
            └─────> z ───────────────────────────────────────────────────┴──> rms_norm
+
+For one token, without gradients, `layer_step` does all of the first line, from projection to y, in
+one kernel. Its twin is a few lines of the layer, not a function.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -57,8 +61,8 @@ of matrix products are in x's dtype (fp32 inputs: true fp32 products, unless PyT
 allows tf32). No decay is split into factors that could overflow; differences are masked, then exp2.
 With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
 
-Convolution and gated norm
---------------------------
+Convolution, norm and the step of a token
+-----------------------------------------
 Each is bound by memory: an element takes a few dozen instructions, so the time to aim for is the
 bytes that must move over the bandwidth of a device copy. Bytes per element of x, for 2-byte inputs
 (every input read once, every output written once):
@@ -66,6 +70,8 @@ bytes that must move over the bandwidth of a device copy. Bytes per element of x
     operation        forward                backward
     causal_conv1d    x, y              4    x, dy, dx                 6
     rms_norm         x, gate, out      6    x, gate, dout, dx, dgate 10
+      without gate   x, out            4    x, dout, dx               6
+    layer_step       state, new state  4    (an element of the state) -
 
 Nothing but inputs is kept for the backward: pre-activations and root mean squares are computed
 again from the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where
@@ -80,6 +86,7 @@ atomics: the same input gives the same bits.
 import functools
 import importlib.machinery
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -196,9 +203,10 @@ def _takes(operation: str, reason: str | None) -> bool:
     return False
 
 
-def _refuse(operation: str, reason: str | None) -> None:
+def _refuse(operation: str, reason: str | None, twin: str | None = None) -> None:
     if reason is not None:
-        raise ValueError(f"kernels.{operation}: {reason}; mamba2.{operation} takes any tensors")
+        twin = twin or f"mamba2.{operation}"
+        raise ValueError(f"kernels.{operation}: {reason}; {twin} takes any tensors")
 
 
 def _free_namespace() -> str:
@@ -283,9 +291,17 @@ def _operation(name, forward, backward, fake, count):
     return call
 
 
+# Triton's own of these two take the CPU ten times as long.
+
+
 def _cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. (Triton's own takes the CPU ten times as long.)"""
+    """a / b, rounded up."""
     return -(-a // b)
+
+
+def _power_of_2(a: int) -> int:
+    """The smallest that is at least a."""
+    return 1 << (a - 1).bit_length()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1206,7 +1222,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces of convolution and gated norm
+# Pieces of convolution, norm and step
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1755,11 +1771,11 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 def _norm_tiles(size: int) -> dict:
     """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
     if size <= 256:
-        n = max(16, triton.next_power_of_2(size))
+        n = max(16, _power_of_2(size))
     else:
         n = min((1024, 512, 256), key=lambda n: _cdiv(size, n) * n)
     tiles = _cdiv(size, n)
-    r = max(1, 1024 // triton.next_power_of_2(n * tiles))
+    r = max(1, 1024 // _power_of_2(n * tiles))
     return dict(R=r, N=n, TILES=tiles, num_warps=r * n // 128)
 
 
@@ -2023,6 +2039,260 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     given = (x, weight, eps, gate, groups)
     _refuse("rms_norm", _unfit_norm(*given) or _beyond_norm(*given))
     return _norm(x, gate, weight, eps, groups)
+
+
+# --------------------------------------------------------------------------------------------------
+# One position of a layer
+# --------------------------------------------------------------------------------------------------
+#
+# What a token needs between the projections of a layer, in one launch:
+#
+#     x, B, C = silu(bias + Σ_j weight[j] · u[j])          u: the k-1 rows of conv, then xBC
+#     dt      = softplus(dt + dt_bias), clamped
+#     ssm     = exp(-dt · exp(A_log)) · ssm + dt · x B^T   (p, n), for each head
+#     y       = ssm C + D · x
+#
+# Nearly all bytes are the state's, read once and written once. A program computes B and C of its
+# group once and then walks over its share of the tiles of the group's state, 8 KB each. One warp:
+# more would compute B and C, and all that is one number a head, once more each. So many programs
+# fit on a multiprocessor at a time, by their registers; with few rows there are not enough tiles
+# for that, so they are smaller, to have the whole GPU take part.
+STEP_PROGRAMS = 8
+STEP_LARGE = dict(BYTES=8192, num_warps=1)
+STEP_SMALL = dict(BYTES=2048, num_warps=1)
+
+
+@triton.jit
+def _step_inputs(xBC_ptr, conv_ptr, channel, exists, d, K: tl.constexpr):
+    """The K inputs that the convolution has at this position, the oldest first."""
+    u = ()
+    for j in tl.static_range(K - 1):  # rounds to the dtype of xBC as the convolution does
+        old = tl.load(conv_ptr + j * d + channel, mask=exists, other=0.0)
+        u += (old.to(xBC_ptr.dtype.element_ty),)
+    return u + (tl.load(xBC_ptr + channel, mask=exists, other=0.0),)
+
+
+@triton.jit
+def _step_taps(u, weight_ptr, bias_ptr, channel, exists, K: tl.constexpr, BIAS: tl.constexpr):
+    """The convolution of these inputs, with bias and SiLU, rounded to their dtype."""
+    v = tl.zeros(channel.shape, tl.float32)
+    if BIAS:
+        v += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    for j in tl.static_range(K):
+        weight = tl.load(weight_ptr + channel * K + j, mask=exists, other=0.0)
+        v += weight.to(tl.float32) * u[j].to(tl.float32)
+    return (v * _sigmoid(v)).to(u[0].dtype).to(tl.float32)
+
+
+@triton.jit
+def _step_kernel(
+    xBC_ptr, dt_ptr, conv_ptr, ssm_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_log_ptr, D_ptr,
+    y_ptr, new_conv_ptr, new_ssm_ptr,
+    xBC_sb, dt_sb, HPG, tiles, low, high,
+    G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    PB: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """The equations above, for some tiles of the state of one group's HPG heads.
+
+    Grid (b · g, shares of the tiles). Tile: PB channels of a head, and all of n:
+
+                    n
+             ┌─────────────┐   B, C above it, x and y to its left
+          p  │    state    │
+             └─────────────┘
+
+        B, C <- taps of the convolution
+        for each tile:
+            x     <- taps of the convolution;  dt <- softplus(dt + dt_bias), clamped
+            state <- exp(-dt · exp(A_log)) · state + x · (dt · B), stored
+            y     <- rows of state · C, summed, + D · x
+
+    A program stores the convolution's state for its channels of x; the first of a group's programs
+    also that for B and C. So ssm may be updated in place, as no other program reads a tile, but
+    conv may not: all of a group read B's and C's part of it.
+
+    Masked: rows past p, columns past n.
+    """
+    b = (tl.program_id(0) // G).to(tl.int64)
+    g = tl.program_id(0) % G
+    d = G * (HPG * P + 2 * N)
+    xBC_ptr += b * xBC_sb
+    dt_ptr += b * dt_sb
+    conv_ptr += b * (K - 1) * d
+    new_conv_ptr += b * (K - 1) * d
+    n = tl.arange(0, NB)
+    mask_n = n < N
+    B_at = G * HPG * P + g * N + n
+    C_at = B_at + G * N
+    B_u = _step_inputs(xBC_ptr, conv_ptr, B_at, mask_n, d, K)
+    C_u = _step_inputs(xBC_ptr, conv_ptr, C_at, mask_n, d, K)
+    B_n = _step_taps(B_u, weight_ptr, bias_ptr, B_at, mask_n, K, BIAS)
+    C_n = _step_taps(C_u, weight_ptr, bias_ptr, C_at, mask_n, K, BIAS)
+
+    tiles_p: tl.constexpr = (P + PB - 1) // PB
+    first = tl.program_id(1) * tiles
+    for i in range(first, tl.minimum(first + tiles, HPG * tiles_p)):
+        # load
+        h = g * HPG + i // tiles_p
+        p = i % tiles_p * PB + tl.arange(0, PB)
+        mask_p = p < P
+        mask_pn = mask_p[:, None] & mask_n[None, :]
+        at_p = (b * (G * HPG) + h) * P + p
+        at_pn = at_p[:, None] * N + n[None, :]
+        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32)
+        A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
+        D = tl.load(D_ptr + h).to(tl.float32)
+        x_at = h * P + p
+        x_u = _step_inputs(xBC_ptr, conv_ptr, x_at, mask_p, d, K)
+        x_p = _step_taps(x_u, weight_ptr, bias_ptr, x_at, mask_p, K, BIAS)
+
+        # decay: softplus(dt) = log(1 + e), where 1 must not swallow the digits of a small e
+        e = tl.exp(tl.minimum(dt, 20.0))
+        u = 1.0 + e
+        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+        dt = tl.minimum(tl.maximum(tl.where(dt > 20.0, dt, log1p), low), high)
+        state_pn = tl.exp(dt * A) * state_pn + x_p[:, None] * (dt * B_n)[None, :]
+        y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
+
+        # store
+        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn)
+        tl.store(y_ptr + at_p, y_p, mask=mask_p)
+        for j in tl.static_range(1, K):
+            tl.store(new_conv_ptr + (j - 1) * d + x_at, x_u[j], mask=mask_p)
+    if tl.program_id(1) == 0:
+        for j in tl.static_range(1, K):
+            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
+            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
+
+
+def _step_into(
+    y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high
+):
+    """Run the kernel, with results to the first three tensors."""
+    (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
+    g, nb, programs = (
+        (d - h * p) // (2 * n),
+        _power_of_2(n),
+        STEP_PROGRAMS * _processors(xBC.device),
+    )
+    large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
+    config = dict(STEP_LARGE if large else STEP_SMALL)
+    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), _power_of_2(p))
+    tiles = h // g * _cdiv(p, pb)  # in a group
+    share = _cdiv(tiles, min(tiles, _cdiv(programs, b * g)))  # of one program
+    with torch.cuda.device_of(xBC):
+        _step_kernel[(b * g, _cdiv(tiles, share))](
+            xBC, dt, conv.contiguous(), ssm.contiguous(), weight.contiguous(),
+            xBC if bias is None else bias.contiguous(), dt_bias.contiguous(), A_log.contiguous(),
+            D.contiguous(), y, new_conv, new_ssm,
+            xBC.stride(0), dt.stride(0), h // g, share, low, high,
+            G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb, **config,
+        )  # fmt: skip
+
+
+def _step_forward(
+    xBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor, weight: Tensor, bias: Tensor | None,
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, low: float, high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    results = _step_fake(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
+    _step_into(*results, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
+    return results
+
+
+def _step_fake(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
+    b, h, p, _ = ssm.shape
+    return xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
+
+
+_step = _operation("layer_step", _step_forward, None, _step_fake, count=0)
+
+
+def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
+    required = {"xBC": xBC, "dt": dt, "conv": conv, "ssm": ssm, "weight": weight}
+    required |= {"dt_bias": dt_bias, "A_log": A_log, "D": D}
+    reason = _unfit(required, {"bias": bias})
+    if reason is not None:
+        return reason
+    if xBC.ndim != 3 or xBC.shape[1] != 1:
+        return "there is not one position"
+    given = [*required.values(), *([] if bias is None else [bias])]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return "gradients are wanted"
+    if ssm.ndim != 4 or weight.ndim != 3 or xBC.numel() == 0 or ssm.numel() == 0:
+        return "ssm does not have 4 dimensions, or weight not 3, or xBC or ssm are empty"
+    (b, _, d), (h, p, n), k = xBC.shape, ssm.shape[1:], weight.shape[2]
+    groups, rest = divmod(d - h * p, 2 * n)
+    if groups < 1 or rest or h % groups:
+        return "the channels of xBC are not those of x, B and C"
+    if out is not None:
+        unfit = _unfit({"xBC": xBC, "out[0]": out[0], "out[1]": out[1]}, {})
+        shapes = ("out[0]", out[0], (b, k - 1, d)), ("out[1]", out[1], (b, h, p, n))
+        if unfit or _misshapen(*shapes):
+            return unfit or _misshapen(*shapes)
+    return _misshapen(
+        ("dt", dt, (b, 1, h)),
+        ("conv", conv, (b, k - 1, d)),
+        ("ssm", ssm, (b, h, p, n)),
+        ("weight", weight, (d, 1, k)),
+        ("bias", bias, (d,)),
+        ("dt_bias", dt_bias, (h,)),
+        ("A_log", A_log, (h,)),
+        ("D", D, (h,)),
+    )
+
+
+def _beyond_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
+    if ssm.shape[3] > 1024:
+        return f"d_state is {ssm.shape[3]}; it must be at most 1024"
+    if xBC.stride(2) != 1 or dt.stride(2) != 1:
+        return "the channels of xBC, or the heads of dt, are not next to each other in memory"
+    if out is not None:
+        if torch.compiler.is_compiling():
+            return "out is given under torch.compile, which knows only functions without effects"
+        if (out[0].dtype, out[1].dtype) != (xBC.dtype, ssm.dtype):
+            return "out does not have the dtypes of xBC and ssm"
+        if not (out[0].is_contiguous() and out[1].is_contiguous()):
+            return "out is not contiguous"
+        if out[0].data_ptr() == conv.data_ptr() and conv.numel() > 0:
+            return "out[0] is conv, which all heads read: it must have memory of its own"
+    return None
+
+
+def takes_layer_step(
+    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
+) -> bool:  # fmt: skip
+    """Whether `layer_step` can run on these tensors; what it cannot is said once, on a GPU."""
+    given = (xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out)
+    return _unfit_step(*given) is None and _takes("layer_step", _beyond_step(*given))
+
+
+def layer_step(
+    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
+):
+    """One token in a layer, between its projections; its twin is `mamba2.Mamba2._mix`.
+
+    xBC, dt             (b, 1, h p + 2 g n), (b, 1, h)   slices of the projection
+    conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State, ssm in any dtype
+    weight, bias        (h p + 2 g n, 1, k), (h p + 2 g n) or None   of the convolution
+    dt_bias, A_log, D   (h)
+    dt_limit            dt is clamped to it after softplus
+    out                 tensors to write the new conv and ssm to, instead of new ones: for a CUDA
+                        graph. out[1] may be ssm itself, out[0] must not be conv.
+    Returns y (b, 1, h p) and the new conv, both in xBC's dtype, and the new ssm in ssm's dtype. The
+    arithmetic is fp32. There are no gradients.
+
+    Raises:
+        ValueError: what the kernel cannot take, which is what `takes_layer_step` says no to.
+    """
+    given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
+    reason = _unfit_step(*given, dt_limit, out) or _beyond_step(*given, dt_limit, out)
+    _refuse("layer_step", reason, twin="mamba2.Mamba2")
+    if out is None:
+        return _step(*given, *dt_limit)
+    y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
+    _step_into(y, *out, *given, *dt_limit)
+    return y, *out
 
 
 # --------------------------------------------------------------------------------------------------

@@ -668,7 +668,8 @@ class Mamba2State(NamedTuple):
     """The state of one layer: all that it remembers, and a value, which is never changed in place.
 
     conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the layer's dtype
-    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer)
+    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer); one that
+                                  is given in half precision stays so
 
     Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
     """
@@ -874,27 +875,40 @@ class Mamba2(nn.Module):
 
     def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
-        config = self.config
         self._check(u, state, mask, seq_idx)
-        conv, ssm = (None, None) if state is None else state
         if mask is not None:
             mask = mask.bool()
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
-
         z, xBC, dt = self.in_proj(u).split(self.widths, dim=-1)
+        y, state = self._mix(xBC, dt, state, mask, seq_idx)
+        y = self.out_proj(self.norm(y, gate=z))
+        if mask is not None:
+            y = y.masked_fill(~mask[..., None], 0)
+        return (y, state) if return_state else y
+
+    def _mix(self, xBC, dt, state, mask, seq_idx):
+        """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
+        config = self.config
+        conv, ssm = (None, None) if state is None else state
+        if kernels and mask is None and state is not None:  # a token is decoded by one kernel
+            weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
+            one, limit = (xBC, dt, *state, *weights), config.time_step_limit
+            if kernels.takes_layer_step(*one, dt_limit=limit):
+                y, *state = kernels.layer_step(*one, dt_limit=limit)
+                return y, Mamba2State(*state)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (b, l, h)
         if config.time_step_limit != (0.0, math.inf):
             dt = dt.clamp(*config.time_step_limit)
         if conv is None:
-            conv = xBC.new_zeros(u.shape[0], config.conv_kernel - 1, xBC.shape[2])
+            conv = xBC.new_zeros(xBC.shape[0], config.conv_kernel - 1, xBC.shape[2])
         if mask is not None:
             xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
 
         xBC, conv = self.conv1d(xBC, conv, seq_idx)
         widths = [self.widths[0], *2 * [config.n_groups * config.state_size]]
         x, B, C = xBC.split(widths, dim=-1)
-        y, ssm = ssd(
+        y, new_ssm = ssd(
             rearrange(x, "b l (h p) -> b l h p", h=config.num_heads),
             dt,
             -torch.exp(self.A_log.to(dtype)),
@@ -907,13 +921,12 @@ class Mamba2(nn.Module):
             initial_state=ssm,
             seq_idx=seq_idx,
         )
+        if ssm is not None and ssm.dtype.itemsize == 2:
+            new_ssm = new_ssm.to(ssm.dtype)
         y = rearrange(y, "b l h p -> b l (h p)")
         if mask is not None:
             y = _take(y, back)
-        y = self.out_proj(self.norm(y, gate=z))
-        if mask is not None:
-            y = y.masked_fill(~mask[..., None], 0)
-        return (y, Mamba2State(conv, ssm)) if return_state else y
+        return y, Mamba2State(conv, new_ssm)
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
