@@ -90,7 +90,10 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -2296,115 +2299,358 @@ def layer_step(
 
 
 # --------------------------------------------------------------------------------------------------
-# Times: python kernels.py
+# Times: python kernels.py [words; only rows that have one in their name]
 # --------------------------------------------------------------------------------------------------
+#
+# A row is a piece of work in bfloat16; each of its lines is one who does it. Columns:
+#
+#     ms       median of triton.testing.do_bench; "in graph": replayed by a CUDA graph, without the
+#              CPU's time to launch each kernel
+#     ratio    to our time
+#     copy     the time to read inputs and weights and to write outputs once (and the gradients, of
+#              a backward pass), at the bandwidth of a device copy here, as a share of the time
+#     matrix   the same for the products of matrices, at the rate of one of 8,192 x 8,192; a
+#              backward pass is taken to have twice the forward pass's
+#     error    relative to float64, of the output or of the first input's gradient, in the first row
+#              of the batch
 
 
-def _table():
-    """Print times and errors on this GPU, in bf16: ours, plain PyTorch, and peers if installed."""
+class _Side(NamedTuple):
+    who: str
+    call: Callable
+    inputs: tuple | None = None  # the row's, if None; others are not compared with float64
+    weights: tuple = ()
+
+
+class _Table:
+    """What the rows below have in common: who is compared, and how it is measured."""
+
+    def __init__(self, wanted: list[str]):
+        import mamba2  # its `kernels` is this file, executed once more
+
+        self.wanted, self.plain = wanted, mamba2
+        self.ours, mamba2.kernels = mamba2.kernels, None  # from here on it is plain PyTorch
+        self.peers = _peers()
+        size = dict(device="cuda", dtype=torch.bfloat16)
+        big, one = torch.empty(2, 2**30, **size), torch.randn(8192, 8192, **size)
+        self.bandwidth = big.nbytes / self.median(lambda: big[0].copy_(big[1]))  # bytes a ms
+        self.rate = 2 * 8192**3 / self.median(lambda: one @ one)  # operations a ms
+        print(f"copy {self.bandwidth / 1e9:.2f} TB/s, matrix product {self.rate / 1e9:.0f} TFLOP/s")
+        print(f"{'':54}{'ms':>9}{'ratio':>7}{'copy':>6}{'matrix':>7}  error")
+
+    def median(self, call) -> float:
+        from triton.testing import do_bench
+
+        return do_bench(call, return_mode="median")
+
+    def median_in_a_graph(self, calls) -> float:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return self.median(graph.replay) / len(calls)
+
+    def fused(self, function):
+        """The function, with mamba2 using the kernels while it runs."""
+
+        def call(*inputs):
+            self.plain.kernels = self.ours
+            try:
+                return function(*inputs)
+            finally:
+                self.plain.kernels = None
+
+        return call
+
+    def sides(self, work, ours, plain, **inputs) -> list[_Side]:
+        theirs = [(who, call) for (of, who), call in self.peers.items() if of == work]
+        pairs = [("ours", ours), ("plain", plain), *theirs]
+        return [_Side(who, call, inputs.get(who)) for who, call in pairs]
+
+    def modules(self, work, module) -> list[_Side]:
+        """The sides of a module, whose peers are made from it."""
+        peers = {who: make(module) for (of, who), make in self.peers.items() if of == work}
+        calls = {"ours": (self.fused(module), module), "plain": (module, module)}
+        calls |= {who: (peer, peer) for who, peer in peers.items()}
+        return [_Side(who, call, None, tuple(of.parameters())) for who, (call, of) in calls.items()]
+
+    def wants(self, name) -> bool:
+        return not self.wanted or any(word in name for word in self.wanted)
+
+    def row(self, name, inputs, sides, exact, flops=0, parts=("fwd", "bwd"), others=()):
+        """Measure and print. parts: of fwd, bwd, fwd+bwd, and "in graph" the first and the last of
+        them; `others` are more inputs for one graph, so that none of them is found in the cache."""
+        if not self.wants(name):
+            return
+        first = [t.detach()[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
+        first = [t.double() if t.is_floating_point() else t for t in first]
+        first[0].requires_grad_(any("bwd" in part for part in parts))
+        want, dwant = _tensors(exact(*first))[0], None
+        dy = torch.randn(len(inputs[0]), *want.shape[1:], device="cuda", dtype=torch.bfloat16)
+        if first[0].requires_grad:
+            dwant = torch.autograd.grad(want, first[0], dy[:1].double())[0]
+        del first
+        ours = {}
+        for side in sides:
+            for part in parts:
+                if "graph" in part and side.who == "plain" and not others:
+                    continue  # too many launches for one graph
+                try:
+                    ms, moved, found = self.measure(part, side, side.inputs or inputs, dy, others)
+                except Exception as problem:  # out of memory, or a peer that does not run here
+                    print(f"{name}, {part}, {side.who}: {repr(problem)[:90]}")
+                    break
+                operations = flops * (("fwd" in part) + 2 * ("bwd" in part))
+                ratio = ms / ours.setdefault(part, ms)
+                copied, matrix = moved / self.bandwidth / ms, operations / self.rate / ms
+                line = f"{name:26} {part:16} {side.who:10}{ms:9.4f}{ratio:7.1f}"
+                line += f"{copied:6.0%}{matrix:7.0%}"
+                if side.inputs is None:
+                    right = dwant if "bwd" in part else want
+                    line += f"  {((found[:1].double() - right).norm() / right.norm()).item():.1e}"
+                print(line, flush=True)
+
+    def measure(self, part, side, inputs, dy, others):
+        """Milliseconds, bytes, and what is compared with float64."""
+        leaves = [t.detach() for t in inputs]
+        moved = sum(t.nbytes for t in (*leaves, *side.weights))
+        if "bwd" not in part:
+            with torch.no_grad():
+                outputs = _tensors(side.call(*leaves))
+                calls = [functools.partial(side.call, *given) for given in (leaves, *others)]
+                in_graph = "graph" in part
+                ms = self.median_in_a_graph(calls) if in_graph else self.median(calls[0])
+            return ms, moved + sum(t.nbytes for t in outputs), outputs[0]
+        wanted = [*(t.requires_grad_() for t in leaves), *side.weights]
+
+        def forward():
+            return _tensors(side.call(*leaves))[0]
+
+        def backward(y):
+            return torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
+
+        y = forward()
+        call = functools.partial(backward, y) if part == "bwd" else lambda: backward(forward())
+        ms = self.median_in_a_graph([call]) if "graph" in part else self.median(call)
+        return ms, 2 * moved + y.nbytes, backward(y)[0]
+
+
+def _tensors(outputs) -> list[Tensor]:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [t for t in outputs if isinstance(t, Tensor)]
+
+
+def _peers() -> dict:
+    """By (work, peer): what peers that can be imported do, or what makes it from our module."""
+    found = {}
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+        from mamba_ssm.modules import mamba2 as layers
+        from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+    except Exception as error:  # it may fail to be imported in many ways
+        print("without mamba_ssm:", repr(error)[:80])
+    else:
+
+        def gated_norm(x, weight, gate):
+            return rmsnorm_fn(x, weight, None, z=gate, eps=1e-5, norm_before_gate=False)
+
+        def layer(ours):
+            sizes = dict(d_model=ours.config.d_model, device="cuda", dtype=torch.bfloat16)
+            # Its one operation for the whole layer needs a CUDA build of causal_conv1d.
+            peer = layers.Mamba2(**sizes, use_mem_eff_path=layers.causal_conv1d_fn is not None)
+            peer.load_state_dict(ours.state_dict())
+            return peer
+
+        class Prefill(nn.Module):
+            def __init__(self, ours):
+                super().__init__()
+                sizes = dict(d_model=ours.model.config.d_model, n_layer=ours.model.config.n_layer)
+                built = layers.causal_conv1d_fn is not None
+                config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
+                config.vocab_size = ours.model.config.vocab_size
+                self.model = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16)
+                weights = ours.model.state_dict().items()
+                named = {name.replace("embeddings", "embedding"): w for name, w in weights}
+                self.model.load_state_dict(named)
+
+            def forward(self, ids):
+                return self.model(ids, num_last_tokens=1).logits
+
+        def step(ours):  # all but its convolution, which needs that build, too
+            h, p, g, n = ours.sizes
+            A = -torch.exp(ours.A_log.float())[:, None, None].expand(h, p, n)
+            D, bias = (t[:, None].expand(h, p) for t in (ours.D, ours.dt_bias))
+
+            def call(xBC, dt, conv, ssm):
+                x, B, C = xBC[:, 0].split([h * p, g * n, g * n], 1)
+                x, B, C = x.unflatten(1, (h, p)), B.unflatten(1, (g, n)), C.unflatten(1, (g, n))
+                dt = dt[:, 0, :, None].expand(-1, h, p)
+                return selective_state_update(ssm, x, dt, A, B, C, D, None, bias, True)
+
+            return call
+
+        found["ssd", "mamba_ssm"] = lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, 256, D=D)
+        found["norm", "mamba_ssm"] = lambda x, weight: rms_norm_fn(x, weight, None, eps=1e-5)
+        found["gated norm", "mamba_ssm"] = gated_norm
+        found["layer", "mamba_ssm"], found["prefill", "mamba_ssm"] = layer, Prefill
+        found["step", "mamba_ssm"] = step
+    try:
+        from fla.modules.causal_conv1d import causal_conv1d
+        from fla.ops.simple_gla import chunk_simple_gla
+    except Exception as error:
+        print("without fla:", repr(error)[:80])
+    else:
+        found["conv", "fla"] = lambda *inputs: causal_conv1d(*inputs, activation="silu")
+        found["ssd", "fla"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, decay, scale=1.0)
+    return found
+
+
+def _ssd_flops(b, l, h, p, n) -> int:
+    """In chunks of 64: to and from the state, the scores, and what they weigh."""
+    return 2 * b * l * h * (2 * p * n + 64 * (n + p))
+
+
+def _ssd_row(table, name, b, l, h, p=64, n=128, g=1):
+    wide = torch.randn(b, l, h * p + 2 * g * n, device="cuda", dtype=torch.bfloat16)
+    x, B, C = wide.split([h * p, g * n, g * n], -1)
+    x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
+    dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
+    A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
+    # fla's form of it has no groups, dt or D; what it takes instead is made beforehand.
+    fla = [t.repeat_interleave(h // g, 2) for t in (C, B)]
+    fla = (*fla, (x * dt[..., None]).to(x.dtype), dt * A)
+    sides = table.sides("ssd", table.ours.ssd, table.plain.ssd, fla=fla)
+    flops = _ssd_flops(b, l, h, p, n)
+    table.row(f"ssd {name}", (x, dt, A, B, C, D), sides, table.plain.ssd, flops)
+
+
+def _small_rows(table, name, b, l, h, p=64, n=128):
+    """Convolution, gated norm, and the norm of a residual stream."""
+    draw, inner, channels = dict(device="cuda", dtype=torch.bfloat16), h * p, h * p + 2 * n
+    z, xBC, _ = torch.randn(b, l, inner + channels + h, **draw).split([inner, channels, h], -1)
+    ours, plain = table.ours, table.plain
+    inputs = xBC, torch.randn(channels, 4, **draw), torch.randn(channels, **draw)
+    sides = table.sides("conv", ours.causal_conv1d, plain.causal_conv1d)
+    table.row(f"conv {name}", inputs, sides, plain.causal_conv1d)
+
+    def norm(of):
+        return lambda x, weight, gate=None: of.rms_norm(x, weight, 1e-5, gate=gate)
+
+    inputs = torch.randn(b, l, inner, **draw), torch.randn(inner, **draw), z
+    sides = table.sides("gated norm", norm(ours), norm(plain))
+    table.row(f"gated norm {name}", inputs, sides, norm(plain))
+    inputs = torch.randn(b, l, inner // 2, device="cuda"), torch.randn(inner // 2, **draw)
+    table.row(f"norm {name}", inputs, table.sides("norm", norm(ours), norm(plain)), norm(plain))
+
+
+def _layer(table, d_model):
+    """A layer, and the same in float64."""
+    with torch.device("cuda"):
+        layer = table.plain.Mamba2(d_model=d_model).bfloat16()
+    return layer, deepcopy(layer).double()
+
+
+def _step_row(table, name, b, d_model, dtype):
+    layer, exact = _layer(table, d_model)
+    (h, p, _, n), k = layer.sizes, layer.config.conv_kernel
+
+    def inputs():
+        draw = dict(device="cuda", dtype=torch.bfloat16)
+        _, xBC, dt = torch.randn(b, 1, sum(layer.widths), **draw).split(layer.widths, -1)
+        state = torch.randn(b, h, p, n, device="cuda").to(dtype)
+        return xBC, dt, torch.randn(b, k - 1, layer.widths[1], **draw), state
+
+    def mix(layer):
+        def call(xBC, dt, *state):
+            y, state = layer._mix(xBC, dt, table.plain.Mamba2State(*state), None, None)
+            return y, *state
+
+        return call
+
+    given = inputs()  # as many as do not fit in the cache together
+    others = [inputs() for _ in range(min(63, 300_000_000 // given[3].nbytes + 1))]
+    sides = [_Side("ours", table.fused(mix(layer))), _Side("plain", mix(layer))]
+    for (work, who), make in table.peers.items():
+        if work == "step":
+            sides.append(_Side(who, make(layer), inputs()))
+    table.row(f"step {name}", given, sides, mix(exact), 0, ("fwd in graph",), others)
+
+
+def _layer_row(table, name, b, l, d_model):
+    layer, exact = _layer(table, d_model)
+    h, p, _, n = layer.sizes
+    u = torch.randn(b, l, d_model, device="cuda", dtype=torch.bfloat16)
+    flops = 2 * b * l * (layer.in_proj.weight.numel() + layer.out_proj.weight.numel())
+    flops += _ssd_flops(b, l, h, p, n)
+    sides = table.modules("layer", layer)
+    parts = "fwd", "fwd+bwd", "fwd in graph", "fwd+bwd in graph"
+    table.row(f"layer {name}", (u,), sides, exact, flops, parts)
+
+
+class _Prefill(nn.Module):
+    """A language model, up to the prediction of the next token."""
+
+    def __init__(self, mamba2, d_model, n_layer):
+        super().__init__()
+        config = mamba2.Mamba2Config(d_model=d_model, n_layer=n_layer)
+        with torch.device("cuda"):
+            self.model = mamba2.Mamba2ForCausalLM(config).bfloat16().eval()
+
+    def forward(self, ids):
+        return self.model(ids, logits_to_keep=1).logits
+
+
+def _prefill_row(table, name, l, d_model, n_layer):
+    model = _Prefill(table.plain, d_model, n_layer)
+    mixer = model.model.backbone.layers[0].mixer
+    h, p, _, n = mixer.sizes
+    flops = 2 * l * (mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel())
+    flops = n_layer * (flops + _ssd_flops(1, l, h, p, n))
+    ids = torch.randint(model.model.config.vocab_size, (1, l), device="cuda")
+    sides, exact = table.modules("prefill", model), deepcopy(model).double()
+    with torch.no_grad():
+        table.row(f"prefill {name}", (ids,), sides, exact, flops, ("fwd", "fwd in graph"))
+
+
+def _print_table(wanted: list[str]) -> None:
     if not (TRITON and torch.cuda.is_available()):
         print("python kernels.py times the kernels on a GPU: it needs CUDA and Triton.")
         return
-    from triton.testing import do_bench
-
-    import mamba2  # its `kernels` is this file, executed once more
-
-    ours, mamba2.kernels = mamba2.kernels, None  # from here on mamba2 is plain PyTorch
-    draw = dict(device="cuda", dtype=torch.bfloat16)
-    # (operation, side): the call, which returns y
-    calls = {("ssd", "ours"): ours.ssd, ("ssd", "plain"): mamba2.ssd}
-    calls |= {("conv", "ours"): ours.causal_conv1d, ("conv", "plain"): mamba2.causal_conv1d}
-    for side, module in (("ours", ours), ("plain", mamba2)):
-        calls["norm", side] = lambda x, z, w, of=module: of.rms_norm(x, w, 1e-5, gate=z)
-    try:
-        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
-
-        options = dict(eps=1e-5, norm_before_gate=False)
-        calls["ssd", "mamba_ssm"] = lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, 256, D=D)
-        calls["norm", "mamba_ssm"] = lambda x, z, w: rmsnorm_fn(x, w, None, z=z, **options)
-    except Exception as error:  # it may fail to be imported in many ways
-        print("without mamba_ssm:", repr(error)[:80])
-    try:
-        from fla.modules.causal_conv1d import causal_conv1d as fla_conv
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        calls["ssd", "fla"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, decay, scale=1.0)
-        calls["conv", "fla"] = lambda *inputs: fla_conv(*inputs, activation="silu")
-    except Exception as error:
-        print("without fla:", repr(error)[:80])
-
-    def inputs_of(operation, b, l, h, p=64, n=128, g=1):
-        """Slices of one projection, as in the layer: z, then x, B and C, then room for dt."""
-        inner, channels = h * p, h * p + 2 * g * n
-        wide = torch.randn(b, l, inner + channels + h, **draw)
-        z, xBC, _ = wide.split([inner, channels, h], -1)
-        if operation == "conv":
-            return (
-                xBC,
-                torch.randn(channels, 4, device="cuda"),
-                torch.randn(channels, device="cuda"),
-            )
-        if operation == "norm":
-            return torch.randn(b, l, inner, **draw), z, torch.randn(inner, device="cuda")
-        x, B, C = torch.randn(b, l, channels, **draw).split([inner, g * n, g * n], -1)
-        dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
-        A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
-        return x.unflatten(2, (h, p)), dt, A, B.unflatten(2, (g, n)), C.unflatten(2, (g, n)), D
-
-    def run(side, operation, inputs):
-        """The call, its leaves, y; fla's inputs are prepared before, and its y lacks D x."""
-        if (operation, side) == ("ssd", "fla"):
-            x, dt, A, B, C, _ = inputs
-            q, k = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (C, B))
-            inputs = q, k, (x * dt[..., None]).to(x.dtype), dt * A
-        leaves = [t.detach().requires_grad_() for t in inputs]
-
-        def call():
-            y = calls[operation, side](*leaves)
-            return y[0] if isinstance(y, tuple) else y
-
-        return call, leaves, call()
-
-    def row(label, operation, *sizes):
-        inputs, cells = inputs_of(operation, *sizes), {"forward": [], "backward": []}
-        for side in [side for of, side in calls if of == operation]:
-            try:
-                call, leaves, y = run(side, operation, inputs)
-                step = functools.partial(torch.autograd.grad, y, leaves, torch.randn_like(y))
-                with torch.no_grad():
-                    forward = do_bench(call, return_mode="median")
-                backward = do_bench(lambda s=step: s(retain_graph=True), return_mode="median")
-            except Exception as error:  # out of memory, or a peer that does not run here
-                print(f"{label}, {side}: {repr(error)[:80]}")
-                continue
-            for line, ms in (("forward", forward), ("backward", backward)):
-                cells[line].append((side, ms))
-        for line, times in cells.items():
-            shown = (f"{side} {ms:8.3f} ({ms / times[0][1]:5.1f})" for side, ms in times)
-            print(f"{operation} {label:20} {line:8} | {' | '.join(shown)}", flush=True)
-
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
-    print("bf16, median ms of triton.testing.do_bench (in parentheses: as multiple of the first)")
-    row("2.7b b8 l4096", "ssd", 8, 4096, 80)
-    row("130m b8 l2048", "ssd", 8, 2048, 24)
-    row("2.7b b1 l4096", "ssd", 1, 4096, 80)
-    row("Codestral b2 l8192", "ssd", 2, 8192, 128, 64, 128, 8)
-    for operation in ("conv", "norm"):
-        row("130m b8 l2048", operation, 8, 2048, 24)
-        row("2.7b b8 l4096", operation, 8, 4096, 80)
-
-    print("relative error of ssd at b2 l1000 h4 g2 against float64: y, dx, ddt, dA, dB, dC, dD")
-    inputs = inputs_of("ssd", 2, 1000, 4, 64, 128, 2)
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    want, dy = mamba2.ssd(*exact)[0], torch.randn(inputs[0].shape, **draw)
-    want = [want, *torch.autograd.grad(want, exact, dy.double())]
-    for side in [side for of, side in calls if of == "ssd" and side != "fla"]:
-        _, leaves, y = run(side, "ssd", inputs)
-        found = zip([y, *torch.autograd.grad(y, leaves, dy)], want, strict=True)
-        errors = ((f.double() - w).norm() / w.norm() for f, w in found)
-        print(f"{side:10}", " ".join(f"{error.item():.1e}" for error in errors))
+    table = _Table(wanted)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    small = "conv", "gated norm", "norm"
+    for works, make, name, *sizes in (
+        (("ssd",), _ssd_row, "2.7b b8 l4096", 8, 4096, 80),
+        (("ssd",), _ssd_row, "130m b8 l2048", 8, 2048, 24),
+        (("ssd",), _ssd_row, "2.7b b1 l4096", 1, 4096, 80),
+        (("ssd",), _ssd_row, "Codestral b2 l8192", 2, 8192, 128, 64, 128, 8),
+        (small, _small_rows, "130m b8 l2048", 8, 2048, 24),
+        (small, _small_rows, "2.7b b8 l4096", 8, 4096, 80),
+        (("step",), _step_row, "130m b1", 1, 768, bf16),
+        (("step",), _step_row, "130m b64", 64, 768, bf16),
+        (("step",), _step_row, "2.7b b1", 1, 2560, bf16),
+        (("step",), _step_row, "2.7b b64", 64, 2560, bf16),
+        (("step",), _step_row, "2.7b b64, fp32 state", 64, 2560, fp32),
+        (("layer",), _layer_row, "130m b8 l2048", 8, 2048, 768),
+        (("layer",), _layer_row, "2.7b b8 l4096", 8, 4096, 2560),
+        (("prefill",), _prefill_row, "130m b1 l8192", 8192, 768, 24),
+        (("prefill",), _prefill_row, "2.7b b1 l8192", 8192, 2560, 64),
+    ):
+        if any(table.wants(f"{work} {name}") for work in works):
+            make(table, name, *sizes)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    _table()
+    _print_table(sys.argv[1:])
