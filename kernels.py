@@ -184,7 +184,7 @@ def _unfit(required: dict, optional: dict) -> str | None:
 def _misshapen(*shapes) -> str | None:
     """The first of the (name, tensor or None, allowed shape, ...) with another shape; or None."""
     for name, tensor, *allowed in shapes:
-        if tensor is not None and tensor.shape not in allowed:
+        if tensor is not None and not any(tensor.shape == shape for shape in allowed):
             return f"the shape of {name} does not fit the others, or is not one that is understood"
     return None
 
