@@ -668,7 +668,8 @@ class Mamba2State(NamedTuple):
     """The state of one layer: all that it remembers, and a value, which is never changed in place.
 
     conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the layer's dtype
-    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer)
+    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer); one that
+                                  is given in half precision stays so
 
     Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
     """
@@ -755,7 +756,7 @@ class CausalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x, initial_state=None, seq_idx=None):
-        weight = rearrange(self.weight, "d 1 k -> d k")
+        weight = self.weight.squeeze(1)  # (d, k)
         return causal_conv1d(x, weight, self.bias, initial_state=initial_state, seq_idx=seq_idx)
 
 
@@ -798,7 +799,8 @@ class Mamba2(nn.Module):
             raise TypeError("pass a Mamba2Config, or options by name: Mamba2(d_model=256)")
         config.validate_architecture()
         self.config = config
-        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        h, p, g, n = self.sizes
         self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.use_bias)
         self.conv1d = CausalConv1d(self.widths[1], config.conv_kernel, config.use_conv_bias)
@@ -874,46 +876,57 @@ class Mamba2(nn.Module):
 
     def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
-        config = self.config
         self._check(u, state, mask, seq_idx)
-        conv, ssm = (None, None) if state is None else state
         if mask is not None:
             mask = mask.bool()
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
-
         z, xBC, dt = self.in_proj(u).split(self.widths, dim=-1)
-        dtype = _at_least_float32(dt.dtype)
-        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (b, l, h)
-        if config.time_step_limit != (0.0, math.inf):
-            dt = dt.clamp(*config.time_step_limit)
-        if conv is None:
-            conv = xBC.new_zeros(u.shape[0], config.conv_kernel - 1, xBC.shape[2])
-        if mask is not None:
-            xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
-
-        xBC, conv = self.conv1d(xBC, conv, seq_idx)
-        widths = [self.widths[0], *2 * [config.n_groups * config.state_size]]
-        x, B, C = xBC.split(widths, dim=-1)
-        y, ssm = ssd(
-            rearrange(x, "b l (h p) -> b l h p", h=config.num_heads),
-            dt,
-            -torch.exp(self.A_log.to(dtype)),
-            rearrange(B, "b l (g n) -> b l g n", g=config.n_groups),
-            rearrange(C, "b l (g n) -> b l g n", g=config.n_groups),
-            self.D,
-            # Differs: published configs say 256, which suits the original's kernels; plain PyTorch
-            # is fastest at 64, and the result is the same.
-            chunk_size=min(config.chunk_size, 64),
-            initial_state=ssm,
-            seq_idx=seq_idx,
-        )
-        y = rearrange(y, "b l h p -> b l (h p)")
-        if mask is not None:
-            y = _take(y, back)
+        y, state = self._mix(xBC, dt, state, mask, seq_idx)
         y = self.out_proj(self.norm(y, gate=z))
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
-        return (y, Mamba2State(conv, ssm)) if return_state else y
+        return (y, state) if return_state else y
+
+    def _mix(self, xBC, dt, state, mask, seq_idx):
+        """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
+        (h, p, g, n), limit = self.sizes, self.config.time_step_limit
+        conv, ssm = (None, None) if state is None else state
+        if kernels and mask is None and state is not None:  # a token is decoded by one kernel
+            weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
+            token = (xBC, dt, conv, ssm, *weights)
+            if kernels.takes_layer_step(*token, dt_limit=limit):
+                y, conv, ssm = kernels.layer_step(*token, dt_limit=limit)
+                return y, Mamba2State(conv, ssm)
+        dtype = _at_least_float32(dt.dtype)
+        dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h), in dtype
+        if limit != (0.0, math.inf):
+            dt = dt.clamp(*limit)
+        if mask is not None:
+            if conv is None:
+                conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
+            xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
+
+        xBC, conv = self.conv1d(xBC, conv, seq_idx)
+        x, B, C = xBC.split([h * p, g * n, g * n], dim=-1)
+        y, new_ssm = ssd(
+            x.unflatten(2, (h, p)),  # (b, l, h, p)
+            dt,
+            -torch.exp(self.A_log.to(dtype)),
+            B.unflatten(2, (g, n)),  # (b, l, g, n)
+            C.unflatten(2, (g, n)),  # (b, l, g, n)
+            self.D,
+            # Differs: published configs say 256, which suits the original's kernels; plain PyTorch
+            # is fastest at 64, and the result is the same.
+            chunk_size=min(self.config.chunk_size, 64),
+            initial_state=ssm,
+            seq_idx=seq_idx,
+        )
+        if ssm is not None and ssm.dtype.itemsize == 2:
+            new_ssm = new_ssm.to(ssm.dtype)
+        y = y.flatten(2)  # (b, l, h p)
+        if mask is not None:
+            y = _take(y, back)
+        return y, Mamba2State(conv, new_ssm)
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
@@ -927,9 +940,9 @@ class Mamba2(nn.Module):
         if state is not None:
             if not (isinstance(state, tuple) and len(state) == 2):
                 raise TypeError(f"state is a {type(state).__name__}: it must be a Mamba2State")
-            heads = (config.num_heads, config.head_dim, config.state_size)
+            h, p, _, n = self.sizes
             _require("state.conv", state[0], (b, config.conv_kernel - 1, self.widths[1]))
-            _require("state.ssm", state[1], (b, *heads))
+            _require("state.ssm", state[1], (b, h, p, n))
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

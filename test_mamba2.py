@@ -628,6 +628,21 @@ def test_no_output_depends_on_what_comes_later(what):
         assert (found[0][:, [0, t]] != 0).any(-1).all()  # but it does on what came before
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("l", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_state_that_is_given_in_half_precision_stays_in_it(dtype, l):
+    layer = Mamba2(d_model=16, d_state=16, headdim=16).to(DEVICE, dtype)
+    u = torch.randn(2, 6, 16, device=DEVICE).to(dtype)
+    _, (conv, ssm) = layer.step(u)
+    y, exact = layer.step(u[:, :l], Mamba2State(conv, ssm))
+    assert ssm.dtype == exact.ssm.dtype == torch.float32
+    half_y, half = layer.step(u[:, :l], Mamba2State(conv, ssm.to(dtype)))
+    assert half.ssm.dtype == dtype
+    epsilon = torch.finfo(dtype).eps  # the state is rounded twice, and y follows it
+    assert_close([half.ssm, half_y], [exact.ssm, y], 4 * epsilon)
+
+
 def test_a_layer_in_half_precision_keeps_its_state_in_float32():
     exact = Mamba2(d_model=32, d_state=16, headdim=8, ngroups=2).to(DEVICE)
     u = torch.randn(2, 100, 32, device=DEVICE)
@@ -2547,7 +2562,7 @@ CUDA = DEVICE.type == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 91
+PASSED_IN_THE_INTERPRETER = 115
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -2739,23 +2754,31 @@ def test_kernel_convolution_rounds_a_state_to_the_dtype_of_x_as_its_twin_does():
 
 
 @needs_kernels
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
-def test_kernel_gated_norm_is_its_twin_in_values_and_gradients(dtype, groups):
+def test_kernel_norm_is_its_twin_in_values_and_gradients(dtype, groups, gated):
     shapes = [(3, 64, 0), (1, 100, 0), (7, 96, 200), (5, 1536, 1600)]
     if CUDA:
         shapes += [(1, 1536, 3352), (4096, 1536, 3352), (1000, 5120, 10576), (33, 8192, 18560)]
         shapes += [(65, 1000, 1001), (63, 1032, 0), (130, 768, 0), (9, 2560, 0)]
     for rows, d, width in shapes:
-        gate = torch.randn(1, rows, width or d, device=DEVICE).to(dtype)[..., :d]
+        wide = torch.randn(1, rows, width or d, device=DEVICE)[..., :d]
         for x_dtype in {dtype, torch.float32}:
             weight = torch.randn(d, device=DEVICE).to(dtype if rows % 2 else torch.float32)
-            x = torch.randn(1, rows, d, device=DEVICE).to(x_dtype)
-            case, limit = f"{rows} rows of {d} in {width}, x {x_dtype}", KERNEL_SMALL[dtype]
-            inputs = dict(x=x, gate=gate, weight=weight)
-            assert_kernel_right("rms_norm", inputs, limit, case, eps=1e-5, groups=groups)
-            y = mamba2.rms_norm(x, weight, 1e-5, gate=gate, groups=groups)
-            assert y.dtype == dtype, "the norm's result has the gate's dtype"
+            x = torch.randn(1, rows, d, device=DEVICE) if gated else wide
+            inputs = dict(x=x.to(x_dtype), weight=weight)
+            if gated:
+                inputs["gate"] = wide.to(dtype)
+            result = dtype if gated else weight.dtype
+            case = f"{rows} rows of {d} in {width}, x {x_dtype}, weight {weight.dtype}"
+            loose = {key: KERNEL_SMALL[t.dtype] for key, t in (("d x", inputs["x"]),)}
+            loose = loose | {"output 0": KERNEL_SMALL[result]} if not gated else {}
+            assert_kernel_right(
+                "rms_norm", inputs, KERNEL_SMALL[dtype], case, loose=loose, eps=1e-5, groups=groups
+            )
+            y = mamba2.rms_norm(**inputs, eps=1e-5, groups=groups)
+            assert y.dtype == result, "the result has the gate's dtype, or the weight's"
 
 
 def kernel_layer(dtype, **options):
@@ -2772,7 +2795,7 @@ def counted(monkeypatch):
     """The names of the operations that the kernels run in here."""
     ran = []
     with monkeypatch.context() as patch:
-        for name in ("ssd", "causal_conv1d", "rms_norm"):
+        for name in ("ssd", "causal_conv1d", "rms_norm", "layer_step"):
             operation = getattr(mamba2.kernels, name)
 
             def counting(*args, name=name, operation=operation, **options):
@@ -2813,6 +2836,184 @@ def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(dtype, monkeyp
             assert relative_error(f, w) <= limit, f"{cuts} [{i}]"
 
 
+KERNEL_STEP = {  # rows, and options of the layer
+    "one group": (3, {}),
+    "groups, biases, a limit": (2, dict(ngroups=2, d_conv=3, bias=True, dt_limit=(0.01, 0.05))),
+    "a group for each head": (
+        1,
+        dict(d_model=32, headdim=16, ngroups=4, d_conv=2, conv_bias=False),
+    ),
+    "odd sizes, one tap": (2, dict(d_model=36, headdim=24, d_state=20, ngroups=1, d_conv=1)),
+}
+if CUDA:
+    KERNEL_STEP["130m"] = 1, dict(d_model=768)
+    KERNEL_STEP["2.7b"] = 64, dict(d_model=2560)  # a full GPU
+    KERNEL_STEP["codestral"] = 8, dict(d_model=4096, ngroups=8)
+    KERNEL_STEP["d_state 256"] = 40, dict(d_model=512, headdim=128, d_state=256)
+
+
+def kernel_step_inputs(dtype, state_dtype, rows, options):
+    """A layer, the same in float64, and what is between its projections for one token."""
+    layer, exact = kernel_layer(dtype, **options)
+    draw = dict(device=DEVICE)
+    wide = torch.randn(rows, 1, sum(layer.widths), **draw)
+    wide[..., -layer.widths[2] :] *= 8  # steps from 1e-12 to 30
+    _, xBC, dt = wide.to(dtype).split(layer.widths, -1)
+    heads = (layer.config.num_heads, layer.config.head_dim, layer.config.state_size)
+    conv = torch.randn(rows, layer.config.conv_kernel - 1, layer.widths[1], **draw).to(dtype)
+    state = Mamba2State(conv, torch.randn(rows, *heads, **draw).to(state_dtype))
+    with torch.no_grad():
+        for parameter in (layer.A_log, layer.D, layer.dt_bias):
+            parameter.add_(torch.randn_like(parameter))
+    for name in ("A_log", "D", "dt_bias"):
+        getattr(exact, name).data = getattr(layer, name).data.double()
+    return layer, exact, xBC, dt, state
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_STEP)
+@pytest.mark.parametrize("state_dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_kernel_step_is_the_layer_in_float64_for_one_token(dtype, state_dtype, case, monkeypatch):
+    layer, exact, xBC, dt, state = kernel_step_inputs(dtype, state_dtype, *KERNEL_STEP[case])
+    before = [t.clone() for t in state]
+    with torch.no_grad(), counted(monkeypatch) as ran, poisoned():
+        y, new = layer._mix(xBC, dt, state, None, None)
+    assert ran == ["layer_step"] and identical(state, before)
+    assert (y.dtype, new.conv.dtype, new.ssm.dtype) == (dtype, dtype, state_dtype)
+    with torch.no_grad():
+        wide = [t.double() for t in (xBC, dt, *state)]
+        want, exact_new = exact._mix(*wide[:2], Mamba2State(*wide[2:]), None, None)
+    # x, B and C are rounded to the dtype behind the convolution, y once more, the state to its own.
+    limit = 4 * KERNEL_SMALL[dtype]
+    assert relative_error(y, want) <= limit
+    assert torch.equal(new.conv.double(), exact_new.conv)
+    assert relative_error(new.ssm, exact_new.ssm) <= max(limit, KERNEL_SMALL[state_dtype])
+
+
+@needs_kernels
+def test_kernel_step_keeps_the_digits_of_small_steps():
+    layer, exact, xBC, dt, state = kernel_step_inputs(torch.float32, torch.float32, 2, {})
+    empty = Mamba2State(state.conv, torch.zeros_like(state.ssm))
+    small = -8 - 8 * torch.rand_like(dt) - layer.dt_bias.detach()  # steps from 1e-7 to 3e-4
+    with torch.no_grad():
+        _, new = layer._mix(xBC, small, empty, None, None)
+        wide = Mamba2State(*(t.double() for t in empty))
+        _, want = exact._mix(xBC.double(), small.double(), wide, None, None)
+    errors = (new.ssm - want.ssm).norm(dim=(2, 3)) / want.ssm.norm(dim=(2, 3))  # for each head
+    assert errors.max() <= 1e-5
+
+
+@needs_kernels
+def test_kernel_step_goes_on_like_the_layer_and_writes_where_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(mamba2.kernels, "_said", set())
+    layer, _ = kernel_layer(HALF)
+    u = torch.randn(2, 6, layer.config.d_model, device=DEVICE).to(HALF)
+    with torch.no_grad():
+        want, end = layer.step(u)
+        y, start = layer.step(u[:, :2])
+        with counted(monkeypatch) as ran:
+            ys, state = in_pieces(lambda t, s: layer.step(u[:, 2:][:, t], s), 4, start, [1, 2, 3])
+    assert ran.count("layer_step") == 4 and "ssd" not in ran
+    for f, w in zip((torch.cat([y, ys], 1), *state), (want, *end), strict=True):
+        assert relative_error(f, w) <= 1e-2
+
+    weights = (layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D)
+    _, xBC, dt = torch.randn(2, 1, sum(layer.widths), device=DEVICE).to(HALF).split(layer.widths, 2)
+    with torch.no_grad():
+        expected = mamba2.kernels.layer_step(xBC, dt, *start, *weights)
+        out = torch.full_like(start.conv, torch.nan), start.ssm
+        found = mamba2.kernels.layer_step(xBC, dt, *start, *weights, out=out)
+        assert identical(found, expected) and found[1] is out[0] and found[2] is start.ssm
+        for refused, reason in (
+            ((start.conv, start.ssm), "out.0. is conv"),
+            ((out[0].double(), start.ssm), "out.0. is not bfloat16"),
+            ((out[0], start.ssm.to(HALF)), "dtypes"),
+            ((out[0], start.ssm.mT.contiguous().mT), "contiguous"),
+            ((out[0][:, 1:], start.ssm), "shape of out.0."),
+        ):
+            with pytest.raises(ValueError, match=rf"{reason}.*; mamba2\.Mamba2 takes any tensors"):
+                mamba2.kernels.layer_step(xBC, dt, *start, *weights, out=refused)
+
+
+@needs_kernels
+def test_kernel_step_leaves_to_the_layer_what_is_not_one_token_without_gradients(monkeypatch):
+    layer, exact = kernel_layer(torch.float32)
+    u = torch.randn(2, 2, layer.config.d_model, device=DEVICE)
+    _, state = layer.step(u)
+    state = Mamba2State(*(t.detach() for t in state))
+    mask = torch.tensor([[1], [0]], device=DEVICE)
+    one = u[:, :1]
+    with counted(monkeypatch) as ran, warnings.catch_warnings():
+        warnings.filterwarnings("error", "plain PyTorch runs")
+        layer.step(one, state)  # wants gradients
+        with torch.no_grad():
+            layer.step(u, state)
+            layer.step(one)  # has no state
+            layer.step(one[:, :0], state)
+            layer.step(one, state, mask)
+            exact.step(one.double(), Mamba2State(*(t.double() for t in state)))
+        assert "layer_step" not in ran
+        with torch.no_grad():
+            layer.step(one, state)
+            layer.step(one, state, seq_idx=mask)  # a label alone is no border
+    assert ran.count("layer_step") == 2
+
+
+@needs_kernels
+def test_kernel_step_is_captured_whole_by_torch_compile():
+    layer, _ = kernel_layer(HALF)
+    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE).to(HALF)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        _, state = layer.step(u)
+        found = torch.compile(layer.step, fullgraph=True, backend=backend)(u[:, :1], state)
+        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graphs[0]) == 1
+        for f, e in zip(tensors(found), tensors(layer.step(u[:, :1], state)), strict=True):
+            assert relative_error(f, e) <= 1e-2
+
+
+@needs_kernels
+@needs_cuda
+def test_kernel_step_decodes_in_a_cuda_graph_with_the_bits_of_the_layer():
+    layer, _ = kernel_layer(torch.bfloat16)
+    us = torch.randn(5, 2, 1, layer.config.d_model, device=DEVICE, dtype=torch.bfloat16)
+    weights = (layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D)
+    with torch.no_grad():
+        _, state = layer.step(us[0])
+        state = Mamba2State(state.conv, state.ssm.bfloat16())
+        static, conv, ssm = us[0].clone(), state.conv.clone(), state.ssm.clone()
+
+        def step():
+            z, xBC, dt = layer.in_proj(static).split(layer.widths, dim=-1)
+            out = torch.empty_like(conv), ssm
+            y, new_conv, _ = mamba2.kernels.layer_step(xBC, dt, conv, ssm, *weights, out=out)
+            conv.copy_(new_conv)
+            return layer.out_proj(layer.norm(y, gate=z))
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
+        conv.copy_(state.conv)
+        ssm.copy_(state.ssm)
+        for u in us:
+            static.copy_(u)
+            graph.replay()
+            want, state = layer.step(u, state)
+            assert identical((y, conv, ssm), (want, *state))
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
 def test_kernel_results_have_the_same_bits_twice(dtype):
@@ -2828,6 +3029,7 @@ def test_kernel_results_have_the_same_bits_twice(dtype):
             ("ssd", inputs, [draws[0], torch.randn_like(inputs["initial_state"])], {}),
             ("causal_conv1d", dict(x=x, weight=weight), [gate, x[:, :3]], {}),
             ("rms_norm", dict(x=x, gate=gate, weight=weight[:, 0]), [gate], dict(eps=1e-5)),
+            ("rms_norm", dict(x=x, weight=weight[:, 0]), [gate], dict(eps=1e-5)),
         ]
         return [
             run_with_gradients(getattr(mamba2.kernels, name), given, cotangents, **static)
@@ -2858,7 +3060,7 @@ def test_kernel_layer_is_captured_whole_by_torch_compile(monkeypatch):
     torch._dynamo.reset()
     found = everything(torch.compile(layer.step, fullgraph=True, backend=backend))
     assert len(graphs) == 1
-    for name in ("ssd", "causal_conv1d", "gated_rms_norm"):
+    for name in ("ssd", "causal_conv1d", "rms_norm"):
         assert sum(f"{mamba2.kernels.NAMESPACE}.{name}" in target for target in graphs[0]) == 1
     for f, e in zip(found, everything(layer.step), strict=True):
         assert relative_error(f, e) <= (1e-2 if CUDA else 1e-6)
@@ -2959,7 +3161,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
     x, weight = torch.randn(2, 5, 8, device=DEVICE), torch.randn(8, 4, device=DEVICE)
     conv, norm = mamba2.kernels.takes_causal_conv1d, mamba2.kernels.takes_rms_norm
     w = weight[:, 0]
-    assert conv(x, weight) and norm(x, w, 1e-5, gate=x)
+    assert conv(x, weight) and norm(x, w, 1e-5, gate=x) and norm(x, w, 1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for refused in (
@@ -2973,7 +3175,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
             conv(x, weight, initial_state=x),
             conv(x, weight, seq_idx=x[..., 0]),
             conv(None, weight),
-            norm(x, w, 1e-5),
+            norm(x, None, 1e-5),
             norm(x.double(), w, 1e-5, gate=x),
             norm(x, w, 1e-5, gate=x[:1]),
             norm(x, w[1:], 1e-5, gate=x),
@@ -2997,7 +3199,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
         assert part in str(warning.message)
     for refuse in (
         lambda: mamba2.kernels.causal_conv1d(x, torch.randn(8, 5, device=DEVICE)),
-        lambda: mamba2.kernels.rms_norm(x, w, 1e-5),
+        lambda: mamba2.kernels.rms_norm(wide, wide[0, 0], 1e-5),
     ):
         with pytest.raises(ValueError, match="takes any tensors"):
             refuse()
