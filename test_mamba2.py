@@ -67,6 +67,7 @@ from mamba2 import (
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = DEVICE.type == "cuda"
 FORMS = [ssd_recurrent, ssd_quadratic, ssd]
 DRAW = dict(dtype=torch.float64, device=DEVICE)
 
@@ -1767,6 +1768,137 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
         model(ids, labels=ids, past_key_values=cache)
 
 
+def streamed(model, ids, **options):
+    return torch.cat([ids, torch.stack(list(model.stream(ids, **options)), 1)], 1)
+
+
+STREAMS = {
+    "greedy": {},
+    "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
+    "penalised": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    "ended": dict(eos_token_id=[46, 57, 51], pad_token_id=3),
+    "long enough": dict(eos_token_id=[46, 57, 51], pad_token_id=3, min_new_tokens=6),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+@torch.no_grad()
+def test_a_stream_yields_what_generate_appends(case):
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    given = {**GREEDY, "max_new_tokens": 30, **STREAMS[case]}
+    for kwargs in (dict(attention_mask=mask), {}):
+        torch.manual_seed(1)
+        expected = model.generate(ids, **kwargs, **given)
+        torch.manual_seed(1)
+        assert torch.equal(streamed(model, ids, **kwargs, **given), expected)
+    assert case != "ended" or expected.shape[1] < 42
+    cache = model.prefill(ids[:, :7], mask[:, :7])
+    before = cache.map(torch.clone)
+    for kwargs in (dict(attention_mask=mask), dict(attention_mask=mask, prefill_chunk_size=2)):
+        expected = model.generate(ids, **kwargs, **{**given, "do_sample": False})
+        found = streamed(
+            model, ids, past_key_values=cache, **kwargs, **{**given, "do_sample": False}
+        )
+        assert torch.equal(found, expected)
+    assert identical(cache.states, before.states)
+
+
+def test_streams_of_one_model_do_not_disturb_each_other():
+    model = tiny(dtype=torch.float64)
+    given = dict(GREEDY, max_new_tokens=20)
+    texts = [tokens(2, 12, seed=seed) for seed in range(3)]
+    expected = [model.generate(ids, **given)[:, 12:] for ids in texts]
+    both = zip(*(model.stream(ids, **given) for ids in texts), strict=True)
+    for found, right in zip(zip(*both, strict=True), expected, strict=True):
+        assert torch.equal(torch.stack(found, 1), right)
+
+
+def test_what_a_stream_cannot_mean_is_refused_at_once():
+    model, ids = tiny(), tokens(2, 12)
+    for given, message in (
+        (dict(num_beams=2, max_new_tokens=3), "beam_search"),
+        (
+            dict(do_sample=True, num_return_sequences=2, max_new_tokens=3),
+            "num_return_sequences = 2",
+        ),
+        (dict(assistant_model=model), "assistant_model is an option of generate"),
+        (dict(streamer=Recorder()), "streamer is an option of generate"),
+        (dict(tempratur=1.0), "tempratur"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.stream(ids, **given)
+
+
+@torch.no_grad()
+def test_sampled_tokens_have_the_frequencies_of_their_probabilities():
+    model = tiny(vocab_size=16)
+    ids, count = tokens(1, 6, vocabulary=16), 4000
+    options = dict(do_sample=True, temperature=0.7, top_k=12, top_p=0.95)
+    logits = (model(ids).logits[0, -1].double() / 0.7).sort(descending=True)
+    probabilities = logits.values[:12].softmax(0)
+    kept = int((probabilities.cumsum(0) < 0.95).sum()) + 1
+    probabilities = probabilities[:kept] / probabilities[:kept].sum()
+    assert 4 < kept < 12
+    torch.manual_seed(2)
+    drawn = next(model.stream(ids.expand(count, -1), max_new_tokens=1, **options))
+    counts = torch.stack([(drawn == token).sum() for token in logits.indices[:kept]])
+    assert counts.sum() == count
+    expected = count * probabilities
+    chi_square = ((counts - expected).square() / expected).sum().item()
+    # Of chi-square's distribution with m degrees of freedom, 0.9999 lie below (Wilson, Hilferty).
+    m = kept - 1
+    assert chi_square < m * (1 - 2 / (9 * m) + 3.719 * math.sqrt(2 / (9 * m))) ** 3
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_once_and_gone_on_from_many_times(tmp_path):
+    model, ids = tiny(dtype=torch.float64), tokens(1, 30)
+    state = model.prefill(ids, segment_length=7)
+    assert_same_state(state, model(ids).past_key_values, F64)
+    state.save(tmp_path / "prompt.safetensors")
+    state = Mamba2Cache.load(tmp_path / "prompt.safetensors", DEVICE)
+    questions = tokens(3, 5, seed=1)
+    whole = torch.cat([ids.expand(3, -1), questions], 1)
+    found = model.generate(whole, past_key_values=state.repeat(3), **GREEDY)
+    assert torch.equal(found, model.generate(whole, **GREEDY))
+    half = state.to(torch.bfloat16)
+    assert model(questions[:1], past_key_values=half).past_key_values.states[0].ssm.dtype == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
+    ids = tokens(2, 12)
+    given = dict(GREEDY, max_new_tokens=1000)
+    models = [tiny(), tiny(n_groups=2, use_bias=True), tiny(num_hidden_layers=3)]
+    for model in models:
+        with torch.no_grad():
+            plain = ids
+            cache = None
+            for _ in range(1000):
+                output = model(plain if cache is None else plain[:, -1:], past_key_values=cache)
+                cache = output.past_key_values
+                plain = torch.cat([plain, output.logits[:, -1].argmax(-1, keepdim=True)], 1)
+        assert torch.equal(streamed(model, ids, **given), plain)
+        assert torch.equal(model.generate(ids, **given), plain)
+    # New weights in the old place, and in another.
+    first, second = models[:2]
+    text = streamed(first, ids, **given)
+    with torch.no_grad():
+        first.lm_head.weight.add_(torch.randn_like(first.lm_head.weight))
+    changed = streamed(first, ids, **given)
+    assert not torch.equal(changed, text)
+    assert torch.equal(changed, generate_by_hand(first, ids, 1000, lambda _, x: x.argmax(1, True)))
+    second.to(torch.bfloat16)
+    assert streamed(second, ids, **given).shape == (2, 1012)
+    assert len(mamba2.DecodingGraph.idle) >= 3
+    graph = weakref.ref(mamba2.DecodingGraph.idle[first])
+    del first, model, models
+    assert graph() is None  # freed with its model
+
+
 @torch.no_grad()
 def test_generate_takes_embeddings_for_a_prompt():
     model = tiny(dtype=torch.float64)
@@ -2558,7 +2690,6 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
 # mamba2.py, in float64 on the CPU, which no kernel takes; it is compared with the paper above.
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = DEVICE.type == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
