@@ -1459,8 +1459,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             logits_to_keep: return logits of the last so many positions (0: all), or of those in a
                 tensor of indices. None is all; none with labels in training or in segments.
             num_items_in_batch: divide the summed loss by this, not by the number of predictions.
-            segment_length: positions in a segment, or "auto" for about the least memory, or 0 for
-                the whole sequence at once. None is the config's choice.
+            segment_length: positions in a segment, or "auto" for about the least memory that does
+                not leave a GPU idle, or 0 for the whole sequence at once. None is the config's
+                choice.
             progress: show a progress bar over the segments, forward and backward.
 
         Returns:
@@ -1488,7 +1489,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require("labels", labels, (b, l), kind="integers")
             targets = _next_tokens(labels, mask, seq_idx)
 
-        length = self._segment_length(segment_length, l)
+        length = self._segment_length(segment_length, b, l)
         count = max(1, -(-l // length))
         if count > 1 and output_hidden_states:
             raise ValueError(
@@ -1568,7 +1569,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
         return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)
 
-    def _segment_length(self, length, l):
+    def _segment_length(self, length, b, l):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         if length is None:
             length = self.config.segment_length
@@ -1581,8 +1582,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             inside = 4 * (inner + channels + heads)
             if self.backbone.gradient_checkpointing:
                 inside = config.hidden_size + inside / config.num_hidden_layers
-            count = math.ceil(math.sqrt(l * inside / between))
-            length = -(-l // max(1, count))  # all of one length, but for the last
+            count = max(1, math.ceil(math.sqrt(l * inside / between)))
+            if self.device.type == "cuda":  # the GPU must have more to do than the host that asks
+                size = sum(weight.numel() for weight in self.backbone.layers[0].parameters())
+                count = max(1, min(count, int(b * l * size / 1e11)))
+            length = -(-l // count)  # all of one length, but for the last
         return length or max(1, l)
 
     @torch.no_grad()

@@ -3571,11 +3571,10 @@ def benchmark_training(shape, lengths, methods):
                 model.gradient_checkpointing_enable()
             else:
                 model.gradient_checkpointing_disable()
-            length = model._segment_length(segments, l)
+            length = model._segment_length(segments, 1, l)
             row = f"{l:9,} {length:8,}  {'again' if layers else 'kept '} "
             try:
-                step(min(l, 2 * length, 2**15), min(length, 2**14))  # compiles, makes the states
-                torch.cuda.empty_cache()
+                step(min(l, 3 * length), length)  # compiles, reserves memory
                 torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
                 step(l, segments)
@@ -3583,6 +3582,7 @@ def benchmark_training(shape, lengths, methods):
                 row += f"{torch.cuda.max_memory_allocated() / 1e9:12.1f} {l / seconds:11,.0f}"
             except torch.OutOfMemoryError:
                 optimizer.zero_grad()
+                torch.cuda.empty_cache()
                 row += "   out of memory"
             print(row, flush=True)
 
