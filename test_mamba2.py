@@ -2503,7 +2503,7 @@ CUDA = DEVICE.type == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 115
+PASSED_IN_THE_INTERPRETER = 116
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3144,6 +3144,23 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
     ):
         with pytest.raises(ValueError, match="takes any tensors"):
             refuse()
+
+
+@needs_kernels
+def test_kernels_leave_a_layer_to_its_twins_in_transforms_of_torch_func(monkeypatch):
+    layer, _ = kernel_layer(torch.float32)
+    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (u,)).square().sum()
+
+    with counted(monkeypatch) as ran:
+        found = torch.func.grad(loss)(parameters)
+    want = torch.autograd.grad(layer(u).square().sum(), list(layer.parameters()))
+    assert not ran
+    for f, w in zip(found.values(), want, strict=True):  # A's are sums of terms that cancel
+        assert relative_error(f, w) <= 1e-4
 
 
 @needs_kernels
