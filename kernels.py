@@ -2222,8 +2222,8 @@ def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, o
     if ssm.ndim != 4 or weight.ndim != 3 or xBC.numel() == 0 or ssm.numel() == 0:
         return "ssm does not have 4 dimensions, or weight not 3, or xBC or ssm are empty"
     (b, _, d), (h, p, n), k = xBC.shape, ssm.shape[1:], weight.shape[2]
-    groups, rest = divmod(d - h * p, 2 * n)
-    if groups < 1 or rest or h % groups:
+    groups = (d - h * p) // (2 * n)
+    if groups < 1 or d != h * p + 2 * groups * n or h % groups:
         return "the channels of xBC are not those of x, B and C"
     if out is not None:
         unfit = _unfit({"xBC": xBC, "out[0]": out[0], "out[1]": out[1]}, {})

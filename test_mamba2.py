@@ -2902,9 +2902,8 @@ def test_kernel_step_leaves_to_the_layer_what_is_not_one_token_without_gradients
 
 
 @needs_kernels
-def test_kernel_step_is_captured_whole_by_torch_compile():
+def test_kernel_step_is_captured_whole_by_torch_compile_for_any_number_of_rows():
     layer, _ = kernel_layer(HALF)
-    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE).to(HALF)
     graphs = []
 
     def backend(graph, example_inputs):
@@ -2912,12 +2911,16 @@ def test_kernel_step_is_captured_whole_by_torch_compile():
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
     torch._dynamo.reset()
+    step = torch.compile(layer.step, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
-        _, state = layer.step(u)
-        found = torch.compile(layer.step, fullgraph=True, backend=backend)(u[:, :1], state)
-        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graphs[0]) == 1
-        for f, e in zip(tensors(found), tensors(layer.step(u[:, :1], state)), strict=True):
-            assert relative_error(f, e) <= 1e-2
+        for rows in (2, 3, 5):
+            u = torch.randn(rows, 5, layer.config.d_model, device=DEVICE).to(HALF)
+            _, state = layer.step(u)
+            found, want = step(u[:, :1], state), layer.step(u[:, :1], state)
+            for f, e in zip(tensors(found), tensors(want), strict=True):
+                assert relative_error(f, e) <= 1e-2
+    for graph in graphs:
+        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graph) == 1
 
 
 @needs_kernels
