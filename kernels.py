@@ -161,6 +161,8 @@ def _unfit(required: dict, optional: dict) -> str | None:
     """Why no kernel is meant for these tensors, by name; None if one may be."""
     if not TRITON:
         return "triton is not installed, or too old"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active, which needs to see every operation"
     device = None
     for name, tensor in (required | optional).items():
         if tensor is None and name in optional:
@@ -234,8 +236,7 @@ def _operation(name, forward, backward, fake, count):
 
     To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
-    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature. The
-    transforms of torch.func need one, and get the operators.)
+    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature.)
     """
     if not TRITON:
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
@@ -244,11 +245,7 @@ def _operation(name, forward, backward, fake, count):
     opaque.register_fake(fake)
 
     def call(*inputs):
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or type(inputs[0]) not in (Tensor, nn.Parameter)
-        ):
+        if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
             return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
         if backward is None or not torch.is_grad_enabled():
             return forward(*inputs)
@@ -2225,8 +2222,8 @@ def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, o
     if ssm.ndim != 4 or weight.ndim != 3 or xBC.numel() == 0 or ssm.numel() == 0:
         return "ssm does not have 4 dimensions, or weight not 3, or xBC or ssm are empty"
     (b, _, d), (h, p, n), k = xBC.shape, ssm.shape[1:], weight.shape[2]
-    groups, rest = divmod(d - h * p, 2 * n)
-    if groups < 1 or rest or h % groups:
+    groups = (d - h * p) // (2 * n)
+    if groups < 1 or d != h * p + 2 * groups * n or h % groups:
         return "the channels of xBC are not those of x, B and C"
     if out is not None:
         unfit = _unfit({"xBC": xBC, "out[0]": out[0], "out[1]": out[1]}, {})

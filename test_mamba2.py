@@ -2693,7 +2693,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 115
+PASSED_IN_THE_INTERPRETER = 116
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3092,9 +3092,8 @@ def test_kernel_step_leaves_to_the_layer_what_is_not_one_token_without_gradients
 
 
 @needs_kernels
-def test_kernel_step_is_captured_whole_by_torch_compile():
+def test_kernel_step_is_captured_whole_by_torch_compile_for_any_number_of_rows():
     layer, _ = kernel_layer(HALF)
-    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE).to(HALF)
     graphs = []
 
     def backend(graph, example_inputs):
@@ -3102,12 +3101,16 @@ def test_kernel_step_is_captured_whole_by_torch_compile():
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
     torch._dynamo.reset()
+    step = torch.compile(layer.step, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
-        _, state = layer.step(u)
-        found = torch.compile(layer.step, fullgraph=True, backend=backend)(u[:, :1], state)
-        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graphs[0]) == 1
-        for f, e in zip(tensors(found), tensors(layer.step(u[:, :1], state)), strict=True):
-            assert relative_error(f, e) <= 1e-2
+        for rows in (2, 3, 5):
+            u = torch.randn(rows, 5, layer.config.d_model, device=DEVICE).to(HALF)
+            _, state = layer.step(u)
+            found, want = step(u[:, :1], state), layer.step(u[:, :1], state)
+            for f, e in zip(tensors(found), tensors(want), strict=True):
+                assert relative_error(f, e) <= 1e-2
+    for graph in graphs:
+        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graph) == 1
 
 
 @needs_kernels
@@ -3334,6 +3337,23 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
     ):
         with pytest.raises(ValueError, match="takes any tensors"):
             refuse()
+
+
+@needs_kernels
+def test_kernels_leave_a_layer_to_its_twins_in_transforms_of_torch_func(monkeypatch):
+    layer, _ = kernel_layer(torch.float32)
+    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (u,)).square().sum()
+
+    with counted(monkeypatch) as ran:
+        found = torch.func.grad(loss)(parameters)
+    want = torch.autograd.grad(layer(u).square().sum(), list(layer.parameters()))
+    assert not ran
+    for f, w in zip(found.values(), want, strict=True):  # A's are sums of terms that cancel
+        assert relative_error(f, w) <= 1e-4
 
 
 @needs_kernels
