@@ -1564,7 +1564,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        rows = self.config.hidden_size  # so that they take no more memory than the head's weight
+        # With so many rows, logits take the memory of the head's weight; a GPU needs more work.
+        rows = max(self.config.hidden_size, 4096 if h.is_cuda else 0)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
         return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)

@@ -2255,11 +2255,11 @@ def test_memory_grows_as_the_square_root_of_the_length():
 
 
 def test_no_logits_of_the_whole_sequence_exist_where_only_the_loss_is_wanted():
-    model = tiny(vocab_size=1000).train()
-    ids = tokens(1, 500)
+    model, l = tiny(vocab_size=1000).train(), 16384 if CUDA else 500
+    ids = tokens(1, l)
     with Bytes() as watch:
         model(ids, labels=ids).loss.backward()
-    assert watch.largest < 500 * 1000 * 4 / 4  # a quarter of them, in float32
+    assert watch.largest <= l * 1000 * 4 / 4  # a quarter of them, in float32
 
 
 @torch.no_grad()
