@@ -844,7 +844,7 @@ def chunk_kernel(
 
 @triton.jit
 def total_part(
-    pid, nb, B_desc, C_desc, W_desc, parts_ptr, dB_ptr, dC_ptr, L, NC, G, N, NSPLIT, PROGRAMS,
+    pid, nb, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr, L, NC, G, N, NSPLIT, PROGRAMS,
     Q: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dB = sum over shares of W C + their dB, dC = sum over shares of W^T B + their dC.
@@ -864,7 +864,7 @@ def total_part(
     for k in range(0, NSPLIT):
         # load
         share = pid * NSPLIT + k
-        W_st = W_desc.load([share, 0, 0]).reshape(Q, Q)
+        W_st = tl.load(W_ptr + (share.to(tl.int64) * Q + q[:, None]) * Q + q[None, :])
         at = (share.to(tl.int64) * Q + q[:, None]) * N + n[None, :]
         dB_sn += tl.load(parts_ptr + at, mask=mask_qn, other=0.0)
         at = ((PROGRAMS + share).to(tl.int64) * Q + q[:, None]) * N + n[None, :]
@@ -953,7 +953,7 @@ def chain_part(
 
 @triton.jit
 def finish_kernel(
-    B_desc, C_desc, W_desc, A_ptr, series_ptr, parts_ptr, cross_ptr, dB_ptr, dC_ptr, ddt_ptr,
+    B_desc, C_desc, A_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr, dB_ptr, dC_ptr, ddt_ptr,
     sums_ptr, A_sh, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
     HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
@@ -968,7 +968,7 @@ def finish_kernel(
     tiles = G * tl.cdiv(N, NB)
     if i < tiles:
         total_part(
-            bc * G + i % G, i // G, B_desc, C_desc, W_desc, parts_ptr, dB_ptr, dC_ptr,
+            bc * G + i % G, i // G, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr,
             L, NC, G, N, NSPLIT, PROGRAMS, Q, NB, PREC,
         )  # fmt: skip
     else:
@@ -979,6 +979,11 @@ def finish_kernel(
 
 
 # SSD: launches ------------------------------------------------------------------------------------
+
+
+def _cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes the CPU 5 us, and there are many of them in a call."""
+    return -(-a // b)
 
 
 def _config(x, n):
@@ -1029,8 +1034,8 @@ def _segments(programs, nc, slots):
 
 def _split(heads, programs, slots):
     """Cut the heads of a group in (parts, heads per part), so that one wave of programs is full."""
-    size = triton.cdiv(heads, max(1, min(heads, slots // programs)))
-    return triton.cdiv(heads, size), size
+    size = _cdiv(heads, max(1, min(heads, slots // programs)))
+    return _cdiv(heads, size), size
 
 
 def _addressable(t):
@@ -1076,8 +1081,7 @@ def _launch(*calls):
     on, such as whether a size is a multiple of 16, is left to the launch.
     """
     device = torch.cuda.current_device() if not INTERPRET else None
-    options = (value for _, _, _, options in calls for value in options.values())
-    key = (device, *(kernel.__name__ for kernel, _, _, _ in calls), *options)
+    key = device, *((kernel.__name__, *options.values()) for kernel, _, _, options in calls)
     if key not in _compiled:
         _compiled.add(key)
         if not (INTERPRET or torch.cuda.is_current_stream_capturing()):
@@ -1097,7 +1101,7 @@ def _compile(device, call):
 def _prepare(x, dt, A, seq_idx, Q, series):
     """The series that `prep_kernel` writes, with room for others; `end`, `run`; and the call."""
     b, l, h = dt.shape
-    nc = triton.cdiv(l, Q)
+    nc = _cdiv(l, Q)
     f32 = dict(device=x.device, dtype=torch.float32)
     series, end = torch.empty(series * b * h, nc * Q, **f32), torch.empty(b * h, nc, **f32)
     # Without resets nobody reads run; `end` stands in for its address.
@@ -1109,7 +1113,7 @@ def _prepare(x, dt, A, seq_idx, Q, series):
         *dt.stride(), A.stride(0), *_strides(seq_idx, 2), l, nc, h, b * h,
     )  # fmt: skip
     options = dict(HAS_SEQ=seq_idx is not None, Q=Q, HB=16, num_warps=4)
-    return series, end, run, (prep_kernel, (b * nc, triton.cdiv(h, 16)), arguments, options)
+    return series, end, run, (prep_kernel, (b * nc, _cdiv(h, 16)), arguments, options)
 
 
 def _ssd_forward(
@@ -1122,9 +1126,9 @@ def _ssd_forward(
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
     x, B, C, precision = _operands(x, B, C)
     Q, PB, NB, warps = _config(x, n)
-    nc, npb, stages = triton.cdiv(l, Q), triton.cdiv(p, PB), _stages(x)
-    cps = triton.cdiv(nc, _segments(b * h * npb, nc, _slots(x.device)))
-    nseg = triton.cdiv(nc, cps)
+    nc, npb, stages = _cdiv(l, Q), _cdiv(p, PB), _stages(x)
+    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device)))
+    nseg = _cdiv(nc, cps)
     tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=precision, STAGES=stages)
     with torch.cuda.device_of(x):
         series, end, run, prep = _prepare(x, dt, A, seq_idx, Q, 3)
@@ -1138,7 +1142,7 @@ def _ssd_forward(
                 nc, h, b * h, h // g, npb, p, n, nseg, cps,
             )  # fmt: skip
             options = dict(**tile, NB=64, num_warps=4, num_stages=stages)
-            grid = b * (nseg - 1) * h * npb, triton.cdiv(n, 64)
+            grid = b * (nseg - 1) * h * npb, _cdiv(n, 64)
             calls.append((segment_kernel, grid, arguments, options))
         arguments = (
             x_desc, _tiles(B, Q, NB), _tiles(C, Q, NB), series_desc, y,
@@ -1170,12 +1174,13 @@ def _ssd_backward(
         dD = torch.empty_like(D, memory_format=torch.contiguous_format)
     ddt = torch.empty(b, l, h, device=x.device, dtype=dt.dtype)
     dA = torch.empty(h, device=x.device, dtype=A.dtype)
-    dB, dC = torch.empty(2, b, l, g, n, device=x.device, dtype=x.dtype)
+    dB = torch.empty(b, l, g, n, device=x.device, dtype=x.dtype)
+    dC = torch.empty(b, l, g, n, device=x.device, dtype=x.dtype)
     dtype = x.dtype
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
     dx = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
     Q, PB, NB, warps = _config(x, n)
-    nc, npb, stages = triton.cdiv(l, Q), triton.cdiv(p, PB), _stages(x)
+    nc, npb, stages = _cdiv(l, Q), _cdiv(p, PB), _stages(x)
     nsplit, hps = _split(hpg, 2 * b * nc * g, _slots(x.device))
     programs = b * nc * g * nsplit
     f32 = dict(device=x.device, dtype=torch.float32)
@@ -1219,12 +1224,11 @@ def _ssd_backward(
         )  # fmt: skip
         chunk = chunk_kernel, (2 * programs,), arguments, options
         arguments = (
-            _tiles(B, Q, 64), _tiles(C, Q, 64), _tiles(W, 1, Q, Q), A, series, parts, cross,
-            dB, dC, ddt, sums,
+            _tiles(B, Q, 64), _tiles(C, Q, 64), A, series, W, parts, cross, dB, dC, ddt, sums,
             A.stride(0), sums.shape[1], dD.numel(), l, nc, h, b * h, g, npb, n, nsplit, programs,
         )  # fmt: skip
         options = dict(**tile, **flags, NB=64, HB=16, num_warps=4)
-        grid = b * nc, g * triton.cdiv(n, 64) + triton.cdiv(h, 16)
+        grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16)
         _launch(prep, border, chunk, (finish_kernel, grid, arguments, options))
         if D is None:
             _fold(sums, dA)

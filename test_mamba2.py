@@ -2255,7 +2255,8 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = DEVICE.type == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
-KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
+SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
+SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 PASSED_IN_THE_INTERPRETER = 91
 
 needs_kernels = pytest.mark.skipif(
@@ -2384,7 +2385,7 @@ KERNEL_SSD |= {
 
 @needs_kernels
 @pytest.mark.parametrize("case", KERNEL_SSD)
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
 def test_kernel_ssd_is_its_twin_in_values_and_gradients(dtype, case, monkeypatch):
     options = dict(KERNEL_SSD[case])
     for name in ("segments", "split"):
@@ -2422,7 +2423,7 @@ KERNEL_SMALL = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 @needs_kernels
 @pytest.mark.parametrize("case", KERNEL_CONV)
 @pytest.mark.parametrize("k", [2, 3, 4])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
 def test_kernel_convolution_is_its_twin_in_values_and_gradients(dtype, k, case):
     b, l, d, width, start, features = KERNEL_CONV[case]
     wide = torch.randn(b, l, width or d, device=DEVICE).to(dtype)
@@ -2451,7 +2452,7 @@ def test_kernel_convolution_rounds_a_state_to_the_dtype_of_x_as_its_twin_does():
 
 @needs_kernels
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
 def test_kernel_gated_norm_is_its_twin_in_values_and_gradients(dtype, groups):
     shapes = [(3, 64, 0), (1, 100, 0), (7, 96, 200), (5, 1536, 1600)]
     if CUDA:
@@ -2495,7 +2496,7 @@ def counted(monkeypatch):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
 def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(dtype, monkeypatch):
     layer, exact = kernel_layer(dtype)
     l = 300 if CUDA else 40
@@ -2525,7 +2526,7 @@ def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(dtype, monkeyp
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
 def test_kernel_results_have_the_same_bits_twice(dtype):
     l = 200 if CUDA else 70
     inputs = kernel_ssd_inputs(dtype, l, h=4, g=2, state=True, seq=True, sliced=True)
