@@ -31,7 +31,7 @@ decay from s to t. With H the state at the chunk's start and a_end = a at its la
 Forward: one program per (batch, head) walks the chunks with the state in registers, so that nothing
 of size n·p per chunk ever goes to memory.
 
-    dt, A ──prep──> a, e, end              (b·h, l) fp32, three; end: one number per chunk
+    dt, A ──prep──> a, e; end              (b·h, l) fp32 each, "series"; one number per chunk
                        │
     x, B ──[segment]───┤                   only if b·h is too small to fill the GPU: the state that
                        │                   each segment of the sequence adds, (b, segments, h, p, n)
@@ -41,20 +41,26 @@ Backward: the states at the chunk borders are computed again (half-precision, on
 then everything is parallel over chunks. A program loops over the heads that share B and C, so that
 dB and dC are summed on chip; no atomics anywhere, hence the same bits every time.
 
-    dt, A ─────────prep────> a, e, dt, end
+    dt, A ─────────prep────> a, dt; end
     x, B, dy, C ───border──> H, dH         (b·h·c, p, n) in x's dtype: the state at every chunk's
                       │                    start, and its gradient at every chunk's end
-    x, dy, B, C, dH ─dx────> dx, W, sums   W: (b·c·g·splits, s, t) fp32; sums: (b, h, l) fp32, three
-    x, dy, C, H, dH ─bc────> dB, dC        (or fp32 partial sums of them, which `total` adds up)
-    sums ──────────chain───> ddt, dA       the reversed cumulative sums, and the chain rule to dt, A
+    x, dy, H, dH, B, C ┬ dx > dx, W        W: (b·c·g·shares, s, t) in x's dtype, see `dx_part`
+           two parts,  │                   and four series, sums over p, n and a chunk
+         one launch    └ bc > parts        (2, b·c·g·shares, q, n) fp32: dB and dC but for W, by
+                      │                    shares of a group's heads; and one series
+    W, parts ──────finish──> dB, dC        sums over shares, with W C and W^T B
+    series            └────> ddt, sums     the chain rule to dt; sums: one row for each chunk,
+    sums ──────────_fold───> dA, dD        (b·c, h + size of dD) fp32
 
 Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
 each of H, dH 671 MB: forward 0.69 GB (x, y and 1 % more; B and C stay in the L2 cache); backward
-border 2.0, dx 1.7, bc 2.0, all else 0.2 GB.
+border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory or from the L2
+cache), all else 0.3 GB.
 
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
 of matrix products are in x's dtype (fp32 inputs: true fp32 products, unless PyTorch's own switch
-allows tf32). No decay is split into factors that could overflow; differences are masked, then exp2.
+allows tf32; fp16 inputs: fp32 numbers in tf32 products, for the range, see `_operands`). No decay
+is split into factors that could overflow; differences are masked, or cut off at 0, and then exp2.
 With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
 
 Convolution and gated norm
@@ -1308,7 +1314,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
     `chunk_size` is accepted for the twin's sake: the tile size is the kernels' own.
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
-    16-byte aligned, and copied otherwise. The gradients cannot be differentiated again.
+    16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The
+    gradients cannot be differentiated again.
 
     Raises:
         ValueError: what the kernels cannot take, which is what `takes_ssd` says no to.
