@@ -1,4 +1,5 @@
-"""Fused Triton kernels for mamba2.py: SSD, short convolution and gated norm, forward and backward.
+"""Fused Triton kernels for mamba2.py: SSD, short convolution and norm, forward and backward, and
+one token of a layer.
 
 `mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take
 over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the
@@ -10,6 +11,9 @@ call; without Triton or a GPU every answer is no. `python kernels.py` times all 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
            └─────> z ───────────────────────────────────────────────────┴──> rms_norm
+
+For one token, without gradients, `layer_step` does all of the first line, from projection to y, in
+one kernel. Its twin is a few lines of the layer, not a function.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -63,8 +67,8 @@ allows tf32; fp16 inputs: fp32 numbers in tf32 products, for the range, see `_op
 is split into factors that could overflow; differences are masked, or cut off at 0, and then exp2.
 With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
 
-Convolution and gated norm
---------------------------
+Convolution, norm and the step of a token
+-----------------------------------------
 Each is bound by memory: an element takes a few dozen instructions, so the time to aim for is the
 bytes that must move over the bandwidth of a device copy. Bytes per element of x, for 2-byte inputs
 (every input read once, every output written once):
@@ -72,6 +76,8 @@ bytes that must move over the bandwidth of a device copy. Bytes per element of x
     operation        forward                backward
     causal_conv1d    x, y              4    x, dy, dx                 6
     rms_norm         x, gate, out      6    x, gate, dout, dx, dgate 10
+      without gate   x, out            4    x, dout, dx               6
+    layer_step       state, new state  4    (an element of the state) -
 
 Nothing but inputs is kept for the backward: pre-activations and root mean squares are computed
 again from the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where
@@ -87,10 +93,14 @@ import concurrent.futures
 import functools
 import importlib.machinery
 import importlib.util
+import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +168,8 @@ def _unfit(required: dict, optional: dict) -> str | None:
     """Why no kernel is meant for these tensors, by name; None if one may be."""
     if not TRITON:
         return "triton is not installed, or too old"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active, which needs to see every operation"
     device = None
     for name, tensor in (required | optional).items():
         if tensor is None and name in optional:
@@ -181,7 +193,7 @@ def _unfit(required: dict, optional: dict) -> str | None:
 def _misshapen(*shapes) -> str | None:
     """The first of the (name, tensor or None, allowed shape, ...) with another shape; or None."""
     for name, tensor, *allowed in shapes:
-        if tensor is not None and tensor.shape not in allowed:
+        if tensor is not None and not any(tensor.shape == shape for shape in allowed):
             return f"the shape of {name} does not fit the others, or is not one that is understood"
     return None
 
@@ -203,9 +215,10 @@ def _takes(operation: str, reason: str | None) -> bool:
     return False
 
 
-def _refuse(operation: str, reason: str | None) -> None:
+def _refuse(operation: str, reason: str | None, twin: str | None = None) -> None:
     if reason is not None:
-        raise ValueError(f"kernels.{operation}: {reason}; mamba2.{operation} takes any tensors")
+        twin = twin or f"mamba2.{operation}"
+        raise ValueError(f"kernels.{operation}: {reason}; {twin} takes any tensors")
 
 
 def _free_namespace() -> str:
@@ -222,18 +235,31 @@ NAMESPACE = _free_namespace()
 def _operation(name, forward, backward, fake, count):
     """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
 
-    forward(*inputs)               one or two tensors; inputs: tensors or None, then numbers
+    forward(*inputs)               some tensors; inputs: tensors or None, then numbers
     backward(*gradients, *inputs)  a list: the gradients of the first `count` inputs, contiguous,
-                                   and an empty tensor for an input that is None
+                                   and an empty tensor for an input that is None; None instead of
+                                   a function: there are no gradients
     fake(*inputs)                  results of forward, of which only shape and dtype count
 
     To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
+    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature.)
     """
     if not TRITON:
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{name}"
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
+    opaque.register_fake(fake)
+
+    def call(*inputs):
+        if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
+            return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
+        if backward is None or not torch.is_grad_enabled():
+            return forward(*inputs)
+        return eager.apply(*inputs)
+
+    if backward is None:
+        return call
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
     inputs_in_all = forward.__code__.co_argcount
 
@@ -255,20 +281,34 @@ def _operation(name, forward, backward, fake, count):
         pairs = zip(found, inputs, strict=True)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
 
-    opaque.register_fake(fake)
     opaque_backward.register_fake(fake_backward)
     opaque.register_autograd(functools.partial(gradients, opaque_backward), setup_context=save)
-    once = torch.autograd.function.once_differentiable(functools.partial(gradients, backward))
-    functions = dict(forward=forward, setup_context=save, backward=once)
-    methods = {name: staticmethod(function) for name, function in functions.items()}
-    eager = type(f"{name}_eager", (torch.autograd.Function,), methods)
 
-    def call(*inputs):
-        if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
-            return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
-        return eager.apply(*inputs)
+    class eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            save(ctx, inputs, None)
+            return forward(*inputs)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, *given):
+            return gradients(backward, ctx, *given)
 
     return call
+
+
+# Triton's own of these two take the CPU ten times as long.
+
+
+def _cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def _power_of_2(a: int) -> int:
+    """The smallest that is at least a."""
+    return 1 << (a - 1).bit_length()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -987,11 +1027,6 @@ def finish_kernel(
 # SSD: launches ------------------------------------------------------------------------------------
 
 
-def _cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes the CPU 5 us, and there are many of them in a call."""
-    return -(-a // b)
-
-
 def _config(x, n):
     """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel.
 
@@ -1327,7 +1362,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
 
 
 # --------------------------------------------------------------------------------------------------
-# Pieces of convolution and gated norm
+# Pieces of convolution, norm and step
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1408,7 +1443,7 @@ def _fold(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     rows, columns = partial.shape
     # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
     # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    _fold_kernel[(triton.cdiv(columns, 32),)](
+    _fold_kernel[(_cdiv(columns, 32),)](
         partial, first, first if second is None else second, rows, columns, first.numel(),
         0 if second is None else second.numel(),
         ROWS=64, COLUMNS=32, num_warps=4,
@@ -1727,8 +1762,8 @@ def _conv_backward_kernel(
 def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple[int, int]:
     """Blocks of positions, all batches together, and their length: long unless that makes few."""
     for q_rows in choices:
-        blocks = b * triton.cdiv(l, q_rows)
-        if blocks * triton.cdiv(d, channels) >= 4096:
+        blocks = b * _cdiv(l, q_rows)
+        if blocks * _cdiv(d, channels) >= 4096:
             break
     return blocks, q_rows
 
@@ -1742,7 +1777,7 @@ def _conv_forward(
     unit = _conv_unit(x)
     blocks, q_rows = _conv_blocks(b, l, d, CONV_FORWARD["D"], CONV_FORWARD_ROWS)
     with torch.cuda.device_of(x):
-        _conv_forward_kernel[(blocks * triton.cdiv(d, CONV_FORWARD["D"]),)](
+        _conv_forward_kernel[(blocks * _cdiv(d, CONV_FORWARD["D"]),)](
             x, weight.contiguous(), x if bias is None else bias.contiguous(),
             x if state is None else state.contiguous(),
             x if seq_idx is None else seq_idx.contiguous(), y, final, l, q_rows, d // unit,
@@ -1768,7 +1803,7 @@ def _conv_backward(
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
     unit = _conv_unit(x)
-    blocks_d = triton.cdiv(d, CONV_BACKWARD["D"])
+    blocks_d = _cdiv(d, CONV_BACKWARD["D"])
     blocks, q_rows = _conv_blocks(b, l, d, CONV_BACKWARD["D"], CONV_BACKWARD_ROWS)
     partial = torch.empty((blocks, d * (k + 1)), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -1858,10 +1893,10 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Gated RMSNorm
+# RMSNorm, with a gate or without
 # --------------------------------------------------------------------------------------------------
 #
-#     v   = y · silu(z)
+#     v   = y · silu(z), or y where there is no gate z
 #     out = weight · v · scale,   scale = 1 / sqrt(mean of v² over the slice + eps)
 #
 # A slice of `size` = d / groups channels is cut into TILES tiles of N channels: powers of two that
@@ -1872,35 +1907,38 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 # only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
 
 
+@functools.cache
 def _norm_tiles(size: int) -> dict:
     """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
     if size <= 256:
-        n = max(16, triton.next_power_of_2(size))
+        n = max(16, _power_of_2(size))
     else:
-        n = min((1024, 512, 256), key=lambda n: triton.cdiv(size, n) * n)
-    tiles = triton.cdiv(size, n)
-    r = max(1, 1024 // triton.next_power_of_2(n * tiles))
+        n = min((1024, 512, 256), key=lambda n: _cdiv(size, n) * n)
+    tiles = _cdiv(size, n)
+    r = max(1, 1024 // _power_of_2(n * tiles))
     return dict(R=r, N=n, TILES=tiles, num_warps=r * n // 128)
 
 
-def _norm_backward(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 2 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
     """How many programs per group walk over the rows, and their tiles."""
     tiles = _norm_tiles(size)
-    processors = 2
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    slots = triton.cdiv(processors * 16 // tiles["num_warps"], groups)
+    slots = _cdiv(_processors(device) * 16 // tiles["num_warps"], groups)
     limit = dict(maxnreg=128) if size > 2048 else {}
-    return min(slots, triton.cdiv(rows, tiles["R"])), tiles | limit
+    return min(slots, _cdiv(rows, tiles["R"])), tiles | limit
 
 
 @triton.jit
-def _gated_forward_kernel(
+def _norm_forward_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr,
     rows, eps, groups, size_units, y_row_units, z_row_units,
-    UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """out = weight · v / sqrt(mean(v²) + eps), v = y · silu(z).
+    """out = weight · v / sqrt(mean(v²) + eps), v = y · silu(z); without GATE v = y.
 
     Grid: (blocks of rows · groups,), groups fastest. Tile: R rows x one slice, in TILES pieces.
 
@@ -1930,9 +1968,10 @@ def _gated_forward_kernel(
     for i in tl.static_range(TILES):
         n = i * N + tl.arange(0, N)
         mask_rn = mask_r[:, None] & (n < size)[None, :]
-        y_rn = tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-        z_rn = tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-        v_rn = y_rn * z_rn * _sigmoid(z_rn)
+        v_rn = tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
+        if GATE:
+            z_rn = tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
+            v_rn *= z_rn * _sigmoid(z_rn)
         squares_rn += v_rn * v_rn
         v += (v_rn,)
     scale_r = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)
@@ -1947,15 +1986,15 @@ def _gated_forward_kernel(
 
 
 @triton.jit
-def _gated_backward_kernel(
+def _norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
     rows, slots, eps, groups, size_units, y_row_units, z_row_units,
-    UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """With v̂ = v · scale and dv̂ = dout · weight, over one slice:
 
         dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
-        dy, dz  = dv · silu(z), dv · y · silu'(z)
+        dy, dz  = dv · silu(z), dv · y · silu'(z)     (without GATE: dy = dv)
         dweight = Σ over rows of dout · v̂
 
     Grid: (slots · groups,), groups fastest: about as many programs as run at a time. Program `slot`
@@ -1993,7 +2032,8 @@ def _gated_backward_kernel(
             n = i * N + tl.arange(0, N)
             mask_rn = mask_r[:, None] & (n < size)[None, :]
             y += (tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0),)
-            z += (tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0),)
+            if GATE:
+                z += (tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0),)
             dout += (tl.load(dout_ptr + out_r1 + n[None, :], mask=mask_rn, other=0.0),)
 
         # scale and mean
@@ -2002,8 +2042,10 @@ def _gated_backward_kernel(
         for i in tl.static_range(TILES):
             n = i * N + tl.arange(0, N)
             weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
-            z_rn = z[i].to(tl.float32)
-            v_rn = y[i].to(tl.float32) * z_rn * _sigmoid(z_rn)
+            v_rn = y[i].to(tl.float32)
+            if GATE:
+                z_rn = z[i].to(tl.float32)
+                v_rn *= z_rn * _sigmoid(z_rn)
             squares_rn += v_rn * v_rn
             products_rn += dout[i].to(tl.float32) * weight_n.to(tl.float32)[None, :] * v_rn
         scale_r1 = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)[:, None]
@@ -2016,16 +2058,21 @@ def _gated_backward_kernel(
             mask_rn = mask_r[:, None] & (n < size)[None, :]
             weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
             y_rn = y[i].to(tl.float32)
-            z_rn = z[i].to(tl.float32)
             dout_rn = dout[i].to(tl.float32)
-            sigmoid_rn = _sigmoid(z_rn)
-            silu_rn = z_rn * sigmoid_rn
-            v_rn = y_rn * silu_rn
+            v_rn = y_rn
+            if GATE:
+                z_rn = z[i].to(tl.float32)
+                sigmoid_rn = _sigmoid(z_rn)
+                silu_rn = z_rn * sigmoid_rn
+                v_rn *= silu_rn
             dhat_rn = dout_rn * weight_n.to(tl.float32)[None, :]
             dv_rn = scale_r1 * dhat_rn - pull_r1 * v_rn
-            dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
-            tl.store(dy_ptr + out_r1 + n[None, :], dv_rn * silu_rn, mask=mask_rn)
-            tl.store(dz_ptr + out_r1 + n[None, :], dz_rn, mask=mask_rn)
+            dy_rn = dv_rn
+            if GATE:
+                dy_rn *= silu_rn
+                dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
+                tl.store(dz_ptr + out_r1 + n[None, :], dz_rn, mask=mask_rn)
+            tl.store(dy_ptr + out_r1 + n[None, :], dy_rn, mask=mask_rn)
             sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
         dweight = sums
 
@@ -2035,59 +2082,64 @@ def _gated_backward_kernel(
         tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., d) -> (r, d): a view where the leading dimensions lie evenly, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor (..., d), and how far apart its rows lie; a copy if they do not lie evenly."""
+    sizes, strides = tensor.shape, tensor.stride()
+    even = all(strides[i - 1] == sizes[i] * strides[i] for i in range(1, tensor.ndim - 1))
+    if even and tensor.ndim > 1 and strides[-1] == 1:
+        return tensor, strides[-2]
+    rows = tensor.reshape(-1, sizes[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
-def _gated_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
-    out = torch.empty(y.shape, dtype=z.dtype, device=y.device)
-    y, z = _rows(y), _rows(z)
-    rows, size = y.shape[0], y.shape[1] // groups
-    unit = _unit(size, y.stride(0), z.stride(0))
+def _norm_forward(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int) -> Tensor:
+    out = torch.empty(y.shape, dtype=(weight if z is None else z).dtype, device=y.device)
+    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
+    y, y_row = _rows(y)
+    z, z_row = _rows(z) if gate else (y, y_row)
+    unit = _unit(size, y_row, z_row)
     tiles = _norm_tiles(size)
     with torch.cuda.device_of(y):
-        _gated_forward_kernel[(triton.cdiv(rows, tiles["R"]) * groups,)](
-            y, z, weight.contiguous(), out, rows, eps, groups, size // unit, y.stride(0) // unit,
-            z.stride(0) // unit,
-            UNIT=unit, **tiles,
+        _norm_forward_kernel[(_cdiv(rows, tiles["R"]) * groups,)](
+            y, z, weight.contiguous(), out, rows, eps, groups, size // unit, y_row // unit,
+            z_row // unit,
+            GATE=gate, UNIT=unit, **tiles,
         )  # fmt: skip
     return out
 
 
-def _gated_backward(
-    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int
+def _norm_backward(
+    dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int
 ) -> list[Tensor]:
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dz = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    y, z = _rows(y), _rows(z)
-    rows, size = y.shape[0], y.shape[1] // groups
-    unit = _unit(size, y.stride(0), z.stride(0))
-    slots, tiles = _norm_backward(size, rows, groups, y.device)
+    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
+    y, y_row = _rows(y)
+    z, z_row = _rows(z) if gate else (y, y_row)
+    unit = _unit(size, y_row, z_row)
+    slots, tiles = _norm_slots(size, rows, groups, y.device)
     partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
     with torch.cuda.device_of(y):
-        _gated_backward_kernel[(slots * groups,)](
+        _norm_backward_kernel[(slots * groups,)](
             y, z, weight.contiguous(), dout.contiguous(), dy, dz, partial, rows, slots, eps, groups,
-            size // unit, y.stride(0) // unit, z.stride(0) // unit,
-            UNIT=unit, **tiles,
+            size // unit, y_row // unit, z_row // unit,
+            GATE=gate, UNIT=unit, **tiles,
         )  # fmt: skip
         _fold(partial, dweight)
     return [dy, dz, dweight]
 
 
-def _gated_fake(y, z, weight, eps, groups):
-    return z.new_empty(z.shape)
+def _norm_fake(y, z, weight, eps, groups):
+    return y.new_empty(y.shape, dtype=(weight if z is None else z).dtype)
 
 
-_gated = _operation("gated_rms_norm", _gated_forward, _gated_backward, _gated_fake, count=3)
+_norm = _operation("rms_norm", _norm_forward, _norm_backward, _norm_fake, count=3)
 
 
 def _unfit_norm(x, weight, eps, gate, groups) -> str | None:
-    if gate is None:
-        return "there is no gate, and the norm alone has no kernel"
-    reason = _unfit({"x": x, "gate": gate, "weight": weight}, {})
+    reason = _unfit({"x": x, "weight": weight}, {"gate": gate})
     if reason is not None:
         return reason
     if not isinstance(eps, (int, float)) or not isinstance(groups, int):
@@ -2112,133 +2164,630 @@ def takes_rms_norm(x, weight, eps, *, gate=None, groups=1) -> bool:
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
-    """The gated norm: weight · v / sqrt(mean(v²) + eps), v = x · silu(gate), for each group.
+    """weight · v / sqrt(mean(v²) + eps) for each group; v = x · silu(gate), or x without a gate.
 
     Signature and meaning are those of its twin, `mamba2.rms_norm`. Above y is x and z the gate.
 
     x, gate  (..., d)   the gate often is a slice of a projection; rows may be any distance apart
     weight   (d)
     groups              equal parts of d that are normalised apart; d / groups at most 8,192
-    Returns (..., d) in the gate's dtype.
+    Returns (..., d) in the gate's dtype, or in weight's without a gate.
 
     Raises:
         ValueError: what the kernel cannot take, which is what `takes_rms_norm` says no to.
     """
     given = (x, weight, eps, gate, groups)
     _refuse("rms_norm", _unfit_norm(*given) or _beyond_norm(*given))
-    return _gated(x, gate, weight, eps, groups)
+    return _norm(x, gate, weight, eps, groups)
 
 
 # --------------------------------------------------------------------------------------------------
-# Times: python kernels.py
+# One position of a layer
 # --------------------------------------------------------------------------------------------------
+#
+# What a token needs between the projections of a layer, in one launch:
+#
+#     x, B, C = silu(bias + Σ_j weight[j] · u[j])          u: the k-1 rows of conv, then xBC
+#     dt      = softplus(dt + dt_bias), clamped
+#     ssm     = exp(-dt · exp(A_log)) · ssm + dt · x B^T   (p, n), for each head
+#     y       = ssm C + D · x
+#
+# Nearly all bytes are the state's, read once and written once. A program computes B and C of its
+# group once and then walks over its share of the tiles of the group's state, 8 KB each. One warp:
+# more would compute B and C, and all that is one number a head, once more each. So many programs
+# fit on a multiprocessor at a time, by their registers; with few rows there are not enough tiles
+# for that, so they are smaller, to have the whole GPU take part.
+STEP_PROGRAMS = 8
+STEP_LARGE = dict(BYTES=8192, num_warps=1)
+STEP_SMALL = dict(BYTES=2048, num_warps=1)
 
 
-def _table():
-    """Print times and errors on this GPU, in bf16: ours, plain PyTorch, and peers if installed."""
+@triton.jit
+def _step_inputs(xBC_ptr, conv_ptr, channel, exists, d, K: tl.constexpr):
+    """The K inputs that the convolution has at this position, the oldest first."""
+    u = ()
+    for j in tl.static_range(K - 1):  # rounds to the dtype of xBC as the convolution does
+        old = tl.load(conv_ptr + j * d + channel, mask=exists, other=0.0)
+        u += (old.to(xBC_ptr.dtype.element_ty),)
+    return u + (tl.load(xBC_ptr + channel, mask=exists, other=0.0),)
+
+
+@triton.jit
+def _step_taps(u, weight_ptr, bias_ptr, channel, exists, K: tl.constexpr, BIAS: tl.constexpr):
+    """The convolution of these inputs, with bias and SiLU, rounded to their dtype."""
+    v = tl.zeros(channel.shape, tl.float32)
+    if BIAS:
+        v += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    for j in tl.static_range(K):
+        weight = tl.load(weight_ptr + channel * K + j, mask=exists, other=0.0)
+        v += weight.to(tl.float32) * u[j].to(tl.float32)
+    return (v * _sigmoid(v)).to(u[0].dtype).to(tl.float32)
+
+
+@triton.jit
+def _step_kernel(
+    xBC_ptr, dt_ptr, conv_ptr, ssm_ptr, weight_ptr, bias_ptr, dt_bias_ptr, A_log_ptr, D_ptr,
+    y_ptr, new_conv_ptr, new_ssm_ptr,
+    xBC_sb, dt_sb, HPG, tiles, low, high,
+    G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr,
+    PB: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """The equations above, for some tiles of the state of one group's HPG heads.
+
+    Grid (b · g, shares of the tiles). Tile: PB channels of a head, and all of n:
+
+                    n
+             ┌─────────────┐   B, C above it, x and y to its left
+          p  │    state    │
+             └─────────────┘
+
+        B, C <- taps of the convolution
+        for each tile:
+            x     <- taps of the convolution;  dt <- softplus(dt + dt_bias), clamped
+            state <- exp(-dt · exp(A_log)) · state + x · (dt · B), stored
+            y     <- rows of state · C, summed, + D · x
+
+    A program stores the convolution's state for its channels of x; the first of a group's programs
+    also that for B and C. So ssm may be updated in place, as no other program reads a tile, but
+    conv may not: all of a group read B's and C's part of it.
+
+    Masked: rows past p, columns past n.
+    """
+    b = (tl.program_id(0) // G).to(tl.int64)
+    g = tl.program_id(0) % G
+    d = G * (HPG * P + 2 * N)
+    xBC_ptr += b * xBC_sb
+    dt_ptr += b * dt_sb
+    conv_ptr += b * (K - 1) * d
+    new_conv_ptr += b * (K - 1) * d
+    n = tl.arange(0, NB)
+    mask_n = n < N
+    B_at = G * HPG * P + g * N + n
+    C_at = B_at + G * N
+    B_u = _step_inputs(xBC_ptr, conv_ptr, B_at, mask_n, d, K)
+    C_u = _step_inputs(xBC_ptr, conv_ptr, C_at, mask_n, d, K)
+    B_n = _step_taps(B_u, weight_ptr, bias_ptr, B_at, mask_n, K, BIAS)
+    C_n = _step_taps(C_u, weight_ptr, bias_ptr, C_at, mask_n, K, BIAS)
+
+    tiles_p: tl.constexpr = (P + PB - 1) // PB
+    first = tl.program_id(1) * tiles
+    for i in range(first, tl.minimum(first + tiles, HPG * tiles_p)):
+        # load
+        h = g * HPG + i // tiles_p
+        p = i % tiles_p * PB + tl.arange(0, PB)
+        mask_p = p < P
+        mask_pn = mask_p[:, None] & mask_n[None, :]
+        at_p = (b * (G * HPG) + h) * P + p
+        at_pn = at_p[:, None] * N + n[None, :]
+        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32)
+        A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
+        D = tl.load(D_ptr + h).to(tl.float32)
+        x_at = h * P + p
+        x_u = _step_inputs(xBC_ptr, conv_ptr, x_at, mask_p, d, K)
+        x_p = _step_taps(x_u, weight_ptr, bias_ptr, x_at, mask_p, K, BIAS)
+
+        # decay: softplus(dt) = log(1 + e), where 1 must not swallow the digits of a small e
+        e = tl.exp(tl.minimum(dt, 20.0))
+        u = 1.0 + e
+        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+        dt = tl.minimum(tl.maximum(tl.where(dt > 20.0, dt, log1p), low), high)
+        state_pn = tl.exp(dt * A) * state_pn + x_p[:, None] * (dt * B_n)[None, :]
+        y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
+
+        # store
+        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn)
+        tl.store(y_ptr + at_p, y_p, mask=mask_p)
+        for j in tl.static_range(1, K):
+            tl.store(new_conv_ptr + (j - 1) * d + x_at, x_u[j], mask=mask_p)
+    if tl.program_id(1) == 0:
+        for j in tl.static_range(1, K):
+            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
+            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
+
+
+def _step_into(
+    y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high
+):
+    """Run the kernel, with results to the first three tensors."""
+    (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
+    g, nb, programs = (
+        (d - h * p) // (2 * n),
+        _power_of_2(n),
+        STEP_PROGRAMS * _processors(xBC.device),
+    )
+    large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
+    config = dict(STEP_LARGE if large else STEP_SMALL)
+    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), _power_of_2(p))
+    tiles = h // g * _cdiv(p, pb)  # in a group
+    share = _cdiv(tiles, min(tiles, _cdiv(programs, b * g)))  # of one program
+    with torch.cuda.device_of(xBC):
+        _step_kernel[(b * g, _cdiv(tiles, share))](
+            xBC, dt, conv.contiguous(), ssm.contiguous(), weight.contiguous(),
+            xBC if bias is None else bias.contiguous(), dt_bias.contiguous(), A_log.contiguous(),
+            D.contiguous(), y, new_conv, new_ssm,
+            xBC.stride(0), dt.stride(0), h // g, share, low, high,
+            G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb, **config,
+        )  # fmt: skip
+
+
+def _step_forward(
+    xBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor, weight: Tensor, bias: Tensor | None,
+    dt_bias: Tensor, A_log: Tensor, D: Tensor, low: float, high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    results = _step_fake(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
+    _step_into(*results, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
+    return results
+
+
+def _step_fake(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
+    b, h, p, _ = ssm.shape
+    return xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
+
+
+_step = _operation("layer_step", _step_forward, None, _step_fake, count=0)
+
+
+def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
+    required = {"xBC": xBC, "dt": dt, "conv": conv, "ssm": ssm, "weight": weight}
+    required |= {"dt_bias": dt_bias, "A_log": A_log, "D": D}
+    reason = _unfit(required, {"bias": bias})
+    if reason is not None:
+        return reason
+    if xBC.ndim != 3 or xBC.shape[1] != 1:
+        return "there is not one position"
+    given = [*required.values(), *([] if bias is None else [bias])]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return "gradients are wanted"
+    if ssm.ndim != 4 or weight.ndim != 3 or xBC.numel() == 0 or ssm.numel() == 0:
+        return "ssm does not have 4 dimensions, or weight not 3, or xBC or ssm are empty"
+    (b, _, d), (h, p, n), k = xBC.shape, ssm.shape[1:], weight.shape[2]
+    groups = (d - h * p) // (2 * n)
+    if groups < 1 or d != h * p + 2 * groups * n or h % groups:
+        return "the channels of xBC are not those of x, B and C"
+    if out is not None:
+        unfit = _unfit({"xBC": xBC, "out[0]": out[0], "out[1]": out[1]}, {})
+        shapes = ("out[0]", out[0], (b, k - 1, d)), ("out[1]", out[1], (b, h, p, n))
+        if unfit or _misshapen(*shapes):
+            return unfit or _misshapen(*shapes)
+    return _misshapen(
+        ("dt", dt, (b, 1, h)),
+        ("conv", conv, (b, k - 1, d)),
+        ("ssm", ssm, (b, h, p, n)),
+        ("weight", weight, (d, 1, k)),
+        ("bias", bias, (d,)),
+        ("dt_bias", dt_bias, (h,)),
+        ("A_log", A_log, (h,)),
+        ("D", D, (h,)),
+    )
+
+
+def _beyond_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
+    if ssm.shape[3] > 1024:
+        return f"d_state is {ssm.shape[3]}; it must be at most 1024"
+    if xBC.stride(2) != 1 or dt.stride(2) != 1:
+        return "the channels of xBC, or the heads of dt, are not next to each other in memory"
+    if out is not None:
+        if torch.compiler.is_compiling():
+            return "out is given under torch.compile, which knows only functions without effects"
+        if (out[0].dtype, out[1].dtype) != (xBC.dtype, ssm.dtype):
+            return "out does not have the dtypes of xBC and ssm"
+        if not (out[0].is_contiguous() and out[1].is_contiguous()):
+            return "out is not contiguous"
+        if out[0].data_ptr() == conv.data_ptr() and conv.numel() > 0:
+            return "out[0] is conv, which all heads read: it must have memory of its own"
+    return None
+
+
+def takes_layer_step(
+    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
+) -> bool:  # fmt: skip
+    """Whether `layer_step` can run on these tensors; what it cannot is said once, on a GPU."""
+    given = (xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out)
+    return _unfit_step(*given) is None and _takes("layer_step", _beyond_step(*given))
+
+
+def layer_step(
+    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
+):
+    """One token in a layer, between its projections; its twin is `mamba2.Mamba2._mix`.
+
+    xBC, dt             (b, 1, h p + 2 g n), (b, 1, h)   slices of the projection
+    conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State, ssm in any dtype
+    weight, bias        (h p + 2 g n, 1, k), (h p + 2 g n) or None   of the convolution
+    dt_bias, A_log, D   (h)
+    dt_limit            dt is clamped to it after softplus
+    out                 tensors to write the new conv and ssm to, instead of new ones: for a CUDA
+                        graph. out[1] may be ssm itself, out[0] must not be conv.
+    Returns y (b, 1, h p) and the new conv, both in xBC's dtype, and the new ssm in ssm's dtype. The
+    arithmetic is fp32. There are no gradients.
+
+    Raises:
+        ValueError: what the kernel cannot take, which is what `takes_layer_step` says no to.
+    """
+    given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
+    reason = _unfit_step(*given, dt_limit, out) or _beyond_step(*given, dt_limit, out)
+    _refuse("layer_step", reason, twin="mamba2.Mamba2")
+    if out is None:
+        return _step(*given, *dt_limit)
+    y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
+    _step_into(y, *out, *given, *dt_limit)
+    return y, *out
+
+
+# --------------------------------------------------------------------------------------------------
+# Times: python kernels.py [words; only rows that have one in their name]
+# --------------------------------------------------------------------------------------------------
+#
+# A row is a piece of work in bfloat16; each of its lines is one who does it. Columns:
+#
+#     ms       median of triton.testing.do_bench; "in graph": replayed by a CUDA graph, without the
+#              CPU's time to launch each kernel
+#     ratio    to our time
+#     copy     the time to read inputs and weights and to write outputs once (and the gradients, of
+#              a backward pass), at the bandwidth of a device copy here, as a share of the time
+#     matrix   the same for the products of matrices, at the rate of one of 8,192 x 8,192; a
+#              backward pass is taken to have twice the forward pass's
+#     error    relative to float64, of the output or of the first input's gradient, in the first row
+#              of the batch
+
+
+class _Side(NamedTuple):
+    who: str
+    call: Callable
+    inputs: tuple | None = None  # the row's, if None; others are not compared with float64
+    weights: tuple = ()
+
+
+class _Table:
+    """What the rows below have in common: who is compared, and how it is measured."""
+
+    def __init__(self, wanted: list[str]):
+        import mamba2  # its `kernels` is this file, executed once more
+
+        self.wanted, self.plain = wanted, mamba2
+        self.ours, mamba2.kernels = mamba2.kernels, None  # from here on it is plain PyTorch
+        self.peers = _peers()
+        size = dict(device="cuda", dtype=torch.bfloat16)
+        big, one = torch.empty(2, 2**30, **size), torch.randn(8192, 8192, **size)
+        self.bandwidth = big.nbytes / self.median(lambda: big[0].copy_(big[1]))  # bytes a ms
+        self.rate = 2 * 8192**3 / self.median(lambda: one @ one)  # operations a ms
+        print(f"copy {self.bandwidth / 1e9:.2f} TB/s, matrix product {self.rate / 1e9:.0f} TFLOP/s")
+        print(f"{'':54}{'ms':>9}{'ratio':>7}{'copy':>6}{'matrix':>7}  error")
+
+    def median(self, call) -> float:
+        from triton.testing import do_bench
+
+        return do_bench(call, return_mode="median")
+
+    def median_in_a_graph(self, calls) -> float:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        return self.median(graph.replay) / len(calls)
+
+    def fused(self, function):
+        """The function, with mamba2 using the kernels while it runs."""
+
+        def call(*inputs):
+            self.plain.kernels = self.ours
+            try:
+                return function(*inputs)
+            finally:
+                self.plain.kernels = None
+
+        return call
+
+    def sides(self, work, ours, plain, **inputs) -> list[_Side]:
+        theirs = [(who, call) for (of, who), call in self.peers.items() if of == work]
+        pairs = [("ours", ours), ("plain", plain), *theirs]
+        return [_Side(who, call, inputs.get(who)) for who, call in pairs]
+
+    def modules(self, work, module) -> list[_Side]:
+        """The sides of a module, whose peers are made from it."""
+        peers = {who: make(module) for (of, who), make in self.peers.items() if of == work}
+        calls = {"ours": (self.fused(module), module), "plain": (module, module)}
+        calls |= {who: (peer, peer) for who, peer in peers.items()}
+        return [_Side(who, call, None, tuple(of.parameters())) for who, (call, of) in calls.items()]
+
+    def wants(self, name) -> bool:
+        return not self.wanted or any(word in name for word in self.wanted)
+
+    def row(self, name, inputs, sides, exact, flops=0, parts=("fwd", "bwd"), others=()):
+        """Measure and print. parts: of fwd, bwd, fwd+bwd, and "in graph" the first and the last of
+        them; `others` are more inputs for one graph, so that none of them is found in the cache."""
+        if not self.wants(name):
+            return
+        first = [t.detach()[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
+        first = [t.double() if t.is_floating_point() else t for t in first]
+        first[0].requires_grad_(any("bwd" in part for part in parts))
+        want, dwant = _tensors(exact(*first))[0], None
+        dy = torch.randn(len(inputs[0]), *want.shape[1:], device="cuda", dtype=torch.bfloat16)
+        if first[0].requires_grad:
+            dwant = torch.autograd.grad(want, first[0], dy[:1].double())[0]
+        del first
+        ours = {}
+        for side in sides:
+            for part in parts:
+                if "graph" in part and side.who == "plain" and not others:
+                    continue  # too many launches for one graph
+                try:
+                    ms, moved, found = self.measure(part, side, side.inputs or inputs, dy, others)
+                except Exception as problem:  # out of memory, or a peer that does not run here
+                    print(f"{name}, {part}, {side.who}: {repr(problem)[:90]}")
+                    break
+                operations = flops * (("fwd" in part) + 2 * ("bwd" in part))
+                ratio = ms / ours.setdefault(part, ms)
+                copied, matrix = moved / self.bandwidth / ms, operations / self.rate / ms
+                line = f"{name:26} {part:16} {side.who:10}{ms:9.4f}{ratio:7.1f}"
+                line += f"{copied:6.0%}{matrix:7.0%}"
+                if side.inputs is None:
+                    right = dwant if "bwd" in part else want
+                    line += f"  {((found[:1].double() - right).norm() / right.norm()).item():.1e}"
+                print(line, flush=True)
+
+    def measure(self, part, side, inputs, dy, others):
+        """Milliseconds, bytes, and what is compared with float64."""
+        leaves = [t.detach() for t in inputs]
+        moved = sum(t.nbytes for t in (*leaves, *side.weights))
+        if "bwd" not in part:
+            with torch.no_grad():
+                outputs = _tensors(side.call(*leaves))
+                calls = [functools.partial(side.call, *given) for given in (leaves, *others)]
+                in_graph = "graph" in part
+                ms = self.median_in_a_graph(calls) if in_graph else self.median(calls[0])
+            return ms, moved + sum(t.nbytes for t in outputs), outputs[0]
+        wanted = [*(t.requires_grad_() for t in leaves), *side.weights]
+
+        def forward():
+            return _tensors(side.call(*leaves))[0]
+
+        def backward(y):
+            return torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
+
+        y = forward()
+        call = functools.partial(backward, y) if part == "bwd" else lambda: backward(forward())
+        ms = self.median_in_a_graph([call]) if "graph" in part else self.median(call)
+        return ms, 2 * moved + y.nbytes, backward(y)[0]
+
+
+def _tensors(outputs) -> list[Tensor]:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [t for t in outputs if isinstance(t, Tensor)]
+
+
+def _peers() -> dict:
+    """By (work, peer): what peers that can be imported do, or what makes it from our module."""
+    found = {}
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+        from mamba_ssm.modules import mamba2 as layers
+        from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+    except Exception as error:  # it may fail to be imported in many ways
+        print("without mamba_ssm:", repr(error)[:80])
+    else:
+
+        def gated_norm(x, weight, gate):
+            return rmsnorm_fn(x, weight, None, z=gate, eps=1e-5, norm_before_gate=False)
+
+        def layer(ours):
+            sizes = dict(d_model=ours.config.d_model, device="cuda", dtype=torch.bfloat16)
+            # Its one operation for the whole layer needs a CUDA build of causal_conv1d.
+            peer = layers.Mamba2(**sizes, use_mem_eff_path=layers.causal_conv1d_fn is not None)
+            peer.load_state_dict(ours.state_dict())
+            return peer
+
+        class Prefill(nn.Module):
+            def __init__(self, ours):
+                super().__init__()
+                sizes = dict(d_model=ours.model.config.d_model, n_layer=ours.model.config.n_layer)
+                built = layers.causal_conv1d_fn is not None
+                config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
+                config.vocab_size = ours.model.config.vocab_size
+                self.model = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16)
+                weights = ours.model.state_dict().items()
+                named = {name.replace("embeddings", "embedding"): w for name, w in weights}
+                self.model.load_state_dict(named)
+
+            def forward(self, ids):
+                return self.model(ids, num_last_tokens=1).logits
+
+        def step(ours):  # all but its convolution, which needs that build, too
+            h, p, g, n = ours.sizes
+            A = -torch.exp(ours.A_log.float())[:, None, None].expand(h, p, n)
+            D, bias = (t[:, None].expand(h, p) for t in (ours.D, ours.dt_bias))
+
+            def call(xBC, dt, conv, ssm):
+                x, B, C = xBC[:, 0].split([h * p, g * n, g * n], 1)
+                x, B, C = x.unflatten(1, (h, p)), B.unflatten(1, (g, n)), C.unflatten(1, (g, n))
+                dt = dt[:, 0, :, None].expand(-1, h, p)
+                return selective_state_update(ssm, x, dt, A, B, C, D, None, bias, True)
+
+            return call
+
+        found["ssd", "mamba_ssm"] = lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, 256, D=D)
+        found["norm", "mamba_ssm"] = lambda x, weight: rms_norm_fn(x, weight, None, eps=1e-5)
+        found["gated norm", "mamba_ssm"] = gated_norm
+        found["layer", "mamba_ssm"], found["prefill", "mamba_ssm"] = layer, Prefill
+        found["step", "mamba_ssm"] = step
+    try:
+        from fla.modules.causal_conv1d import causal_conv1d
+        from fla.ops.simple_gla import chunk_simple_gla
+    except Exception as error:
+        print("without fla:", repr(error)[:80])
+    else:
+        found["conv", "fla"] = lambda *inputs: causal_conv1d(*inputs, activation="silu")
+        found["ssd", "fla"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, decay, scale=1.0)
+    return found
+
+
+def _ssd_flops(b, l, h, p, n) -> int:
+    """In chunks of 64: to and from the state, the scores, and what they weigh."""
+    return 2 * b * l * h * (2 * p * n + 64 * (n + p))
+
+
+def _ssd_row(table, name, b, l, h, p=64, n=128, g=1):
+    wide = torch.randn(b, l, h * p + 2 * g * n, device="cuda", dtype=torch.bfloat16)
+    x, B, C = wide.split([h * p, g * n, g * n], -1)
+    x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
+    dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
+    A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
+    # fla's form of it has no groups, dt or D; what it takes instead is made beforehand.
+    fla = [t.repeat_interleave(h // g, 2) for t in (C, B)]
+    fla = (*fla, (x * dt[..., None]).to(x.dtype), dt * A)
+    sides = table.sides("ssd", table.ours.ssd, table.plain.ssd, fla=fla)
+    flops = _ssd_flops(b, l, h, p, n)
+    table.row(f"ssd {name}", (x, dt, A, B, C, D), sides, table.plain.ssd, flops)
+
+
+def _small_rows(table, name, b, l, h, p=64, n=128):
+    """Convolution, gated norm, and the norm of a residual stream."""
+    draw, inner, channels = dict(device="cuda", dtype=torch.bfloat16), h * p, h * p + 2 * n
+    z, xBC, _ = torch.randn(b, l, inner + channels + h, **draw).split([inner, channels, h], -1)
+    ours, plain = table.ours, table.plain
+    inputs = xBC, torch.randn(channels, 4, **draw), torch.randn(channels, **draw)
+    sides = table.sides("conv", ours.causal_conv1d, plain.causal_conv1d)
+    table.row(f"conv {name}", inputs, sides, plain.causal_conv1d)
+
+    def norm(of):
+        return lambda x, weight, gate=None: of.rms_norm(x, weight, 1e-5, gate=gate)
+
+    inputs = torch.randn(b, l, inner, **draw), torch.randn(inner, **draw), z
+    sides = table.sides("gated norm", norm(ours), norm(plain))
+    table.row(f"gated norm {name}", inputs, sides, norm(plain))
+    inputs = torch.randn(b, l, inner // 2, device="cuda"), torch.randn(inner // 2, **draw)
+    table.row(f"norm {name}", inputs, table.sides("norm", norm(ours), norm(plain)), norm(plain))
+
+
+def _layer(table, d_model):
+    """A layer, and the same in float64."""
+    with torch.device("cuda"):
+        layer = table.plain.Mamba2(d_model=d_model).bfloat16()
+    return layer, deepcopy(layer).double()
+
+
+def _step_row(table, name, b, d_model, dtype):
+    layer, exact = _layer(table, d_model)
+    (h, p, _, n), k = layer.sizes, layer.config.conv_kernel
+
+    def inputs():
+        draw = dict(device="cuda", dtype=torch.bfloat16)
+        _, xBC, dt = torch.randn(b, 1, sum(layer.widths), **draw).split(layer.widths, -1)
+        state = torch.randn(b, h, p, n, device="cuda").to(dtype)
+        return xBC, dt, torch.randn(b, k - 1, layer.widths[1], **draw), state
+
+    def mix(layer):
+        def call(xBC, dt, *state):
+            y, state = layer._mix(xBC, dt, table.plain.Mamba2State(*state), None, None)
+            return y, *state
+
+        return call
+
+    given = inputs()  # as many as do not fit in the cache together
+    others = [inputs() for _ in range(min(63, 300_000_000 // given[3].nbytes + 1))]
+    sides = [_Side("ours", table.fused(mix(layer))), _Side("plain", mix(layer))]
+    for (work, who), make in table.peers.items():
+        if work == "step":
+            sides.append(_Side(who, make(layer), inputs()))
+    table.row(f"step {name}", given, sides, mix(exact), 0, ("fwd in graph",), others)
+
+
+def _layer_row(table, name, b, l, d_model):
+    layer, exact = _layer(table, d_model)
+    h, p, _, n = layer.sizes
+    u = torch.randn(b, l, d_model, device="cuda", dtype=torch.bfloat16)
+    flops = 2 * b * l * (layer.in_proj.weight.numel() + layer.out_proj.weight.numel())
+    flops += _ssd_flops(b, l, h, p, n)
+    sides = table.modules("layer", layer)
+    parts = "fwd", "fwd+bwd", "fwd in graph", "fwd+bwd in graph"
+    table.row(f"layer {name}", (u,), sides, exact, flops, parts)
+
+
+class _Prefill(nn.Module):
+    """A language model, up to the prediction of the next token."""
+
+    def __init__(self, mamba2, d_model, n_layer):
+        super().__init__()
+        config = mamba2.Mamba2Config(d_model=d_model, n_layer=n_layer)
+        with torch.device("cuda"):
+            self.model = mamba2.Mamba2ForCausalLM(config).bfloat16().eval()
+
+    def forward(self, ids):
+        return self.model(ids, logits_to_keep=1).logits
+
+
+def _prefill_row(table, name, l, d_model, n_layer):
+    model = _Prefill(table.plain, d_model, n_layer)
+    mixer = model.model.backbone.layers[0].mixer
+    h, p, _, n = mixer.sizes
+    flops = 2 * l * (mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel())
+    flops = n_layer * (flops + _ssd_flops(1, l, h, p, n))
+    ids = torch.randint(model.model.config.vocab_size, (1, l), device="cuda")
+    sides, exact = table.modules("prefill", model), deepcopy(model).double()
+    with torch.no_grad():
+        table.row(f"prefill {name}", (ids,), sides, exact, flops, ("fwd", "fwd in graph"))
+
+
+def _print_table(wanted: list[str]) -> None:
     if not (TRITON and torch.cuda.is_available()):
         print("python kernels.py times the kernels on a GPU: it needs CUDA and Triton.")
         return
-    from triton.testing import do_bench
-
-    import mamba2  # its `kernels` is this file, executed once more
-
-    ours, mamba2.kernels = mamba2.kernels, None  # from here on mamba2 is plain PyTorch
-    draw = dict(device="cuda", dtype=torch.bfloat16)
-    # (operation, side): the call, which returns y
-    calls = {("ssd", "ours"): ours.ssd, ("ssd", "plain"): mamba2.ssd}
-    calls |= {("conv", "ours"): ours.causal_conv1d, ("conv", "plain"): mamba2.causal_conv1d}
-    for side, module in (("ours", ours), ("plain", mamba2)):
-        calls["norm", side] = lambda x, z, w, of=module: of.rms_norm(x, w, 1e-5, gate=z)
-    try:
-        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
-
-        options = dict(eps=1e-5, norm_before_gate=False)
-        calls["ssd", "mamba_ssm"] = lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, 256, D=D)
-        calls["norm", "mamba_ssm"] = lambda x, z, w: rmsnorm_fn(x, w, None, z=z, **options)
-    except Exception as error:  # it may fail to be imported in many ways
-        print("without mamba_ssm:", repr(error)[:80])
-    try:
-        from fla.modules.causal_conv1d import causal_conv1d as fla_conv
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        calls["ssd", "fla"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, decay, scale=1.0)
-        calls["conv", "fla"] = lambda *inputs: fla_conv(*inputs, activation="silu")
-    except Exception as error:
-        print("without fla:", repr(error)[:80])
-
-    def inputs_of(operation, b, l, h, p=64, n=128, g=1):
-        """Slices of one projection, as in the layer: z, then x, B and C, then room for dt."""
-        inner, channels = h * p, h * p + 2 * g * n
-        wide = torch.randn(b, l, inner + channels + h, **draw)
-        z, xBC, _ = wide.split([inner, channels, h], -1)
-        if operation == "conv":
-            return (
-                xBC,
-                torch.randn(channels, 4, device="cuda"),
-                torch.randn(channels, device="cuda"),
-            )
-        if operation == "norm":
-            return torch.randn(b, l, inner, **draw), z, torch.randn(inner, device="cuda")
-        x, B, C = torch.randn(b, l, channels, **draw).split([inner, g * n, g * n], -1)
-        dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
-        A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
-        return x.unflatten(2, (h, p)), dt, A, B.unflatten(2, (g, n)), C.unflatten(2, (g, n)), D
-
-    def run(side, operation, inputs):
-        """The call, its leaves, y; fla's inputs are prepared before, and its y lacks D x."""
-        if (operation, side) == ("ssd", "fla"):
-            x, dt, A, B, C, _ = inputs
-            q, k = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (C, B))
-            inputs = q, k, (x * dt[..., None]).to(x.dtype), dt * A
-        leaves = [t.detach().requires_grad_() for t in inputs]
-
-        def call():
-            y = calls[operation, side](*leaves)
-            return y[0] if isinstance(y, tuple) else y
-
-        return call, leaves, call()
-
-    def row(label, operation, *sizes):
-        inputs, cells = inputs_of(operation, *sizes), {"forward": [], "backward": []}
-        for side in [side for of, side in calls if of == operation]:
-            try:
-                call, leaves, y = run(side, operation, inputs)
-                step = functools.partial(torch.autograd.grad, y, leaves, torch.randn_like(y))
-                with torch.no_grad():
-                    forward = do_bench(call, return_mode="median")
-                backward = do_bench(lambda s=step: s(retain_graph=True), return_mode="median")
-            except Exception as error:  # out of memory, or a peer that does not run here
-                print(f"{label}, {side}: {repr(error)[:80]}")
-                continue
-            for line, ms in (("forward", forward), ("backward", backward)):
-                cells[line].append((side, ms))
-        for line, times in cells.items():
-            shown = (f"{side} {ms:8.3f} ({ms / times[0][1]:5.1f})" for side, ms in times)
-            print(f"{operation} {label:20} {line:8} | {' | '.join(shown)}", flush=True)
-
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
-    print("bf16, median ms of triton.testing.do_bench (in parentheses: as multiple of the first)")
-    row("2.7b b8 l4096", "ssd", 8, 4096, 80)
-    row("130m b8 l2048", "ssd", 8, 2048, 24)
-    row("2.7b b1 l4096", "ssd", 1, 4096, 80)
-    row("Codestral b2 l8192", "ssd", 2, 8192, 128, 64, 128, 8)
-    for operation in ("conv", "norm"):
-        row("130m b8 l2048", operation, 8, 2048, 24)
-        row("2.7b b8 l4096", operation, 8, 4096, 80)
-
-    print("relative error of ssd at b2 l1000 h4 g2 against float64: y, dx, ddt, dA, dB, dC, dD")
-    inputs = inputs_of("ssd", 2, 1000, 4, 64, 128, 2)
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    want, dy = mamba2.ssd(*exact)[0], torch.randn(inputs[0].shape, **draw)
-    want = [want, *torch.autograd.grad(want, exact, dy.double())]
-    for side in [side for of, side in calls if of == "ssd" and side != "fla"]:
-        _, leaves, y = run(side, "ssd", inputs)
-        found = zip([y, *torch.autograd.grad(y, leaves, dy)], want, strict=True)
-        errors = ((f.double() - w).norm() / w.norm() for f, w in found)
-        print(f"{side:10}", " ".join(f"{error.item():.1e}" for error in errors))
+    table = _Table(wanted)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    small = "conv", "gated norm", "norm"
+    for works, make, name, *sizes in (
+        (("ssd",), _ssd_row, "2.7b b8 l4096", 8, 4096, 80),
+        (("ssd",), _ssd_row, "130m b8 l2048", 8, 2048, 24),
+        (("ssd",), _ssd_row, "2.7b b1 l4096", 1, 4096, 80),
+        (("ssd",), _ssd_row, "Codestral b2 l8192", 2, 8192, 128, 64, 128, 8),
+        (small, _small_rows, "130m b8 l2048", 8, 2048, 24),
+        (small, _small_rows, "2.7b b8 l4096", 8, 4096, 80),
+        (("step",), _step_row, "130m b1", 1, 768, bf16),
+        (("step",), _step_row, "130m b64", 64, 768, bf16),
+        (("step",), _step_row, "2.7b b1", 1, 2560, bf16),
+        (("step",), _step_row, "2.7b b64", 64, 2560, bf16),
+        (("step",), _step_row, "2.7b b64, fp32 state", 64, 2560, fp32),
+        (("layer",), _layer_row, "130m b8 l2048", 8, 2048, 768),
+        (("layer",), _layer_row, "2.7b b8 l4096", 8, 4096, 2560),
+        (("prefill",), _prefill_row, "130m b1 l8192", 8192, 768, 24),
+        (("prefill",), _prefill_row, "2.7b b1 l8192", 8192, 2560, 64),
+    ):
+        if any(table.wants(f"{work} {name}") for work in works):
+            make(table, name, *sizes)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    _table()
+    _print_table(sys.argv[1:])

@@ -57,6 +57,7 @@ and nowhere else. MIT licence: copy this file into your own work as you like.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.util
@@ -70,6 +71,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 transformers_missing = None
 try:
@@ -157,6 +159,8 @@ class Mamba2Config(PreTrainedConfig):
         num_heads             nheads          h (None: computed, expand * hidden_size / head_dim)
         conv_kernel           d_conv          k, taps of the short convolution (4)
         chunk_size                            chunk length; above 64 means 64; speed only (256)
+        segment_length                        positions that a language model takes at a time, or
+                                              "auto", or 0 for all; memory and speed only (0)
         hidden_act                            of convolution and gate; only "silu" exists
         use_bias              bias            biases in in_proj and out_proj (False)
         use_conv_bias         conv_bias       bias in the convolution (True)
@@ -277,6 +281,7 @@ class Mamba2Config(PreTrainedConfig):
         are_numbers = is_pair and all(isinstance(value, float) for value in limit)
         rule = "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit"
         require(are_numbers and 0 <= limit[0] <= limit[1], "time_step_limit", rule)
+        _require_segment_length(self.segment_length)
         rule = f"must be at most time_step_max, {self.time_step_max}"
         require(self.time_step_min <= self.time_step_max, "time_step_min", rule)
 
@@ -324,6 +329,7 @@ _DEFAULTS = {
     "num_heads": None,
     "conv_kernel": 4,
     "chunk_size": 256,
+    "segment_length": 0,
     "hidden_act": "silu",
     "use_bias": False,
     "use_conv_bias": True,
@@ -349,6 +355,15 @@ def _is_common_option(name: str) -> bool:
     return name in {"attn_implementation", "experts_implementation"} or hasattr(
         PreTrainedConfig, name
     )
+
+
+def _require_segment_length(length):
+    is_count = isinstance(length, int) and not isinstance(length, bool) and length >= 0
+    if not (is_count or length == "auto"):
+        raise ValueError(
+            f"segment_length = {length!r}: must be a number of positions, 'auto', or 0 for the "
+            "whole sequence at once"
+        )
 
 
 def _translate_original_config(original: dict) -> dict:
@@ -459,7 +474,10 @@ def _require(name, tensor, *shapes, dims=None, kind="floating-point numbers"):
     """Raise unless `tensor` is a tensor of that kind, with one of the shapes or with such dims."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
-    fits = tensor.dim() == dims.count(",") + 1 if dims else tuple(tensor.shape) in shapes
+    if dims:
+        fits = tensor.dim() == dims.count(",") + 1
+    else:  # not `in`, which torch.compile takes for False where sizes are symbols
+        fits = any(tensor.shape == shape for shape in shapes)
     if not fits:
         expected = f"({dims})" if dims else " or ".join(map(str, shapes))
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {expected}")
@@ -650,7 +668,8 @@ class Mamba2State(NamedTuple):
     """The state of one layer: all that it remembers, and a value, which is never changed in place.
 
     conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the layer's dtype
-    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer)
+    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer); one that
+                                  is given in half precision stays so
 
     Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
     """
@@ -690,8 +709,9 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         _require("seq_idx", seq_idx, (b, l), kind="integers")
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    window = torch.cat([initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    final_state = window[:, l:].clone()  # a view would keep the whole window alive
+    # 1 * and clone, because views, of the gradient here, would keep the whole window's alive.
+    window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
+    final_state = window[:, l:].clone()
     if seq_idx is not None:  # number the sequences; what came before belongs to the first
         number = F.pad(_borders(seq_idx), (k - 1, 0)).cumsum(1)  # (b, k-1+l)
         final_state = final_state.masked_fill((number[:, l:] != number[:, -1:])[..., None], 0)
@@ -736,7 +756,7 @@ class CausalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x, initial_state=None, seq_idx=None):
-        weight = rearrange(self.weight, "d 1 k -> d k")
+        weight = self.weight.squeeze(1)  # (d, k)
         return causal_conv1d(x, weight, self.bias, initial_state=initial_state, seq_idx=seq_idx)
 
 
@@ -779,7 +799,8 @@ class Mamba2(nn.Module):
             raise TypeError("pass a Mamba2Config, or options by name: Mamba2(d_model=256)")
         config.validate_architecture()
         self.config = config
-        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        h, p, g, n = self.sizes
         self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.use_bias)
         self.conv1d = CausalConv1d(self.widths[1], config.conv_kernel, config.use_conv_bias)
@@ -855,46 +876,57 @@ class Mamba2(nn.Module):
 
     def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
-        config = self.config
         self._check(u, state, mask, seq_idx)
-        conv, ssm = (None, None) if state is None else state
         if mask is not None:
             mask = mask.bool()
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
-
         z, xBC, dt = self.in_proj(u).split(self.widths, dim=-1)
-        dtype = _at_least_float32(dt.dtype)
-        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))  # (b, l, h)
-        if config.time_step_limit != (0.0, math.inf):
-            dt = dt.clamp(*config.time_step_limit)
-        if conv is None:
-            conv = xBC.new_zeros(u.shape[0], config.conv_kernel - 1, xBC.shape[2])
-        if mask is not None:
-            xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
-
-        xBC, conv = self.conv1d(xBC, conv, seq_idx)
-        widths = [self.widths[0], *2 * [config.n_groups * config.state_size]]
-        x, B, C = xBC.split(widths, dim=-1)
-        y, ssm = ssd(
-            rearrange(x, "b l (h p) -> b l h p", h=config.num_heads),
-            dt,
-            -torch.exp(self.A_log.to(dtype)),
-            rearrange(B, "b l (g n) -> b l g n", g=config.n_groups),
-            rearrange(C, "b l (g n) -> b l g n", g=config.n_groups),
-            self.D,
-            # Differs: published configs say 256, which suits the original's kernels; plain PyTorch
-            # is fastest at 64, and the result is the same.
-            chunk_size=min(config.chunk_size, 64),
-            initial_state=ssm,
-            seq_idx=seq_idx,
-        )
-        y = rearrange(y, "b l h p -> b l (h p)")
-        if mask is not None:
-            y = _take(y, back)
+        y, state = self._mix(xBC, dt, state, mask, seq_idx)
         y = self.out_proj(self.norm(y, gate=z))
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
-        return (y, Mamba2State(conv, ssm)) if return_state else y
+        return (y, state) if return_state else y
+
+    def _mix(self, xBC, dt, state, mask, seq_idx):
+        """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
+        (h, p, g, n), limit = self.sizes, self.config.time_step_limit
+        conv, ssm = (None, None) if state is None else state
+        if kernels and mask is None and state is not None:  # a token is decoded by one kernel
+            weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
+            token = (xBC, dt, conv, ssm, *weights)
+            if kernels.takes_layer_step(*token, dt_limit=limit):
+                y, conv, ssm = kernels.layer_step(*token, dt_limit=limit)
+                return y, Mamba2State(conv, ssm)
+        dtype = _at_least_float32(dt.dtype)
+        dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h), in dtype
+        if limit != (0.0, math.inf):
+            dt = dt.clamp(*limit)
+        if mask is not None:
+            if conv is None:
+                conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
+            xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
+
+        xBC, conv = self.conv1d(xBC, conv, seq_idx)
+        x, B, C = xBC.split([h * p, g * n, g * n], dim=-1)
+        y, new_ssm = ssd(
+            x.unflatten(2, (h, p)),  # (b, l, h, p)
+            dt,
+            -torch.exp(self.A_log.to(dtype)),
+            B.unflatten(2, (g, n)),  # (b, l, g, n)
+            C.unflatten(2, (g, n)),  # (b, l, g, n)
+            self.D,
+            # Differs: published configs say 256, which suits the original's kernels; plain PyTorch
+            # is fastest at 64, and the result is the same.
+            chunk_size=min(self.config.chunk_size, 64),
+            initial_state=ssm,
+            seq_idx=seq_idx,
+        )
+        if ssm is not None and ssm.dtype.itemsize == 2:
+            new_ssm = new_ssm.to(ssm.dtype)
+        y = y.flatten(2)  # (b, l, h p)
+        if mask is not None:
+            y = _take(y, back)
+        return y, Mamba2State(conv, new_ssm)
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
@@ -908,9 +940,9 @@ class Mamba2(nn.Module):
         if state is not None:
             if not (isinstance(state, tuple) and len(state) == 2):
                 raise TypeError(f"state is a {type(state).__name__}: it must be a Mamba2State")
-            heads = (config.num_heads, config.head_dim, config.state_size)
+            h, p, _, n = self.sizes
             _require("state.conv", state[0], (b, config.conv_kernel - 1, self.widths[1]))
-            _require("state.ssm", state[1], (b, *heads))
+            _require("state.ssm", state[1], (b, h, p, n))
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -941,7 +973,7 @@ def _pass_over(mask, xBC, conv, dt, seq_idx):
         position = torch.arange(l, device=mask.device)  # (l)
         seq_idx = seq_idx.gather(1, order).gather(1, torch.maximum(position, first))
     with_state = F.pad(mask, (conv.shape[1], 0), value=True).int()  # (b, k-1+l)
-    window = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, k-1+l, ...)
+    window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)  # (b, k-1+l, ...)
     window = _take(window, with_state.argsort(dim=1, stable=True))
     conv, xBC = window.split([conv.shape[1], l], dim=1)
     return xBC, conv, dt, seq_idx, order.argsort(dim=1)
@@ -992,7 +1024,7 @@ class Mamba2Cache:
 
         states    a Mamba2State for each layer
         length    tokens seen, masked ones included
-        seq_idx   (b), the label of the sequence that each row ended in, or None
+        seq_idx   (b), the label of the sequence that each row ended in, or None without packing
     """
 
     states: tuple[Mamba2State, ...]
@@ -1118,6 +1150,17 @@ class Mamba2PreTrainedModel(PreTrainedModel):
                 module.mark_parameters()  # loading made new parameters
         return (model, info) if output_loading_info else model
 
+    def _set_gradient_checkpointing(
+        self, enable=True, gradient_checkpointing_func=checkpoint, **options
+    ):
+        keywords = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and keywords.get("use_reentrant", True):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs = {keywords}: must have use_reentrant = False, as "
+                "without any; gradients would not reach the states of layers"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+
     def _reorder_cache(self, past_key_values, beam_idx):
         return past_key_values.select(beam_idx)
 
@@ -1177,8 +1220,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         Raises:
             ValueError, TypeError: arguments that do not fit, or that are not in this list.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        _batch_and_length(input_ids, inputs_embeds)
         if output_attentions:
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
         if past_key_values is not None and initial_states is not None:
@@ -1201,7 +1243,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         mask = _as_mask(attention_mask, h.shape[:2])
         if seq_idx is not None and past.seq_idx is not None and h.shape[1] > 0:
             ended = _first(seq_idx, mask, past.seq_idx) != past.seq_idx  # (b)
-            zero = ended[:, None, None]
+            zero = (ended & (past.seq_idx != NO_LABEL))[:, None, None]
             states = [
                 Mamba2State(s.conv.masked_fill(zero, 0), s.ssm.masked_fill(zero[..., None], 0))
                 for s in states
@@ -1224,8 +1266,10 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if use_cache:
             last = past.seq_idx
             if seq_idx is not None and h.shape[1] > 0:
+                if last is None:
+                    last = seq_idx.new_full(seq_idx.shape[:1], NO_LABEL, dtype=torch.int64)
                 flipped = None if mask is None else mask.flip(1)
-                last = _first(seq_idx.flip(1), flipped, seq_idx[:, -1] if last is None else last)
+                last = _first(seq_idx.flip(1), flipped, last)
             cache = Mamba2Cache(tuple(new_states), past.length + h.shape[1], last)
         output = BaseModelOutputWithPast(
             last_hidden_state=h,
@@ -1233,6 +1277,12 @@ class Mamba2Model(Mamba2PreTrainedModel):
             hidden_states=(*hidden_states, h) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
+
+
+def _batch_and_length(input_ids, inputs_embeds):
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    return (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
 
 
 def _require_cache(cache):
@@ -1258,11 +1308,17 @@ def _as_mask(attention_mask, shape):
     mask = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
     # Nothing masked is the common case, and worth asking for; a graph that is captured cannot ask.
     can_ask = mask.device.type != "meta" and not torch.compiler.is_compiling()
+    if can_ask and mask.is_cuda:
+        can_ask = not torch.cuda.is_current_stream_capturing()
     return None if can_ask and bool(mask.all()) else mask
+
+
+NO_LABEL = torch.iinfo(torch.int64).min  # of a sequence of which every position was masked so far
 
 
 def _first(seq_idx, mask, default):
     """(b), the label of the first position of each row that is not masked; `default` if all are."""
+    seq_idx = seq_idx.long()
     if mask is None:
         return seq_idx[:, 0]
     first = seq_idx.gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
@@ -1300,62 +1356,150 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         inputs_embeds=None,
         labels=None,
         use_cache=None,
-        logits_to_keep=0,
+        logits_to_keep=None,
         output_hidden_states=None,
         return_dict=None,
         *,
         seq_idx=None,
         initial_states=None,
         num_items_in_batch=None,
+        segment_length=None,
+        progress=False,
         output_attentions=None,
     ):
         """Logits, and with `labels` the loss. All other arguments: see `Mamba2Model.forward`.
 
+        A long sequence can be read in segments, each from the state behind the one before:
+
+            model(ids, labels=ids, segment_length="auto").loss.backward()
+
+        Results and gradients are the same, but nothing is as long as the sequence any more, except
+        integers. For the backward pass only the states between segments are kept; a segment is
+        computed again when its turn comes, which costs one more forward pass. So memory grows as
+        s + l / s with the length s of a segment, and as the square root of l with the best s. A
+        million tokens fit, in training and in evaluation. `gradient_checkpointing_enable()` does
+        the same to the layers inside a segment, for less memory and one more forward pass.
+
         Args:
             labels: (b, l) integers, the tokens themselves, which are shifted here: position t
                 predicts the next position of its sequence that is not masked. -100 is not
-                predicted.
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for the
-                positions in a tensor of indices.
+                predicted. The logits of all positions are never held at once for it.
+            logits_to_keep: return logits of the last so many positions (0: all), or of those in a
+                tensor of indices. None is all; none with labels in training or in segments.
             num_items_in_batch: divide the summed loss by this, not by the number of predictions.
+            segment_length: positions in a segment, or "auto" for about the least memory, or 0 for
+                the whole sequence at once. None is the config's choice.
+            progress: show a progress bar over the segments, forward and backward.
 
         Returns:
             CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
         """
         if return_dict is None:
             return_dict = self.config.return_dict
-        output = self.backbone(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            return_dict=True,
-            seq_idx=seq_idx,
-            initial_states=initial_states,
-            output_attentions=output_attentions,
-        )
-        h = output.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(h[:, keep])
-        loss = None
+        b, l = _batch_and_length(input_ids, inputs_embeds)
+        mask, targets = _as_mask(attention_mask, (b, l)), None
+        if seq_idx is not None:
+            _require("seq_idx", seq_idx, (b, l), kind="integers")
         if labels is not None:
-            _require("labels", labels, tuple(h.shape[:2]), kind="integers")
-            targets = _next_tokens(labels, _as_mask(attention_mask, h.shape[:2]), seq_idx)[:, keep]
-            targets = targets.flatten().to(logits.device)
-            scores = logits.flatten(0, 1).to(_at_least_float32(logits.dtype))
-            loss = F.cross_entropy(scores, targets, reduction="sum")
+            _require("labels", labels, (b, l), kind="integers")
+            targets = _next_tokens(labels, mask, seq_idx)
+
+        length = self._segment_length(segment_length, l)
+        count = max(1, -(-l // length))
+        if count > 1 and output_hidden_states:
+            raise ValueError(
+                f"output_hidden_states = True, segment_length = {length}: segments are there so "
+                "that nothing of this size is held; leave one of the two out"
+            )
+
+        def cut(tensor):
+            return [None] * count if tensor is None else tensor.split(length, dim=1)
+
+        segments = zip(*map(cut, (targets, input_ids, mask, inputs_embeds, seq_idx)), strict=True)
+        run, passes = self._segment, 1
+        if count > 1 and torch.is_grad_enabled():
+            run, passes = functools.partial(checkpoint, run, use_reentrant=False), 2
+        bar = _progress_bar(passes * count) if progress else None
+        first = 0  # the first position whose logits are wanted
+        if logits_to_keep is None and labels is not None and (self.training or count > 1):
+            first = l + 1
+        elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            first = l - logits_to_keep
+        losses, kept, end, cache = [], [], 0, past_key_values
+        with _casting_anew(input_ids if inputs_embeds is None else inputs_embeds):
+            for segment in segments:
+                loss, h, cache, hidden_states = run(
+                    *segment,
+                    bar,
+                    past_key_values=cache,
+                    initial_states=initial_states if end == 0 else None,
+                    use_cache=use_cache if end + length >= l else True,
+                    output_hidden_states=output_hidden_states,
+                    output_attentions=output_attentions,
+                )
+                losses.append(loss)
+                end += length
+                if end >= first:
+                    kept.append(h)
+
+        loss = logits = None
+        if labels is not None:
             if num_items_in_batch is None:
                 num_items_in_batch = (targets != -100).sum()
-            loss = loss / num_items_in_batch
+            loss = sum(losses) / num_items_in_batch
+        if kept:
+            keep = logits_to_keep
+            if not torch.is_tensor(keep):
+                keep = slice(-(keep or 0), None)
+            logits = self.lm_head(torch.cat(kept, dim=1)[:, keep])
         output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden_states
         )
         return output if return_dict else output.to_tuple()
+
+    def _segment(self, targets, ids, mask, embeds, seq_idx, bar, **options):
+        """Summed loss, last hidden state, cache, and all hidden states of a segment."""
+        if bar is not None:
+            bar.update()
+        output = self.backbone(
+            ids, mask, inputs_embeds=embeds, seq_idx=seq_idx, return_dict=True, **options
+        )
+        h = output.last_hidden_state
+        loss = None if targets is None else self._summed_loss(h, targets)
+        return loss, h, output.past_key_values, output.hidden_states
+
+    def _summed_loss(self, h, targets):
+        """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
+
+        The logits of a few rows are made, used and let go, and made again for the backward pass.
+        """
+
+        def summed_loss(h, targets):
+            logits = self.lm_head(h)  # (rows, vocabulary)
+            logits = logits.to(_at_least_float32(logits.dtype))
+            return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+
+        rows = self.config.hidden_size  # so that they take no more memory than the head's weight
+        chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
+        run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
+        return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)
+
+    def _segment_length(self, length, l):
+        """How many of l positions are in a segment; `length` is what the caller asked for."""
+        if length is None:
+            length = self.config.segment_length
+        _require_segment_length(length)
+        if length == "auto":
+            # Memory is l / s times what is kept between segments and s times what a position
+            # leaves for the backward pass: roughly these numbers. The best s makes both equal.
+            config, (inner, channels, heads) = self.config, self.backbone.layers[0].mixer.widths
+            between = inner * config.state_size + (config.conv_kernel - 1) * channels
+            inside = 4 * (inner + channels + heads)
+            if self.backbone.gradient_checkpointing:
+                inside = config.hidden_size + inside / config.num_hidden_layers
+            count = math.ceil(math.sqrt(l * inside / between))
+            length = -(-l // max(1, count))  # all of one length, but for the last
+        return length or max(1, l)
 
     def _validate_model_kwargs(self, model_kwargs):
         _require_cache(model_kwargs.get("past_key_values"))
@@ -1396,6 +1540,23 @@ def _next_tokens(labels, mask, seq_idx):
     if seq_idx is not None:
         targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
     return targets
+
+
+def _progress_bar(segments):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=segments, unit=" segments")
+
+
+def _casting_anew(x):
+    """Autocast as it is on x's device, but without its memory of what it has cast.
+
+    With it, a weight would be cast once for all segments, and their gradients added in bfloat16.
+    """
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 def register_with_transformers():

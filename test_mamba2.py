@@ -6,6 +6,7 @@ Nearly everything runs in float64, where two orders of summation differ by some 
 leaves no room for a mistake. All of it runs on CUDA where there is one, and else on the CPU.
 """
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -22,6 +23,7 @@ import sys
 import textwrap
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import accelerate
@@ -36,8 +38,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.generation import (
     BaseStreamer,
     LogitsProcessorList,
@@ -184,15 +186,22 @@ class Bytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.largest = WeakIdKeyDictionary(), 0, 0
+        self.watched, self.alive, self.peak, self.largest = {}, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for storage in (tensor.untyped_storage() for tensor in tensors(out)):
-            self.alive[storage] = storage.nbytes()
-            self.largest = max(self.largest, storage.nbytes())
-        self.peak = max(self.peak, sum(self.alive.values()))
+            if storage._cdata not in self.watched:
+                forget = functools.partial(self.forget, storage._cdata, storage.nbytes())
+                self.watched[storage._cdata] = weakref.ref(storage, forget)
+                self.alive += storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
         return out
+
+    def forget(self, key, nbytes, _):
+        del self.watched[key]
+        self.alive -= nbytes
 
 
 # ---- SSD -----------------------------------------------------------------------------------------
@@ -616,6 +625,21 @@ def test_no_output_depends_on_what_comes_later(what):
         found = torch.autograd.grad(y[:, t].square().sum(), given, retain_graph=True)
         assert all((gradient[:, t + 1 :] == 0).all() for gradient in found)  # exactly
         assert (found[0][:, [0, t]] != 0).any(-1).all()  # but it does on what came before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("l", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_state_that_is_given_in_half_precision_stays_in_it(dtype, l):
+    layer = Mamba2(d_model=16, d_state=16, headdim=16).to(DEVICE, dtype)
+    u = torch.randn(2, 6, 16, device=DEVICE).to(dtype)
+    _, (conv, ssm) = layer.step(u)
+    y, exact = layer.step(u[:, :l], Mamba2State(conv, ssm))
+    assert ssm.dtype == exact.ssm.dtype == torch.float32
+    half_y, half = layer.step(u[:, :l], Mamba2State(conv, ssm.to(dtype)))
+    assert half.ssm.dtype == dtype
+    epsilon = torch.finfo(dtype).eps  # the state is rounded twice, and y follows it
+    assert_close([half.ssm, half_y], [exact.ssm, y], 4 * epsilon)
 
 
 def test_a_layer_in_half_precision_keeps_its_state_in_float32():
@@ -1343,15 +1367,20 @@ def test_the_outputs_are_those_that_were_asked_for():
 
 
 @torch.no_grad()
-def test_logits_to_keep_are_a_part_of_all_logits_and_of_the_loss():
+def test_logits_to_keep_are_a_part_of_all_logits():
     model, ids = tiny(dtype=torch.float64), tokens(2, 9)
     logits = model(ids).logits
     chosen = torch.tensor([0, 3, 8], device=DEVICE)
     for keep, kept in ((1, logits[:, -1:]), (4, logits[:, -4:]), (chosen, logits[:, chosen])):
         assert_close(model(ids, logits_to_keep=keep).logits, kept, F64)
-    output = model(ids, labels=ids, logits_to_keep=4)
-    expected = F.cross_entropy(logits[:, -4:-1].flatten(0, 1), ids[:, -3:].flatten())
-    assert_close(output.loss, expected, F64)
+        assert_close(model(ids, logits_to_keep=keep, segment_length=2).logits, kept, F64)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    for keep in (None, 0, 1, 4, chosen):  # says nothing about the loss
+        assert_close(model(ids, labels=ids, logits_to_keep=keep).loss, loss, F64)
+    model.train()  # where logits beside a loss are rarely wanted, and large
+    assert model(ids, labels=ids).logits is None
+    assert_close(model(ids).logits, logits, F64)
+    assert_close(model(ids, labels=ids, logits_to_keep=0).logits, logits, F64)
 
 
 BAD_ARGUMENTS = [
@@ -1472,6 +1501,13 @@ def padded():
     return ids, mask, labels
 
 
+def packed():
+    """Several sequences in each row of `padded`: their lengths, and seq_idx."""
+    lengths = [[1, 7, 12], [9, 10, 1], [3, 12, 5], [13, 6, 1], [10, 10], [8, 12]]
+    rows = [[i % 2 for i, n in enumerate(row) for _ in range(n)] for row in lengths]
+    return lengths, torch.tensor(rows, device=DEVICE)  # where labels come again: 0 1 0
+
+
 def summed_loss(logits, labels):
     """The loss of one sequence, and how many tokens it predicts."""
     labels = labels[1:]
@@ -1523,10 +1559,7 @@ def test_packed_sequences_give_what_they_give_apart(masked):
     ids, mask, labels = padded()
     if not masked:
         mask = torch.ones_like(mask)
-    lengths = [[1, 7, 12], [9, 10, 1], [3, 12, 5], [13, 6, 1], [10, 10], [8, 12]]
-    seq_idx = torch.tensor(  # labels may come again: 0 1 0
-        [[i % 2 for i, n in enumerate(row) for _ in range(n)] for row in lengths], device=DEVICE
-    )
+    lengths, seq_idx = packed()
     output = model(ids, mask if masked else None, labels=labels, seq_idx=seq_idx)
     documents, logits = [], []
     for row, parts in enumerate(zip(ids, labels, mask.bool(), output.logits, strict=True)):
@@ -1880,6 +1913,214 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
     assert len(calls) == 4
 
 
+def test_reentrant_checkpoints_are_refused():
+    model = tiny()
+    for kwargs in (dict(use_reentrant=True), dict(preserve_rng_state=False)):
+        with pytest.raises(ValueError, match="must have use_reentrant = False"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+# --------------------------------------------------------------------------------- long sequences
+
+
+SEGMENTS = [1, 3, 7, 19, 20, 100, "auto"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_segments_of_any_length_give_loss_and_gradients_of_the_whole(masked, apart, layer_by_layer):
+    model = tiny(dtype=torch.float64, **ALL).train()
+    ids, mask, labels = padded()
+    states = model(ids, use_cache=True).past_key_values.states
+    states = [Mamba2State(*map(torch.randn_like, state)) for state in states]
+    leaves = [model.get_input_embeddings()(ids), *tensors(states)]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    given = dict(attention_mask=mask if masked else None, seq_idx=packed()[1] if apart else None)
+    if layer_by_layer:
+        model.gradient_checkpointing_enable()
+
+    def results(segment_length):
+        parts = iter(leaves[1:])
+        output = model(
+            inputs_embeds=leaves[0],
+            labels=labels,
+            initial_states=[Mamba2State(next(parts), next(parts)) for _ in states],
+            segment_length=segment_length,
+            use_cache=True,
+            **given,
+        )
+        used = [p for p in model.parameters() if p is not model.get_input_embeddings().weight]
+        inputs = [*used, model.lm_head.weight, *leaves]
+        loss = output.loss + sum(t.square().sum() for t in tensors(output.past_key_values.states))
+        return [output.loss, *tensors(output.past_key_values.states)], gradients(loss, inputs)
+
+    expected = results(0)
+    for segment_length in SEGMENTS:
+        found = results(segment_length)
+        assert_close(found, expected, 1e-12, case=segment_length)
+
+
+def test_segments_add_up_gradients_over_batches_and_from_token_ids():
+    model = tiny(dtype=torch.float64, **ALL).train()
+    ids, mask, labels = padded()
+    total = (labels != -100).sum()
+
+    def results(segment_length):
+        model.zero_grad()
+        for rows in (slice(0, 2), slice(2, 6)):
+            given = dict(attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=total)
+            model(ids[rows], segment_length=segment_length, **given).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = results(0)
+    for segment_length in SEGMENTS:
+        assert_same_gradients(results(segment_length), expected, 1e-12)
+    model.config.segment_length = 3  # None, in a call, is the config's choice
+    calls = []
+    model.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert_same_gradients(results(None), expected, 1e-12)
+    assert len(calls) == 2 * 2 * 7  # batches, times forward and again, times segments
+
+
+def test_many_segments_in_autocast_cost_no_more_than_one():
+    exact, ids = tiny(dtype=torch.float64).train(), tokens(1, 400)
+    expected = model_gradients(exact, exact(ids, labels=ids).loss)
+    model, errors = tiny().train(), []
+    for segment_length in (0, 2):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = model(ids, labels=ids, segment_length=segment_length).loss
+        found = model_gradients(model, loss)
+        errors.append(
+            {n: ((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected}
+        )
+    # 200 gradients that are added up in bfloat16 would cost several times as much.
+    for name, error in errors[0].items():
+        assert errors[1][name] < 1.2 * error + 1e-3, name
+
+
+def peak(model, run):
+    """Bytes alive at most in `run().backward()`, above those of weights and gradients."""
+    model.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = None
+    with Bytes() as watch:
+        run().backward()
+    # Views of the weights count among the bytes too.
+    return watch.peak - 2 * sum(p.nbytes for p in model.parameters())
+
+
+def grid_loss(model, ids, group, length):
+    """The loss with checkpoints of cells of `group` layers by `length` positions, to compare with.
+
+    This is multi-axis gradient checkpointing (arXiv 2411.19460), in our chunked cross entropy.
+    """
+
+    def cell(layers, h, states):
+        new = []
+        for layer, state in zip(layers, states, strict=True):
+            h, state = layer(h, state)
+            new.append(state)
+        return h, new
+
+    backbone = model.backbone
+    segments = [*backbone.embeddings(ids).split(length, dim=1)]
+    for i in range(0, len(backbone.layers), group):
+        layers, states = backbone.layers[i : i + group], [None] * group
+        for j, h in enumerate(segments):
+            segments[j], states = checkpoint(cell, layers, h, states, use_reentrant=False)
+    h = backbone.norm_f(torch.cat(segments, dim=1))
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    return model._summed_loss(h, targets) / (ids.shape[1] - 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_states_and_their_gradients_keep_nothing_longer_alive(masked):
+    layer = make_layer()
+    u, state = layer_inputs(layer, 2, 50)
+    _, new = layer.step(u, state, torch.rand(2, 50, device=DEVICE) < 0.8 if masked else None)
+    for tensor in (*new, *torch.autograd.grad(sum(t.square().sum() for t in new), state)):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_memory_grows_as_the_square_root_of_the_length():
+    sizes = dict(hidden_size=64, head_dim=64, state_size=16, num_hidden_layers=8, vocab_size=256)
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(Mamba2Config(**sizes)).train()
+    model.gradient_checkpointing_enable()
+    ids = tokens(1, 2**15, vocabulary=256).cpu()
+
+    def bounded(l):
+        return peak(model, lambda: model(ids[:, :l], labels=ids[:, :l], segment_length="auto").loss)
+
+    peaks = {l: bounded(l) for l in (2**k for k in range(10, 16))}
+    for l in list(peaks)[1:]:
+        assert peaks[l] <= 1.5 * peaks[l // 2], (l, peaks)
+    l = 2**14
+    layers = peak(model, lambda: model(ids[:, :l], labels=ids[:, :l]).loss)
+    grid = peak(model, lambda: grid_loss(model, ids[:, :l], 4, 512))  # the best of nine cells
+    print("bounded:", peaks, "layers:", layers, "grid:", grid)
+    assert peaks[l] <= layers / 10 and peaks[l] <= grid / 3
+
+
+def test_no_logits_of_the_whole_sequence_exist_where_only_the_loss_is_wanted():
+    model = tiny(vocab_size=1000).train()
+    ids = tokens(1, 500)
+    with Bytes() as watch:
+        model(ids, labels=ids).loss.backward()
+    assert watch.largest < 500 * 1000 * 4 / 4  # a quarter of them, in float32
+
+
+@torch.no_grad()
+def test_a_long_text_is_evaluated_and_read_in_the_memory_of_one_segment():
+    model, ids = tiny(), tokens(1, 4096)
+    whole = model(ids, labels=ids)
+    peaks = []
+    for l in (1024, 4096):
+        given = dict(labels=ids[:, :l], segment_length=64)
+        with Bytes() as watch:
+            output = model(ids[:, :l], **given)
+        peaks.append(watch.peak - 8 * 5 * l)  # ids, targets, and what these are made of
+        assert output.logits is None
+    assert_close(output.loss, whole.loss, F32)
+    assert_same_state(output.past_key_values, whole.past_key_values, F32)
+    assert peaks[1] <= 1.05 * peaks[0]
+    last = model(ids, segment_length=64, logits_to_keep=3)
+    assert_close(last.logits, whole.logits[:, -3:], F32)
+
+
+def test_progress_is_shown_over_both_passes_of_each_segment(capsys):
+    model, ids = tiny().train(), tokens(1, 20)
+    model(ids, labels=ids, segment_length=5, progress=True).loss.backward()
+    assert "8/8" in capsys.readouterr().err
+    with torch.no_grad():
+        model(ids, segment_length=5, progress=True)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_segments_that_make_no_sense_are_errors():
+    model, ids = tiny(), tokens(1, 20)
+    for length in (-1, 2.5, "all", True):
+        with pytest.raises(ValueError, match=f"segment_length = {length!r}.*must be a number"):
+            model(ids, segment_length=length)
+        with pytest.raises(ValueError, match=f"segment_length = {length!r}.*must be a number"):
+            Mamba2Config(segment_length=length)
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        model(ids, segment_length=5, output_hidden_states=True)
+    assert model(ids, segment_length=20, output_hidden_states=True).hidden_states is not None
+
+
+def test_the_trainer_trains_in_segments(tmp_path):
+    tokenizer, data = byte_data()
+    for collator in collators(tokenizer):
+        runs = []
+        for segment_length in (0, 7):
+            model = tiny(vocab_size=384, dtype=torch.float64, segment_length=segment_length)
+            model, losses = train(tmp_path, collator, data, model, gradient_checkpointing=True)
+            runs.append([torch.tensor(losses), *model.parameters()])
+        assert_close(runs[1], runs[0], F64)
+
+
 TARGETS = {"in": ["in_proj"], "out": ["out_proj"], "both": ["in_proj", "out_proj"], "all": None}
 
 
@@ -1975,6 +2216,11 @@ def test_the_whole_model_compiles_into_one_graph():
         assert_close(actual.logits, expected.logits, F32)
         if expected.past_key_values:
             assert_same_state(actual.past_key_values, expected.past_key_values, F32)
+    model.train()
+    given = dict(input_ids=tokens(1, 50), labels=tokens(1, 50))  # more rows than a chunk of logits
+    with torch.enable_grad():
+        expected, actual = (model_gradients(model, f(**given).loss) for f in (model, compiled))
+    assert_same_gradients(actual, expected, F32)
 
 
 # ---------------------------------------------------------------------------- saving and loading
@@ -2257,7 +2503,7 @@ CUDA = DEVICE.type == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 111
+PASSED_IN_THE_INTERPRETER = 136
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -2451,23 +2697,31 @@ def test_kernel_convolution_rounds_a_state_to_the_dtype_of_x_as_its_twin_does():
 
 
 @needs_kernels
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
-def test_kernel_gated_norm_is_its_twin_in_values_and_gradients(dtype, groups):
+def test_kernel_norm_is_its_twin_in_values_and_gradients(dtype, groups, gated):
     shapes = [(3, 64, 0), (1, 100, 0), (7, 96, 200), (5, 1536, 1600)]
     if CUDA:
         shapes += [(1, 1536, 3352), (4096, 1536, 3352), (1000, 5120, 10576), (33, 8192, 18560)]
         shapes += [(65, 1000, 1001), (63, 1032, 0), (130, 768, 0), (9, 2560, 0)]
     for rows, d, width in shapes:
-        gate = torch.randn(1, rows, width or d, device=DEVICE).to(dtype)[..., :d]
+        wide = torch.randn(1, rows, width or d, device=DEVICE)[..., :d]
         for x_dtype in {dtype, torch.float32}:
             weight = torch.randn(d, device=DEVICE).to(dtype if rows % 2 else torch.float32)
-            x = torch.randn(1, rows, d, device=DEVICE).to(x_dtype)
-            case, limit = f"{rows} rows of {d} in {width}, x {x_dtype}", KERNEL_SMALL[dtype]
-            inputs = dict(x=x, gate=gate, weight=weight)
-            assert_kernel_right("rms_norm", inputs, limit, case, eps=1e-5, groups=groups)
-            y = mamba2.rms_norm(x, weight, 1e-5, gate=gate, groups=groups)
-            assert y.dtype == dtype, "the norm's result has the gate's dtype"
+            x = torch.randn(1, rows, d, device=DEVICE) if gated else wide
+            inputs = dict(x=x.to(x_dtype), weight=weight)
+            if gated:
+                inputs["gate"] = wide.to(dtype)
+            result = dtype if gated else weight.dtype
+            case = f"{rows} rows of {d} in {width}, x {x_dtype}, weight {weight.dtype}"
+            loose = {key: KERNEL_SMALL[t.dtype] for key, t in (("d x", inputs["x"]),)}
+            loose = loose | {"output 0": KERNEL_SMALL[result]} if not gated else {}
+            assert_kernel_right(
+                "rms_norm", inputs, KERNEL_SMALL[dtype], case, loose=loose, eps=1e-5, groups=groups
+            )
+            y = mamba2.rms_norm(**inputs, eps=1e-5, groups=groups)
+            assert y.dtype == result, "the result has the gate's dtype, or the weight's"
 
 
 def kernel_layer(dtype, **options):
@@ -2484,7 +2738,7 @@ def counted(monkeypatch):
     """The names of the operations that the kernels run in here."""
     ran = []
     with monkeypatch.context() as patch:
-        for name in ("ssd", "causal_conv1d", "rms_norm"):
+        for name in ("ssd", "causal_conv1d", "rms_norm", "layer_step"):
             operation = getattr(mamba2.kernels, name)
 
             def counting(*args, name=name, operation=operation, **options):
@@ -2525,6 +2779,187 @@ def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(dtype, monkeyp
             assert relative_error(f, w) <= 3 * relative_error(p, w) + limit, f"{cuts} [{i}]"
 
 
+KERNEL_STEP = {  # rows, and options of the layer
+    "one group": (3, {}),
+    "groups, biases, a limit": (2, dict(ngroups=2, d_conv=3, bias=True, dt_limit=(0.01, 0.05))),
+    "a group for each head": (
+        1,
+        dict(d_model=32, headdim=16, ngroups=4, d_conv=2, conv_bias=False),
+    ),
+    "odd sizes, one tap": (2, dict(d_model=36, headdim=24, d_state=20, ngroups=1, d_conv=1)),
+}
+if CUDA:
+    KERNEL_STEP["130m"] = 1, dict(d_model=768)
+    KERNEL_STEP["2.7b"] = 64, dict(d_model=2560)  # a full GPU
+    KERNEL_STEP["codestral"] = 8, dict(d_model=4096, ngroups=8)
+    KERNEL_STEP["d_state 256"] = 40, dict(d_model=512, headdim=128, d_state=256)
+
+
+def kernel_step_inputs(dtype, state_dtype, rows, options):
+    """A layer, the same in float64, and what is between its projections for one token."""
+    layer, exact = kernel_layer(dtype, **options)
+    draw = dict(device=DEVICE)
+    wide = torch.randn(rows, 1, sum(layer.widths), **draw)
+    wide[..., -layer.widths[2] :] *= 8  # steps from 1e-12 to 30
+    _, xBC, dt = wide.to(dtype).split(layer.widths, -1)
+    heads = (layer.config.num_heads, layer.config.head_dim, layer.config.state_size)
+    conv = torch.randn(rows, layer.config.conv_kernel - 1, layer.widths[1], **draw).to(dtype)
+    state = Mamba2State(conv, torch.randn(rows, *heads, **draw).to(state_dtype))
+    with torch.no_grad():
+        for parameter in (layer.A_log, layer.D, layer.dt_bias):
+            parameter.add_(torch.randn_like(parameter))
+    for name in ("A_log", "D", "dt_bias"):
+        getattr(exact, name).data = getattr(layer, name).data.double()
+    return layer, exact, xBC, dt, state
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_STEP)
+@pytest.mark.parametrize("state_dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_kernel_step_is_the_layer_in_float64_for_one_token(dtype, state_dtype, case, monkeypatch):
+    layer, exact, xBC, dt, state = kernel_step_inputs(dtype, state_dtype, *KERNEL_STEP[case])
+    before = [t.clone() for t in state]
+    with torch.no_grad(), counted(monkeypatch) as ran, poisoned():
+        y, new = layer._mix(xBC, dt, state, None, None)
+    assert ran == ["layer_step"] and identical(state, before)
+    assert (y.dtype, new.conv.dtype, new.ssm.dtype) == (dtype, dtype, state_dtype)
+    with torch.no_grad():
+        wide = [t.double() for t in (xBC, dt, *state)]
+        want, exact_new = exact._mix(*wide[:2], Mamba2State(*wide[2:]), None, None)
+    # x, B and C are rounded to the dtype behind the convolution, y once more, the state to its own.
+    limit = 4 * KERNEL_SMALL[dtype]
+    assert relative_error(y, want) <= limit
+    assert torch.equal(new.conv.double(), exact_new.conv)
+    assert relative_error(new.ssm, exact_new.ssm) <= max(limit, KERNEL_SMALL[state_dtype])
+
+
+@needs_kernels
+def test_kernel_step_keeps_the_digits_of_small_steps():
+    layer, exact, xBC, dt, state = kernel_step_inputs(torch.float32, torch.float32, 2, {})
+    empty = Mamba2State(state.conv, torch.zeros_like(state.ssm))
+    small = -8 - 8 * torch.rand_like(dt) - layer.dt_bias.detach()  # steps from 1e-7 to 3e-4
+    with torch.no_grad():
+        _, new = layer._mix(xBC, small, empty, None, None)
+        wide = Mamba2State(*(t.double() for t in empty))
+        _, want = exact._mix(xBC.double(), small.double(), wide, None, None)
+    errors = (new.ssm - want.ssm).norm(dim=(2, 3)) / want.ssm.norm(dim=(2, 3))  # for each head
+    assert errors.max() <= 1e-5
+
+
+@needs_kernels
+def test_kernel_step_goes_on_like_the_layer_and_writes_where_it_is_told_to(monkeypatch):
+    monkeypatch.setattr(mamba2.kernels, "_said", set())
+    layer, _ = kernel_layer(HALF)
+    u = torch.randn(2, 6, layer.config.d_model, device=DEVICE).to(HALF)
+    with torch.no_grad():
+        want, end = layer.step(u)
+        y, start = layer.step(u[:, :2])
+        with counted(monkeypatch) as ran:
+            ys, state = in_pieces(lambda t, s: layer.step(u[:, 2:][:, t], s), 4, start, [1, 2, 3])
+    assert ran.count("layer_step") == 4 and "ssd" not in ran
+    for f, w in zip((torch.cat([y, ys], 1), *state), (want, *end), strict=True):
+        assert relative_error(f, w) <= 1e-2
+
+    weights = (layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D)
+    _, xBC, dt = torch.randn(2, 1, sum(layer.widths), device=DEVICE).to(HALF).split(layer.widths, 2)
+    with torch.no_grad():
+        expected = mamba2.kernels.layer_step(xBC, dt, *start, *weights)
+        out = torch.full_like(start.conv, torch.nan), start.ssm
+        found = mamba2.kernels.layer_step(xBC, dt, *start, *weights, out=out)
+        assert identical(found, expected) and found[1] is out[0] and found[2] is start.ssm
+        for refused, reason in (
+            ((start.conv, start.ssm), "out.0. is conv"),
+            ((out[0].double(), start.ssm), "out.0. is not bfloat16"),
+            ((out[0], start.ssm.to(HALF)), "dtypes"),
+            ((out[0], start.ssm.mT.contiguous().mT), "contiguous"),
+            ((out[0][:, 1:], start.ssm), "shape of out.0."),
+        ):
+            with pytest.raises(ValueError, match=rf"{reason}.*; mamba2\.Mamba2 takes any tensors"):
+                mamba2.kernels.layer_step(xBC, dt, *start, *weights, out=refused)
+
+
+@needs_kernels
+def test_kernel_step_leaves_to_the_layer_what_is_not_one_token_without_gradients(monkeypatch):
+    layer, exact = kernel_layer(torch.float32)
+    u = torch.randn(2, 2, layer.config.d_model, device=DEVICE)
+    _, state = layer.step(u)
+    state = Mamba2State(*(t.detach() for t in state))
+    mask = torch.tensor([[1], [0]], device=DEVICE)
+    one = u[:, :1]
+    with counted(monkeypatch) as ran, warnings.catch_warnings():
+        warnings.filterwarnings("error", "plain PyTorch runs")
+        layer.step(one, state)  # wants gradients
+        with torch.no_grad():
+            layer.step(u, state)
+            layer.step(one)  # has no state
+            layer.step(one[:, :0], state)
+            layer.step(one, state, mask)
+            exact.step(one.double(), Mamba2State(*(t.double() for t in state)))
+        assert "layer_step" not in ran
+        with torch.no_grad():
+            layer.step(one, state)
+            layer.step(one, state, seq_idx=mask)  # a label alone is no border
+    assert ran.count("layer_step") == 2
+
+
+@needs_kernels
+def test_kernel_step_is_captured_whole_by_torch_compile_for_any_number_of_rows():
+    layer, _ = kernel_layer(HALF)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    torch._dynamo.reset()
+    step = torch.compile(layer.step, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for rows in (2, 3, 5):
+            u = torch.randn(rows, 5, layer.config.d_model, device=DEVICE).to(HALF)
+            _, state = layer.step(u)
+            found, want = step(u[:, :1], state), layer.step(u[:, :1], state)
+            for f, e in zip(tensors(found), tensors(want), strict=True):
+                assert relative_error(f, e) <= 1e-2
+    for graph in graphs:
+        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graph) == 1
+
+
+@needs_kernels
+@needs_cuda
+def test_kernel_step_decodes_in_a_cuda_graph_with_the_bits_of_the_layer():
+    layer, _ = kernel_layer(torch.bfloat16)
+    us = torch.randn(5, 2, 1, layer.config.d_model, device=DEVICE, dtype=torch.bfloat16)
+    weights = (layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D)
+    with torch.no_grad():
+        _, state = layer.step(us[0])
+        state = Mamba2State(state.conv, state.ssm.bfloat16())
+        static, conv, ssm = us[0].clone(), state.conv.clone(), state.ssm.clone()
+
+        def step():
+            z, xBC, dt = layer.in_proj(static).split(layer.widths, dim=-1)
+            out = torch.empty_like(conv), ssm
+            y, new_conv, _ = mamba2.kernels.layer_step(xBC, dt, conv, ssm, *weights, out=out)
+            conv.copy_(new_conv)
+            return layer.out_proj(layer.norm(y, gate=z))
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
+        conv.copy_(state.conv)
+        ssm.copy_(state.ssm)
+        for u in us:
+            static.copy_(u)
+            graph.replay()
+            want, state = layer.step(u, state)
+            assert identical((y, conv, ssm), (want, *state))
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
 def test_kernel_results_have_the_same_bits_twice(dtype):
@@ -2540,6 +2975,7 @@ def test_kernel_results_have_the_same_bits_twice(dtype):
             ("ssd", inputs, [draws[0], torch.randn_like(inputs["initial_state"])], {}),
             ("causal_conv1d", dict(x=x, weight=weight), [gate, x[:, :3]], {}),
             ("rms_norm", dict(x=x, gate=gate, weight=weight[:, 0]), [gate], dict(eps=1e-5)),
+            ("rms_norm", dict(x=x, weight=weight[:, 0]), [gate], dict(eps=1e-5)),
         ]
         return [
             run_with_gradients(getattr(mamba2.kernels, name), given, cotangents, **static)
@@ -2570,7 +3006,7 @@ def test_kernel_layer_is_captured_whole_by_torch_compile(monkeypatch):
     torch._dynamo.reset()
     found = everything(torch.compile(layer.step, fullgraph=True, backend=backend))
     assert len(graphs) == 1
-    for name in ("ssd", "causal_conv1d", "gated_rms_norm"):
+    for name in ("ssd", "causal_conv1d", "rms_norm"):
         assert sum(f"{mamba2.kernels.NAMESPACE}.{name}" in target for target in graphs[0]) == 1
     for f, e in zip(found, everything(layer.step), strict=True):
         assert relative_error(f, e) <= (1e-2 if CUDA else 1e-6)
@@ -2670,7 +3106,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
     x, weight = torch.randn(2, 5, 8, device=DEVICE), torch.randn(8, 4, device=DEVICE)
     conv, norm = mamba2.kernels.takes_causal_conv1d, mamba2.kernels.takes_rms_norm
     w = weight[:, 0]
-    assert conv(x, weight) and norm(x, w, 1e-5, gate=x)
+    assert conv(x, weight) and norm(x, w, 1e-5, gate=x) and norm(x, w, 1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for refused in (
@@ -2684,7 +3120,7 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
             conv(x, weight, initial_state=x),
             conv(x, weight, seq_idx=x[..., 0]),
             conv(None, weight),
-            norm(x, w, 1e-5),
+            norm(x, None, 1e-5),
             norm(x.double(), w, 1e-5, gate=x),
             norm(x, w, 1e-5, gate=x[:1]),
             norm(x, w[1:], 1e-5, gate=x),
@@ -2708,10 +3144,27 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
         assert part in str(warning.message)
     for refuse in (
         lambda: mamba2.kernels.causal_conv1d(x, torch.randn(8, 5, device=DEVICE)),
-        lambda: mamba2.kernels.rms_norm(x, w, 1e-5),
+        lambda: mamba2.kernels.rms_norm(wide, wide[0, 0], 1e-5),
     ):
         with pytest.raises(ValueError, match="takes any tensors"):
             refuse()
+
+
+@needs_kernels
+def test_kernels_leave_a_layer_to_its_twins_in_transforms_of_torch_func(monkeypatch):
+    layer, _ = kernel_layer(torch.float32)
+    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (u,)).square().sum()
+
+    with counted(monkeypatch) as ran:
+        found = torch.func.grad(loss)(parameters)
+    want = torch.autograd.grad(layer(u).square().sum(), list(layer.parameters()))
+    assert not ran
+    for f, w in zip(found.values(), want, strict=True):  # A's are sums of terms that cancel
+        assert relative_error(f, w) <= 1e-4
 
 
 @needs_kernels
@@ -2910,5 +3363,76 @@ def benchmark():
             print("{:>38,} tokens {:6.2f} {:8.2f}".format(*row))
 
 
+SHAPES = {
+    "130m": dict(d_model=768, n_layer=24),
+    "370m": dict(d_model=1024, n_layer=48),
+    "780m": dict(d_model=1536, n_layer=36),
+    "1.3b": dict(d_model=2048, n_layer=48),
+    "2.7b": dict(d_model=2560, n_layer=64),
+}
+
+
+def benchmark_training(shape, lengths, methods):
+    """A step of training on one sequence: bfloat16 autocast, float32 weights, fused AdamW."""
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name(), torch.__version__, "mamba2-" + shape)
+    with DEVICE:
+        model = Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape])).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
+
+    def step(l, segment_length):
+        ids = torch.randint(50_000, (1, l), device=DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = model(ids, labels=ids, segment_length=segment_length).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()  # waits for the GPU
+
+    print("   length  segment  layers     peak GB    tokens/s")
+    for l in lengths:
+        for method in methods:
+            segments, layers = {
+                "plain": (0, False),
+                "layers": (0, True),
+                "segments": ("auto", False),
+                "both": ("auto", True),
+            }[method]
+            if layers:
+                model.gradient_checkpointing_enable()
+            else:
+                model.gradient_checkpointing_disable()
+            length = model._segment_length(segments, l)
+            row = f"{l:9,} {length:8,}  {'again' if layers else 'kept '} "
+            try:
+                step(min(l, 2 * length, 2**15), min(length, 2**14))  # compiles, makes the states
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                step(l, segments)
+                seconds = time.perf_counter() - start
+                row += f"{torch.cuda.max_memory_allocated() / 1e9:12.1f} {l / seconds:11,.0f}"
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad()
+                row += "   out of memory"
+            print(row, flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("cpu", help="against transformers' own Mamba-2, on the CPU (the default)")
+    training = commands.add_parser("training", help="memory and speed on long sequences, on a GPU")
+    training.add_argument("shape", choices=SHAPES)
+    training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
+    kinds = "plain,layers,segments,both"
+    training.add_argument("--methods", default=kinds, help=f"any of {kinds}", type=str)
+    arguments = parser.parse_args()
+    if arguments.command == "training":
+        benchmark_training(arguments.shape, arguments.lengths, arguments.methods.split(","))
+    else:
+        benchmark()
+
+
 if __name__ == "__main__":
-    benchmark()
+    main()
