@@ -1651,7 +1651,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         unfinished = torch.ones_like(ids[:, 0], dtype=torch.bool)
         tokens, overs = [], []
         logits, cache = output.logits[:, -1], output.past_key_values
-        graph = DecodingGraph.take(self, cache)
+        graph = DecodingGraph.take(self, cache) if config.max_length > ids.shape[1] + 1 else None
         try:
             for left in reversed(range(config.max_length - ids.shape[1])):
                 scores = logits_processor(ids, logits.float())
