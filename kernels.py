@@ -2349,8 +2349,8 @@ _step = _operation("layer_step", _step_forward, None, _step_fake, count=0)
 
 
 def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
-    required = {"xBC": xBC, "dt": dt, "conv": conv, "ssm": ssm, "weight": weight}
-    required |= {"dt_bias": dt_bias, "A_log": A_log, "D": D}
+    state, weights = {"conv": conv, "ssm": ssm}, {"dt_bias": dt_bias, "A_log": A_log, "D": D}
+    required = {"xBC": xBC, "dt": dt, **state, "weight": weight, **weights}
     reason = _unfit(required, {"bias": bias})
     if reason is not None:
         return reason
