@@ -2698,7 +2698,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 136
+PASSED_IN_THE_INTERPRETER = 140
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -2799,6 +2799,7 @@ KERNEL_SSD = {
     "Q - 1": dict(l=(1, -1), state=True),
     "Q": dict(l=(1, 0), D=(1,)),
     "Q + 1": dict(l=(1, 1), state=True),
+    "3 Q + 1, from zero": dict(l=(3, 1)),
     "3 Q + 7": dict(l=(3, 7), D=(1,), state=True),
     "groups, slices of one tensor": dict(l=(3, 7), h=4, g=2, sliced=True, state=True),
     "slices at odd addresses": dict(l=(1, 9), sliced="odd", seq=True),
@@ -2821,6 +2822,9 @@ SIZES = [(16, 16), (32, 128), (128, 64), (64, 256), (256, 32), (128, 256)] if CU
 KERNEL_SSD |= {
     f"headdim {p}, d_state {n}": dict(l=(2, 3), b=1, h=2, p=p, n=n, state=True, D=(1,), seq=True)
     for p, n in SIZES
+}
+KERNEL_SSD |= {
+    f"headdim {p}, d_state {n}, from zero": dict(l=(3, 3), b=1, h=2, p=p, n=n) for p, n in SIZES
 }
 
 
