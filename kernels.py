@@ -565,8 +565,8 @@ def scan_kernel(
     q = tl.arange(0, Q)
     mask_p = p < P
     mask_pn = mask_p[:, None] & (n < N)[None, :]
-    # Without an initial state (i_rows = 0) this reads nothing and gives zeros. The compiler must not
-    # know: where the state begins as a constant, Triton 3.6 gets y wrong in tf32 on Hopper.
+    # Without an initial state, i_rows is 0: this reads nothing and gives zeros. The compiler must not
+    # know. Where the state begins as a constant, Triton 3.6 gets y wrong in tf32 on Hopper.
     mask = (p < i_rows)[:, None] & mask_pn
     state_pn = load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask)
     if SEGMENTS:

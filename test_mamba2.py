@@ -3617,6 +3617,100 @@ def benchmark_training(shape, lengths, methods):
             print(row, flush=True)
 
 
+def seconds(functions, repeats=5):
+    """Median time of each function, as `milliseconds`, but until the GPU is done too."""
+
+    def finished(function):
+        def run():
+            function()
+            if CUDA:
+                torch.cuda.synchronize()
+
+        return run
+
+    return [1e-3 * time for time in milliseconds([finished(f) for f in functions], repeats)]
+
+
+def bytes_a_second():
+    """What a copy on this device reads and writes."""
+    source = torch.empty(2**28 if CUDA else 2**26, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds([lambda: target.copy_(source)])[0]
+
+
+def mamba_ssm_model(config, dtype):
+    """The original's model with the same sizes, or None where mamba_ssm is not installed."""
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    except ImportError:
+        return None
+    sizes = dict(d_model=config.d_model, n_layer=config.n_layer, vocab_size=config.vocab_size)
+    theirs = MambaConfig(**sizes, d_intermediate=0, ssm_cfg=dict(layer="Mamba2"))
+    return MambaLMHeadModel(theirs, device=DEVICE, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampling):
+    """Time of a prompt and of each token behind it, on a GPU in bfloat16, with CUDA graphs."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    if name in SHAPES:
+        with DEVICE:
+            model = Mamba2ForCausalLM(Mamba2Config(**SHAPES[name]))
+    else:
+        model = Mamba2ForCausalLM.from_pretrained(name)
+    model = model.to(DEVICE, dtype).eval()
+    model.generation_config.eos_token_id = None  # every text has the length that was asked for
+    ids = torch.randint(1, 50_000, (batch, prompt), device=DEVICE)
+    sampling = {option: value for option, value in sampling.items() if value is not None}
+    sampling["do_sample"] = bool(sampling)
+    if state_dtype is None:
+        cache = None
+    else:  # all but the last token of the prompt
+        cache = model.prefill(ids[:, :-1]).to(getattr(torch, state_dtype))
+
+    def streamed(count):
+        for _ in model.stream(ids, past_key_values=cache, max_new_tokens=count, **sampling):
+            pass
+
+    def generated(count):
+        model.generate(ids, past_key_values=cache, max_new_tokens=count, **sampling)
+
+    rows = {"model.stream": streamed, "model.generate": generated}
+    if (theirs := mamba_ssm_model(model.config, dtype)) is not None and not sampling["do_sample"]:
+        rows["mamba_ssm, cg=True"] = lambda count: theirs.generate(
+            ids, max_length=prompt + count, cg=True
+        )
+    weights = sum(weight.nbytes for weight in model.parameters())
+    states = sum(t.nbytes for t in tensors((cache or model.prefill(ids[:, :1])).states))
+    floor = (weights + 2 * states) / bytes_a_second()
+    where = torch.cuda.get_device_name() if CUDA else "CPU"
+    print(f"{where}, torch {torch.__version__}, {name}, {dtype}, batch {batch}, {sampling}")
+    print(f"weights {weights / 1e6:,.0f} MB, states {states / 1e6:,.1f} MB: at least", end=" ")
+    print(f"{1e3 * floor:.3f} ms a token at the speed of a copy")
+    print(f"{'':20} prompt of {prompt:,}: ms   ms a token    tokens/s   share of the floor")
+    for count in (new + 1, 1):  # once, for what is done once
+        for run in rows.values():
+            run(count)
+    times = seconds([functools.partial(run, n) for run in rows.values() for n in (1, new + 1)])
+    for row, first, all_ in zip(rows, times[::2], times[1::2], strict=True):
+        token = (all_ - first) / new
+        print(f"{row:20} {1e3 * first:18.2f} {1e3 * token:12.3f}", end=" ")
+        print(f"{batch / token:11,.0f} {100 * floor / token:18.0f} %", flush=True)
+
+    if contexts:
+        print("\n         context   prefill s   ms a token   MB of state")
+    for context in contexts:
+        ids = torch.randint(1, 50_000, (batch, context + 1), device=DEVICE)
+        (prefill,) = seconds([lambda: model.prefill(ids[:, :-1])], repeats=1)  # noqa: B023
+        cache = model.prefill(ids[:, :-1])
+        streamed(new)
+        first, all_ = seconds([functools.partial(streamed, n) for n in (1, new + 1)])
+        row = f"{context:16,} {prefill:11.3f} {1e3 * (all_ - first) / new:12.3f}"
+        print(row, f"{sum(t.nbytes for t in tensors(cache.states)) / 1e6:13.1f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
     commands = parser.add_subparsers(dest="command")
@@ -3626,9 +3720,23 @@ def main():
     training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
     kinds = "plain,layers,segments,both"
     training.add_argument("--methods", default=kinds, help=f"any of {kinds}", type=str)
+    generation = commands.add_parser("generation", help="time of a prompt, and of a token")
+    generation.add_argument("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
+    for option, default in dict(batch=1, prompt=100, new=256).items():
+        generation.add_argument(f"--{option}", type=int, default=default)
+    generation.add_argument("--contexts", default="", help="such as 100,1000,10000: is it flat?")
+    generation.add_argument("--state-dtype", help="such as bfloat16; float32 unless given")
+    options = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
+    for option, kind in options.items():
+        generation.add_argument(f"--{option.replace('_', '-')}", type=kind)
     arguments = parser.parse_args()
     if arguments.command == "training":
         benchmark_training(arguments.shape, arguments.lengths, arguments.methods.split(","))
+    elif arguments.command == "generation":
+        sizes = arguments.batch, arguments.prompt, arguments.new
+        contexts = [int(n) for n in arguments.contexts.split(",") if n]
+        sampling = {option: getattr(arguments, option) for option in options}
+        benchmark_generation(arguments.name, *sizes, contexts, arguments.state_dtype, sampling)
     else:
         benchmark()
 
