@@ -1777,6 +1777,7 @@ STREAMS = {
     "greedy": {},
     "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
     "penalised": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    "penalised and long": dict(repetition_penalty=1.5, max_new_tokens=150),
     "ended": dict(eos_token_id=[46, 57, 51], pad_token_id=3),
     "long enough": dict(eos_token_id=[46, 57, 51], pad_token_id=3, min_new_tokens=6),
 }
@@ -3562,6 +3563,52 @@ def benchmark():
             print("{:>38,} tokens {:6.2f} {:8.2f}".format(*row))
 
 
+def benchmark_errors():
+    """Each form of SSD in each dtype against the recurrence in float64: values and gradients."""
+    torch.manual_seed(0)
+    b, l, h, p, g, n = 2, 1000, 4, 64, 1, 128
+    draw = dict(device=DEVICE, dtype=torch.float64)
+    x, B, C = (torch.randn(b, l, *size, **draw) for size in ((h, p), (g, n), (g, n)))
+    dt, A = 10 ** (2 * torch.rand(b, l, h, **draw) - 3), -1 - 15 * torch.rand(h, **draw)
+    inputs = dict(x=x, dt=dt, A=A, B=B, C=C, D=torch.ones(h, **draw))
+    cotangents = [torch.randn_like(x), torch.randn(b, h, p, n, **draw)]
+    forms = {form.__name__: form for form in FORMS}
+    forms["ssd"] = functools.partial(without_kernels, ssd)
+    if CUDA and mamba2.kernels is not None:
+        forms["kernels.ssd"] = mamba2.kernels.ssd
+    where = torch.cuda.get_device_name() if CUDA else "CPU"
+    print(
+        f"{where}, torch {torch.__version__}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are"
+    )
+    print("norms of differences over norms; state and sums are float32 at least in every form")
+    print(f"{'':16} {'':10} {'y':>9} {'state':>9}   largest of a gradient")
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        # As in a layer: x, B and C in the dtype, and all else in float32 at least. What is compared
+        # with has the same rounded inputs.
+        high = torch.promote_types(dtype, torch.float32)
+        given = {k: t.to(dtype if k in "xBC" else high) for k, t in inputs.items()}
+        rounded = [cotangents[0].to(dtype), cotangents[1].to(high)]
+        doubles = {k: t.double() for k, t in given.items()}
+        exact = run_with_gradients(recurrence, doubles, [t.double() for t in rounded])
+        for name, form in forms.items():
+            if name == "kernels.ssd" and dtype == torch.float64:
+                continue
+            found = run_with_gradients(form, given, rounded)
+            errors = {key: relative_error(found[key], exact[key]) for key in exact}
+            y, state = errors.pop("output 0"), errors.pop("output 1")
+            worst = max(errors, key=errors.get)
+            row = f"{name:16} {str(dtype)[6:]:10} {y:9.1e} {state:9.1e}"
+            print(row, f"{errors[worst]:9.1e} ({worst})", flush=True)
+
+
+def without_kernels(form, *args, **options):
+    kernels, mamba2.kernels = mamba2.kernels, None
+    try:
+        return form(*args, **options)
+    finally:
+        mamba2.kernels = kernels
+
+
 SHAPES = {
     "130m": dict(d_model=768, n_layer=24),
     "370m": dict(d_model=1024, n_layer=48),
@@ -3715,6 +3762,7 @@ def main():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("cpu", help="against transformers' own Mamba-2, on the CPU (the default)")
+    commands.add_parser("errors", help="of every form of SSD in every dtype, against float64")
     training = commands.add_parser("training", help="memory and speed on long sequences, on a GPU")
     training.add_argument("shape", choices=SHAPES)
     training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
@@ -3732,6 +3780,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.command == "training":
         benchmark_training(arguments.shape, arguments.lengths, arguments.methods.split(","))
+    elif arguments.command == "errors":
+        benchmark_errors()
     elif arguments.command == "generation":
         sizes = arguments.batch, arguments.prompt, arguments.new
         contexts = [int(n) for n in arguments.contexts.split(",") if n]
