@@ -3612,7 +3612,7 @@ def without_kernels(form, *args, **options):
 SHAPES = {
     "130m": dict(d_model=768, n_layer=24),
     "370m": dict(d_model=1024, n_layer=48),
-    "780m": dict(d_model=1536, n_layer=36),
+    "780m": dict(d_model=1536, n_layer=48),
     "1.3b": dict(d_model=2048, n_layer=48),
     "2.7b": dict(d_model=2560, n_layer=64),
 }
