@@ -1670,6 +1670,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _tokens(self, ids, output, logits_processor, stopping_criteria, config):
         """Yield tokens (b) behind the prompt `ids` (b, l), which gave `output`."""
+        text, length = F.pad(ids, (0, 64)), ids.shape[1]
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
         every = 8 if ids.is_cuda else 1
         unfinished = torch.ones_like(ids[:, 0], dtype=torch.bool)
@@ -1678,16 +1679,18 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         graph = DecodingGraph.take(self, cache) if config.max_length > ids.shape[1] + 1 else None
         try:
             for left in reversed(range(config.max_length - ids.shape[1])):
-                scores = logits_processor(ids, logits.float())
+                scores = logits_processor(text[:, :length], logits.float())
                 if config.do_sample:
                     token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
                 else:
                     token = scores.argmax(-1)
                 if config._pad_token_tensor is not None:
                     token = torch.where(unfinished, token, config._pad_token_tensor)
-                ids = torch.cat([ids, token[:, None]], dim=1)
+                if length == text.shape[1]:  # rarely: no token has to wait for all before it
+                    text = F.pad(text, (0, length))
+                text[:, length], length = token, length + 1
                 for criterion in criteria:
-                    unfinished = unfinished & ~criterion(ids, scores)
+                    unfinished = unfinished & ~criterion(text[:, :length], scores)
                 tokens.append(token)
                 overs.append(~unfinished.any())
                 if not criteria:
