@@ -2458,9 +2458,9 @@ _middle = _operation("layer_middle", _middle_forward, _middle_backward, _middle_
 def _unfit_middle(
     zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
 ) -> str | None:
-    required = {"zxbcdt": zxbcdt, "weight": weight, "dt_bias": dt_bias, "A_log": A_log, "D": D}
-    optional = {"conv": conv, "ssm": ssm, "seq_idx": seq_idx, "bias": bias}
-    reason = _unfit(required | {"norm_weight": norm_weight}, optional)
+    heads = {"dt_bias": dt_bias, "A_log": A_log, "D": D}
+    required = {"zxbcdt": zxbcdt, "weight": weight, **heads, "norm_weight": norm_weight}
+    reason = _unfit(required, {"conv": conv, "ssm": ssm, "seq_idx": seq_idx, "bias": bias})
     if reason is not None:
         return reason
     if zxbcdt.ndim != 3 or weight.ndim != 3 or dt_bias.ndim != 1 or norm_weight.ndim != 1:
