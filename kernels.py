@@ -1,5 +1,5 @@
-"""Fused Triton kernels for mamba2.py: SSD, short convolution and norm, forward and backward, and
-one token of a layer.
+"""Fused Triton kernels for mamba2.py: SSD, short convolution and norm, alone and as one operation,
+forward and backward, and one token of a layer.
 
 `mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take
 over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the
@@ -12,8 +12,13 @@ call; without Triton or a GPU every answer is no. `python kernels.py` times all 
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
            └─────> z ───────────────────────────────────────────────────┴──> rms_norm
 
-For one token, without gradients, `layer_step` does all of the first line, from projection to y, in
-one kernel. Its twin is a few lines of the layer, not a function.
+A layer without a mask does all of this in one operation, `layer_middle`, with the same kernels: a
+small layer waits for the CPU longer than for the GPU. The operation answers None where it cannot,
+and then the three are asked one by one. For one token, without gradients, `layer_step` does all of
+the first line, from projection to y, in one kernel. The twins of these two are lines of the layer.
+
+    launches     forward     conv, prep, [segment], scan, norm
+                 backward    norm, prep, border, chunk, finish, conv, fold
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -56,6 +61,9 @@ dB and dC are summed on chip; no atomics anywhere, hence the same bits every tim
     series            └────> ddt, sums     the chain rule to dt; sums: one row for each chunk,
     sums ──────────_fold───> dA, dD        (b·c, h + size of dD) fp32
 
+In a layer `prep` and `finish` also do what lies between the layer's parameters and dt, A: softplus
+and its gradient, -exp(A_log) and its gradient.
+
 Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
 each of H, dH 671 MB: forward 0.69 GB (x, y and 1 % more; B and C stay in the L2 cache); backward
 border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory or from the L2
@@ -79,8 +87,9 @@ bytes that must move over the bandwidth of a device copy. Bytes per element of x
       without gate   x, out            4    x, dout, dx               6
     layer_step       state, new state  4    (an element of the state) -
 
-Nothing but inputs is kept for the backward: pre-activations and root mean squares are computed
-again from the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where
+Nothing but inputs is kept for the backward (of a layer's middle: the projection, and what lies
+between convolution, SSD and norm): pre-activations and root mean squares are computed again from
+the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where
 they lie: rows may be any distance apart, as in a slice of a wider projection, as long as the last
 dimension is contiguous.
 

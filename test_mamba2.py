@@ -2700,7 +2700,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 176
+PASSED_IN_THE_INTERPRETER = 177
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3100,6 +3100,20 @@ def test_kernel_middle_answers_none_where_it_cannot_run(case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mamba2.kernels.layer_middle(**(static | KERNEL_MIDDLE_REFUSED[case](inputs))) is None
+
+
+@needs_kernels
+def test_kernel_middle_takes_and_returns_a_state_in_other_dtypes_as_the_layer_does():
+    layer, _ = kernel_layer(HALF)
+    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE).to(HALF)
+    _, state = layer.step(u)
+    state = [t.detach() for t in state]
+    other = Mamba2State(state[0].float() * (1 + 1e-4), state[1].to(HALF))
+    y, new = layer.step(u, other)
+    assert (new.conv.dtype, new.ssm.dtype) == (HALF, HALF)
+    wide, wider = layer.step(u, Mamba2State(other.conv.to(HALF), other.ssm.float()))
+    assert wider.ssm.dtype == torch.float32
+    assert identical((y, *new), (wide, wider.conv, wider.ssm.to(HALF)))
 
 
 @needs_kernels
