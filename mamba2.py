@@ -68,9 +68,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 transformers_missing = None
@@ -851,7 +853,7 @@ class Mamba2(nn.Module):
         dt = torch.empty_like(A).uniform_(low, high).exp().clamp(min=config.time_step_floor)
         copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def step(self, u, state=None, mask=None, seq_idx=None):
+    def step(self, u, state=None, mask=None, seq_idx=None, group=None):
         """The layer on some tokens, from a state: prefill, resuming and decoding are this call.
 
         Args:
@@ -863,35 +865,41 @@ class Mamba2(nn.Module):
             seq_idx: (b, l) integers or None. Where it changes, another sequence begins, with an
                 empty state; `state` belongs to the sequence of the first position that is not
                 masked.
+            group: a process group, if each of its ranks has a slice of the sequence. u, mask and
+                seq_idx are the slice, l may differ; `state` is the same on every rank: the one in
+                front of the whole sequence. See `Slices`.
 
         Returns:
             y: (b, l, d), in the dtype of the projections.
-            state: Mamba2State, behind the last position. The one that was passed is unchanged;
-                gradients pass through both.
+            state: Mamba2State, behind the last position, which is the last slice's on every rank
+                of a group. The one that was passed is unchanged; gradients pass through both.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit; the message says what would.
         """
-        return self(u, state, mask, seq_idx, return_state=True)  # not forward: hooks have to run
+        return self(u, state, mask, seq_idx, group, return_state=True)  # so that hooks run
 
-    def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
+    def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         self._check(u, state, mask, seq_idx)
         if mask is not None:
             mask = mask.bool()
+        slices = Slices.of(group, self.config, u, mask, seq_idx, state=state is not None)
+        if mask is not None:
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
         z, xBC, dt = self.in_proj(u).split(self.widths, dim=-1)
-        y, state = self._mix(xBC, dt, state, mask, seq_idx)
+        y, state = self._mix(xBC, dt, state, mask, seq_idx, slices)
         y = self.out_proj(self.norm(y, gate=z))
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
         return (y, state) if return_state else y
 
-    def _mix(self, xBC, dt, state, mask, seq_idx):
+    def _mix(self, xBC, dt, state, mask, seq_idx, slices):
         """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
         (h, p, g, n), limit = self.sizes, self.config.time_step_limit
         conv, ssm = (None, None) if state is None else state
-        if kernels and mask is None and state is not None:  # a token is decoded by one kernel
+        # A token is decoded by one kernel.
+        if kernels and mask is None and state is not None and slices is None:
             weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
             token = (xBC, dt, conv, ssm, *weights)
             if kernels.takes_layer_step(*token, dt_limit=limit):
@@ -901,14 +909,17 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h), in dtype
         if limit != (0.0, math.inf):
             dt = dt.clamp(*limit)
+        if conv is None and (mask is not None or slices is not None):
+            conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
+        if slices is not None:
+            conv, conv_behind = slices.states_of_convolution(xBC, conv, self.conv1d)
         if mask is not None:
-            if conv is None:
-                conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
             xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
 
         xBC, conv = self.conv1d(xBC, conv, seq_idx)
         x, B, C = xBC.split([h * p, g * n, g * n], dim=-1)
-        y, new_ssm = ssd(
+        scan = ssd if slices is None else functools.partial(ssd_of_slice, slices=slices)
+        y, new_ssm = scan(
             x.unflatten(2, (h, p)),  # (b, l, h, p)
             dt,
             -torch.exp(self.A_log.to(dtype)),
@@ -926,7 +937,7 @@ class Mamba2(nn.Module):
         y = y.flatten(2)  # (b, l, h p)
         if mask is not None:
             y = _take(y, back)
-        return y, Mamba2State(conv, new_ssm)
+        return y, Mamba2State(conv if slices is None else conv_behind, new_ssm)
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
@@ -1009,8 +1020,8 @@ class Mamba2Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = Mamba2(config)
 
-    def forward(self, h, state=None, mask=None, seq_idx=None):
-        y, state = self.mixer(self.norm(h), state, mask, seq_idx, return_state=True)
+    def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
+        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
         return h + y, state
 
 
@@ -1257,6 +1268,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         *,
         seq_idx=None,
         initial_states=None,
+        group=None,
         output_attentions=None,
     ):
         """Run the model on some tokens, from a cache if there is one.
@@ -1273,6 +1285,10 @@ class Mamba2Model(Mamba2PreTrainedModel):
                 begins. With a cache, also where it changes from the last call to this one.
             initial_states: a Mamba2State for each layer to start from, such as trained ones; the
                 same as past_key_values=Mamba2Cache(initial_states).
+            group: a process group, if each of its ranks has a slice of the sequence. Then all that
+                is (b, l, ...) here is of the slice, and what is passed as cache or states is the
+                same on every rank: what is in front of the first slice. The cache that is returned
+                is behind the last slice, on every rank. See `Slices`.
             output_attentions: accepted for transformers' sake; there are none.
 
         Returns:
@@ -1303,8 +1319,14 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if self.config.residual_in_fp32:
             h = h.to(_at_least_float32(h.dtype))
         mask = _as_mask(attention_mask, h.shape[:2])
-        if seq_idx is not None and past.seq_idx is not None and h.shape[1] > 0:
-            ended = _first(seq_idx, mask, past.seq_idx) != past.seq_idx  # (b)
+        checkpoints = self.gradient_checkpointing and self.training
+        given = dict(states=bool(past.states), checkpoints=checkpoints)
+        slices = Slices.of(group, self.config, h, mask, seq_idx, **given)
+        labels, exists, length = seq_idx, mask, h.shape[1]
+        if slices is not None:
+            labels, exists, length = slices.labels, slices.labels != NO_LABEL, slices.length
+        if seq_idx is not None and past.seq_idx is not None:
+            ended = _first(labels, exists, past.seq_idx) != past.seq_idx  # (b)
             zero = (ended & (past.seq_idx != NO_LABEL))[:, None, None]
             states = [
                 Mamba2State(s.conv.masked_fill(zero, 0), s.ssm.masked_fill(zero[..., None], 0))
@@ -1315,11 +1337,11 @@ class Mamba2Model(Mamba2PreTrainedModel):
         for layer, state in zip(layers, states, strict=True):
             if output_hidden_states:
                 hidden_states.append(h)
-            if self.gradient_checkpointing and self.training:
+            if checkpoints:
                 run = functools.partial(self._gradient_checkpointing_func, layer.__call__)
             else:
                 run = layer
-            h, state = run(h, state, mask, seq_idx)
+            h, state = run(h, state, mask, seq_idx, slices)
             if use_cache:  # what nobody asked for would only take memory
                 new_states.append(state)
         h = self.norm_f(h)
@@ -1327,12 +1349,12 @@ class Mamba2Model(Mamba2PreTrainedModel):
         cache = None
         if use_cache:
             last = past.seq_idx
-            if seq_idx is not None and h.shape[1] > 0:
+            if seq_idx is not None:
                 if last is None:
                     last = seq_idx.new_full(seq_idx.shape[:1], NO_LABEL, dtype=torch.int64)
-                flipped = None if mask is None else mask.flip(1)
-                last = _first(seq_idx.flip(1), flipped, last)
-            cache = Mamba2Cache(tuple(new_states), past.length + h.shape[1], last)
+                flipped = None if exists is None else exists.flip(1)
+                last = _first(labels.flip(1), flipped, last)
+            cache = Mamba2Cache(tuple(new_states), past.length + length, last)
         output = BaseModelOutputWithPast(
             last_hidden_state=h,
             past_key_values=cache,
@@ -1380,9 +1402,9 @@ NO_LABEL = torch.iinfo(torch.int64).min  # of a sequence of which every position
 
 def _first(seq_idx, mask, default):
     """(b), the label of the first position of each row that is not masked; `default` if all are."""
-    seq_idx = seq_idx.long()
     if mask is None:
-        return seq_idx[:, 0]
+        mask = torch.ones_like(seq_idx, dtype=torch.bool)
+    seq_idx, mask = F.pad(seq_idx.long(), (0, 1)), F.pad(mask, (0, 1))  # so that there is a first
     first = seq_idx.gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
     return torch.where(mask.any(1), first, default)
 
@@ -1424,6 +1446,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         *,
         seq_idx=None,
         initial_states=None,
+        group=None,
         num_items_in_batch=None,
         segment_length=None,
         progress=False,
@@ -1448,16 +1471,20 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 predicted. The logits of all positions are never held at once for it.
             logits_to_keep: return logits of the last so many positions (0: all), or of those in a
                 tensor of indices. None is all; none with labels in training or in segments.
+            group: a process group, if each of its ranks has a slice of the sequence, or of each
+                segment of it: see `Slices`. The loss is that of the whole sequence, on every rank.
+                Averaged over the ranks, as DDP and FSDP do, so are the gradients of parameters.
             num_items_in_batch: divide the summed loss by this, not by the number of predictions.
             segment_length: positions in a segment, or "auto" for about the least memory, or 0 for
-                the whole sequence at once. None is the config's choice.
+                the whole sequence at once. None is the config's choice. With a group: positions of
+                this rank's slice of a segment.
             progress: show a progress bar over the segments, forward and backward.
 
         Returns:
             CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
         """
         if isinstance(past_key_values, RewindableCache):
-            if input_ids is None or labels is not None:
+            if input_ids is None or labels is not None or group is not None:
                 raise ValueError(
                     "a RewindableCache reads input_ids alone: leave out everything else"
                 )
@@ -1470,10 +1497,18 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require("seq_idx", seq_idx, (b, l), kind="integers")
         if labels is not None:
             _require("labels", labels, (b, l), kind="integers")
-            targets = _next_tokens(labels, mask, seq_idx)
 
         length = self._segment_length(segment_length, l)
         count = max(1, -(-l // length))
+        if group is not None:
+            items = num_items_in_batch is not None
+            x = input_ids if inputs_embeds is None else inputs_embeds
+            given = dict(labels=labels is not None, num_items_in_batch=items)
+            _agree(group, x, segments=count, **given)
+        if labels is not None and group is None:
+            targets = _next_tokens(labels, mask, seq_idx)
+        elif labels is not None:
+            targets = _next_tokens_of_slices(labels, mask, seq_idx, length, group)
         if count > 1 and output_hidden_states:
             raise ValueError(
                 f"output_hidden_states = True, segment_length = {length}: segments are there so "
@@ -1503,6 +1538,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                     initial_states=initial_states if end == 0 else None,
                     use_cache=use_cache if end + length >= l else True,
                     output_hidden_states=output_hidden_states,
+                    group=group,
                     output_attentions=output_attentions,
                 )
                 losses.append(loss)
@@ -1512,9 +1548,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         loss = logits = None
         if labels is not None:
-            if num_items_in_batch is None:
-                num_items_in_batch = (targets != -100).sum()
-            loss = sum(losses) / num_items_in_batch
+            loss, count = sum(losses), (targets != -100).sum()
+            if group is not None:
+                loss, count = (_all_gather(t[None], group).sum() for t in (loss, count))
+            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
         if kept:
             keep = logits_to_keep
             if not torch.is_tensor(keep):
@@ -1571,6 +1608,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs):
         _require_cache(model_kwargs.get("past_key_values"))
+        if model_kwargs.get("group") is not None:
+            raise ValueError(
+                "group: generate writes on one rank; read the prompt in slices with "
+                "model(ids, group=group, use_cache=True), and go on from the cache that it returns"
+            )
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(
@@ -1653,3 +1695,197 @@ def register_with_transformers():
     AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
     AutoModel.register(Mamba2Config, Mamba2Model, exist_ok=True)
     AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. One sequence on several ranks
+# --------------------------------------------------------------------------------------------------
+
+
+class Slices:
+    """What a rank knows of a sequence of which each rank of a process group has a slice.
+
+        y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
+        model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
+
+    In the order of ranks, the slices are the sequence; they may be of any lengths, 0 too. What
+    crosses a border is what a layer's state is made of:
+
+    - The convolution needs the last k-1 inputs in front of the slice: one all-gather of those of
+      each slice.
+    - SSD is linear in its state. Each rank scans its slice from a zero state; one all-gather of the
+      (p, n) numbers behind it, and of its total decay, gives the state in front of each slice: that
+      is the recurrence between chunks (step 3 of Listing 1) with slices for chunks. What it adds to
+      the outputs is one matrix product.
+
+    Gradients take the same way back. Ranks' gradients of parameters, and of the states that were
+    passed, are of the sum of all ranks' losses: their sum is the whole. The loss of
+    `Mamba2ForCausalLM` is the whole sequence's on every rank, R times in this sum; so it is their
+    average that is one process's gradient, which is what DDP and FSDP compute.
+
+    With segment_length, each segment is cut in slices, and a rank has its slices of all segments,
+    one behind the other; their number is the same on every rank. Of ids (b, l), whose segments are
+    of R segment_length positions each, for R ranks, that is
+
+        ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1)
+
+    Bytes that a rank sends in a layer, forward, to each of the R-1 others:
+
+        b (4 h (p n + 1) + e (k-1) (h p + 2 g n))         e: bytes of a number of the projections
+
+    whatever the length is; the same again backward, and once more with gradient checkpointing. In a
+    float64 layer, 8 stands for 4. Beside them, integers: 8 b k for a model's whole call. For one
+    row in mamba2-2.7b in bfloat16 this is 2.65 MB.
+
+    On paper: mamba2-2.7b, 2^24 tokens on 64 GPUs with gradient checkpointing. A rank receives
+    63 * 2.65 MB = 167 MB in a layer and pass, 32 GB in 64 layers and 3 passes: 0.6 s at 50 GB/s,
+    beside some 14 s of computation (8 * 2.7e9 * 2^18 operations at 4e14 a second), so 4.5%. The
+    share grows as R / l with the length l of a slice: twice the ranks on the same sequence make it
+    four times as large. From about there on, or where 167 MB in a layer are too much memory, the
+    all-gather should become a tree: pairs (decay, state) compose associatively, so that log2(R)
+    exchanges of 2.65 MB do for the prefix, 16 MB instead of 167.
+
+    Ranks that call with different options get an error, all of them, before anything else is
+    exchanged. A rank that fails leaves the others waiting, until torchrun ends them or the timeout
+    of `init_process_group` is over.
+
+    Raises:
+        TypeError: group is not a process group that this rank belongs to.
+        ValueError: the ranks' options differ.
+    """
+
+    @classmethod
+    def of(cls, group, *arguments, **options):
+        """None without a group. Slices stay as they are: the model passes them on to its layers."""
+        if group is None or isinstance(group, Slices):
+            return group
+        return cls(group, *arguments, **options)
+
+    def __init__(self, group, config, x, mask, seq_idx, **options):
+        sizes = ("hidden_size", "num_hidden_layers", "num_heads", "n_groups", "state_size")
+        options.update({name: getattr(config, name) for name in (*sizes, "conv_kernel")})
+        options.update(dtype=x.dtype, autocast=torch.is_autocast_enabled(x.device.type))
+        options.update(gradients=torch.is_grad_enabled(), seq_idx=seq_idx is not None)
+        self.length = sum(_agree(group, x, **options))
+        self.group, self.rank = group, dist.get_rank(group)
+
+        # Which sequences the first and the last positions of each slice belong to.
+        labels = x.new_zeros(x.shape[:2], dtype=torch.int64) if seq_idx is None else seq_idx.long()
+        if mask is not None:
+            labels = labels.masked_fill(~mask.bool(), NO_LABEL)
+        exists, m = labels != NO_LABEL, max(1, config.conv_kernel - 1)
+        self.last = exists.int().argsort(dim=1, stable=True)[:, -m:]  # (b, m), or l if it is less
+        first = _first(labels, exists, NO_LABEL)  # (b)
+        last = F.pad(_take(labels, self.last), (m - self.last.shape[1], 0), value=NO_LABEL)
+        labels = _all_gather(torch.cat([first[:, None], last], dim=1), group)  # (r, b, 1+m)
+        self.labels, self.last_labels = (
+            rearrange(part, "r b m -> b (r m)") for part in (labels, labels[:, :, 1:])
+        )
+        before = self.last_labels[:, : self.rank * m].flip(1)
+        before = _first(before, before != NO_LABEL, NO_LABEL)  # (b)
+        # (b), whether this slice begins another sequence than the one in front of it
+        self.begins = (before != first) & (before != NO_LABEL) & (first != NO_LABEL)
+
+    def states_of_convolution(self, xBC, state, conv1d):
+        """The state (b, k-1, ...) of `conv1d` in front of this slice, and behind the last one."""
+        size = self.last_labels.shape[1] // dist.get_world_size(self.group)
+        last = _take(xBC, self.last)
+        last = F.pad(last, (0, 0, size - last.shape[1], 0))  # (b, m, ...)
+        last = rearrange(_all_gather(last, self.group), "r b m c -> b (r m) c")
+
+        def behind(slices):
+            x, labels = last[:, : slices * size], self.last_labels[:, : slices * size]
+            x, front, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x[:, :, :0], labels)
+            return conv1d(x, front, labels)[1]
+
+        in_front = behind(self.rank).masked_fill(self.begins[:, None, None], 0)
+        return in_front, behind(dist.get_world_size(self.group))
+
+
+@_without_autocast
+def ssd_of_slice(
+    x, dt, A, B, C, D=None, *, slices, chunk_size=64, initial_state=None, seq_idx=None
+):
+    """`ssd` of this rank's slice. initial_state and final_state are those of the whole sequence."""
+    y, written = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, seq_idx=seq_idx)
+    log_decay, _, initial_state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    border = torch.zeros_like(initial_state[:, :, 0, :1])  # (b, h, 1)
+    border = border.masked_fill(slices.begins[:, None, None], -torch.inf)
+    log_decay = torch.cat([border, rearrange(log_decay, "b l h -> b h l")], dim=2)
+    from_start = log_decay.cumsum(2)  # (b, h, 1+l)
+
+    behind = torch.cat([written.flatten(2), from_start[:, :, -1:]], dim=2)  # (b, h, p n + 1)
+    behind = _all_gather(behind, slices.group)  # (r, b, h, p n + 1)
+    states = behind[..., :-1].unflatten(3, written.shape[2:])
+    states = torch.cat([initial_state[None], states])  # (1+r, b, h, p, n)
+    decays = F.pad(rearrange(behind[..., -1], "r b h -> b h r"), (1, 0))
+    decays = segsum(decays).exp()  # (b, h, 1+r, 1+r)
+
+    def state_behind(count):  # of slices; what comes later has no part in it, not even as 0 * inf
+        decay = decays[:, :, count, : count + 1]
+        return torch.einsum("bhs,sbhpn->bhpn", decay, states[: count + 1])
+
+    state = rearrange(state_behind(slices.rank), "b (g r) p n -> b g n (r p)", g=B.shape[2])
+    read = rearrange(C, "b l g n -> b g l n") @ state.to(C.dtype)  # (b, g, l, (r p))
+    read = rearrange(read, "b g l (r p) -> b l (g r) p", p=x.shape[3])
+    decay = rearrange(from_start[:, :, 1:].exp(), "b h l -> b l h 1")
+    return torch.addcmul(y, decay.to(y.dtype), read), state_behind(len(states) - 1)
+
+
+def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
+    """`_next_tokens` for this rank's slices, of `length` positions each."""
+    if mask is None:
+        mask = torch.ones_like(labels, dtype=torch.bool)
+    if seq_idx is None:
+        seq_idx = torch.zeros_like(labels)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    slices = [*zip(*(t.split(length, dim=1) for t in (labels, mask, seq_idx)), strict=True)]
+    firsts = [torch.stack([_first(t, m, -100), _first(s, m, NO_LABEL)]) for t, m, s in slices]
+    firsts = rearrange(_all_gather(torch.stack(firsts), group), "r s i b -> i b (s r)")
+    targets = []
+    for i, slice_ in enumerate(slices):
+        token, label = firsts[:, :, i * size + rank + 1 :]  # of the slices behind this one
+        exists = label != NO_LABEL
+        token, label = _first(token, exists, -100), _first(label, exists, NO_LABEL)
+        behind = token, label != NO_LABEL, label
+        longer = (torch.cat([t, n[:, None]], dim=1) for t, n in zip(slice_, behind, strict=True))
+        targets.append(_next_tokens(*longer)[:, :-1])
+    return torch.cat(targets, dim=1)
+
+
+def _agree(group, x, **options):
+    """The lengths of x (b, l, ...) on all ranks, once it is sure that all else is the same."""
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise TypeError(
+            f"group is a {type(group).__name__}: it must be a process group of torch.distributed "
+            "that this rank belongs to, such as torch.distributed.group.WORLD"
+        )
+    ranks = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, dict(options, batch=x.shape[0], length=x.shape[1]), group=group)
+    lengths = [rank.pop("length") for rank in ranks]
+    for name in {name: None for rank in ranks for name in rank}:
+        values = [rank.get(name) for rank in ranks]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
+    return lengths
+
+
+class _AllGather(torch.autograd.Function):
+    """Each rank's x, (r, ...). Backward: the gradients of x from all ranks, added up."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        ranks = x.new_empty(dist.get_world_size(group), *x.shape)
+        dist.all_gather([*ranks.unbind()], x.contiguous(), group=group)
+        return ranks
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        parts = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, gradient.contiguous(), group=ctx.group)
+        return parts.sum(0), None
+
+
+_all_gather = _AllGather.apply

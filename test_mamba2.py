@@ -12,8 +12,10 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -22,14 +24,17 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import accelerate
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
@@ -2547,6 +2552,147 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
         assert len("".join(cell["source"]).splitlines()) <= 20, cell["source"]
         assert all(output["output_type"] != "error" for output in cell["outputs"])
     assert any(cell["outputs"] for cell in cells)
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+# --------------------------------------------------------------------------------------------------
+#
+# Each is a rank of torch.distributed, on the CPU, with gloo. What is right is what one process
+# gives, in float64; every rank computes that beside its own part.
+
+
+class Ranks:
+    """Four processes that wait for cases. They are forked from one that has imported this file."""
+
+    def __init__(self, folder):
+        self.folder, self.runs, self.processes = folder, 0, []
+
+    def run(self, name, world):
+        """Run a case in the first `world` processes; what fails in any of them fails here."""
+        if not self.processes:
+            self.start()
+        self.runs += 1
+        pipes = self.pipes[:world]
+        for pipe in pipes:
+            pipe.send((name, world, self.folder / f"store{self.runs}"))
+        errors = [pipe.recv() if pipe.poll(100) else "no answer" for pipe in pipes]
+        if any(errors):
+            self.stop()  # for they may be out of step
+        assert not any(errors), "\n".join(f"rank {i}: {e}" for i, e in enumerate(errors) if e)
+
+    def start(self):
+        context, self.pipes = multiprocessing.get_context("forkserver"), []
+        context.set_forkserver_preload([__name__])
+        for rank in range(4):
+            pipe, other = context.Pipe()
+            process = context.Process(target=Ranks.serve, args=(rank, other), daemon=True)
+            process.start()
+            self.pipes.append(pipe)
+            self.processes.append(process)
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+        self.processes = []
+
+    @staticmethod
+    def serve(rank, pipe):
+        global DEVICE
+        DEVICE = DRAW["device"] = torch.device("cpu")
+        while True:
+            name, world, store = pipe.recv()
+            torch.manual_seed(0)
+            try:
+                given = dict(init_method=f"file://{store}", rank=rank, world_size=world)
+                dist.init_process_group("gloo", timeout=timedelta(seconds=60), **given)
+                CASES[name](rank, world)
+                error = None
+            except BaseException:
+                error = traceback.format_exc()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            pipe.send(error)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+CASES = {}
+
+
+def on_ranks(*worlds):
+    """Make a test of `case(rank, world)`, which runs in each of `world` processes."""
+
+    def decorate(case):
+        CASES[case.__name__] = case
+
+        @pytest.mark.parametrize("world", worlds)
+        def test(ranks, world):
+            ranks.run(case.__name__, world)
+
+        return test
+
+    return decorate
+
+
+def summed(tensors):
+    """The tensors, added up over all ranks."""
+    tensors = [tensor.detach().clone() for tensor in tensors]
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+    return tensors
+
+
+CUTS = {  # where the slices of 23 positions end
+    2: [[12, 23], [2, 23], [23, 23], [0, 23], [22, 23]],
+    4: [[6, 12, 18, 23], [1, 2, 3, 23], [0, 9, 9, 23], [20, 21, 22, 23], [0, 0, 0, 23]],
+}
+
+
+def cut(ends, rank):
+    return slice(([0, *ends])[rank], ends[rank])
+
+
+def with_gradients_of(inputs, outputs, cotangents):
+    """The outputs, and the gradients of the inputs; a float64 0 where there is none."""
+    loss = sum((o * c).sum() for o, c in zip(tensors(outputs), cotangents, strict=True))
+    given = dict(materialize_grads=True, allow_unused=True)
+    return tensors(outputs), torch.autograd.grad(loss, tensors(inputs), **given)
+
+
+@on_ranks(2, 4)
+def test_a_layer_on_slices_of_a_sequence_is_the_layer_on_the_whole(rank, world):
+    l, group = 23, dist.group.WORLD
+    some = torch.rand(2, l) < 0.6
+    late = (torch.arange(l) > 13) & some  # the first slices are masked as a whole
+    masks, seq_idxs = (None, some, late), (None, labels(2, l), torch.arange(l).expand(2, l) // 6)
+    for d_conv in (4, 1):
+        layer = make_layer(d_conv=d_conv)
+        u, state = layer_inputs(layer, 2, l)
+        inputs = [u, *state, *layer.parameters()]
+        cotangents = [torch.randn_like(t) for t in (u, *state)]
+        for mask, seq_idx, start in itertools.product(masks, seq_idxs, (None, state)):
+            # Every rank's loss has a part of the final state in it.
+            y, *end = cotangents
+            whole = layer.step(u, start, mask, seq_idx)
+            expected = with_gradients_of(inputs, whole, [y, *((1 + world) * t for t in end)])
+            for ends in CUTS[world][: 5 if d_conv == 4 else 2]:
+                mine = cut(ends, rank)
+                m, s = (None if t is None else t[:, mine] for t in (mask, seq_idx))
+                if m is not None and m.all():
+                    m = None  # which is what the model makes of it
+                outputs = layer.step(u[:, mine], start, m, s, group)
+                part = 1 / world + 1
+                given = [y[:, mine], *(part * t for t in end)]
+                found, gradients = with_gradients_of(inputs, outputs, given)
+                case = f"{ends}, masked: {mask is not None} {mask is late}, k = {d_conv}"
+                assert_close(found, [expected[0][0][:, mine], *expected[0][1:]], case=case)
+                assert_close(summed(gradients), expected[1], case=f"{case}, gradients")
 
 
 # --------------------------------------------------------------------------------------------------
