@@ -2695,6 +2695,72 @@ def test_a_layer_on_slices_of_a_sequence_is_the_layer_on_the_whole(rank, world):
                 assert_close(summed(gradients), expected[1], case=f"{case}, gradients")
 
 
+def averaged(model):
+    """Gradients of all parameters, averaged over the ranks as DDP and FSDP do."""
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(named) == len(list(model.parameters()))
+    return dict(
+        zip(named, (t / dist.get_world_size() for t in summed(named.values())), strict=True)
+    )
+
+
+def long_batch():
+    """Two rows of 40 positions: ids, a mask, labels with gaps, and packed sequences."""
+    ids, l = tokens(2, 40), torch.arange(40)
+    mask = torch.stack([(l % 7 != 3) & (l < 33), (l > 11) & (l % 5 != 0)]).long()
+    return ids, mask, ids.masked_fill(ids % 6 == 0, -100), torch.stack([l // 10, l // 13])
+
+
+@on_ranks(2, 4)
+def test_a_model_on_slices_gives_loss_gradients_and_cache_of_the_whole(rank, world):
+    model, group = tiny(dtype=torch.float64, **ALL).train(), dist.group.WORLD
+    ids, mask, labels, seq_idx = long_batch()
+    first = model(tokens(2, 9, seed=1), seq_idx=torch.ones(2, 9).long(), use_cache=True)
+    cuts = [[40 * (i + 1) // world for i in range(world)], [1, 10, 39, 40], [0, 12, 12, 40]]
+    for masked, apart, cache in itertools.product([0, 1], [0, 1], [None, first.past_key_values]):
+        whole = dict(input_ids=ids, labels=labels)
+        whole |= dict(attention_mask=mask) if masked else {}
+        whole |= dict(seq_idx=seq_idx) if apart else {}
+        given = dict(past_key_values=cache and cache.detach(), use_cache=True, logits_to_keep=0)
+        expected = model(**whole, **given)
+        gradients = model_gradients(model, expected.loss)
+        for ends, again in zip(cuts, (False, True, False), strict=True):
+            mine = cut(ends[-world:], rank)
+            if again:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            found = model(**{k: t[:, mine] for k, t in whole.items()}, **given, group=group)
+            found.loss.backward()
+            assert_close([found.loss, found.logits], [expected.loss, expected.logits[:, mine]])
+            assert_same_state(found.past_key_values, expected.past_key_values, F64)
+            assert found.past_key_values.length == expected.past_key_values.length
+            assert identical(found.past_key_values.seq_idx, expected.past_key_values.seq_idx)
+            assert_same_gradients(averaged(model), gradients)
+            model.gradient_checkpointing_disable()
+
+
+@on_ranks(2, 4)
+def test_segments_of_slices_give_loss_and_gradients_of_the_whole(rank, world):
+    model, group = tiny(dtype=torch.float64).train(), dist.group.WORLD
+    ids, mask, labels, seq_idx = long_batch()
+    whole = dict(input_ids=ids, attention_mask=mask, labels=labels, seq_idx=seq_idx)
+    expected = model(**whole)
+    gradients = model_gradients(model, expected.loss)
+    for length in (1, 5):
+        mine = {
+            k: t.unflatten(1, (-1, world, length))[:, :, rank].flatten(1) for k, t in whole.items()
+        }
+        for again in (False, True):
+            if again:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            loss = model(**mine, segment_length=length, group=group).loss
+            loss.backward()
+            assert_close(loss, expected.loss)
+            assert_same_gradients(averaged(model), gradients)
+        model.gradient_checkpointing_disable()
+
+
 # --------------------------------------------------------------------------------------------------
 # The kernels
 # --------------------------------------------------------------------------------------------------
