@@ -35,7 +35,7 @@ decay from s to t. With H the state at the chunk's start and a_end = a at its la
 Forward: one program per (batch, head) walks the chunks with the state in registers, so that nothing
 of size n·p per chunk ever goes to memory.
 
-    dt, A ──prep──> a, e, end              (b·h, l) fp32, three; end: one number per chunk
+    dt, A ──prep──> a, e; end              (b·h, l) fp32 each, "series"; one number per chunk
                        │
     x, B ──[segment]───┤                   only if b·h is too small to fill the GPU: the state that
                        │                   each segment of the sequence adds, (b, segments, h, p, n)
@@ -45,20 +45,26 @@ Backward: the states at the chunk borders are computed again (half-precision, on
 then everything is parallel over chunks. A program loops over the heads that share B and C, so that
 dB and dC are summed on chip; no atomics anywhere, hence the same bits every time.
 
-    dt, A ─────────prep────> a, e, dt, end
+    dt, A ─────────prep────> a, dt; end
     x, B, dy, C ───border──> H, dH         (b·h·c, p, n) in x's dtype: the state at every chunk's
                       │                    start, and its gradient at every chunk's end
-    x, dy, B, C, dH ─dx────> dx, W, sums   W: (b·c·g·splits, s, t) fp32; sums: (b, h, l) fp32, three
-    x, dy, C, H, dH ─bc────> dB, dC        (or fp32 partial sums of them, which `total` adds up)
-    sums ──────────chain───> ddt, dA       the reversed cumulative sums, and the chain rule to dt, A
+    x, dy, H, dH, B, C ┬ dx > dx, W        W: (b·c·g·shares, s, t) in x's dtype, see `dx_part`
+           two parts,  │                   and four series, sums over p, n and a chunk
+         one launch    └ bc > parts        (2, b·c·g·shares, q, n) fp32: dB and dC but for W, by
+                      │                    shares of a group's heads; and one series
+    W, parts ──────finish──> dB, dC        sums over shares, with W C and W^T B
+    series            └────> ddt, sums     the chain rule to dt; sums: one row for each chunk,
+    sums ──────────_fold───> dA, dD        (b·c, h + size of dD) fp32
 
 Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
 each of H, dH 671 MB: forward 0.69 GB (x, y and 1 % more; B and C stay in the L2 cache); backward
-border 2.0, dx 1.7, bc 2.0, all else 0.2 GB.
+border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory or from the L2
+cache), all else 0.3 GB.
 
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
 of matrix products are in x's dtype (fp32 inputs: true fp32 products, unless PyTorch's own switch
-allows tf32). No decay is split into factors that could overflow; differences are masked, then exp2.
+allows tf32; fp16 inputs: fp32 numbers in tf32 products, for the range, see `_operands`). No decay
+is split into factors that could overflow; differences are masked, or cut off at 0, and then exp2.
 With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
 
 Convolution, norm and the step of a token
@@ -83,6 +89,7 @@ registers and writes one row of partial sums; `_fold_kernel` adds the rows in a 
 atomics: the same input gives the same bits.
 """
 
+import concurrent.futures
 import functools
 import importlib.machinery
 import importlib.util
@@ -161,6 +168,8 @@ def _unfit(required: dict, optional: dict) -> str | None:
     """Why no kernel is meant for these tensors, by name; None if one may be."""
     if not TRITON:
         return "triton is not installed, or too old"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active, which needs to see every operation"
     device = None
     for name, tensor in (required | optional).items():
         if tensor is None and name in optional:
@@ -234,8 +243,7 @@ def _operation(name, forward, backward, fake, count):
 
     To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
-    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature. The
-    transforms of torch.func need one, and get the operators.)
+    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature.)
     """
     if not TRITON:
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
@@ -244,11 +252,7 @@ def _operation(name, forward, backward, fake, count):
     opaque.register_fake(fake)
 
     def call(*inputs):
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or type(inputs[0]) not in (Tensor, nn.Parameter)
-        ):
+        if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
             return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
         if backward is None or not torch.is_grad_enabled():
             return forward(*inputs)
@@ -312,25 +316,59 @@ def _power_of_2(a: int) -> int:
 # --------------------------------------------------------------------------------------------------
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# A step that decays by 2^-128 leaves nothing of an fp32 state. Going no lower keeps the running sum
+# A step that decays by 2^-64 leaves nothing of an fp32 state. Going no lower keeps the running sum
 # small, and with it the rounding error of its differences, when dt·A is -1e6.
-LOWEST = tl.constexpr(-128.0)
+LOWEST = tl.constexpr(-64.0)
+# What there is one number of for each position and head: `series` is (which, b·h, l) in fp32, with
+# l padded to whole chunks. `prep_kernel` writes the first three. The others belong to the backward;
+# there is a set of five for each of the tiles in which a headdim above PB is taken.
+SERIES_A, SERIES_E, SERIES_DT, SERIES_ROW, SERIES_COL, SERIES_OUT, SERIES_IN, SERIES_XDY = (
+    tl.constexpr(i) for i in range(8)
+)
+SET = tl.constexpr(5)
+
+
+@triton.jit
+def series_at(series_ptr, which, bh, c, BH, NC, Q: tl.constexpr):
+    """Where chunk c of a series begins, for batch element and head bh of BH."""
+    return series_ptr + ((BH * which + bh).to(tl.int64) * NC + c) * Q
 
 
 @triton.jit
 def pin(tile, PIN: tl.constexpr):
     """The tile, unchanged, but as something the compiler takes for a computed value.
 
+    The move is dropped by the assembler. It pays twice, for 2-byte inputs on a GPU (PIN):
+
     Triton gives a loaded tile that only matrix products read, straight from shared memory, one
-    more buffer than the others. Passing it through registers once (a move that the assembler drops)
-    saves that buffer, which is what lets two programs share a multiprocessor in `scan_kernel`: 0.45
-    instead of 0.62 ms for 2.7b at b8 l4096 on an H200. PIN: 2-byte types on a GPU.
+    more buffer than the others. Passing it through registers once saves that buffer, which is what
+    lets two programs share a multiprocessor in `scan_kernel`: 0.45 instead of 0.62 ms for 2.7b at
+    b8 l4096 on an H200.
+
+    A sum of products that nothing but the next iteration reads is still in the making when that
+    begins. If products start from zero there, as in `bc_part`, the assembler lets every single
+    matrix instruction wait for the one before. Using the sum ends the overlap, and with it that.
     """
     if PIN:
-        tile = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2
-        )
+        if tile.dtype == tl.float32:
+            tile = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=f,f", [tile], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            tile = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2
+            )
     return tile
+
+
+@triton.jit
+def operand(tile, dtype: tl.constexpr, PREC: tl.constexpr):
+    """An fp32 tile as a factor of a matrix product: in dtype, or rounded to the 10 bits of tf32,
+    of which the hardware drops the rest."""
+    if PREC == "tf32":
+        bits = (tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        tile = bits.to(tl.float32, bitcast=True)
+    return tile.to(dtype)
 
 
 @triton.jit
@@ -342,9 +380,9 @@ def load_state(ptr, sp, sn, p, n, mask_pn):
 
 @triton.jit
 def prep_kernel(
-    dt_ptr, A_ptr, seq_ptr, a_ptr, e_ptr, dts_ptr, end_ptr, run_ptr,
+    dt_ptr, A_ptr, seq_ptr, series_ptr, end_ptr, run_ptr,
     dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl,
-    L, NC, H,
+    L, NC, H, BH,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """a_q = sum_{i<=q} dt_i A log2(e) in each chunk; e_q = a_q - log2(dt_q), which folds dt into
@@ -353,7 +391,7 @@ def prep_kernel(
     Grid (b·c, h / HB). Tile: Q positions x HB heads, read with heads adjacent, written with
     positions adjacent.
 
-        dt <- load (Q, HB);  da <- max(dt · A · log2 e, -128)
+        dt <- load (Q, HB);  da <- max(dt · A · log2 e, -64)
         a  <- cumulative sum of da along q
         store a, a - log2 dt, dt (padded to whole chunks), sum of da
         run <- cumulative sum of seq_idx[l] != seq_idx[l-1], from 0 in every chunk
@@ -377,11 +415,14 @@ def prep_kernel(
     da_qh = tl.maximum(dt_qh * A_h[None, :], LOWEST)
     a_qh = tl.cumsum(da_qh, axis=0)
     # store
-    out = (b * H + h[None, :]) * (NC * Q) + pos[:, None]
-    tl.store(a_ptr + out, a_qh, mask=mask_h[None, :])
-    tl.store(e_ptr + out, a_qh - tl.log2(dt_qh), mask=mask_h[None, :])
-    tl.store(dts_ptr + out, dt_qh, mask=mask_h[None, :])
-    tl.store(end_ptr + (b * H + h) * NC + c, tl.sum(da_qh, axis=0), mask=mask_h)
+    bh = b * H + h
+    a_at = series_at(series_ptr, SERIES_A, bh, c, BH, NC, Q)[None, :] + q[:, None]
+    e_at = series_at(series_ptr, SERIES_E, bh, c, BH, NC, Q)[None, :] + q[:, None]
+    dt_at = series_at(series_ptr, SERIES_DT, bh, c, BH, NC, Q)[None, :] + q[:, None]
+    tl.store(a_at, a_qh, mask=mask_h[None, :])
+    tl.store(e_at, a_qh - tl.log2(dt_qh), mask=mask_h[None, :])
+    tl.store(dt_at, dt_qh, mask=mask_h[None, :])
+    tl.store(end_ptr + bh * NC + c, tl.sum(da_qh, axis=0), mask=mask_h)
     if HAS_SEQ:
         if tl.program_id(1) == 0:
             seq = seq_ptr + b * seq_sb + pos * seq_sl
@@ -394,8 +435,8 @@ def prep_kernel(
 
 @triton.jit
 def walk(
-    v_desc, K_desc, w_desc, border_desc, end_ptr, run_ptr, state_pn, first, last, reverse,
-    b, h, g, pb, nb, bh, NC,
+    v_desc, K_desc, series_desc, borders_desc, end_ptr, run_ptr, state_pn, first, last, reverse,
+    b, h, g, pb, nb, bh, BH, NC,
     KEEP: tl.constexpr, HAS_SEQ: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -404,7 +445,7 @@ def walk(
     Forward in time v, K = x, B and the weight is 2^(a_end - e_q); in reverse v, K = dy, C and the
     weight is 2^a_q, which is the same recurrence for the gradient of the state. Returns the last
     state and the sum of a_end (-inf past a reset). KEEP: the state before each chunk goes to
-    border_desc.
+    borders_desc, in the second half of it if reverse.
 
         |  v^T (p, q)  |  x  |  K (q, n)  |  ->  state (p, n) in registers
 
@@ -417,7 +458,9 @@ def walk(
         # load
         K_qn = K_desc.load([b, g, c * Q, nb * NB]).reshape(Q, NB)
         v_pq = tl.trans(v_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB))
-        w_q = w_desc.load([bh, c * Q]).reshape(Q)
+        w_q = series_desc.load(
+            [tl.where(reverse, BH * SERIES_A, BH * SERIES_E) + bh, c * Q]
+        ).reshape(Q)
         a_end = tl.load(end_ptr + c)
         # decay
         w_q = tl.exp2(tl.where(reverse, w_q, a_end - w_q))
@@ -431,10 +474,11 @@ def walk(
             total = tl.where(run_end == 0, total, float("-inf"))
         # store
         if KEEP:
-            tile = state_pn.to(v_pq.dtype).reshape(1, PB, NB)
-            border_desc.store([bh * NC + c, pb * PB, nb * NB], tile)
+            at = tl.where(reverse, BH + bh, bh) * NC + c
+            tile = operand(state_pn, v_pq.dtype, PREC).reshape(1, PB, NB)
+            borders_desc.store([at, pb * PB, nb * NB], tile)
         # dot
-        vw_pq = (v_pq * w_q[None, :]).to(v_pq.dtype)
+        vw_pq = operand(v_pq * w_q[None, :], v_pq.dtype, PREC)
         state_pn *= gamma
         state_pn = tl.dot(vw_pq, K_qn, state_pn, input_precision=PREC)
     return state_pn, total
@@ -445,8 +489,8 @@ def walk(
 
 @triton.jit
 def segment_kernel(
-    x_desc, B_desc, e_desc, end_ptr, run_ptr, seg_ptr, decay_ptr,
-    NC, H, HPG, NPB, P, N, NSEG, CPS,
+    x_desc, B_desc, series_desc, end_ptr, run_ptr, seg_ptr, decay_ptr,
+    NC, H, BH, HPG, NPB, P, N, NSEG, CPS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -466,9 +510,9 @@ def segment_kernel(
     nb = tl.program_id(1)
     b64 = b.to(tl.int64)
     state_pn, total = walk(
-        x_desc, B_desc, e_desc, x_desc, end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
+        x_desc, B_desc, series_desc, x_desc, end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
         tl.zeros((PB, NB), tl.float32), s * CPS, tl.minimum(s * CPS + CPS, NC), False,
-        b, h, h // HPG, pb, nb, b * H + h, NC,
+        b, h, h // HPG, pb, nb, b * H + h, BH, NC,
         False, HAS_SEQ, Q, PB, NB, PREC, STAGES,
     )  # fmt: skip
     # store
@@ -482,10 +526,10 @@ def segment_kernel(
 
 @triton.jit
 def scan_kernel(
-    x_desc, B_desc, C_desc, a_desc, e_desc, y_ptr,
+    x_desc, B_desc, C_desc, series_desc, y_ptr,
     end_ptr, run_ptr, D_ptr, init_ptr, seg_ptr, decay_ptr, final_ptr,
     D_sh, D_sp, i_sb, i_sh, i_sp, i_sn,
-    L, NC, H, HPG, NPB, P, N, NSEG, CPS,
+    L, NC, H, BH, HPG, NPB, P, N, NSEG, CPS,
     HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, HAS_INIT: tl.constexpr, SEGMENTS: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -532,14 +576,14 @@ def scan_kernel(
     if HAS_D:
         D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=mask_p, other=0.0).to(tl.float32)
     end_ptr += (b64 * H + h) * NC
-    half_pn = state_pn.to(x_desc.dtype)
+    half_pn = operand(state_pn, x_desc.dtype, PREC)
     for c in tl.range(seg * CPS, tl.minimum(seg * CPS + CPS, NC), num_stages=STAGES):
         # load
         B_qn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
         C_nq = tl.trans(C_desc.load([b, g, c * Q, 0]).reshape(Q, NB))
         x_pq = tl.trans(x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB))
-        a_q = a_desc.load([b * H + h, c * Q]).reshape(Q)
-        e_q = e_desc.load([b * H + h, c * Q]).reshape(Q)
+        a_q = series_desc.load([BH * SERIES_A + b * H + h, c * Q]).reshape(Q)
+        e_q = series_desc.load([BH * SERIES_E + b * H + h, c * Q]).reshape(Q)
         a_end = tl.load(end_ptr + c)
         # decay
         keep_st = q[:, None] <= q[None, :]
@@ -556,19 +600,19 @@ def scan_kernel(
         decay_st = tl.exp2(tl.where(keep_st, a_q[None, :] - e_q[:, None], float("-inf")))
         # dot
         S_st = tl.dot(pin(B_qn, PIN), C_nq, input_precision=PREC)
-        G_st = (S_st * decay_st).to(x_pq.dtype)
+        G_st = operand(S_st * decay_st, x_pq.dtype, PREC)
         y_pq = tl.dot(pin(half_pn, PIN), C_nq, input_precision=PREC) * in_q[None, :]
         y_pq = tl.dot(x_pq, G_st, y_pq, input_precision=PREC)
-        xw_pq = (x_pq * out_q[None, :]).to(x_pq.dtype)
+        xw_pq = operand(x_pq * out_q[None, :], x_pq.dtype, PREC)
         state_pn *= gamma
         state_pn = tl.dot(xw_pq, B_qn, state_pn, input_precision=PREC)
-        half_pn = state_pn.to(x_pq.dtype)
+        half_pn = operand(state_pn, x_pq.dtype, PREC)
         if HAS_D:
             y_pq += x_pq.to(tl.float32) * D_p[:, None]
         # store
         y_at = y_ptr + ((b64 * L + c * Q) * H + h) * P + q[None, :] * (H * P) + p[:, None]
         mask_pq = mask_p[:, None] & (c * Q + q < L)[None, :]
-        tl.store(y_at, y_pq.to(x_pq.dtype), mask=mask_pq)
+        tl.store(y_at, y_pq.to(y_ptr.dtype.element_ty), mask=mask_pq)
     if seg == NSEG - 1:
         final_ptr += (b64 * H + h) * P * N
         tl.store(final_ptr + p[:, None] * N + n[None, :], state_pn, mask=mask_pn)
@@ -579,10 +623,10 @@ def scan_kernel(
 
 @triton.jit
 def border_kernel(
-    x_desc, B_desc, e_desc, dy_desc, C_desc, a_desc, H_desc, dH_desc,
+    x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
     end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
     i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
-    NC, H, HPG, NPB, P, N,
+    NC, H, BH, HPG, NPB, P, N,
     HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -609,17 +653,17 @@ def border_kernel(
     mask_pn = (p < P)[:, None] & (n < N)[None, :]
     state_pn = tl.zeros((PB, NB), tl.float32)
     if reverse:
-        v_desc, K_desc, w_desc, border_desc = dy_desc, C_desc, a_desc, dH_desc
+        v_desc, K_desc = dy_desc, C_desc
         if HAS_DFINAL:
             state_pn += load_state(dfinal_ptr + b64 * f_sb + h * f_sh, f_sp, f_sn, p, n, mask_pn)
     else:
-        v_desc, K_desc, w_desc, border_desc = x_desc, B_desc, e_desc, H_desc
+        v_desc, K_desc = x_desc, B_desc
         if HAS_INIT:
             state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
     state_pn, _ = walk(
-        v_desc, K_desc, w_desc, border_desc, end_ptr + (b64 * H + h) * NC,
+        v_desc, K_desc, series_desc, borders_desc, end_ptr + (b64 * H + h) * NC,
         run_ptr + b64 * (NC * Q), state_pn, 0, NC, reverse,
-        b, h, h // HPG, pb, nb, b * H + h, NC, True, HAS_SEQ, Q, PB, NB, PREC, STAGES,
+        b, h, h // HPG, pb, nb, b * H + h, BH, NC, True, HAS_SEQ, Q, PB, NB, PREC, STAGES,
     )  # fmt: skip
     if HAS_INIT:
         if reverse:
@@ -629,11 +673,10 @@ def border_kernel(
 
 
 @triton.jit
-def dx_kernel(
-    x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, dH_desc, dx_desc,
-    end_ptr, run_ptr, D_ptr, W_ptr, row_ptr, col_ptr, out_ptr, dD_ptr,
-    D_sh, D_sp, dD_sc,
-    NC, H, G, HPG, NPB, P, NSPLIT, HPS, BATCH,
+def dx_part(
+    pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
+    NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
     HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -644,11 +687,10 @@ def dx_kernel(
         W_st  = sum over heads of L_st dt_s T_st          (so dB = W C + ..., dC = W^T B + ...)
         row_t = sum_s dt_s M_st,  col_s = sum_t M_st      with M = T ∘ L ∘ S, in fp32, for ddt
         out_s = o_s x_s·(dH B_s)                          what x_s gives to later chunks
-        dD    = sum_s x_s·dy_s
+        xdy_s = x_s·dy_s                                  the diagonal of T, for dD
 
-    Grid b · c · g · splits; a program loops over the heads of its share of the group. B and S stay
-    on chip. Headdims above PB are taken PB rows at a time, as if they were more heads: all sums
-    above are linear in them.
+    B and S stay on chip while the program loops over its heads. Headdims above PB are taken PB rows
+    at a time, as if they were more heads: all sums above are linear in them.
 
                t                             p                          p
         s   S, W, M (s, t)            s   x, dx (s, p)          t   dy (t, p)
@@ -656,31 +698,29 @@ def dx_kernel(
         S <- B C^T
         for each head:
             v <- (B dH^T) · o_s;                 out <- rows of x ∘ v
-            T <- (x dy^T);                       dD  <- trace of T
-            W += T ∘ L · dt_s;                   row, col <- sums of T ∘ L ∘ S
+            T <- (x dy^T) ∘ L;                   row, col <- sums of T ∘ S
+            W += T · dt_s
             dx <- (v + (S ∘ L) dy) · dt_s + D dy
 
-    Masked: s > t, and pairs in different runs of seq_idx.
+    Masked: s > t, and pairs in different runs of seq_idx, in S and at the end in W. What L and T
+    are there does not matter, as long as L is at most 1.
     """
-    pid = tl.program_id(0)
     k = pid % NSPLIT
     g = (pid // NSPLIT) % G
     c = (pid // NSPLIT // G) % NC
     b = pid // NSPLIT // G // NC
-    b64 = b.to(tl.int64)
     q = tl.arange(0, Q)
     B_sn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
     C_tn = C_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
-    S_st = tl.dot(B_sn, tl.trans(C_tn), input_precision=PREC)
     keep_st = q[:, None] <= q[None, :]
     if HAS_SEQ:
-        run_q = tl.load(run_ptr + b64 * (NC * Q) + c * Q + q)
-        run_end = tl.load(run_ptr + b64 * (NC * Q) + c * Q + Q - 1)
+        run_q = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + q)
+        run_end = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + Q - 1)
         keep_st = keep_st & (run_q[:, None] == run_q[None, :])
+    S_st = tl.where(keep_st, tl.dot(B_sn, tl.trans(C_tn), input_precision=PREC), 0.0)
     W_st = tl.zeros((Q, Q), tl.float32)
     first = g * HPG + k * HPS
     last = tl.minimum(first + HPS, g * HPG + HPG)
-    dD_ptr += (b64 * NC + c) * dD_sc
     for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
         h = i // NPB
         pb = i % NPB
@@ -688,32 +728,29 @@ def dx_kernel(
         # load
         x_sp = x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
         dy_tp = dy_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
-        dH_pn = dH_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
-        a_q = a_desc.load([bh, c * Q]).reshape(Q)
-        dt_q = dts_desc.load([bh, c * Q]).reshape(Q)
+        dH_pn = borders_desc.load([(BH + bh) * NC + c, pb * PB, 0]).reshape(PB, NB)
+        a_q = series_desc.load([BH * SERIES_A + bh, c * Q]).reshape(Q)
+        dt_q = series_desc.load([BH * SERIES_DT + bh, c * Q]).reshape(Q)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
         # decay
         out_q = tl.exp2(a_end - a_q)
         if HAS_SEQ:
             out_q = tl.where(run_q == run_end, out_q, 0.0)
-        L_st = tl.exp2(tl.where(keep_st, a_q[None, :] - a_q[:, None], float("-inf")))
+        L_st = tl.exp2(tl.minimum(a_q[None, :] - a_q[:, None], 0.0))
         # dot: through the state at the chunk's end
         v_sp = tl.dot(B_sn, tl.trans(dH_pn), input_precision=PREC)
         v_sp *= out_q[:, None]
         out_s = tl.sum(x_sp.to(tl.float32) * v_sp, axis=1)
         # dot: inside the chunk
         T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
-        if HAS_D:
-            if not D_VECTOR:
-                diagonal_st = tl.where(q[:, None] == q[None, :], T_st, 0.0)
-                tl.store(dD_ptr + h * NPB + pb, tl.sum(tl.sum(diagonal_st, axis=1), axis=0))
+        if HAS_D and not D_VECTOR:
+            xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
         T_st *= L_st
+        W_st += T_st * dt_q[:, None]
         M_st = T_st * S_st
-        T_st *= dt_q[:, None]
-        W_st += T_st
         col_s = tl.sum(M_st, axis=1)
         row_t = tl.sum(M_st * dt_q[:, None], axis=0)
-        G_st = (S_st * L_st).to(x_sp.dtype)
+        G_st = operand(S_st * L_st, x_sp.dtype, PREC)
         v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
         dx_sp = v_sp * dt_q[:, None]
         if HAS_D:
@@ -722,70 +759,58 @@ def dx_kernel(
                 D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
                 dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
                 dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
-                tl.store(dD_ptr + h * P + p, dD_p, mask=p < P)
+                sums_at = sums_ptr + (b * NC + c).to(tl.int64) * SUMS + h * P + p
+                tl.store(sums_at, dD_p, mask=p < P)
             else:
                 dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
+                xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
+                tl.store(xdy_at + q, xdy_q)
         # store
         dx_desc.store([b, h, c * Q, pb * PB], dx_sp.to(x_sp.dtype).reshape(1, 1, Q, PB))
-        at = (((pb * BATCH + b).to(tl.int64) * H + h) * NC + c) * Q + q
-        tl.store(col_ptr + at, col_s)
-        tl.store(out_ptr + at, out_s)
-        tl.store(row_ptr + at, row_t)
-    W_at = W_ptr + (pid.to(tl.int64) * Q + q[:, None]) * Q + q[None, :]
-    tl.store(W_at, W_st)
+        tl.store(series_at(series_ptr, pb * SET + SERIES_ROW, bh, c, BH, NC, Q) + q, row_t)
+        tl.store(series_at(series_ptr, pb * SET + SERIES_COL, bh, c, BH, NC, Q) + q, col_s)
+        tl.store(series_at(series_ptr, pb * SET + SERIES_OUT, bh, c, BH, NC, Q) + q, out_s)
+    W_st = operand(tl.where(keep_st, W_st, 0.0), dx_desc.dtype, PREC)
+    tl.store(W_ptr + (pid.to(tl.int64) * Q + q[:, None]) * Q + q[None, :], W_st)
 
 
 @triton.jit
-def bc_kernel(
-    x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, H_desc, dH_desc,
-    end_ptr, run_ptr, W_ptr, dB_ptr, dC_ptr, in_ptr, cross_ptr,
-    L, NC, H, G, HPG, NPB, N, NSPLIT, HPS, WSPLIT, BATCH,
-    HAS_SEQ: tl.constexpr, DIRECT: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+def bc_part(
+    pid, x_desc, dy_desc, C_desc, series_desc, borders_desc,
+    series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr,
+    NC, H, BH, G, HPG, NPB, N, NSPLIT, HPS, PROGRAMS,
+    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the heads of a group, with W from `dx_kernel` and o_s = 2^(a_end - a_s):
+    """Sums over a share of a group's heads, to which `total_part` adds those with W. o as above.
 
-        dB_s  = sum_t W_st C_t + sum_h o_s dt_s x_s dH
-        dC_t  = sum_s W_st B_s + sum_h 2^a_t dy_t H
+        dB_s  = sum_h o_s dt_s x_s dH
+        dC_t  = sum_h 2^a_t dy_t H
         in_t  = 2^a_t dy_t·(H C_t)                        what t receives from earlier chunks
         cross = 2^a_end <H, dH>                           what passes through the chunk untouched
 
-    Grid b · c · g · splits. Tiles dB (s, n) and dC (t, n) stay in registers; DIRECT (one split):
-    they are the result, otherwise fp32 parts of it for `total_kernel`.
+    Tiles dB (s, n) and dC (t, n) stay in registers:
 
-        dB, dC <- W C, W^T B    in the first split, else 0
         for each head:
-            dB += (x · o_s dt_s) dH;             dC += (dy · 2^a_t) H
             in <- rows of (C H^T) ∘ dy · 2^a_t;  cross <- diagonal of H dH^T · 2^a_end
+            dB += (x · o_s dt_s) dH;             dC += (dy · 2^a_t) H
 
     The diagonals of two products stand in for sums of elementwise products: the tensor cores have
-    time to spare here, the registers have no room. Masked: columns past n, positions past l.
+    time to spare here, the registers have no room. Masked: columns past n.
     """
-    pid = tl.program_id(0)
     k = pid % NSPLIT
     g = (pid // NSPLIT) % G
     c = (pid // NSPLIT // G) % NC
     b = pid // NSPLIT // G // NC
-    b64 = b.to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, NB)
     pp = tl.arange(0, PB)
     C_tn = C_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
     if HAS_SEQ:
-        run_q = tl.load(run_ptr + b64 * (NC * Q) + c * Q + q)
-        run_end = tl.load(run_ptr + b64 * (NC * Q) + c * Q + Q - 1)
+        run_q = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + q)
+        run_end = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + Q - 1)
     dB_sn = tl.zeros((Q, NB), tl.float32)
     dC_tn = tl.zeros((Q, NB), tl.float32)
-    if k == 0:
-        B_sn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
-        W_st = tl.zeros((Q, Q), tl.float32)
-        W_ts = tl.zeros((Q, Q), tl.float32)  # read transposed, since no product's result may be
-        for w in range(0, WSPLIT):
-            W_at = W_ptr + ((pid // NSPLIT).to(tl.int64) * WSPLIT + w) * (Q * Q)
-            W_st += tl.load(W_at + q[:, None] * Q + q[None, :])
-            W_ts += tl.load(W_at + q[None, :] * Q + q[:, None])
-        dB_sn = tl.dot(W_st.to(C_tn.dtype), C_tn, dB_sn, input_precision=PREC)
-        dC_tn = tl.dot(W_ts.to(C_tn.dtype), B_sn, dC_tn, input_precision=PREC)
     first = g * HPG + k * HPS
     last = tl.minimum(first + HPS, g * HPG + HPG)
     for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
@@ -795,10 +820,10 @@ def bc_kernel(
         # load
         x_sp = x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
         dy_tp = dy_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
-        H_pn = H_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
-        dH_pn = dH_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
-        a_q = a_desc.load([bh, c * Q]).reshape(Q)
-        dt_q = dts_desc.load([bh, c * Q]).reshape(Q)
+        H_pn = borders_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
+        dH_pn = borders_desc.load([(BH + bh) * NC + c, pb * PB, 0]).reshape(PB, NB)
+        a_q = series_desc.load([BH * SERIES_A + bh, c * Q]).reshape(Q)
+        dt_q = series_desc.load([BH * SERIES_DT + bh, c * Q]).reshape(Q)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
         # decay
         in_q = tl.exp2(a_q)
@@ -809,63 +834,101 @@ def bc_kernel(
             out_q = tl.where(run_q == run_end, out_q, 0.0)
             gamma = tl.where(run_end == 0, gamma, 0.0)
         # dot
-        xw_sp = (x_sp * out_q[:, None]).to(x_sp.dtype)
-        dyw_tp = (dy_tp * in_q[:, None]).to(x_sp.dtype)
         r_tp = tl.dot(C_tn, tl.trans(H_pn), input_precision=PREC)
+        in_t = tl.sum(r_tp * dy_tp.to(tl.float32), axis=1) * in_q
         cross_pp = tl.dot(H_pn, tl.trans(dH_pn), input_precision=PREC)
+        cross_p = tl.sum(tl.where(pp[:, None] == pp[None, :], cross_pp, 0.0), axis=1) * gamma
+        xw_sp = operand(x_sp * out_q[:, None], x_sp.dtype, PREC)
+        dyw_tp = operand(dy_tp * in_q[:, None], x_sp.dtype, PREC)
         dB_sn = tl.dot(xw_sp, dH_pn, dB_sn, input_precision=PREC)
         dC_tn = tl.dot(dyw_tp, H_pn, dC_tn, input_precision=PREC)
-        in_t = tl.sum(r_tp * dy_tp.to(tl.float32), axis=1) * in_q
-        cross_p = tl.sum(tl.where(pp[:, None] == pp[None, :], cross_pp, 0.0), axis=1) * gamma
+        dB_sn, dC_tn = pin(dB_sn, PIN), pin(dC_tn, PIN)
         # store
-        row = ((pb * BATCH + b).to(tl.int64) * H + h) * NC + c
-        tl.store(cross_ptr + row * PB + pp, cross_p)
-        tl.store(in_ptr + row * Q + q, in_t)
-    if DIRECT:
-        at = ((b64 * L + c * Q + q[:, None]) * G + g) * N + n[None, :]
-        mask_qn = (c * Q + q < L)[:, None] & (n < N)[None, :]
+        row = ((pb * BH + bh).to(tl.int64) * NC + c) * PB
+        tl.store(cross_ptr + row + pp, cross_p)
+        tl.store(series_at(series_ptr, pb * SET + SERIES_IN, bh, c, BH, NC, Q) + q, in_t)
+    at = (pid.to(tl.int64) * Q + q[:, None]) * N + n[None, :]
+    mask_qn = (q >= 0)[:, None] & (n < N)[None, :]
+    tl.store(parts_ptr + at, dB_sn, mask=mask_qn)
+    at = ((PROGRAMS + pid).to(tl.int64) * Q + q[:, None]) * N + n[None, :]
+    tl.store(parts_ptr + at, dC_tn, mask=mask_qn)
+
+
+@triton.jit
+def chunk_kernel(
+    x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr, sums_ptr,
+    D_sh, D_sp, SUMS, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
+    HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """What the gradients need of each chunk: two kernels in one launch.
+
+    Grid 2 · b · c · g · splits. Even programs run `dx_part` and odd ones `bc_part`, for the same
+    chunk and the same share of a group's heads. Neighbours run at the same time, so that whichever
+    comes second finds x, dy and dH in the L2 cache: they come from memory once instead of twice.
+    One program for both would need more registers than there are.
+    """
+    pid = tl.program_id(0) // 2
+    if tl.program_id(0) % 2 == 0:
+        dx_part(
+            pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
+            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
+            NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
+            HAS_SEQ, HAS_D, D_VECTOR, Q, PB, NB, PREC, STAGES,
+        )  # fmt: skip
     else:
-        at = (pid.to(tl.int64) * Q + q[:, None]) * N + n[None, :]
-        mask_qn = (q >= 0)[:, None] & (n < N)[None, :]
+        # Two stages here: a third set of four tiles would leave room for one program only.
+        bc_part(
+            pid, x_desc, dy_desc, C_desc, series_desc, borders_desc,
+            series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr,
+            NC, H, BH, G, HPG, NPB, N, NSPLIT, HPS, PROGRAMS,
+            HAS_SEQ, Q, PB, NB, PREC, PIN, 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def total_part(
+    pid, nb, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr, L, NC, G, N, NSPLIT, PROGRAMS,
+    Q: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dB = sum over shares of W C + their dB, dC = sum over shares of W^T B + their dC.
+
+    Tiles (q, n). Masked: columns past n, positions past l.
+    """
+    g = pid % G
+    c = (pid // G) % NC
+    b = pid // G // NC
+    q = tl.arange(0, Q)
+    n = nb * NB + tl.arange(0, NB)
+    mask_qn = (q >= 0)[:, None] & (n < N)[None, :]
+    B_sn = B_desc.load([b, g, c * Q, nb * NB]).reshape(Q, NB)
+    C_tn = C_desc.load([b, g, c * Q, nb * NB]).reshape(Q, NB)
+    dB_sn = tl.zeros((Q, NB), tl.float32)
+    dC_tn = tl.zeros((Q, NB), tl.float32)
+    for k in range(0, NSPLIT):
+        # load
+        share = pid * NSPLIT + k
+        W_st = tl.load(W_ptr + (share.to(tl.int64) * Q + q[:, None]) * Q + q[None, :])
+        at = (share.to(tl.int64) * Q + q[:, None]) * N + n[None, :]
+        dB_sn += tl.load(parts_ptr + at, mask=mask_qn, other=0.0)
+        at = ((PROGRAMS + share).to(tl.int64) * Q + q[:, None]) * N + n[None, :]
+        dC_tn += tl.load(parts_ptr + at, mask=mask_qn, other=0.0)
+        # dot
+        dB_sn = tl.dot(W_st, C_tn, dB_sn, input_precision=PREC)
+        dC_tn = tl.dot(tl.trans(W_st), B_sn, dC_tn, input_precision=PREC)
+    # store
+    at = ((b.to(tl.int64) * L + c * Q + q[:, None]) * G + g) * N + n[None, :]
+    mask_qn = (c * Q + q < L)[:, None] & (n < N)[None, :]
     tl.store(dB_ptr + at, dB_sn.to(dB_ptr.dtype.element_ty), mask=mask_qn)
     tl.store(dC_ptr + at, dC_tn.to(dC_ptr.dtype.element_ty), mask=mask_qn)
 
 
 @triton.jit
-def total_kernel(
-    dB_part_ptr, dC_part_ptr, dB_ptr, dC_ptr,
-    L, NC, G, N, NSPLIT,
-    Q: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """dB = sum over splits of dB_part, likewise dC. Grid b · c · g; tile (q, n).
-
-    Masked: columns past n, positions past l.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    g = pid % G
-    c = (pid // G) % NC
-    b = pid // G // NC
-    q = tl.arange(0, Q)
-    n = tl.arange(0, NB)
-    mask_qn = (c * Q + q < L)[:, None] & (n < N)[None, :]
-    dB_qn = tl.zeros((Q, NB), tl.float32)
-    dC_qn = tl.zeros((Q, NB), tl.float32)
-    # load
-    for k in range(0, NSPLIT):
-        at = ((pid * NSPLIT + k) * Q + q[:, None]) * N + n[None, :]
-        dB_qn += tl.load(dB_part_ptr + at, mask=mask_qn, other=0.0)
-        dC_qn += tl.load(dC_part_ptr + at, mask=mask_qn, other=0.0)
-    # store
-    at = ((b * L + c * Q + q[:, None]) * G + g) * N + n[None, :]
-    tl.store(dB_ptr + at, dB_qn.to(dB_ptr.dtype.element_ty), mask=mask_qn)
-    tl.store(dC_ptr + at, dC_qn.to(dC_ptr.dtype.element_ty), mask=mask_qn)
-
-
-@triton.jit
-def chain_kernel(
-    dts_ptr, A_ptr, row_ptr, col_ptr, in_ptr, out_ptr, cross_ptr, ddt_ptr, dA_ptr,
-    A_sh, dA_sc, L, NC, H, NPB, BATCH,
-    Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
+def chain_part(
+    bc, h, A_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr, A_sh, SUMS, WIDE, L, NC, H, BH, NPB,
+    HAS_D: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
 
@@ -874,44 +937,50 @@ def chain_kernel(
         ddt_j = col_j + out_j + A f_j
         dA    = sum_j dt_j f_j
 
-    Grid (b·c, h / HB); tile (q, h). Row and column sums come from the same fp32 products, and no
-    suffix sum is a total minus a prefix sum: either would cancel badly where the decay is strong.
+    Tile (q, h). Row and column sums come from the same fp32 products, and no suffix sum is a total
+    minus a prefix sum: either would cancel badly where the decay is strong.
 
         load row, col, in, out, and out one position earlier; add up the parts of the headdim
         f <- reversed cumulative sums + forward cumulative sum + cross
-        store ddt, and this chunk's part of dA
+        store ddt, and this chunk's part of dA (and of dD)
 
     Masked: heads past h, positions past l (their dt is 0).
     """
-    bc = tl.program_id(0).to(tl.int64)
     b = bc // NC
     c = bc % NC
     q = tl.arange(0, Q)
     pp = tl.arange(0, PB)
-    h = tl.program_id(1) * HB + tl.arange(0, HB)
     mask_h = h < H
     mask_qh = mask_h[None, :] & (q >= 0)[:, None]
     mask_before = mask_h[None, :] & (q > 0)[:, None]
+    bh = b * H + h
     # load
-    dts_at = dts_ptr + ((b * H + h[None, :]) * NC + c) * Q + q[:, None]
-    dt_qh = tl.load(dts_at, mask=mask_qh, other=0.0)
-    dt_before_qh = tl.load(dts_at - 1, mask=mask_before, other=0.0)
+    dt_at = series_at(series_ptr, SERIES_DT, bh, c, BH, NC, Q)[None, :] + q[:, None]
+    dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0)
+    dt_before_qh = tl.load(dt_at - 1, mask=mask_before, other=0.0)
     A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
-    row_qh = tl.zeros((Q, HB), tl.float32)
-    col_qh = tl.zeros((Q, HB), tl.float32)
-    in_qh = tl.zeros((Q, HB), tl.float32)
-    out_qh = tl.zeros((Q, HB), tl.float32)
-    before_qh = tl.zeros((Q, HB), tl.float32)
-    cross_h = tl.zeros((HB,), tl.float32)
+    row_qh = tl.zeros(dt_qh.shape, tl.float32)
+    col_qh = tl.zeros(dt_qh.shape, tl.float32)
+    in_qh = tl.zeros(dt_qh.shape, tl.float32)
+    out_qh = tl.zeros(dt_qh.shape, tl.float32)
+    before_qh = tl.zeros(dt_qh.shape, tl.float32)
+    xdy_qh = tl.zeros(dt_qh.shape, tl.float32)
+    cross_h = tl.zeros(h.shape, tl.float32)
     for pb in range(0, NPB):
-        part_h = ((pb * BATCH + b) * H + h) * NC + c
-        at = part_h[None, :] * Q + q[:, None]
-        row_qh += tl.load(row_ptr + at, mask=mask_qh, other=0.0)
-        col_qh += tl.load(col_ptr + at, mask=mask_qh, other=0.0)
-        in_qh += tl.load(in_ptr + at, mask=mask_qh, other=0.0)
-        out_qh += tl.load(out_ptr + at, mask=mask_qh, other=0.0)
-        before_qh += tl.load(out_ptr + at - 1, mask=mask_before, other=0.0)
-        cross_at = cross_ptr + part_h[:, None] * PB + pp[None, :]
+        row_at = series_at(series_ptr, pb * SET + SERIES_ROW, bh, c, BH, NC, Q)
+        col_at = series_at(series_ptr, pb * SET + SERIES_COL, bh, c, BH, NC, Q)
+        out_at = series_at(series_ptr, pb * SET + SERIES_OUT, bh, c, BH, NC, Q)
+        in_at = series_at(series_ptr, pb * SET + SERIES_IN, bh, c, BH, NC, Q)
+        row_qh += tl.load(row_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        col_qh += tl.load(col_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        out_qh += tl.load(out_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        before_qh += tl.load(out_at[None, :] + q[:, None] - 1, mask=mask_before, other=0.0)
+        in_qh += tl.load(in_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        if HAS_D and not D_VECTOR:
+            xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
+            xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        row = ((pb * BH + bh).to(tl.int64) * NC + c) * PB
+        cross_at = cross_ptr + row[:, None] + pp[None, :]
         cross_h += tl.sum(tl.load(cross_at, mask=mask_h[:, None], other=0.0), axis=1)
     # decay
     f_qh = tl.cumsum(row_qh - dt_qh * col_qh, axis=0, reverse=True)
@@ -919,10 +988,40 @@ def chain_kernel(
     f_qh += tl.cumsum(dt_before_qh * before_qh, axis=0) + cross_h[None, :]
     ddt_qh = col_qh + out_qh + A_h[None, :] * f_qh
     # store
-    ddt_at = ddt_ptr + (b * L + c * Q + q[:, None]) * H + h[None, :]
+    ddt_at = ddt_ptr + ((b.to(tl.int64) * L + c * Q + q[:, None]) * H + h[None, :])
     mask_qh = mask_h[None, :] & (c * Q + q < L)[:, None]
     tl.store(ddt_at, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
-    tl.store(dA_ptr + bc * dA_sc + h, tl.sum(dt_qh * f_qh, axis=0), mask=mask_h)
+    sums_ptr += bc.to(tl.int64) * SUMS
+    tl.store(sums_ptr + WIDE + h, tl.sum(dt_qh * f_qh, axis=0), mask=mask_h)
+    if HAS_D and not D_VECTOR:
+        tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
+
+
+@triton.jit
+def finish_kernel(
+    B_desc, C_desc, A_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr, dB_ptr, dC_ptr, ddt_ptr,
+    sums_ptr, A_sh, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
+    HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """From what the chunks' programs left to the gradients: two kernels in one launch.
+
+    Grid (b·c, g · n/NB + h/HB): programs of `total_part`, one for each tile of dB, and then some of
+    `chain_part`, one for every HB heads.
+    """
+    bc = tl.program_id(0)
+    i = tl.program_id(1)
+    tiles = G * tl.cdiv(N, NB)
+    if i < tiles:
+        total_part(
+            bc * G + i % G, i // G, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr,
+            L, NC, G, N, NSPLIT, PROGRAMS, Q, NB, PREC,
+        )  # fmt: skip
+    else:
+        chain_part(
+            bc, (i - tiles) * HB + tl.arange(0, HB), A_ptr, series_ptr, cross_ptr, ddt_ptr,
+            sums_ptr, A_sh, SUMS, WIDE, L, NC, H, BH, NPB, HAS_D, D_VECTOR, Q, PB,
+        )  # fmt: skip
 
 
 # SSD: launches ------------------------------------------------------------------------------------
@@ -948,9 +1047,18 @@ def _stages(x):
     return 2 if x.dtype == torch.float32 else 3
 
 
-def _precision(x):
-    allowed = x.is_cuda and x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+def _operands(*tensors):
+    """The tensors as the kernels read them, and the precision of their products.
+
+    The range of fp16 is too small for what multiplies in here, such as dt (B·C). So fp16 is read as
+    fp32, multiplied as tf32, which has fp16's 10 bits and fp32's range, and accumulated in fp32.
+    """
+    x, precision = tensors[0], "ieee"
+    if x.dtype == torch.float16:
+        tensors, precision = [t.float() for t in tensors], "tf32"
+    elif x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        precision = "tf32"
+    return *(_addressable(t) for t in tensors), precision
 
 
 @functools.cache
@@ -968,8 +1076,8 @@ def _segments(programs, nc, slots):
 
 def _split(heads, programs, slots):
     """Cut the heads of a group in (parts, heads per part), so that one wave of programs is full."""
-    size = triton.cdiv(heads, max(1, min(heads, slots // programs)))
-    return triton.cdiv(heads, size), size
+    size = _cdiv(heads, max(1, min(heads, slots // programs)))
+    return _cdiv(heads, size), size
 
 
 def _addressable(t):
@@ -987,13 +1095,13 @@ def _tiles(t, *block):
 
     A (b, l, h, w) tensor is seen as (b, h, l, w), so that a tile (Q, W) is one head's positions.
     """
-    shape, stride = list(t.shape), list(t.stride())
+    shape, stride = t.shape, t.stride()
     if t.ndim == 4:
-        stride = [s if size > 1 else 16 for size, s in zip(shape, stride, strict=True)]
-        shape, stride = [[v[0], v[2], v[1], v[3]] for v in (shape, stride)]
-        stride[3] = 1
-        block = (1, 1, *block)
-    return TensorDescriptor(t, shape, stride, list(block))
+        (b, l, h, w), (sb, sl, sh, _) = shape, stride
+        shape, block = [b, h, l, w], [1, 1, *block]
+        # The stride along an axis of size 1 may be anything, but has to be addressable.
+        stride = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
+    return TensorDescriptor(t, list(shape), list(stride), list(block))
 
 
 def _strides(t, count):
@@ -1004,21 +1112,50 @@ def _D_strides(D):
     return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
 
 
-def _prep(x, dt, A, seq_idx, Q):
+_compiled = set()
+
+
+def _launch(*calls):
+    """Launch kernels in turn; a call is (kernel, grid, arguments, options).
+
+    Before calls with such options are made for the first time, their kernels are compiled, all at
+    the same time: one after the other takes half as long again. What else a compilation depends on,
+    such as whether a size is a multiple of 16, is left to the launch.
+    """
+    device = torch.cuda.current_device() if not INTERPRET else None
+    key = device, *((kernel.__name__, *options.values()) for kernel, _, _, options in calls)
+    if key not in _compiled:
+        _compiled.add(key)
+        if not (INTERPRET or torch.cuda.is_current_stream_capturing()):
+            with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+                list(pool.map(functools.partial(_compile, device), calls))
+    for kernel, grid, arguments, options in calls:
+        kernel[grid](*arguments, **options)
+
+
+def _compile(device, call):
+    kernel, grid, arguments, options = call
+    with torch.cuda.device(device):  # a thread begins with device 0
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        getattr(compiled, "run", None)  # which makes its launcher, too
+
+
+def _prepare(x, dt, A, seq_idx, Q, series):
+    """The series that `prep_kernel` writes, with room for others; `end`, `run`; and the call."""
     b, l, h = dt.shape
-    nc = triton.cdiv(l, Q)
-    a, e, dts = torch.empty(3, b * h, nc * Q, device=x.device, dtype=torch.float32)
-    end = torch.empty(b * h, nc, device=x.device, dtype=torch.float32)
+    nc = _cdiv(l, Q)
+    f32 = dict(device=x.device, dtype=torch.float32)
+    series, end = torch.empty(series * b * h, nc * Q, **f32), torch.empty(b * h, nc, **f32)
     # Without resets nobody reads run; `end` stands in for its address.
     run = end
     if seq_idx is not None:
         run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
-    prep_kernel[(b * nc, triton.cdiv(h, 16))](
-        dt, A, seq_idx, a, e, dts, end, run,
-        *dt.stride(), A.stride(0), *_strides(seq_idx, 2), l, nc, h,
-        HAS_SEQ=seq_idx is not None, Q=Q, HB=16, num_warps=4,
+    arguments = (
+        dt, A, seq_idx, series, end, run,
+        *dt.stride(), A.stride(0), *_strides(seq_idx, 2), l, nc, h, b * h,
     )  # fmt: skip
-    return a, e, dts, end, run
+    options = dict(HAS_SEQ=seq_idx is not None, Q=Q, HB=16, num_warps=4)
+    return series, end, run, (prep_kernel, (b * nc, _cdiv(h, 16)), arguments, options)
 
 
 def _ssd_forward(
@@ -1027,36 +1164,40 @@ def _ssd_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    Q, PB, NB, warps = _config(x, n)
-    nc, npb = triton.cdiv(l, Q), triton.cdiv(p, PB)
     y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
-    x, B, C = _addressable(x), _addressable(B), _addressable(C)
-    stages = _stages(x)
-    tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=_precision(x), STAGES=stages)
-    cps = triton.cdiv(nc, _segments(b * h * npb, nc, _slots(x.device)))
-    nseg = triton.cdiv(nc, cps)
+    x, B, C, precision = _operands(x, B, C)
+    Q, PB, NB, warps = _config(x, n)
+    nc, npb, stages = _cdiv(l, Q), _cdiv(p, PB), _stages(x)
+    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device)))
+    nseg = _cdiv(nc, cps)
+    tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=precision, STAGES=stages)
     with torch.cuda.device_of(x):
-        a, e, _, end, run = _prep(x, dt, A, seq_idx, Q)
-        x_desc, a_desc, e_desc = _tiles(x, Q, PB), _tiles(a, 1, Q), _tiles(e, 1, Q)
+        series, end, run, prep = _prepare(x, dt, A, seq_idx, Q, 3)
+        x_desc, series_desc, calls = _tiles(x, Q, PB), _tiles(series, 1, Q), [prep]
         seg = decay = None
         if nseg > 1:
             seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
             decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
-            segment_kernel[(b * (nseg - 1) * h * npb, triton.cdiv(n, 64))](
-                x_desc, _tiles(B, Q, 64), e_desc, end, run, seg, decay,
-                nc, h, h // g, npb, p, n, nseg, cps,
-                **tile, NB=64, num_warps=4, num_stages=stages,
+            arguments = (
+                x_desc, _tiles(B, Q, 64), series_desc, end, run, seg, decay,
+                nc, h, b * h, h // g, npb, p, n, nseg, cps,
             )  # fmt: skip
-        scan_kernel[(b * nseg * h * npb,)](
-            x_desc, _tiles(B, Q, NB), _tiles(C, Q, NB), a_desc, e_desc, y,
+            options = dict(**tile, NB=64, num_warps=4, num_stages=stages)
+            grid = b * (nseg - 1) * h * npb, _cdiv(n, 64)
+            calls.append((segment_kernel, grid, arguments, options))
+        arguments = (
+            x_desc, _tiles(B, Q, NB), _tiles(C, Q, NB), series_desc, y,
             end, run, D, initial_state, seg, decay, final,
             *_D_strides(D), *_strides(initial_state, 4),
-            l, nc, h, h // g, npb, p, n, nseg, cps,
-            **tile, HAS_D=D is not None, HAS_INIT=initial_state is not None, SEGMENTS=nseg > 1,
-            NB=NB, PIN=x.element_size() == 2 and not INTERPRET,
-            num_warps=warps, num_stages=stages,
+            l, nc, h, b * h, h // g, npb, p, n, nseg, cps,
         )  # fmt: skip
+        options = dict(
+            **tile, HAS_D=D is not None, HAS_INIT=initial_state is not None, SEGMENTS=nseg > 1,
+            NB=NB, PIN=x.element_size() == 2 and not INTERPRET, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        calls.append((scan_kernel, (b * nseg * h * npb,), arguments, options))
+        _launch(*calls)
     return y, final
 
 
@@ -1068,77 +1209,74 @@ def _ssd_backward(
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     hpg = h // g
-    Q, PB, NB, warps = _config(x, n)
-    nc, npb = triton.cdiv(l, Q), triton.cdiv(p, PB)
-    like = dict(device=x.device, dtype=x.dtype)
-    f32 = dict(device=x.device, dtype=torch.float32)
-    dx = torch.empty(b, l, h, p, **like)
-    dB, dC = torch.empty(b, l, g, n, **like), torch.empty(b, l, g, n, **like)
-    ddt = torch.empty(b, l, h, device=x.device, dtype=dt.dtype)
-    dinit = None
+    dinit, dD = x.new_empty(0), x.new_empty(0)
     if initial_state is not None:
         dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    dy = torch.zeros_like(x) if dy is None else dy
-    x, B, C, dy = (_addressable(t) for t in (x, B, C, dy))
-    stages = _stages(x)
-    tile = dict(
-        HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, NB=NB, PREC=_precision(x), num_warps=warps
-    )  # fmt: skip
-    programs = b * nc * g
-    wsplit, whps = _split(hpg, programs, _slots(x.device))
-    nsplit, hps = wsplit, whps
-    H, dH = torch.empty(b * h * nc, p, n, **like), torch.empty(b * h * nc, p, n, **like)
-    W = torch.empty(programs * wsplit, Q, Q, **f32)
-    row, col, into, out = torch.empty(4, npb, b, h, nc * Q, **f32)
-    cross = torch.empty(npb, b, h, nc, PB, **f32)
-    # Per chunk: the parts of dD, then those of dA; one sum over chunks finishes both.
-    vector = D is not None and D.ndim == 2
-    wide = 0 if D is None else h * (p if vector else npb)
-    parts = torch.empty(b * nc, wide + h, **f32)
-    with torch.cuda.device_of(x):
-        a, e, dts, end, run = _prep(x, dt, A, seq_idx, Q)
-        a_desc, e_desc, dts_desc = (_tiles(t, 1, Q) for t in (a, e, dts))
-        x_desc, dy_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB)
-        B_desc, C_desc = _tiles(B, Q, NB), _tiles(C, Q, NB)
-        H_desc, dH_desc = _tiles(H, 1, PB, NB), _tiles(dH, 1, PB, NB)
-        border_kernel[(b * h * npb, 1, 2)](
-            x_desc, B_desc, e_desc, dy_desc, C_desc, a_desc, H_desc, dH_desc,
-            end, run, initial_state, dfinal, dinit,
-            *_strides(initial_state, 4), *_strides(dfinal, 4), nc, h, hpg, npb, p, n,
-            **tile, HAS_INIT=initial_state is not None, HAS_DFINAL=dfinal is not None,
-            STAGES=stages, num_stages=stages,
-        )  # fmt: skip
-        dx_kernel[(programs * wsplit,)](
-            x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, dH_desc, _tiles(dx, Q, PB),
-            end, run, D, W, row, col, out, parts,
-            *_D_strides(D), wide + h, nc, h, g, hpg, npb, p, wsplit, whps, b,
-            **tile, HAS_D=D is not None, D_VECTOR=vector, STAGES=stages, num_stages=stages,
-        )  # fmt: skip
-        dB_part, dC_part = dB, dC
-        if nsplit > 1:
-            dB_part, dC_part = torch.empty(2, programs * nsplit, Q, n, **f32)
-        # Two stages here: a third set of four tiles would leave room for one program only.
-        bc_kernel[(programs * nsplit,)](
-            x_desc, dy_desc, B_desc, C_desc, a_desc, dts_desc, H_desc, dH_desc,
-            end, run, W, dB_part, dC_part, into, cross,
-            l, nc, h, g, hpg, npb, n, nsplit, hps, wsplit, b,
-            **tile, DIRECT=nsplit == 1, STAGES=2, num_stages=2,
-        )  # fmt: skip
-        if nsplit > 1:
-            total_kernel[(programs,)](
-                dB_part, dC_part, dB, dC, l, nc, g, n, nsplit, Q=Q, NB=NB, num_warps=8
-            )
-        chain_kernel[(b * nc, triton.cdiv(h, 16))](
-            dts, A, row, col, into, out, cross, ddt, parts[:, wide:],
-            A.stride(0), wide + h, l, nc, h, npb, b, Q=Q, PB=PB, HB=16, num_warps=4,
-        )  # fmt: skip
-        total = parts.sum(0)
-    dA = total[wide:].to(A.dtype, copy=True)
-    dD = x.new_empty(0)
     if D is not None:
-        dD = total[:wide].view(h, -1)
-        dD = (dD if vector else dD.sum(1)).to(D.dtype, copy=True)
-    return [dx, ddt, dA, dB, dC, dD, x.new_empty(0) if dinit is None else dinit]
+        dD = torch.empty_like(D, memory_format=torch.contiguous_format)
+    ddt = torch.empty(b, l, h, device=x.device, dtype=dt.dtype)
+    dA = torch.empty(h, device=x.device, dtype=A.dtype)
+    dB = torch.empty(b, l, g, n, device=x.device, dtype=x.dtype)
+    dC = torch.empty(b, l, g, n, device=x.device, dtype=x.dtype)
+    dtype = x.dtype
+    x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
+    dx = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
+    Q, PB, NB, warps = _config(x, n)
+    nc, npb, stages = _cdiv(l, Q), _cdiv(p, PB), _stages(x)
+    nsplit, hps = _split(hpg, 2 * b * nc * g, _slots(x.device))
+    programs = b * nc * g * nsplit
+    f32 = dict(device=x.device, dtype=torch.float32)
+    borders = torch.empty(2 * b * h * nc, p, n, device=x.device, dtype=x.dtype)
+    W = torch.empty(programs, Q, Q, device=x.device, dtype=x.dtype)
+    parts = torch.empty(2 * programs, Q, n, **f32)
+    cross = torch.empty(npb * b * h, nc, PB, **f32)
+    # Per chunk: the parts of dD, then those of dA.
+    vector = D is not None and D.ndim == 2
+    sums = torch.empty(b * nc, dD.numel() + h, **f32)
+    tile = dict(Q=Q, PB=PB, PREC=precision)
+    flags = dict(HAS_D=D is not None, D_VECTOR=vector)
+    with torch.cuda.device_of(x):
+        series, end, run, prep = _prepare(x, dt, A, seq_idx, Q, 3 + 5 * npb)
+        x_desc, dy_desc, series_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB), _tiles(series, 1, Q)
+        B_desc, C_desc, borders_desc = (
+            _tiles(B, Q, NB),
+            _tiles(C, Q, NB),
+            _tiles(borders, 1, PB, NB),
+        )
+        arguments = (
+            x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
+            end, run, initial_state, dfinal, dinit,
+            *_strides(initial_state, 4), *_strides(dfinal, 4), nc, h, b * h, hpg, npb, p, n,
+        )  # fmt: skip
+        options = dict(
+            **tile, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
+            HAS_DFINAL=dfinal is not None, NB=NB,
+            STAGES=stages, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        border = border_kernel, (b * h * npb, 1, 2), arguments, options
+        arguments = (
+            x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, _tiles(dx, Q, PB),
+            series, end, run, D, W, parts, cross, sums,
+            *_D_strides(D), sums.shape[1], nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs,
+        )  # fmt: skip
+        options = dict(
+            **tile, **flags, HAS_SEQ=seq_idx is not None, NB=NB,
+            PIN=x.element_size() == 2 and not INTERPRET,
+            STAGES=stages, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        chunk = chunk_kernel, (2 * programs,), arguments, options
+        arguments = (
+            _tiles(B, Q, 64), _tiles(C, Q, 64), A, series, W, parts, cross, dB, dC, ddt, sums,
+            A.stride(0), sums.shape[1], dD.numel(), l, nc, h, b * h, g, npb, n, nsplit, programs,
+        )  # fmt: skip
+        options = dict(**tile, **flags, NB=64, HB=16, num_warps=4)
+        grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16)
+        _launch(prep, border, chunk, (finish_kernel, grid, arguments, options))
+        if D is None:
+            _fold(sums, dA)
+        else:
+            _fold(sums, dD, dA)
+    return [dx.to(dtype), ddt, dA, dB, dC, dD, dinit]
 
 
 def _ssd_fake(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1173,8 +1311,6 @@ def _unfit_ssd(x, dt, A, B, C, D, initial_state, seq_idx) -> str | None:
 
 
 def _beyond_ssd(x, dt, A, B, C, D, initial_state, seq_idx) -> str | None:
-    if x.dtype == torch.float16:
-        return "x is float16, whose range the products inside, such as dt (B·C), may leave"
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
     for name, size in (("headdim", x.shape[3]), ("d_state", B.shape[3])):
@@ -1214,7 +1350,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
     `chunk_size` is accepted for the twin's sake: the tile size is the kernels' own.
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
-    16-byte aligned, and copied otherwise. The gradients cannot be differentiated again.
+    16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The
+    gradients cannot be differentiated again.
 
     Raises:
         ValueError: what the kernels cannot take, which is what `takes_ssd` says no to.
@@ -2212,8 +2349,8 @@ _step = _operation("layer_step", _step_forward, None, _step_fake, count=0)
 
 
 def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
-    required = {"xBC": xBC, "dt": dt, "conv": conv, "ssm": ssm, "weight": weight}
-    required |= {"dt_bias": dt_bias, "A_log": A_log, "D": D}
+    state, weights = {"conv": conv, "ssm": ssm}, {"dt_bias": dt_bias, "A_log": A_log, "D": D}
+    required = {"xBC": xBC, "dt": dt, **state, "weight": weight, **weights}
     reason = _unfit(required, {"bias": bias})
     if reason is not None:
         return reason
@@ -2225,8 +2362,8 @@ def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, o
     if ssm.ndim != 4 or weight.ndim != 3 or xBC.numel() == 0 or ssm.numel() == 0:
         return "ssm does not have 4 dimensions, or weight not 3, or xBC or ssm are empty"
     (b, _, d), (h, p, n), k = xBC.shape, ssm.shape[1:], weight.shape[2]
-    groups, rest = divmod(d - h * p, 2 * n)
-    if groups < 1 or rest or h % groups:
+    groups = (d - h * p) // (2 * n)
+    if groups < 1 or d != h * p + 2 * groups * n or h % groups:
         return "the channels of xBC are not those of x, B and C"
     if out is not None:
         unfit = _unfit({"xBC": xBC, "out[0]": out[0], "out[1]": out[1]}, {})

@@ -63,6 +63,7 @@ import functools
 import importlib.util
 import math
 import sys
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,7 @@ from torch.utils.checkpoint import checkpoint
 transformers_missing = None
 try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers.generation import MaxLengthCriteria
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 except ImportError as error:
     if error.name != "transformers":  # neither missing nor too old, but broken: that must be seen
@@ -902,8 +904,9 @@ class Mamba2(nn.Module):
         if kernels and mask is None and state is not None and slices is None:
             weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
             token = (xBC, dt, conv, ssm, *weights)
-            if kernels.takes_layer_step(*token, dt_limit=limit):
-                y, conv, ssm = kernels.layer_step(*token, dt_limit=limit)
+            options = dict(dt_limit=limit, out=getattr(state, "out", None))
+            if kernels.takes_layer_step(*token, **options):
+                y, conv, ssm = kernels.layer_step(*token, **options)
                 return y, Mamba2State(conv, ssm)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h), in dtype
@@ -1066,9 +1069,15 @@ class Mamba2Cache:
         """The cache without its history of gradients."""
         return self.map(Tensor.detach)
 
-    def to(self, device) -> Mamba2Cache:
-        """The cache on another device."""
-        return self.map(lambda tensor: tensor.to(device))
+    def to(self, *args) -> Mamba2Cache:
+        """The cache on another device, or in another dtype; arguments as for Tensor.to.
+
+        Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets sooner
+        what is small.
+        """
+        states = tuple(Mamba2State(*(t.to(*args) for t in state)) for state in self.states)
+        seq_idx = None if self.seq_idx is None else self.seq_idx.to(states[0].ssm.device)
+        return replace(self, states=states, seq_idx=seq_idx)
 
     def save(self, path):
         """Write the cache to a safetensors file."""
@@ -1419,6 +1428,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     the whole sequence, or new tokens alone with an attention_mask that covers the whole sequence.
     """
 
+    _decoder = None  # while generate runs: see DecodingGraph
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
 
@@ -1475,9 +1485,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 segment of it: see `Slices`. The loss is that of the whole sequence, on every rank.
                 Averaged over the ranks, as DDP and FSDP do, so are the gradients of parameters.
             num_items_in_batch: divide the summed loss by this, not by the number of predictions.
-            segment_length: positions in a segment, or "auto" for about the least memory, or 0 for
-                the whole sequence at once. None is the config's choice. With a group: positions of
-                this rank's slice of a segment.
+            segment_length: positions in a segment, or "auto" for about the least memory that does
+                not leave a GPU idle, or 0 for the whole sequence at once. None is the config's
+                choice. With a group: positions in this rank's slice of a segment, not "auto".
             progress: show a progress bar over the segments, forward and backward.
 
         Returns:
@@ -1493,17 +1503,28 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             return_dict = self.config.return_dict
         b, l = _batch_and_length(input_ids, inputs_embeds)
         mask, targets = _as_mask(attention_mask, (b, l)), None
+        if self._decoder is not None and l == 1:
+            others = mask, inputs_embeds, labels, seq_idx, initial_states
+            if all(other is None for other in others) and not output_hidden_states and use_cache:
+                output = self._decoder(input_ids, past_key_values)
+                if output is not None:
+                    return output
         if seq_idx is not None:
             _require("seq_idx", seq_idx, (b, l), kind="integers")
         if labels is not None:
             _require("labels", labels, (b, l), kind="integers")
 
-        length = self._segment_length(segment_length, l)
+        length = self._segment_length(segment_length, b, l)
         count = max(1, -(-l // length))
         if group is not None:
-            items = num_items_in_batch is not None
+            asked = self.config.segment_length if segment_length is None else segment_length
+            if asked == "auto":
+                raise ValueError(
+                    "segment_length = 'auto': with a group it must be a number, or 0, because which "
+                    "positions a rank has to hold depends on it"
+                )
             x = input_ids if inputs_embeds is None else inputs_embeds
-            given = dict(labels=labels is not None, num_items_in_batch=items)
+            given = dict(labels=labels is not None, items=num_items_in_batch is not None)
             _agree(group, x, segments=count, **given)
         if labels is not None and group is None:
             targets = _next_tokens(labels, mask, seq_idx)
@@ -1584,12 +1605,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        rows = self.config.hidden_size  # so that they take no more memory than the head's weight
+        # With so many rows, logits take the memory of the head's weight; a GPU needs more work.
+        rows = max(self.config.hidden_size, 4096 if h.is_cuda else 0)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
         return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)
 
-    def _segment_length(self, length, l):
+    def _segment_length(self, length, b, l):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         if length is None:
             length = self.config.segment_length
@@ -1602,9 +1624,106 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             inside = 4 * (inner + channels + heads)
             if self.backbone.gradient_checkpointing:
                 inside = config.hidden_size + inside / config.num_hidden_layers
-            count = math.ceil(math.sqrt(l * inside / between))
-            length = -(-l // max(1, count))  # all of one length, but for the last
+            count = max(1, math.ceil(math.sqrt(l * inside / between)))
+            if self.device.type == "cuda":  # the GPU must have more to do than the host that asks
+                size = sum(weight.numel() for weight in self.backbone.layers[0].parameters())
+                count = max(1, min(count, int(b * l * size / 1e11)))
+            length = -(-l // count)  # all of one length, but for the last
         return length or max(1, l)
+
+    @torch.no_grad()
+    def prefill(self, input_ids, attention_mask=None, past_key_values=None, **options):
+        """The Mamba2Cache behind a prompt, which can be kept, and gone on from any number of times.
+
+        Read in segments, a prompt of any length takes the memory of one. Arguments: see `forward`;
+        segment_length is "auto" unless given.
+        """
+        options = {"segment_length": "auto", **options, "use_cache": True, "logits_to_keep": 1}
+        return self(input_ids, attention_mask, past_key_values, **options).past_key_values
+
+    def generate(self, *args, **kwargs):
+        """As in all of transformers; on CUDA, a step of the model by one token is a CUDA graph."""
+        outer, self._decoder = self._decoder, _Decoder(self)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._decoder.close()
+            self._decoder = outer
+
+    def stream(self, input_ids, **options):
+        """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
+
+            for token in model.stream(ids, max_new_tokens=100, do_sample=True, top_p=0.9):
+                print(tokenizer.decode(token), end="", flush=True)
+
+        transformers prepares prompt, sampling and stopping, so that all arguments mean the same.
+        The loop is our own, and on CUDA much faster: states are not copied, and the host does not
+        wait for a token, but asks after every eighth whether the text is over, if it may be.
+
+        Raises:
+            ValueError: options that mean more than one token after the other, such as beams.
+        """
+        for name in ("assistant_model", "streamer", "custom_generate"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
+        return super().generate(input_ids, custom_generate=type(self)._stream, **options)
+
+    def _stream(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ):
+        """What transformers calls to generate, with all arguments prepared: an iterator."""
+        mode = generation_config.get_generation_mode()
+        if mode not in ("greedy_search", "sample") or generation_config.num_return_sequences != 1:
+            raise ValueError(
+                f"generation mode {mode.value!r} with num_return_sequences = "
+                f"{generation_config.num_return_sequences}: stream yields one text for a prompt, "
+                "token by token; use generate"
+            )
+        output = self._prefill(input_ids, generation_config, model_kwargs)
+        return self._tokens(
+            input_ids, output, logits_processor, stopping_criteria, generation_config
+        )
+
+    @torch.no_grad()
+    def _tokens(self, ids, output, logits_processor, stopping_criteria, config):
+        """Yield tokens (b) behind the prompt `ids` (b, l), which gave `output`."""
+        criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
+        every = 8 if ids.is_cuda else 1
+        unfinished = torch.ones_like(ids[:, 0], dtype=torch.bool)
+        tokens, overs = [], []
+        logits, cache = output.logits[:, -1], output.past_key_values
+        graph = DecodingGraph.take(self, cache) if config.max_length > ids.shape[1] + 1 else None
+        try:
+            for left in reversed(range(config.max_length - ids.shape[1])):
+                scores = logits_processor(ids, logits.float())
+                if config.do_sample:
+                    token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+                else:
+                    token = scores.argmax(-1)
+                if config._pad_token_tensor is not None:
+                    token = torch.where(unfinished, token, config._pad_token_tensor)
+                ids = torch.cat([ids, token[:, None]], dim=1)
+                for criterion in criteria:
+                    unfinished = unfinished & ~criterion(ids, scores)
+                tokens.append(token)
+                overs.append(~unfinished.any())
+                if not criteria:
+                    yield tokens.pop()
+                elif len(tokens) == every or left == 0:
+                    over = torch.stack(overs).tolist() + [True]  # waits for the GPU
+                    yield from tokens[: over.index(True) + 1]
+                    if over.index(True) < len(tokens):
+                        return
+                    tokens, overs = [], []
+                if left == 0:
+                    return
+                if graph is not None:
+                    logits = graph(token)
+                else:
+                    output = self(token[:, None], past_key_values=cache, use_cache=True)
+                    logits, cache = output.logits[:, -1], output.past_key_values
+        finally:
+            DecodingGraph.give_back(self, graph)
 
     def _validate_model_kwargs(self, model_kwargs):
         _require_cache(model_kwargs.get("past_key_values"))
@@ -1667,6 +1786,131 @@ def _next_tokens(labels, mask, seq_idx):
     if seq_idx is not None:
         targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
     return targets
+
+
+class _BufferedState(Mamba2State):
+    """A state in buffers of a CUDA graph; `out` is where a layer's kernel writes the next one."""
+
+
+class DecodingGraph:
+    """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
+
+    The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
+    `cache` copies one out, so that caches stay values. Weights are read where they lie.
+    """
+
+    idle = weakref.WeakKeyDictionary()  # model: the graph that it used last
+
+    @classmethod
+    def key(cls, model, cache):
+        """All that a graph depends on; None where there can be none."""
+        if not isinstance(cache, Mamba2Cache) or cache.seq_idx is not None or not cache.states:
+            return None
+        device = cache.states[0].ssm.device
+        if device.type != "cuda" or torch.is_autocast_enabled("cuda") or torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return None
+        weights = [*model.parameters()]
+        if any(weight.device != device for weight in weights):
+            return None
+        sizes = [(tensor.shape, tensor.dtype) for tensor in cache.states[0]]
+        return device, len(cache.states), *sizes, tuple(weight.data_ptr() for weight in weights)
+
+    @classmethod
+    def take(cls, model, cache):
+        """A graph of the model for nobody else, loaded with the cache; None where it cannot be."""
+        key = cls.key(model, cache)
+        if key is None:
+            return None
+        graph = cls.idle.pop(model, None)
+        if graph is None or graph.made_for != key:
+            graph = None  # whose memory is free before the next takes its own
+            graph = cls(model, cache, key)
+        graph.load(cache)
+        return graph
+
+    @classmethod
+    def give_back(cls, model, graph):
+        if graph is not None:
+            cls.idle[model] = graph
+
+    def __init__(self, model, cache, key):
+        self.made_for, self.states = key, []
+        for conv, ssm in cache.states:
+            state = _BufferedState(conv.clone(), ssm.clone())
+            state.out = torch.empty_like(state.conv), state.ssm  # not conv, which all heads read
+            self.states.append(state)
+        b, device = ssm.shape[0], ssm.device
+        self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        decoder, model._decoder = model._decoder, None  # it is the plain step that is captured
+        try:
+            with torch.cuda.device(device):
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):  # for what is done once, such as compiling kernels
+                    for _ in range(2):
+                        self.step(model)
+                torch.cuda.current_stream().wait_stream(stream)
+                with torch.cuda.graph(self.graph):
+                    self.logits = self.step(model)
+        finally:
+            model._decoder = decoder
+
+    def step(self, model):
+        """The step itself, from buffers to buffers."""
+        cache = Mamba2Cache(tuple(self.states))
+        output = model(self.token, past_key_values=cache, use_cache=True)
+        pairs = zip(_flatten(self.states), _flatten(output.past_key_values.states), strict=True)
+        old, new = zip(*((old, new) for old, new in pairs if old is not new), strict=True)
+        torch._foreach_copy_(old, new)
+        return output.logits[:, -1]
+
+    def load(self, cache):
+        """Go on from this cache."""
+        torch._foreach_copy_(_flatten(self.states), _flatten(cache.states))
+
+    def cache(self, length) -> Mamba2Cache:
+        """The state behind the last token."""
+        states = [Mamba2State(*map(torch.clone, state)) for state in self.states]
+        return Mamba2Cache(tuple(states), length)
+
+    def __call__(self, token):
+        """The logits (b, vocabulary) behind a token (b); until the next call."""
+        with torch.cuda.device(token.device):
+            self.token.copy_(token[:, None])
+            self.graph.replay()
+        return self.logits
+
+
+def _flatten(states):
+    return [tensor for state in states for tensor in state]
+
+
+class _Decoder:
+    """What a forward pass of one token does, while `generate` runs: a graph's step on values."""
+
+    def __init__(self, model):
+        self.model, self.graph, self.cache = model, None, None
+
+    def __call__(self, ids, cache):
+        """The output for ids (b, 1), or None where there can be no graph."""
+        key = DecodingGraph.key(self.model, cache)
+        if self.graph is None or self.graph.made_for != key:
+            self.close()
+            self.graph = DecodingGraph.take(self.model, cache)
+        elif cache is not self.cache:
+            self.graph.load(cache)
+        if self.graph is None:
+            return None
+        logits = self.graph(ids[:, 0])[:, None].clone()
+        self.cache = self.graph.cache(cache.length + 1)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+
+    def close(self):
+        DecodingGraph.give_back(self.model, self.graph)
+        self.graph = self.cache = None
 
 
 def _progress_bar(segments):

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -72,6 +73,7 @@ from mamba2 import (
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = DEVICE.type == "cuda"
 FORMS = [ssd_recurrent, ssd_quadratic, ssd]
 DRAW = dict(dtype=torch.float64, device=DEVICE)
 
@@ -1772,6 +1774,141 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
         model(ids, labels=ids, past_key_values=cache)
 
 
+def streamed(model, ids, **options):
+    return torch.cat([ids, torch.stack(list(model.stream(ids, **options)), 1)], 1)
+
+
+STREAMS = {
+    "greedy": {},
+    "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
+    "penalised": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    "ended": dict(eos_token_id=[46, 57, 51], pad_token_id=3),
+    "long enough": dict(eos_token_id=[46, 57, 51], pad_token_id=3, min_new_tokens=6),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+@torch.no_grad()
+def test_a_stream_yields_what_generate_appends(case):
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    given = {**GREEDY, "max_new_tokens": 30, **STREAMS[case]}
+    for kwargs in (dict(attention_mask=mask), {}):
+        torch.manual_seed(1)
+        expected = model.generate(ids, **kwargs, **given)
+        torch.manual_seed(1)
+        assert torch.equal(streamed(model, ids, **kwargs, **given), expected)
+    assert case != "ended" or expected.shape[1] < 42
+    cache = model.prefill(ids[:, :7], mask[:, :7])
+    before = cache.map(torch.clone)
+    for kwargs in (dict(attention_mask=mask), dict(attention_mask=mask, prefill_chunk_size=2)):
+        expected = model.generate(ids, **kwargs, **{**given, "do_sample": False})
+        found = streamed(
+            model, ids, past_key_values=cache, **kwargs, **{**given, "do_sample": False}
+        )
+        assert torch.equal(found, expected)
+    assert identical(cache.states, before.states)
+
+
+def test_streams_of_one_model_do_not_disturb_each_other():
+    model = tiny(dtype=torch.float64)
+    given = dict(GREEDY, max_new_tokens=20)
+    texts = [tokens(2, 12, seed=seed) for seed in range(3)]
+    expected = [model.generate(ids, **given)[:, 12:] for ids in texts]
+    both = zip(*(model.stream(ids, **given) for ids in texts), strict=True)
+    for found, right in zip(zip(*both, strict=True), expected, strict=True):
+        assert torch.equal(torch.stack(found, 1), right)
+
+
+def test_what_a_stream_cannot_mean_is_refused_at_once():
+    model, ids = tiny(), tokens(2, 12)
+    for given, message in (
+        (dict(num_beams=2, max_new_tokens=3), "beam_search"),
+        (
+            dict(do_sample=True, num_return_sequences=2, max_new_tokens=3),
+            "num_return_sequences = 2",
+        ),
+        (dict(assistant_model=model), "assistant_model is an option of generate"),
+        (dict(streamer=Recorder()), "streamer is an option of generate"),
+        (dict(tempratur=1.0), "tempratur"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.stream(ids, **given)
+
+
+@torch.no_grad()
+def test_sampled_tokens_have_the_frequencies_of_their_probabilities():
+    model = tiny(vocab_size=16)
+    ids, count = tokens(1, 6, vocabulary=16), 4000
+    options = dict(do_sample=True, temperature=0.7, top_k=12, top_p=0.95)
+    logits = (model(ids).logits[0, -1].double() / 0.7).sort(descending=True)
+    probabilities = logits.values[:12].softmax(0)
+    kept = int((probabilities.cumsum(0) < 0.95).sum()) + 1
+    probabilities = probabilities[:kept] / probabilities[:kept].sum()
+    assert 4 < kept < 12
+    torch.manual_seed(2)
+    drawn = next(model.stream(ids.expand(count, -1), max_new_tokens=1, **options))
+    counts = torch.stack([(drawn == token).sum() for token in logits.indices[:kept]])
+    assert counts.sum() == count
+    expected = count * probabilities
+    chi_square = ((counts - expected).square() / expected).sum().item()
+    # Of chi-square's distribution with m degrees of freedom, 0.9999 lie below (Wilson, Hilferty).
+    m = kept - 1
+    assert chi_square < m * (1 - 2 / (9 * m) + 3.719 * math.sqrt(2 / (9 * m))) ** 3
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_once_and_gone_on_from_many_times(tmp_path):
+    model, ids = tiny(dtype=torch.float64), tokens(1, 30)
+    state = model.prefill(ids, segment_length=7)
+    assert_same_state(state, model(ids).past_key_values, F64)
+    state.save(tmp_path / "prompt.safetensors")
+    state = Mamba2Cache.load(tmp_path / "prompt.safetensors", DEVICE)
+    questions = tokens(3, 5, seed=1)
+    whole = torch.cat([ids.expand(3, -1), questions], 1)
+    found = model.generate(whole, past_key_values=state.repeat(3), **GREEDY)
+    assert torch.equal(found, model.generate(whole, **GREEDY))
+    half = state.to(torch.bfloat16)
+    assert model(questions[:1], past_key_values=half).past_key_values.states[0].ssm.dtype == (
+        torch.bfloat16
+    )
+
+
+def greedy_steps(model, ids, steps):
+    """Text of a loop of plain steps: no graph, no transformers."""
+    cache, new = None, ids
+    with torch.no_grad():
+        for _ in range(steps):
+            output = model(new, past_key_values=cache, use_cache=True)
+            new, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+            ids = torch.cat([ids, new], dim=1)
+    return ids
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
+    ids = tokens(2, 12)
+    given = dict(GREEDY, max_new_tokens=1000)
+    for options in ({}, dict(n_groups=2, use_bias=True)):
+        model = tiny(**options)
+        plain = greedy_steps(model, ids, 1000)
+        assert torch.equal(streamed(model, ids, **given), plain)
+        assert torch.equal(model.generate(ids, **given), plain)
+    assert model in mamba2.DecodingGraph.idle
+    with torch.no_grad():  # new weights in the old place
+        model.backbone.layers[0].mixer.in_proj.weight.mul_(1.5)
+    changed = greedy_steps(model, ids, 1000)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(streamed(model, ids, **given), changed)
+    model.to(torch.bfloat16)  # and in another
+    changed = greedy_steps(model, ids, 100)
+    assert torch.equal(streamed(model, ids, **{**given, "max_new_tokens": 100}), changed)
+    graph = weakref.ref(mamba2.DecodingGraph.idle[model])
+    del model
+    gc.collect()
+    assert graph() is None  # freed with its model
+
+
 @torch.no_grad()
 def test_generate_takes_embeddings_for_a_prompt():
     model = tiny(dtype=torch.float64)
@@ -2128,11 +2265,11 @@ def test_memory_grows_as_the_square_root_of_the_length():
 
 
 def test_no_logits_of_the_whole_sequence_exist_where_only_the_loss_is_wanted():
-    model = tiny(vocab_size=1000).train()
-    ids = tokens(1, 500)
+    model, l = tiny(vocab_size=1000).train(), 16384 if CUDA else 500
+    ids = tokens(1, l)
     with Bytes() as watch:
         model(ids, labels=ids).loss.backward()
-    assert watch.largest < 500 * 1000 * 4 / 4  # a quarter of them, in float32
+    assert watch.largest <= l * 1000 * 4 / 4  # a quarter of them, in float32
 
 
 @torch.no_grad()
@@ -2770,11 +2907,10 @@ def test_segments_of_slices_give_loss_and_gradients_of_the_whole(rank, world):
 # mamba2.py, in float64 on the CPU, which no kernel takes; it is compared with the paper above.
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = DEVICE.type == "cuda"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
-SSD_DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 115
+PASSED_IN_THE_INTERPRETER = 136
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -2869,7 +3005,7 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), **features)
     return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx)
 
 
-# Lengths are (m, a) for m Q + a, where Q is the kernels' own chunk: 32 in float32, else 64.
+# Lengths are (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
 KERNEL_SSD = {
     "one position": dict(l=(0, 1), state=True),
     "Q - 1": dict(l=(1, -1), state=True),
@@ -2910,12 +3046,14 @@ def test_kernel_ssd_is_its_twin_in_values_and_gradients(dtype, case, monkeypatch
             forced = options.pop(name)
             monkeypatch.setattr(mamba2.kernels, f"_{name}", lambda *sizes, forced=forced: forced)
     (m, a), only = options.pop("l"), options.pop("only", None)
-    q = 32 if dtype == torch.float32 or options.get("n") == 256 else 64
+    q = 64 if dtype == torch.bfloat16 and options.get("n") != 256 else 32
     inputs = kernel_ssd_inputs(dtype, m * q + a, **options)
-    # bfloat16: products have operands of 8 bits. float32: sums of some 100 terms of 24 bits; with
-    # decays over many powers of ten, their running sum keeps fewer digits. The gradient of A is one
-    # number a head, a sum over all positions of terms of both signs, which cancel.
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 3e-5 if "extreme" in case else 1e-5
+    if dtype == torch.float16 and "extreme" in case:  # results of 1e5 would be infinite
+        inputs |= dict(x=inputs["x"] / 8, B=inputs["B"] / 8)
+    # bfloat16 and float16: products have operands of 8 and 11 bits. float32: sums of some 100 terms
+    # of 24 bits. The gradient of A is one number a head, a sum over all positions of terms of both
+    # signs, which cancel.
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     assert_kernel_right("ssd", inputs, tolerance, case, only, loose={"d A": 3 * tolerance})
 
 
@@ -3044,8 +3182,8 @@ def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(dtype, monkeyp
         assert sorted(ran) == sorted(["ssd", "causal_conv1d", "rms_norm"] * (len(cuts) + 1))
         for i, (f, p, w) in enumerate(zip(found, plain, want, strict=True)):
             assert f.dtype == p.dtype
-            limit = 3 * relative_error(p, w) + (2e-2 if dtype == torch.bfloat16 else 1e-5)
-            assert relative_error(f, w) <= limit, f"{cuts} [{i}]"
+            limit = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+            assert relative_error(f, w) <= 3 * relative_error(p, w) + limit, f"{cuts} [{i}]"
 
 
 KERNEL_STEP = {  # rows, and options of the layer
@@ -3173,9 +3311,8 @@ def test_kernel_step_leaves_to_the_layer_what_is_not_one_token_without_gradients
 
 
 @needs_kernels
-def test_kernel_step_is_captured_whole_by_torch_compile():
+def test_kernel_step_is_captured_whole_by_torch_compile_for_any_number_of_rows():
     layer, _ = kernel_layer(HALF)
-    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE).to(HALF)
     graphs = []
 
     def backend(graph, example_inputs):
@@ -3183,12 +3320,16 @@ def test_kernel_step_is_captured_whole_by_torch_compile():
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
     torch._dynamo.reset()
+    step = torch.compile(layer.step, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
-        _, state = layer.step(u)
-        found = torch.compile(layer.step, fullgraph=True, backend=backend)(u[:, :1], state)
-        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graphs[0]) == 1
-        for f, e in zip(tensors(found), tensors(layer.step(u[:, :1], state)), strict=True):
-            assert relative_error(f, e) <= 1e-2
+        for rows in (2, 3, 5):
+            u = torch.randn(rows, 5, layer.config.d_model, device=DEVICE).to(HALF)
+            _, state = layer.step(u)
+            found, want = step(u[:, :1], state), layer.step(u[:, :1], state)
+            for f, e in zip(tensors(found), tensors(want), strict=True):
+                assert relative_error(f, e) <= 1e-2
+    for graph in graphs:
+        assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graph) == 1
 
 
 @needs_kernels
@@ -3326,7 +3467,6 @@ KERNEL_SILENT = {
 }
 # And of which a user hears, because it costs time.
 KERNEL_LOUD = {
-    "float16": lambda i: i | {k: i[k].half() for k in ("x", "B", "C")},
     "headdim is 12": lambda i: i | dict(x=i["x"][..., :12], initial_state=None),
     "d_state is 10": lambda i: i | {k: i[k][..., :10] for k in ("B", "C", "initial_state")},
     "one dtype": lambda i: i | dict(B=i["B"].bfloat16()),
@@ -3364,7 +3504,7 @@ def test_kernel_ssd_leaves_to_its_twin_with_one_warning(case, monkeypatch):
         mamba2.kernels.ssd(**inputs)
     exact = {k: t.double() if t is not None and k != "seq_idx" else t for k, t in inputs.items()}
     for f, e in zip(found, mamba2.ssd(**exact), strict=True):
-        assert relative_error(f, e) <= (1e-3 if case == "float16" else 1e-6)
+        assert relative_error(f, e) <= 1e-6
 
 
 @needs_kernels
@@ -3418,6 +3558,23 @@ def test_kernels_of_convolution_and_norm_leave_the_same_to_their_twins(monkeypat
 
 
 @needs_kernels
+def test_kernels_leave_a_layer_to_its_twins_in_transforms_of_torch_func(monkeypatch):
+    layer, _ = kernel_layer(torch.float32)
+    u = torch.randn(2, 5, layer.config.d_model, device=DEVICE)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (u,)).square().sum()
+
+    with counted(monkeypatch) as ran:
+        found = torch.func.grad(loss)(parameters)
+    want = torch.autograd.grad(layer(u).square().sum(), list(layer.parameters()))
+    assert not ran
+    for f, w in zip(found.values(), want, strict=True):  # A's are sums of terms that cancel
+        assert relative_error(f, w) <= 1e-4
+
+
+@needs_kernels
 def test_kernels_that_are_executed_again_leave_those_of_before_alone():
     spec = importlib.util.spec_from_file_location("again", mamba2.kernels.__file__)
     again = importlib.util.module_from_spec(spec)
@@ -3425,12 +3582,12 @@ def test_kernels_that_are_executed_again_leave_those_of_before_alone():
     inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16, state=True)
     expected = mamba2.kernels.ssd(**inputs)
     assert identical(again.ssd(**inputs), expected)
-    del again._prep  # now the second one's operations fail, whose names are its own
+    del again._prepare  # now the second one's operations fail, whose names are its own
     for module in (again, mamba2.kernels):
         torch._dynamo.reset()
         for run in (module.ssd, torch.compile(module.ssd, fullgraph=True, backend="aot_eager")):
             if module is again:
-                with pytest.raises(NameError, match="_prep"):
+                with pytest.raises(NameError, match="_prepare"):
                     run(**inputs)
             else:
                 assert identical(run(**inputs), expected)
@@ -3652,11 +3809,10 @@ def benchmark_training(shape, lengths, methods):
                 model.gradient_checkpointing_enable()
             else:
                 model.gradient_checkpointing_disable()
-            length = model._segment_length(segments, l)
+            length = model._segment_length(segments, 1, l)
             row = f"{l:9,} {length:8,}  {'again' if layers else 'kept '} "
             try:
-                step(min(l, 2 * length, 2**15), min(length, 2**14))  # compiles, makes the states
-                torch.cuda.empty_cache()
+                step(min(l, 3 * length), length)  # compiles, reserves memory
                 torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
                 step(l, segments)
@@ -3664,6 +3820,7 @@ def benchmark_training(shape, lengths, methods):
                 row += f"{torch.cuda.max_memory_allocated() / 1e9:12.1f} {l / seconds:11,.0f}"
             except torch.OutOfMemoryError:
                 optimizer.zero_grad()
+                torch.cuda.empty_cache()
                 row += "   out of memory"
             print(row, flush=True)
 
