@@ -1331,9 +1331,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         checkpoints = self.gradient_checkpointing and self.training
         given = dict(states=bool(past.states), checkpoints=checkpoints)
         slices = Slices.of(group, self.config, h, mask, seq_idx, **given)
-        labels, exists, length = seq_idx, mask, h.shape[1]
-        if slices is not None:
-            labels, exists, length = slices.labels, slices.labels != NO_LABEL, slices.length
+        labels, exists, length = slices.whole if slices else (seq_idx, mask, h.shape[1])
         if seq_idx is not None and past.seq_idx is not None:
             ended = _first(labels, exists, past.seq_idx) != past.seq_idx  # (b)
             zero = (ended & (past.seq_idx != NO_LABEL))[:, None, None]
@@ -1514,22 +1512,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if labels is not None:
             _require("labels", labels, (b, l), kind="integers")
 
-        length = self._segment_length(segment_length, b, l)
+        length = self._segment_length(segment_length, b, l, group)
         count = max(1, -(-l // length))
         if group is not None:
-            asked = self.config.segment_length if segment_length is None else segment_length
-            if asked == "auto":
-                raise ValueError(
-                    "segment_length = 'auto': with a group it must be a number, or 0, because which "
-                    "positions a rank has to hold depends on it"
-                )
             x = input_ids if inputs_embeds is None else inputs_embeds
             given = dict(labels=labels is not None, items=num_items_in_batch is not None)
             _agree(group, x, segments=count, **given)
-        if labels is not None and group is None:
-            targets = _next_tokens(labels, mask, seq_idx)
+            if labels is not None:
+                targets = _next_tokens_of_slices(labels, mask, seq_idx, length, group)
         elif labels is not None:
-            targets = _next_tokens_of_slices(labels, mask, seq_idx, length, group)
+            targets = _next_tokens(labels, mask, seq_idx)
         if count > 1 and output_hidden_states:
             raise ValueError(
                 f"output_hidden_states = True, segment_length = {length}: segments are there so "
@@ -1611,11 +1603,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
         return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)
 
-    def _segment_length(self, length, b, l):
+    def _segment_length(self, length, b, l, group=None):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         if length is None:
             length = self.config.segment_length
         _require_segment_length(length)
+        if length == "auto" and group is not None:
+            raise ValueError("segment_length = 'auto': slices depend on it, so give it as a number")
         if length == "auto":
             # Memory is l / s times what is kept between segments and s times what a position
             # leaves for the backward pass: roughly these numbers. The best s makes both equal.
@@ -1728,10 +1722,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs):
         _require_cache(model_kwargs.get("past_key_values"))
         if model_kwargs.get("group") is not None:
-            raise ValueError(
-                "group: generate writes on one rank; read the prompt in slices with "
-                "model(ids, group=group, use_cache=True), and go on from the cache that it returns"
-            )
+            raise ValueError("group: read the prompt with it, and generate from the cache behind")
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(
@@ -2006,39 +1997,37 @@ class Slices:
         return cls(group, *arguments, **options)
 
     def __init__(self, group, config, x, mask, seq_idx, **options):
-        sizes = ("hidden_size", "num_hidden_layers", "num_heads", "n_groups", "state_size")
-        options.update({name: getattr(config, name) for name in (*sizes, "conv_kernel")})
-        options.update(dtype=x.dtype, autocast=torch.is_autocast_enabled(x.device.type))
-        options.update(gradients=torch.is_grad_enabled(), seq_idx=seq_idx is not None)
-        self.length = sum(_agree(group, x, **options))
+        options.update({name: getattr(config, name) for name in _DEFAULTS})
+        length = sum(_agree(group, x, **options, seq_idx=seq_idx is not None))
         self.group, self.rank = group, dist.get_rank(group)
-
-        # Which sequences the first and the last positions of each slice belong to.
+        # Of each slice, gather the sequences of the first position that exists, and of the last m.
         labels = x.new_zeros(x.shape[:2], dtype=torch.int64) if seq_idx is None else seq_idx.long()
         if mask is not None:
-            labels = labels.masked_fill(~mask.bool(), NO_LABEL)
-        exists, m = labels != NO_LABEL, max(1, config.conv_kernel - 1)
-        self.last = exists.int().argsort(dim=1, stable=True)[:, -m:]  # (b, m), or l if it is less
-        first = _first(labels, exists, NO_LABEL)  # (b)
-        last = F.pad(_take(labels, self.last), (m - self.last.shape[1], 0), value=NO_LABEL)
+            labels = labels.masked_fill(~mask, NO_LABEL)
+        self.order = (labels != NO_LABEL).int().argsort(dim=1, stable=True)  # (b, l)
+        self.m = max(1, config.conv_kernel - 1)
+        first = _first(labels, labels != NO_LABEL, NO_LABEL)  # (b)
+        last = self.last(labels[..., None], NO_LABEL)[..., 0]  # (b, m)
         labels = _all_gather(torch.cat([first[:, None], last], dim=1), group)  # (r, b, 1+m)
-        self.labels, self.last_labels = (
-            rearrange(part, "r b m -> b (r m)") for part in (labels, labels[:, :, 1:])
-        )
-        before = self.last_labels[:, : self.rank * m].flip(1)
-        before = _first(before, before != NO_LABEL, NO_LABEL)  # (b)
-        # (b), whether this slice begins another sequence than the one in front of it
-        self.begins = (before != first) & (before != NO_LABEL) & (first != NO_LABEL)
+        self.last_labels = rearrange(labels[:, :, 1:], "r b m -> b (r m)")
+        labels = rearrange(labels, "r b m -> b (r m)")
+        self.whole = labels, labels != NO_LABEL, length  # for questions about the whole sequence
+        # (b), whether this slice begins another sequence than the one in front of it.
+        before = labels[:, : self.rank * (1 + self.m)].flip(1)
+        before = _first(before, before != NO_LABEL, first)
+        self.begins = (first != before) & (first != NO_LABEL)
+
+    def last(self, x, fill=0):
+        """The last m positions that exist of x (b, l, c): (b, m, c), or fewer behind `fill`."""
+        x = _take(x, self.order[:, -self.m :])
+        return F.pad(x, (0, 0, self.m - x.shape[1], 0), value=fill)
 
     def states_of_convolution(self, xBC, state, conv1d):
         """The state (b, k-1, ...) of `conv1d` in front of this slice, and behind the last one."""
-        size = self.last_labels.shape[1] // dist.get_world_size(self.group)
-        last = _take(xBC, self.last)
-        last = F.pad(last, (0, 0, size - last.shape[1], 0))  # (b, m, ...)
-        last = rearrange(_all_gather(last, self.group), "r b m c -> b (r m) c")
+        last = rearrange(_all_gather(self.last(xBC), self.group), "r b m c -> b (r m) c")
 
-        def behind(slices):
-            x, labels = last[:, : slices * size], self.last_labels[:, : slices * size]
+        def behind(slices):  # what the last positions leave, when they are taken for a sequence
+            x, labels = (t[:, : slices * self.m] for t in (last, self.last_labels))
             x, front, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x[:, :, :0], labels)
             return conv1d(x, front, labels)[1]
 
@@ -2052,62 +2041,51 @@ def ssd_of_slice(
 ):
     """`ssd` of this rank's slice. initial_state and final_state are those of the whole sequence."""
     y, written = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, seq_idx=seq_idx)
-    log_decay, _, initial_state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
-    border = torch.zeros_like(initial_state[:, :, 0, :1])  # (b, h, 1)
-    border = border.masked_fill(slices.begins[:, None, None], -torch.inf)
-    log_decay = torch.cat([border, rearrange(log_decay, "b l h -> b h l")], dim=2)
-    from_start = log_decay.cumsum(2)  # (b, h, 1+l)
+    log_decay, _, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    from_start = F.pad(log_decay, (0, 0, 1, 0)).cumsum(1).exp()  # (b, 1+l, h)
 
-    behind = torch.cat([written.flatten(2), from_start[:, :, -1:]], dim=2)  # (b, h, p n + 1)
-    behind = _all_gather(behind, slices.group)  # (r, b, h, p n + 1)
-    states = behind[..., :-1].unflatten(3, written.shape[2:])
-    states = torch.cat([initial_state[None], states])  # (1+r, b, h, p, n)
-    decays = F.pad(rearrange(behind[..., -1], "r b h -> b h r"), (1, 0))
-    decays = segsum(decays).exp()  # (b, h, 1+r, 1+r)
+    decay = from_start[:, -1, :, None].masked_fill(slices.begins[:, None, None], 0)  # (b, h, 1)
+    behind = _all_gather(torch.cat([decay, written.flatten(2)], dim=2), slices.group)
+    states = [state]  # in front of each slice, and behind the last one
+    for slice_ in behind:  # (b, h, 1 + p n)
+        decay, written = slice_[..., :1, None], slice_[..., 1:].unflatten(2, state.shape[2:])
+        states.append(decay * states[-1] + written)  # (b, h, p, n)
 
-    def state_behind(count):  # of slices; what comes later has no part in it, not even as 0 * inf
-        decay = decays[:, :, count, : count + 1]
-        return torch.einsum("bhs,sbhpn->bhpn", decay, states[: count + 1])
-
-    state = rearrange(state_behind(slices.rank), "b (g r) p n -> b g n (r p)", g=B.shape[2])
-    read = rearrange(C, "b l g n -> b g l n") @ state.to(C.dtype)  # (b, g, l, (r p))
+    # Not states[slices.rank]: gradients must reach the all-gather on every rank, or others wait.
+    state = torch.stack(states)[slices.rank].masked_fill(slices.begins[:, None, None, None], 0)
+    state = rearrange(state.to(C.dtype), "b (g r) p n -> b g n (r p)", g=B.shape[2])
+    read = rearrange(C, "b l g n -> b g l n") @ state  # (b, g, l, (r p))
     read = rearrange(read, "b g l (r p) -> b l (g r) p", p=x.shape[3])
-    decay = rearrange(from_start[:, :, 1:].exp(), "b h l -> b l h 1")
-    return torch.addcmul(y, decay.to(y.dtype), read), state_behind(len(states) - 1)
+    return torch.addcmul(y, from_start[:, 1:, :, None].to(y.dtype), read), states[-1]
 
 
 def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
-    """`_next_tokens` for this rank's slices, of `length` positions each."""
-    if mask is None:
-        mask = torch.ones_like(labels, dtype=torch.bool)
-    if seq_idx is None:
-        seq_idx = torch.zeros_like(labels)
+    """`_next_tokens` for this rank's slices, of `length` positions in each segment."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    slices = [*zip(*(t.split(length, dim=1) for t in (labels, mask, seq_idx)), strict=True)]
-    firsts = [torch.stack([_first(t, m, -100), _first(s, m, NO_LABEL)]) for t, m, s in slices]
-    firsts = rearrange(_all_gather(torch.stack(firsts), group), "r s i b -> i b (s r)")
-    targets = []
-    for i, slice_ in enumerate(slices):
-        token, label = firsts[:, :, i * size + rank + 1 :]  # of the slices behind this one
-        exists = label != NO_LABEL
-        token, label = _first(token, exists, -100), _first(label, exists, NO_LABEL)
-        behind = token, label != NO_LABEL, label
-        longer = (torch.cat([t, n[:, None]], dim=1) for t, n in zip(slice_, behind, strict=True))
-        targets.append(_next_tokens(*longer)[:, :-1])
-    return torch.cat(targets, dim=1)
+    mask = torch.ones_like(labels) if mask is None else mask
+    seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
+    mine = torch.stack([t.long() for t in (labels, mask, seq_idx)])  # (3, b, l)
+    mine = [F.pad(t, (0, 1)) for t in mine.split(length, dim=2)]  # one more, which is masked
+    firsts = [t.gather(2, t[1:2].argmax(2, keepdim=True).expand(3, -1, 1)) for t in mine]
+    firsts = rearrange(_all_gather(torch.stack(firsts), group), "r s i b 1 -> i b (s r)")
+    # Between this rank's slices, the first positions that exist of the others' stand for these.
+    between = [firsts[:, :, i * size + rank + 1 :][:, :, : size - 1] for i in range(len(mine))]
+    pieces = [t for pair in zip(mine, between, strict=True) for t in pair]
+    labels, mask, seq_idx = torch.cat(pieces, dim=2)
+    targets = _next_tokens(labels, mask.bool(), seq_idx).split([t.shape[2] for t in pieces], dim=1)
+    return torch.cat([t[:, :-1] for t in targets[::2]], dim=1)
 
 
 def _agree(group, x, **options):
     """The lengths of x (b, l, ...) on all ranks, once it is sure that all else is the same."""
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise TypeError(
-            f"group is a {type(group).__name__}: it must be a process group of torch.distributed "
-            "that this rank belongs to, such as torch.distributed.group.WORLD"
-        )
+        raise TypeError(f"group = {group}: it must be a process group that this rank belongs to")
+    options.update(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
+    options.update(autocast=torch.is_autocast_enabled(x.device.type))
     ranks = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, dict(options, batch=x.shape[0], length=x.shape[1]), group=group)
-    lengths = [rank.pop("length") for rank in ranks]
-    for name in {name: None for rank in ranks for name in rank}:
+    dist.all_gather_object(ranks, (x.shape[1], options), group=group)
+    lengths, ranks = zip(*ranks, strict=True)
+    for name in sorted({name for rank in ranks for name in rank}):
         values = [rank.get(name) for rank in ranks]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
