@@ -42,6 +42,15 @@ from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -2700,63 +2709,63 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
 
 
 class Ranks:
-    """Four processes that wait for cases. They are forked from one that has imported this file."""
+    """Processes that wait for cases, so many as a world has; forked from one that has this file."""
 
-    def __init__(self, folder):
-        self.folder, self.runs, self.processes = folder, 0, []
+    def __init__(self, world, folder):
+        self.world, self.folder, self.runs, self.processes = world, folder, 0, []
 
-    def run(self, name, world):
-        """Run a case in the first `world` processes; what fails in any of them fails here."""
+    def run(self, name):
+        """Run a case in all processes; what fails in any of them fails here."""
         if not self.processes:
             self.start()
         self.runs += 1
-        pipes = self.pipes[:world]
-        for pipe in pipes:
-            pipe.send((name, world, self.folder / f"store{self.runs}"))
-        errors = [pipe.recv() if pipe.poll(100) else "no answer" for pipe in pipes]
+        for _, pipe in self.processes:
+            pipe.send((name, self.folder / str(self.runs)))
+        errors = [pipe.recv() if pipe.poll(100) else "no answer" for _, pipe in self.processes]
         if any(errors):
             self.stop()  # for they may be out of step
         assert not any(errors), "\n".join(f"rank {i}: {e}" for i, e in enumerate(errors) if e)
 
     def start(self):
-        context, self.pipes = multiprocessing.get_context("forkserver"), []
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        for rank in range(4):
+        self.folder.mkdir(exist_ok=True)
+        store = self.folder / f"store{self.runs}"
+        for rank in range(self.world):
             pipe, other = context.Pipe()
-            process = context.Process(target=Ranks.serve, args=(rank, other), daemon=True)
+            given = rank, self.world, other, store
+            process = context.Process(target=Ranks.serve, args=given, daemon=True)
             process.start()
-            self.pipes.append(pipe)
-            self.processes.append(process)
+            self.processes.append((process, pipe))
 
     def stop(self):
-        for process in self.processes:
+        for process, _ in self.processes:
             process.kill()
         self.processes = []
 
     @staticmethod
-    def serve(rank, pipe):
+    def serve(rank, world, pipe, store):
         global DEVICE
         DEVICE = DRAW["device"] = torch.device("cpu")
+        given = dict(init_method=f"file://{store}", rank=rank, world_size=world)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60), **given)
         while True:
-            name, world, store = pipe.recv()
+            name, Ranks.here = pipe.recv()
             torch.manual_seed(0)
             try:
-                given = dict(init_method=f"file://{store}", rank=rank, world_size=world)
-                dist.init_process_group("gloo", timeout=timedelta(seconds=60), **given)
                 CASES[name](rank, world)
-                error = None
+                pipe.send(None)
             except BaseException:
-                error = traceback.format_exc()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            pipe.send(error)
+                pipe.send(traceback.format_exc())
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks = {world: Ranks(world, folder / str(world)) for world in (2, 4)}
     yield ranks
-    ranks.stop()
+    for processes in ranks.values():
+        processes.stop()
 
 
 CASES = {}
@@ -2770,7 +2779,7 @@ def on_ranks(*worlds):
 
         @pytest.mark.parametrize("world", worlds)
         def test(ranks, world):
-            ranks.run(case.__name__, world)
+            ranks[world].run(case.__name__)
 
         return test
 
@@ -2813,12 +2822,13 @@ def test_a_layer_on_slices_of_a_sequence_is_the_layer_on_the_whole(rank, world):
         u, state = layer_inputs(layer, 2, l)
         inputs = [u, *state, *layer.parameters()]
         cotangents = [torch.randn_like(t) for t in (u, *state)]
+        cuts = itertools.cycle(CUTS[world])
         for mask, seq_idx, start in itertools.product(masks, seq_idxs, (None, state)):
             # Every rank's loss has a part of the final state in it.
             y, *end = cotangents
             whole = layer.step(u, start, mask, seq_idx)
             expected = with_gradients_of(inputs, whole, [y, *((1 + world) * t for t in end)])
-            for ends in CUTS[world][: 5 if d_conv == 4 else 2]:
+            for ends in itertools.islice(cuts, 3 if d_conv == 4 else 1):
                 mine = cut(ends, rank)
                 m, s = (None if t is None else t[:, mine] for t in (mask, seq_idx))
                 if m is not None and m.all():
@@ -2896,6 +2906,310 @@ def test_segments_of_slices_give_loss_and_gradients_of_the_whole(rank, world):
             assert_close(loss, expected.loss)
             assert_same_gradients(averaged(model), gradients)
         model.gradient_checkpointing_disable()
+
+
+# ---- Trained by the engines of torch.distributed, as they are
+
+
+needs_fsdp2 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"),
+    reason="fully_shard runs on the CPU since torch 2.7",
+)
+
+
+def distribute(model, engine, **options):
+    if engine == "DDP":
+        return nn.parallel.DistributedDataParallel(model, **options)
+    for layer in model.backbone.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def reduce_gradients_now(model, now):
+    """A context in which gradients are added up over the ranks, or kept for later."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext() if now else model.no_sync()
+    model.set_requires_gradient_sync(now)
+    return contextlib.nullcontext()
+
+
+def gathered(named):
+    """Tensors by name, whole and detached."""
+    named = {name.removeprefix("module."): t.detach() for name, t in named}
+    return {k: t.full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in named.items()}
+
+
+def mean(loss):
+    return summed([loss])[0] / dist.get_world_size()
+
+
+def train_on_ranks(model, part, engine, steps=3, accumulate=1, **given):
+    """Losses of some steps, the gradients of the first, and the last weights; on any engine."""
+    model = distribute(model, engine) if engine else model
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3)
+    losses = []
+    for step in range(steps):
+        total = 0
+        for i in range(accumulate):
+            ids = part(tokens(8, 24, seed=accumulate * step + i))
+            with (
+                reduce_gradients_now(model, i == accumulate - 1)
+                if engine
+                else contextlib.nullcontext()
+            ):
+                loss = model(ids, labels=ids, **given).loss / accumulate
+                loss.backward()
+            total += mean(loss.detach())
+        if step == 0:
+            gradients = gathered((name, p.grad) for name, p in model.named_parameters())
+        losses.append(total)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients, gathered(model.named_parameters())
+
+
+def check_training(engine, rank, world):
+    slices = [0, *CUTS_OF_24[world]]
+
+    def rows(ids):
+        return ids.chunk(world)[rank]
+
+    def piece(ids):
+        return ids[:, slices[rank] : slices[rank + 1]]
+
+    def pieces(ids):  # of segments of two positions on each rank
+        return ids.unflatten(1, (-1, world, 2))[:, :, rank].flatten(1)
+
+    sequence = dict(group=dist.group.WORLD)
+    expected = {}
+    for name, part, given, tied, accumulate, checkpoints in (
+        ("rows", rows, {}, True, 1, False),
+        ("rows, accumulated", rows, {}, False, 2, False),
+        ("rows, segments, checkpoints", rows, dict(segment_length=7), False, 2, True),
+        ("slices", piece, sequence, True, 1, True),
+        ("slices, accumulated", piece, sequence, False, 2, False),
+        (
+            "slices, segments, checkpoints",
+            pieces,
+            dict(segment_length=2, **sequence),
+            True,
+            1,
+            True,
+        ),
+    ):
+        key = tied, accumulate
+        options = dict(dtype=torch.float64, tie_word_embeddings=tied)
+        if key not in expected:  # one process, whose every rank has everything
+            model = tiny(**options).train()
+            expected[key] = train_on_ranks(model, lambda ids: ids, None, accumulate=accumulate)
+        model = tiny(**options).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        found = train_on_ranks(model, part, engine, accumulate=accumulate, **given)
+        for of_one, of_ranks in zip(expected[key], found, strict=True):
+            if isinstance(of_one, dict):
+                assert of_one.keys() == of_ranks.keys(), name
+                of_one, of_ranks = [*of_one.values()], [of_ranks[key] for key in of_one]
+            assert_close(of_ranks, of_one, case=f"{engine}, {name}")
+
+
+CUTS_OF_24 = {2: [17, 24], 4: [5, 5, 23, 24]}
+
+
+@on_ranks(2, 4)
+def test_ddp_trains_as_one_process_on_rows_and_on_slices(rank, world):
+    check_training("DDP", rank, world)
+
+
+@needs_fsdp2
+@on_ranks(2, 4)
+def test_fsdp2_trains_as_one_process_on_rows_and_on_slices(rank, world):
+    check_training("FSDP2", rank, world)
+
+
+@needs_fsdp2
+@on_ranks(2)
+def test_mixed_precision_of_fsdp2_keeps_residual_stream_state_and_gradients_in_float32(rank, world):
+    ids = tokens(8, 24)
+    expected = model_gradients(model := tiny().train(), (whole := model(ids, labels=ids)).loss)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for part, given in (
+        (ids.chunk(world)[rank], {}),
+        (ids.chunk(world, dim=1)[rank], dict(group=dist.group.WORLD)),
+    ):
+        model = distribute(tiny().train(), "FSDP2", mp_policy=policy)
+        asked = dict(output_hidden_states=True, use_cache=True)
+        output = model(part, labels=part, **asked, **given)
+        assert all(h.dtype == torch.float32 for h in output.hidden_states[:-1])
+        for state in output.past_key_values.states:
+            assert (state.conv.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
+        output.loss.backward()
+        found = gathered((name, p.grad) for name, p in model.named_parameters())
+        # A number in bfloat16 is off by 2^-9; through two layers errors of several add up.
+        assert_close(mean(output.loss), whole.loss, 1e-2)
+        for name in expected:
+            assert found[name].dtype == torch.float32
+            error = (found[name] - expected[name]).norm() / expected[name].norm()
+            assert error < 0.05, f"{name}: {error}"
+
+
+@needs_fsdp2
+@on_ranks(2)
+def test_a_sharded_model_is_saved_resumed_and_loaded_on_one_device(rank, world):
+    folder = Ranks.here
+
+    def start():
+        model = distribute(tiny(dtype=torch.float64).train(), "FSDP2")
+        return model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+
+    def losses(model, optimizer, steps):
+        for step in steps:
+            ids = tokens(8, 24, seed=step).chunk(world)[rank]
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+    model, optimizer = start()
+    list(losses(model, optimizer, range(2)))
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save(dict(model=weights, optimizer=moments), checkpoint_id=folder / "sharded")
+    uninterrupted = list(losses(model, optimizer, range(2, 5)))
+
+    model, optimizer = start()
+    weights, moments = get_state_dict(model, optimizer)
+    saved = dict(model=weights, optimizer=moments)
+    dcp.load(saved, checkpoint_id=folder / "sharded")
+    set_state_dict(
+        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
+    )
+    assert list(losses(model, optimizer, range(2, 5))) == uninterrupted
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = get_model_state_dict(model, options=options)  # on rank 0
+    if rank == 0:
+        model.save_pretrained(folder / "whole", state_dict=full)
+    dist.barrier()
+    alone = load(folder / "whole", dtype=torch.float64)
+    expected = gathered(model.named_parameters())
+    assert all(torch.equal(w, expected[name]) for name, w in alone.named_parameters())
+    assert alone.lm_head.weight is alone.backbone.embeddings.weight
+    assert_close(alone(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+
+
+# ---- Errors on ranks: of all, and of one
+
+
+@on_ranks(2, 4)
+def test_ranks_that_call_differently_all_get_an_error(rank, world):
+    group, odd = dist.group.WORLD, rank == world - 1
+    model, other = tiny().train(), tiny(num_hidden_layers=1).train()
+    ids, embeds = tokens(2, 8), torch.randn(2, 8, 32)
+    cache = model(ids, use_cache=True).past_key_values
+    plain = dict(input_ids=ids, labels=ids)
+    for name, given in {
+        "batch": dict(input_ids=ids[:1], labels=ids[:1]),
+        "labels": dict(labels=None),
+        "segments": dict(segment_length=4),
+        "items": dict(num_items_in_batch=3),
+        "seq_idx": dict(seq_idx=ids),
+        "states": dict(past_key_values=cache),
+        "dtype": dict(input_ids=None, inputs_embeds=embeds),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} = .* on the ranks of the group: make it"):
+            model(**{**plain, **(given if odd else {})}, group=group)
+    with pytest.raises(ValueError, match="num_hidden_layers = "):
+        (other if odd else model)(**plain, group=group)
+    with pytest.raises(ValueError, match="gradients = "), torch.set_grad_enabled(odd):
+        model(**plain, group=group)
+    if odd:
+        model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="checkpoints = "):
+        model(**plain, group=group)
+    layer = make_layer()
+    u, state = layer_inputs(layer, 2, 8)
+    with pytest.raises(ValueError, match="state = "):
+        layer.step(u, state if odd else None, group=group)
+    layer.step(u, state, group=group)  # nobody is out of step
+
+
+@on_ranks(2)
+def test_what_a_group_cannot_mean_is_refused(rank, world):
+    model, ids = tiny(), tokens(1, 8)
+    other = dist.new_group([1])
+    for group in ("world", *[other] * (rank == 0)):
+        with pytest.raises(TypeError, match="must be a process group that this rank belongs to"):
+            model(ids, group=group)
+    with pytest.raises(ValueError, match="segment_length = 'auto': slices depend on it"):
+        model(ids, labels=ids, segment_length="auto", group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="group: read the prompt with it"):
+        model.generate(ids, group=dist.group.WORLD, max_new_tokens=2)
+    cache = model(ids.chunk(2, dim=1)[rank], group=dist.group.WORLD).past_key_values
+    given = dict(past_key_values=cache, **GREEDY)
+    expected = model.generate(torch.cat([ids, ids], dim=1), **GREEDY)
+    assert torch.equal(model.generate(torch.cat([ids, ids], dim=1), **given), expected)
+
+
+@on_ranks(2)
+def test_a_rank_that_fails_leaves_no_other_waiting(rank, world):
+    given = dict(group=dist.new_group(timeout=timedelta(seconds=1)))
+    model, ids, start = tiny().train(), tokens(1, 8), time.perf_counter()
+    model(ids, labels=ids, **given)
+    if rank == 1:
+        with pytest.raises(ValueError, match="labels has shape"):
+            model(ids, labels=ids[:, 1:], **given)
+        time.sleep(3)  # if it ended, the other would hear of it at once
+    else:
+        with pytest.raises(RuntimeError, match="Timed out"):
+            model(ids, labels=ids, **given)
+    assert time.perf_counter() - start < 20
+
+
+# ---- torchrun, with transformers' Trainer and with accelerate
+
+LAUNCHED = """
+import json, sys
+from test_mamba2 import *
+
+DEVICE = torch.device("cpu")
+tokenizer, data = byte_data()
+padding = collators(tokenizer)[0]
+options = dict(use_cpu=True, ddp_backend="gloo", max_grad_norm=0.0, max_steps=4)
+options |= dict(per_device_train_batch_size=int(sys.argv[2]))
+found = {"Trainer": train(sys.argv[1], padding, data, **options)[1]}
+
+accelerator = accelerate.Accelerator(cpu=True)
+model = tiny(dtype=torch.float64).train()
+optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=int(sys.argv[2]))
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+found["accelerate"] = []
+for ids in loader:
+    loss = model(ids, labels=ids).loss
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    found["accelerate"].append(accelerator.reduce(loss.detach(), "mean").item())
+if accelerator.is_main_process:
+    Path(sys.argv[1], f"{accelerator.num_processes}.json").write_text(json.dumps(found))
+"""
+
+
+def test_trainer_and_accelerate_under_torchrun_train_as_one_process(tmp_path):
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for processes, rows in ((1, 4), (2, 2)):
+        launch = [*torchrun, f"--nproc_per_node={processes}", script, tmp_path, str(rows)]
+        done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    for name in ("Trainer", "accelerate"):
+        assert len(two[name]) == 4
+        assert_close(torch.tensor(two[name]).double(), torch.tensor(one[name]).double(), 1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
