@@ -3098,6 +3098,56 @@ def test_a_sharded_model_is_saved_resumed_and_loaded_on_one_device(rank, world):
     assert_close(alone(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
 
 
+class Sent:
+    """Counts the bytes that mamba2.py's layers send to other ranks, in its two collectives."""
+
+    def __init__(self):
+        self.bytes, self.collectives = 0, (dist.all_gather, dist.all_to_all_single)
+
+    def __enter__(self):
+        all_gather, all_to_all = self.collectives
+
+        def counted_all_gather(outputs, x, **options):
+            self.count(x, len(outputs) - 1)
+            return all_gather(outputs, x, **options)
+
+        def counted_all_to_all(output, x, **options):
+            self.count(x, (len(x) - 1) / len(x))
+            return all_to_all(output, x, **options)
+
+        dist.all_gather, dist.all_to_all_single = counted_all_gather, counted_all_to_all
+        return self
+
+    def __exit__(self, *_):
+        dist.all_gather, dist.all_to_all_single = self.collectives
+
+    def count(self, x, copies):
+        if x.is_floating_point() and x.dim() >= 3:  # not the loss, nor labels
+            self.bytes += int(x.nbytes * copies)
+
+    @staticmethod
+    def formula(config, b, e, e_state=4):
+        """What the docstring of Slices says of a layer, for one pass and one other rank."""
+        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        convolution = e * (config.conv_kernel - 1) * (h * p + 2 * g * n)
+        return b * (e_state * h * (p * n + 1) + convolution)
+
+
+@on_ranks(2, 4)
+def test_the_bytes_that_a_layer_sends_are_those_of_the_formula_at_any_length(rank, world):
+    for passes, checkpoints, segments in ((2, False, 1), (3, True, 1), (3, False, 3), (4, True, 3)):
+        for length in (6, 48):
+            model = tiny().train()
+            if checkpoints:
+                model.gradient_checkpointing_enable()
+            ids = tokens(2, length)
+            given = dict(segment_length=length // segments, group=dist.group.WORLD)
+            with Sent() as sent:
+                model(ids, labels=ids, **given).loss.backward()
+            layers = model.config.num_hidden_layers * passes * segments * (world - 1)
+            assert sent.bytes == layers * Sent.formula(model.config, 2, 4)
+
+
 # ---- Errors on ranks: of all, and of one
 
 
@@ -4085,6 +4135,7 @@ def benchmark():
 
 
 SHAPES = {
+    "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
     "130m": dict(d_model=768, n_layer=24),
     "370m": dict(d_model=1024, n_layer=48),
     "780m": dict(d_model=1536, n_layer=36),
@@ -4139,6 +4190,97 @@ def benchmark_training(shape, lengths, methods):
             print(row, flush=True)
 
 
+PARALLEL = [  # what each rank has a part of, engine, shape, rows (of each rank), length, segment
+    "rows:DDP:130m:8:4096:0",
+    "rows:FSDP2:2.7b:2:4096:0",
+    "sequence:DDP:2.7b:1:262144:8192",
+]
+
+
+def benchmark_parallel(cases, steps, checkpoints):
+    """Training on all GPUs against one of them: under torchrun, or as a single process."""
+    global DEVICE
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1)
+    given = {} if dist.is_torchelastic_launched() else alone
+    if CUDA:
+        DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("nccl" if CUDA else "gloo", **given)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    bf16 = torch.bfloat16
+
+    def show(*words):
+        if rank == 0:
+            print(*words, flush=True)
+
+    def run(kind, engine, shape, b, l, segment):
+        """Tokens a second and GPU, the peak of memory, and bytes sent by a layer."""
+        torch.manual_seed(0)
+        with DEVICE:
+            model = Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape])).train()
+        if checkpoints:
+            model.gradient_checkpointing_enable()
+        config, given, part = model.config, {}, l
+        if engine == "FSDP2":
+            # cast_forward_inputs would round the residual stream and the states of layers.
+            options = dict(mp_policy=MixedPrecisionPolicy(bf16, torch.float32, None, False))
+        else:
+            options = dict(gradient_as_bucket_view=True)
+        if engine is not None:
+            model = distribute(model, engine, **options)
+        if kind == "sequence":
+            given = dict(segment_length=segment)
+            if engine is not None:
+                given["group"], part = dist.group.WORLD, l // world
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
+
+        def step():
+            ids = torch.randint(config.vocab_size, (b, part), device=DEVICE)
+            with torch.autocast(DEVICE.type, bf16, enabled=engine != "FSDP2"):
+                loss = model(ids, labels=ids, **given).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.item()  # waits for the GPU
+
+        with Sent() as sent:
+            step()  # compiles, reserves memory
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        speed = b * part * steps / (time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+        formula = 0
+        if "group" in given:
+            count = -(-part // (segment or part))
+            formula = (
+                (2 + (count > 1) + checkpoints) * count * (world - 1) * Sent.formula(config, b, 2)
+            )
+        return speed, peak, sent.bytes / config.num_hidden_layers, formula
+
+    show(torch.cuda.get_device_name() if CUDA else "CPU", torch.__version__, f"{world} ranks")
+    show("                                            tokens/s and GPU   peak GB   of one GPU")
+    for case in cases:
+        kind, engine, shape, *sizes = case.split(":")
+        b, l, segment = map(int, sizes)
+        if rank == 0:
+            alone = run(kind, None, shape, b, l, segment)
+            show(f"{case + ', one of them':44}{alone[0]:16,.0f} {alone[1]:9.1f}")
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        dist.barrier()
+        speed, peak, sent, formula = run(kind, engine, shape, b, l, segment)
+        if rank == 0:
+            show(f"{case:44}{speed:16,.0f} {peak:9.1f} {speed / alone[0]:12.3f}")
+            if kind == "sequence":
+                show(
+                    f"    sent by a rank, a layer and step: {sent:,.0f} bytes; formula {formula:,}"
+                )
+    dist.destroy_process_group()
+
+
 def main():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
     commands = parser.add_subparsers(dest="command")
@@ -4148,8 +4290,14 @@ def main():
     training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
     kinds = "plain,layers,segments,both"
     training.add_argument("--methods", default=kinds, help=f"any of {kinds}", type=str)
+    parallel = commands.add_parser("parallel", help="several GPUs against one, under torchrun")
+    parallel.add_argument("cases", nargs="*", default=PARALLEL, help=f"like {PARALLEL[2]}")
+    parallel.add_argument("--steps", type=int, default=5)
+    parallel.add_argument("--checkpoints", action="store_true", help="of layers, on one GPU too")
     arguments = parser.parse_args()
-    if arguments.command == "training":
+    if arguments.command == "parallel":
+        benchmark_parallel(arguments.cases, arguments.steps, arguments.checkpoints)
+    elif arguments.command == "training":
         benchmark_training(arguments.shape, arguments.lengths, arguments.methods.split(","))
     else:
         benchmark()
