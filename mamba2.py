@@ -529,11 +529,11 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     B, C = (repeat(t, "b l g n -> b l (g r) n", r=r) for t in (B, C))
     decay = log_decay.exp()[..., None, None]  # (b, l, h, 1, 1)
     xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
-    B, C = B[..., None, :], C[..., None]  # (b, l, h, 1, n), (b, l, h, n, 1)
+    B, C = B[..., None, :], C[..., None, :]  # (b, l, h, 1, n)
     ys = [x[:, :0]]  # so that there is something to concatenate if l = 0
     for decay_t, xdt_t, B_t, C_t in zip(*(t.unbind(1) for t in (decay, xdt, B, C)), strict=True):
         state = torch.addcmul(decay_t * state, xdt_t, B_t)  # (b, h, p, n)
-        ys.append(rearrange(state @ C_t, "b h p 1 -> b 1 h p"))
+        ys.append((state * C_t).sum(-1)[:, None])  # (b, 1, h, p), on a CPU faster than state @ C_t
     y = torch.cat(ys, dim=1)  # (b, l, h, p)
     if D is not None:
         y = y + D * x
