@@ -1791,6 +1791,7 @@ STREAMS = {
     "greedy": {},
     "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
     "penalised": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    "penalised and long": dict(repetition_penalty=1.5, max_new_tokens=150),
     "ended": dict(eos_token_id=[46, 57, 51], pad_token_id=3),
     "long enough": dict(eos_token_id=[46, 57, 51], pad_token_id=3, min_new_tokens=6),
 }
@@ -3274,7 +3275,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 136
+PASSED_IN_THE_INTERPRETER = 140
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3375,6 +3376,7 @@ KERNEL_SSD = {
     "Q - 1": dict(l=(1, -1), state=True),
     "Q": dict(l=(1, 0), D=(1,)),
     "Q + 1": dict(l=(1, 1), state=True),
+    "3 Q + 1, from zero": dict(l=(3, 1)),
     "3 Q + 7": dict(l=(3, 7), D=(1,), state=True),
     "groups, slices of one tensor": dict(l=(3, 7), h=4, g=2, sliced=True, state=True),
     "slices at odd addresses": dict(l=(1, 9), sliced="odd", seq=True),
@@ -3397,6 +3399,9 @@ SIZES = [(16, 16), (32, 128), (128, 64), (64, 256), (256, 32), (128, 256)] if CU
 KERNEL_SSD |= {
     f"headdim {p}, d_state {n}": dict(l=(2, 3), b=1, h=2, p=p, n=n, state=True, D=(1,), seq=True)
     for p, n in SIZES
+}
+KERNEL_SSD |= {
+    f"headdim {p}, d_state {n}, from zero": dict(l=(3, 3), b=1, h=2, p=p, n=n) for p, n in SIZES
 }
 
 
@@ -4134,11 +4139,57 @@ def benchmark():
             print("{:>38,} tokens {:6.2f} {:8.2f}".format(*row))
 
 
+def benchmark_errors():
+    """Each form of SSD in each dtype against the recurrence in float64: values and gradients."""
+    torch.manual_seed(0)
+    b, l, h, p, g, n = 2, 1000, 4, 64, 1, 128
+    draw = dict(device=DEVICE, dtype=torch.float64)
+    x, B, C = (torch.randn(b, l, *size, **draw) for size in ((h, p), (g, n), (g, n)))
+    dt, A = 10 ** (2 * torch.rand(b, l, h, **draw) - 3), -1 - 15 * torch.rand(h, **draw)
+    inputs = dict(x=x, dt=dt, A=A, B=B, C=C, D=torch.ones(h, **draw))
+    cotangents = [torch.randn_like(x), torch.randn(b, h, p, n, **draw)]
+    forms = {form.__name__: form for form in FORMS}
+    forms["ssd"] = functools.partial(without_kernels, ssd)
+    if CUDA and mamba2.kernels is not None:
+        forms["kernels.ssd"] = mamba2.kernels.ssd
+    where = torch.cuda.get_device_name() if CUDA else "CPU"
+    print(
+        f"{where}, torch {torch.__version__}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are"
+    )
+    print("norms of differences over norms; state and sums are float32 at least in every form")
+    print(f"{'':16} {'':10} {'y':>9} {'state':>9}   largest of a gradient")
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        # As in a layer: x, B and C in the dtype, and all else in float32 at least. What is compared
+        # with has the same rounded inputs.
+        high = torch.promote_types(dtype, torch.float32)
+        given = {k: t.to(dtype if k in "xBC" else high) for k, t in inputs.items()}
+        rounded = [cotangents[0].to(dtype), cotangents[1].to(high)]
+        doubles = {k: t.double() for k, t in given.items()}
+        exact = run_with_gradients(recurrence, doubles, [t.double() for t in rounded])
+        for name, form in forms.items():
+            if name == "kernels.ssd" and dtype == torch.float64:
+                continue
+            found = run_with_gradients(form, given, rounded)
+            errors = {key: relative_error(found[key], exact[key]) for key in exact}
+            y, state = errors.pop("output 0"), errors.pop("output 1")
+            worst = max(errors, key=errors.get)
+            row = f"{name:16} {str(dtype)[6:]:10} {y:9.1e} {state:9.1e}"
+            print(row, f"{errors[worst]:9.1e} ({worst})", flush=True)
+
+
+def without_kernels(form, *args, **options):
+    kernels, mamba2.kernels = mamba2.kernels, None
+    try:
+        return form(*args, **options)
+    finally:
+        mamba2.kernels = kernels
+
+
 SHAPES = {
     "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
     "130m": dict(d_model=768, n_layer=24),
     "370m": dict(d_model=1024, n_layer=48),
-    "780m": dict(d_model=1536, n_layer=36),
+    "780m": dict(d_model=1536, n_layer=48),
     "1.3b": dict(d_model=2048, n_layer=48),
     "2.7b": dict(d_model=2560, n_layer=64),
 }
@@ -4281,10 +4332,105 @@ def benchmark_parallel(cases, steps, checkpoints):
     dist.destroy_process_group()
 
 
+def seconds(functions, repeats=5):
+    """Median time of each function, as `milliseconds`, but until the GPU is done too."""
+
+    def finished(function):
+        def run():
+            function()
+            if CUDA:
+                torch.cuda.synchronize()
+
+        return run
+
+    return [1e-3 * time for time in milliseconds([finished(f) for f in functions], repeats)]
+
+
+def bytes_a_second():
+    """What a copy on this device reads and writes."""
+    source = torch.empty(2**28 if CUDA else 2**26, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds([lambda: target.copy_(source)])[0]
+
+
+def mamba_ssm_model(config, dtype):
+    """The original's model with the same sizes, or None where mamba_ssm is not installed."""
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    except ImportError:
+        return None
+    sizes = dict(d_model=config.d_model, n_layer=config.n_layer, vocab_size=config.vocab_size)
+    theirs = MambaConfig(**sizes, d_intermediate=0, ssm_cfg=dict(layer="Mamba2"))
+    return MambaLMHeadModel(theirs, device=DEVICE, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampling):
+    """Time of a prompt and of each token behind it, on a GPU in bfloat16, with CUDA graphs."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    if name in SHAPES:
+        with DEVICE:
+            model = Mamba2ForCausalLM(Mamba2Config(**SHAPES[name]))
+    else:
+        model = Mamba2ForCausalLM.from_pretrained(name)
+    model = model.to(DEVICE, dtype).eval()
+    model.generation_config.eos_token_id = None  # every text has the length that was asked for
+    ids = torch.randint(1, 50_000, (batch, prompt), device=DEVICE)
+    sampling = {option: value for option, value in sampling.items() if value is not None}
+    sampling["do_sample"] = bool(sampling)
+    if state_dtype is None:
+        cache = None
+    else:  # all but the last token of the prompt
+        cache = model.prefill(ids[:, :-1]).to(getattr(torch, state_dtype))
+
+    def streamed(count):
+        for _ in model.stream(ids, past_key_values=cache, max_new_tokens=count, **sampling):
+            pass
+
+    def generated(count):
+        model.generate(ids, past_key_values=cache, max_new_tokens=count, **sampling)
+
+    rows = {"model.stream": streamed, "model.generate": generated}
+    if (theirs := mamba_ssm_model(model.config, dtype)) is not None and not sampling["do_sample"]:
+        rows["mamba_ssm, cg=True"] = lambda count: theirs.generate(
+            ids, max_length=prompt + count, cg=True
+        )
+    weights = sum(weight.nbytes for weight in model.parameters())
+    states = sum(t.nbytes for t in tensors((cache or model.prefill(ids[:, :1])).states))
+    floor = (weights + 2 * states) / bytes_a_second()
+    where = torch.cuda.get_device_name() if CUDA else "CPU"
+    print(f"{where}, torch {torch.__version__}, {name}, {dtype}, batch {batch}, {sampling}")
+    print(f"weights {weights / 1e6:,.0f} MB, states {states / 1e6:,.1f} MB: at least", end=" ")
+    print(f"{1e3 * floor:.3f} ms a token at the speed of a copy")
+    print(f"{'':20} prompt of {prompt:,}: ms   ms a token    tokens/s   share of the floor")
+    for count in (new + 1, 1):  # once, for what is done once
+        for run in rows.values():
+            run(count)
+    times = seconds([functools.partial(run, n) for run in rows.values() for n in (1, new + 1)])
+    for row, first, all_ in zip(rows, times[::2], times[1::2], strict=True):
+        token = (all_ - first) / new
+        print(f"{row:20} {1e3 * first:18.2f} {1e3 * token:12.3f}", end=" ")
+        print(f"{batch / token:11,.0f} {100 * floor / token:18.0f} %", flush=True)
+
+    if contexts:
+        print("\n         context   prefill s   ms a token   MB of state")
+    for context in contexts:
+        ids = torch.randint(1, 50_000, (batch, context + 1), device=DEVICE)
+        (prefill,) = seconds([lambda: model.prefill(ids[:, :-1])], repeats=1)  # noqa: B023
+        cache = model.prefill(ids[:, :-1])
+        streamed(new)
+        first, all_ = seconds([functools.partial(streamed, n) for n in (1, new + 1)])
+        row = f"{context:16,} {prefill:11.3f} {1e3 * (all_ - first) / new:12.3f}"
+        print(row, f"{sum(t.nbytes for t in tensors(cache.states)) / 1e6:13.1f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("cpu", help="against transformers' own Mamba-2, on the CPU (the default)")
+    commands.add_parser("errors", help="of every form of SSD in every dtype, against float64")
     training = commands.add_parser("training", help="memory and speed on long sequences, on a GPU")
     training.add_argument("shape", choices=SHAPES)
     training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
@@ -4294,11 +4440,27 @@ def main():
     parallel.add_argument("cases", nargs="*", default=PARALLEL, help=f"like {PARALLEL[2]}")
     parallel.add_argument("--steps", type=int, default=5)
     parallel.add_argument("--checkpoints", action="store_true", help="of layers, on one GPU too")
+    generation = commands.add_parser("generation", help="time of a prompt, and of a token")
+    generation.add_argument("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
+    for option, default in dict(batch=1, prompt=100, new=256).items():
+        generation.add_argument(f"--{option}", type=int, default=default)
+    generation.add_argument("--contexts", default="", help="such as 100,1000,10000: is it flat?")
+    generation.add_argument("--state-dtype", help="such as bfloat16; float32 unless given")
+    options = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
+    for option, kind in options.items():
+        generation.add_argument(f"--{option.replace('_', '-')}", type=kind)
     arguments = parser.parse_args()
     if arguments.command == "parallel":
         benchmark_parallel(arguments.cases, arguments.steps, arguments.checkpoints)
     elif arguments.command == "training":
         benchmark_training(arguments.shape, arguments.lengths, arguments.methods.split(","))
+    elif arguments.command == "errors":
+        benchmark_errors()
+    elif arguments.command == "generation":
+        sizes = arguments.batch, arguments.prompt, arguments.new
+        contexts = [int(n) for n in arguments.contexts.split(",") if n]
+        sampling = {option: getattr(arguments, option) for option in options}
+        benchmark_generation(arguments.name, *sizes, contexts, arguments.state_dtype, sampling)
     else:
         benchmark()
 
