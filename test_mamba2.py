@@ -2668,6 +2668,7 @@ def test_mamba1_in_transformers_format_is_refused(tmp_path):
 
 # --------------------------------------------------------------------------- README and notebook
 
+FSDP2_RUNS = Version(torch.__version__) >= Version("2.7")  # on a CPU
 README = ROOT / "README.md"
 BLOCKS = (
     re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S) if README.exists() else []
@@ -2681,7 +2682,9 @@ def test_the_readme_has_code_to_run():
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_readme_block_runs(number, tmp_path, monkeypatch):
     first = BLOCKS[number].splitlines()[0]
-    for need, met in {"needs a hub": False, "needs a GPU": torch.cuda.is_available()}.items():
+    needs = {"needs a hub": False, "needs a GPU": torch.cuda.is_available()}
+    needs["needs torch 2.7, or a GPU"] = FSDP2_RUNS or torch.cuda.is_available()
+    for need, met in needs.items():
         if first.startswith("#") and need in first and not met:
             pytest.skip(f"block {number + 1} of README.md {need}")
     monkeypatch.chdir(tmp_path)
@@ -2912,10 +2915,7 @@ def test_segments_of_slices_give_loss_and_gradients_of_the_whole(rank, world):
 # ---- Trained by the engines of torch.distributed, as they are
 
 
-needs_fsdp2 = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.7"),
-    reason="fully_shard runs on the CPU since torch 2.7",
-)
+needs_fsdp2 = pytest.mark.skipif(not FSDP2_RUNS, reason="torch 2.6's FSDP2 needs a GPU")
 
 
 def distribute(model, engine, **options):
