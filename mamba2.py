@@ -69,9 +69,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 transformers_missing = None
@@ -529,11 +531,11 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     B, C = (repeat(t, "b l g n -> b l (g r) n", r=r) for t in (B, C))
     decay = log_decay.exp()[..., None, None]  # (b, l, h, 1, 1)
     xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
-    B, C = B[..., None, :], C[..., None]  # (b, l, h, 1, n), (b, l, h, n, 1)
+    B, C = B[..., None, :], C[..., None, :]  # (b, l, h, 1, n)
     ys = [x[:, :0]]  # so that there is something to concatenate if l = 0
     for decay_t, xdt_t, B_t, C_t in zip(*(t.unbind(1) for t in (decay, xdt, B, C)), strict=True):
         state = torch.addcmul(decay_t * state, xdt_t, B_t)  # (b, h, p, n)
-        ys.append(rearrange(state @ C_t, "b h p 1 -> b 1 h p"))
+        ys.append((state * C_t).sum(-1)[:, None])  # (b, 1, h, p), on a CPU faster than state @ C_t
     y = torch.cat(ys, dim=1)  # (b, l, h, p)
     if D is not None:
         y = y + D * x
@@ -612,7 +614,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
         return ssd_recurrent(x, dt, A, B, C, D, **options)
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
     if x.shape[1] == 0:
-        return x, state
+        return x if D is None else (D * x).to(x.dtype), state
     # split, because the gradient of so many slices would each time be as long as the sequence
     chunks = zip(*(t.split(chunk_size, dim=1) for t in (x, dt, log_decay, B, C)), strict=True)
     ys = []
@@ -853,7 +855,7 @@ class Mamba2(nn.Module):
         dt = torch.empty_like(A).uniform_(low, high).exp().clamp(min=config.time_step_floor)
         copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def step(self, u, state=None, mask=None, seq_idx=None):
+    def step(self, u, state=None, mask=None, seq_idx=None, group=None):
         """The layer on some tokens, from a state: prefill, resuming and decoding are this call.
 
         Args:
@@ -865,40 +867,44 @@ class Mamba2(nn.Module):
             seq_idx: (b, l) integers or None. Where it changes, another sequence begins, with an
                 empty state; `state` belongs to the sequence of the first position that is not
                 masked.
+            group: a process group, if each of its ranks has a slice of the sequence. u, mask and
+                seq_idx are the slice, l may differ; `state` is the same on every rank: the one in
+                front of the whole sequence. See `Slices`.
 
         Returns:
             y: (b, l, d), in the dtype of the projections.
-            state: Mamba2State, behind the last position. The one that was passed is unchanged;
-                gradients pass through both.
+            state: Mamba2State, behind the last position, which is the last slice's on every rank
+                of a group. The one that was passed is unchanged; gradients pass through both.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit; the message says what would.
         """
-        return self(u, state, mask, seq_idx, return_state=True)  # not forward: hooks have to run
+        return self(u, state, mask, seq_idx, group, return_state=True)  # so that hooks run
 
-    def forward(self, u, state=None, mask=None, seq_idx=None, *, return_state=False):
+    def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         self._check(u, state, mask, seq_idx)
         if mask is not None:
             mask = mask.bool()
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
+        slices = Slices.of(group, self.config, u, mask, seq_idx, state=state is not None)
         zxbcdt = self.in_proj(u)
-        fused = self._fused(zxbcdt, state, mask, seq_idx)
+        fused = mask is None and slices is None and self._fused(zxbcdt, state, seq_idx)
         if fused:
             y, state = fused
         else:
             z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
-            y, state = self._mix(xBC, dt, state, mask, seq_idx)
+            y, state = self._mix(xBC, dt, state, mask, seq_idx, slices)
             y = self.norm(y, gate=z)
         y = self.out_proj(y)
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
         return (y, state) if return_state else y
 
-    def _fused(self, zxbcdt, state, mask, seq_idx):
+    def _fused(self, zxbcdt, state, seq_idx):
         """All between the projections, by one operation; None where kernels.py cannot do that."""
         conv1d, norm, (conv, ssm) = self.conv1d, self.norm, state or (None, None)
-        if not (kernels and mask is None and _is(conv1d, CausalConv1d) and _is(norm, RMSNorm)):
+        if not (kernels and _is(conv1d, CausalConv1d) and _is(norm, RMSNorm)):
             return None
         weights = conv1d.weight, conv1d.bias, self.dt_bias, self.A_log, self.D, norm.weight
         given = zxbcdt, conv, ssm, seq_idx, *weights
@@ -906,11 +912,12 @@ class Mamba2(nn.Module):
         fused = kernels.layer_middle(*given, **options)
         return fused and (fused[0], Mamba2State(*fused[1:]))
 
-    def _mix(self, xBC, dt, state, mask, seq_idx):
+    def _mix(self, xBC, dt, state, mask, seq_idx, slices=None):
         """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
         (h, p, g, n), limit = self.sizes, self.config.time_step_limit
         conv, ssm = (None, None) if state is None else state
-        if kernels and mask is None and state is not None:  # a token is decoded by one kernel
+        # A token is decoded by one kernel.
+        if kernels and mask is None and state is not None and slices is None:
             weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
             token = (xBC, dt, conv, ssm, *weights)
             options = dict(dt_limit=limit, out=getattr(state, "out", None))
@@ -921,14 +928,17 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h), in dtype
         if limit != (0.0, math.inf):
             dt = dt.clamp(*limit)
+        if conv is None and (mask is not None or slices is not None):
+            conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
+        if slices is not None:
+            conv, conv_behind = slices.states_of_convolution(xBC, conv, self.conv1d)
         if mask is not None:
-            if conv is None:
-                conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
             xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
 
         xBC, conv = self.conv1d(xBC, conv, seq_idx)
         x, B, C = xBC.split([h * p, g * n, g * n], dim=-1)
-        y, new_ssm = ssd(
+        scan = ssd if slices is None else functools.partial(ssd_of_slice, slices=slices)
+        y, new_ssm = scan(
             x.unflatten(2, (h, p)),  # (b, l, h, p)
             dt,
             -torch.exp(self.A_log.to(dtype)),
@@ -946,7 +956,7 @@ class Mamba2(nn.Module):
         y = y.flatten(2)  # (b, l, h p)
         if mask is not None:
             y = _take(y, back)
-        return y, Mamba2State(conv, new_ssm)
+        return y, Mamba2State(conv if slices is None else conv_behind, new_ssm)
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
@@ -1036,8 +1046,8 @@ class Mamba2Block(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = Mamba2(config)
 
-    def forward(self, h, state=None, mask=None, seq_idx=None):
-        y, state = self.mixer(self.norm(h), state, mask, seq_idx, return_state=True)
+    def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
+        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
         return h + y, state
 
 
@@ -1290,6 +1300,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         *,
         seq_idx=None,
         initial_states=None,
+        group=None,
         output_attentions=None,
     ):
         """Run the model on some tokens, from a cache if there is one.
@@ -1306,6 +1317,10 @@ class Mamba2Model(Mamba2PreTrainedModel):
                 begins. With a cache, also where it changes from the last call to this one.
             initial_states: a Mamba2State for each layer to start from, such as trained ones; the
                 same as past_key_values=Mamba2Cache(initial_states).
+            group: a process group, if each of its ranks has a slice of the sequence. Then all that
+                is (b, l, ...) here is of the slice, and what is passed as cache or states is the
+                same on every rank: what is in front of the first slice. The cache that is returned
+                is behind the last slice, on every rank. See `Slices`.
             output_attentions: accepted for transformers' sake; there are none.
 
         Returns:
@@ -1336,8 +1351,12 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if self.config.residual_in_fp32:
             h = h.to(_at_least_float32(h.dtype))
         mask = _as_mask(attention_mask, h.shape[:2])
-        if seq_idx is not None and past.seq_idx is not None and h.shape[1] > 0:
-            ended = _first(seq_idx, mask, past.seq_idx) != past.seq_idx  # (b)
+        checkpoints = self.gradient_checkpointing and self.training
+        given = dict(states=bool(past.states), checkpoints=checkpoints)
+        slices = Slices.of(group, self.config, h, mask, seq_idx, **given)
+        labels, exists, length = slices.whole if slices else (seq_idx, mask, h.shape[1])
+        if seq_idx is not None and past.seq_idx is not None:
+            ended = _first(labels, exists, past.seq_idx) != past.seq_idx  # (b)
             zero = (ended & (past.seq_idx != NO_LABEL))[:, None, None]
             states = [
                 Mamba2State(s.conv.masked_fill(zero, 0), s.ssm.masked_fill(zero[..., None], 0))
@@ -1348,11 +1367,11 @@ class Mamba2Model(Mamba2PreTrainedModel):
         for layer, state in zip(layers, states, strict=True):
             if output_hidden_states:
                 hidden_states.append(h)
-            if self.gradient_checkpointing and self.training:
+            if checkpoints:
                 run = functools.partial(self._gradient_checkpointing_func, layer.__call__)
             else:
                 run = layer
-            h, state = run(h, state, mask, seq_idx)
+            h, state = run(h, state, mask, seq_idx, slices)
             if use_cache:  # what nobody asked for would only take memory
                 new_states.append(state)
         h = self.norm_f(h)
@@ -1360,12 +1379,12 @@ class Mamba2Model(Mamba2PreTrainedModel):
         cache = None
         if use_cache:
             last = past.seq_idx
-            if seq_idx is not None and h.shape[1] > 0:
+            if seq_idx is not None:
                 if last is None:
                     last = seq_idx.new_full(seq_idx.shape[:1], NO_LABEL, dtype=torch.int64)
-                flipped = None if mask is None else mask.flip(1)
-                last = _first(seq_idx.flip(1), flipped, last)
-            cache = Mamba2Cache(tuple(new_states), past.length + h.shape[1], last)
+                flipped = None if exists is None else exists.flip(1)
+                last = _first(labels.flip(1), flipped, last)
+            cache = Mamba2Cache(tuple(new_states), past.length + length, last)
         output = BaseModelOutputWithPast(
             last_hidden_state=h,
             past_key_values=cache,
@@ -1413,9 +1432,9 @@ NO_LABEL = torch.iinfo(torch.int64).min  # of a sequence of which every position
 
 def _first(seq_idx, mask, default):
     """(b), the label of the first position of each row that is not masked; `default` if all are."""
-    seq_idx = seq_idx.long()
     if mask is None:
-        return seq_idx[:, 0]
+        mask = torch.ones_like(seq_idx, dtype=torch.bool)
+    seq_idx, mask = F.pad(seq_idx.long(), (0, 1)), F.pad(mask, (0, 1))  # so that there is a first
     first = seq_idx.gather(1, mask.int().argmax(1, keepdim=True))[:, 0]
     return torch.where(mask.any(1), first, default)
 
@@ -1458,6 +1477,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         *,
         seq_idx=None,
         initial_states=None,
+        group=None,
         num_items_in_batch=None,
         segment_length=None,
         progress=False,
@@ -1482,17 +1502,20 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 predicted. The logits of all positions are never held at once for it.
             logits_to_keep: return logits of the last so many positions (0: all), or of those in a
                 tensor of indices. None is all; none with labels in training or in segments.
+            group: a process group, if each of its ranks has a slice of the sequence, or of each
+                segment of it: see `Slices`. The loss is that of the whole sequence, on every rank.
+                Averaged over the ranks, as DDP and FSDP do, so are the gradients of parameters.
             num_items_in_batch: divide the summed loss by this, not by the number of predictions.
             segment_length: positions in a segment, or "auto" for about the least memory that does
                 not leave a GPU idle, or 0 for the whole sequence at once. None is the config's
-                choice.
+                choice. With a group: positions in this rank's slice of a segment, not "auto".
             progress: show a progress bar over the segments, forward and backward.
 
         Returns:
             CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
         """
         if isinstance(past_key_values, RewindableCache):
-            if input_ids is None or labels is not None:
+            if input_ids is None or labels is not None or group is not None:
                 raise ValueError(
                     "a RewindableCache reads input_ids alone: leave out everything else"
                 )
@@ -1511,10 +1534,17 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require("seq_idx", seq_idx, (b, l), kind="integers")
         if labels is not None:
             _require("labels", labels, (b, l), kind="integers")
-            targets = _next_tokens(labels, mask, seq_idx)
 
-        length = self._segment_length(segment_length, b, l)
+        length = self._segment_length(segment_length, b, l, group)
         count = max(1, -(-l // length))
+        if group is not None:
+            x = input_ids if inputs_embeds is None else inputs_embeds
+            given = dict(labels=labels is not None, items=num_items_in_batch is not None)
+            _agree(group, x, segments=count, **given)
+            if labels is not None:
+                targets = _next_tokens_of_slices(labels, mask, seq_idx, length, group)
+        elif labels is not None:
+            targets = _next_tokens(labels, mask, seq_idx)
         if count > 1 and output_hidden_states:
             raise ValueError(
                 f"output_hidden_states = True, segment_length = {length}: segments are there so "
@@ -1544,6 +1574,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                     initial_states=initial_states if end == 0 else None,
                     use_cache=use_cache if end + length >= l else True,
                     output_hidden_states=output_hidden_states,
+                    group=group,
                     output_attentions=output_attentions,
                 )
                 losses.append(loss)
@@ -1553,9 +1584,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         loss = logits = None
         if labels is not None:
-            if num_items_in_batch is None:
-                num_items_in_batch = (targets != -100).sum()
-            loss = sum(losses) / num_items_in_batch
+            loss, count = sum(losses), (targets != -100).sum()
+            if group is not None:
+                loss, count = (_all_gather(t[None], group).sum() for t in (loss, count))
+            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
         if kept:
             keep = logits_to_keep
             if not torch.is_tensor(keep):
@@ -1594,11 +1626,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
         return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)
 
-    def _segment_length(self, length, b, l):
+    def _segment_length(self, length, b, l, group=None):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         if length is None:
             length = self.config.segment_length
         _require_segment_length(length)
+        if length == "auto" and group is not None:
+            raise ValueError("segment_length = 'auto': slices depend on it, so give it as a number")
         if length == "auto":
             # Memory is l / s times what is kept between segments and s times what a position
             # leaves for the backward pass: roughly these numbers. The best s makes both equal.
@@ -1713,6 +1747,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs):
         _require_cache(model_kwargs.get("past_key_values"))
+        if model_kwargs.get("group") is not None:
+            raise ValueError("group: read the prompt with it, and generate from the cache behind")
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(
@@ -1920,3 +1956,184 @@ def register_with_transformers():
     AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
     AutoModel.register(Mamba2Config, Mamba2Model, exist_ok=True)
     AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. One sequence on several ranks
+# --------------------------------------------------------------------------------------------------
+
+
+class Slices:
+    """What a rank knows of a sequence of which each rank of a process group has a slice.
+
+        y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
+        model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
+
+    In the order of ranks, the slices are the sequence; they may be of any lengths, 0 too. What
+    crosses a border is what a layer's state is made of:
+
+    - The convolution needs the last k-1 inputs in front of the slice: one all-gather of those of
+      each slice.
+    - SSD is linear in its state. Each rank scans its slice from a zero state; one all-gather of the
+      (p, n) numbers behind it, and of its total decay, gives the state in front of each slice: that
+      is the recurrence between chunks (step 3 of Listing 1) with slices for chunks. What it adds to
+      the outputs is one matrix product.
+
+    Gradients take the same way back. Ranks' gradients of parameters, and of the states that were
+    passed, are of the sum of all ranks' losses: their sum is the whole. The loss of
+    `Mamba2ForCausalLM` is the whole sequence's on every rank, R times in this sum; so it is their
+    average that is one process's gradient, which is what DDP and FSDP compute.
+
+    With segment_length, each segment is cut in slices, and a rank has its slices of all segments,
+    one behind the other; their number is the same on every rank. Of ids (b, l), whose segments are
+    of R segment_length positions each, for R ranks, that is
+
+        ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1)
+
+    Bytes that a rank sends in a layer, forward, to each of the R-1 others:
+
+        b (4 h (p n + 1) + e (k-1) (h p + 2 g n))         e: bytes of a number of the projections
+
+    whatever the length is; the same again backward, and once more with gradient checkpointing. In a
+    float64 layer, 8 stands for 4. Beside them, integers: 8 b k for a model's whole call. For one
+    row in mamba2-2.7b in bfloat16 this is 2.65 MB.
+
+    On paper: mamba2-2.7b, 2^24 tokens on 64 GPUs with gradient checkpointing. A rank receives
+    63 * 2.65 MB = 167 MB in a layer and pass, 32 GB in 64 layers and 3 passes: 0.6 s at 50 GB/s,
+    beside some 14 s of computation (8 * 2.7e9 * 2^18 operations at 4e14 a second), so 4.5%. The
+    share grows as R / l with the length l of a slice: twice the ranks on the same sequence make it
+    four times as large. From about there on, or where 167 MB in a layer are too much memory, the
+    all-gather should become a tree: pairs (decay, state) compose associatively, so that log2(R)
+    exchanges of 2.65 MB do for the prefix, 16 MB instead of 167.
+
+    Ranks that call with different options get an error, all of them, before anything else is
+    exchanged. A rank that fails leaves the others waiting, until torchrun ends them or the timeout
+    of `init_process_group` is over.
+
+    Raises:
+        TypeError: group is not a process group that this rank belongs to.
+        ValueError: the ranks' options differ.
+    """
+
+    @classmethod
+    def of(cls, group, *arguments, **options):
+        """None without a group. Slices stay as they are: the model passes them on to its layers."""
+        if group is None or isinstance(group, Slices):
+            return group
+        return cls(group, *arguments, **options)
+
+    def __init__(self, group, config, x, mask, seq_idx, **options):
+        options.update({name: getattr(config, name) for name in _DEFAULTS})
+        length = sum(_agree(group, x, **options, seq_idx=seq_idx is not None))
+        self.group, self.rank = group, dist.get_rank(group)
+        # Of each slice, gather the sequences of the first position that exists, and of the last m.
+        labels = x.new_zeros(x.shape[:2], dtype=torch.int64) if seq_idx is None else seq_idx.long()
+        if mask is not None:
+            labels = labels.masked_fill(~mask, NO_LABEL)
+        self.order = (labels != NO_LABEL).int().argsort(dim=1, stable=True)  # (b, l)
+        self.m = max(1, config.conv_kernel - 1)
+        first = _first(labels, labels != NO_LABEL, NO_LABEL)  # (b)
+        last = self.last(labels[..., None], NO_LABEL)[..., 0]  # (b, m)
+        labels = _all_gather(torch.cat([first[:, None], last], dim=1), group)  # (r, b, 1+m)
+        self.last_labels = rearrange(labels[:, :, 1:], "r b m -> b (r m)")
+        labels = rearrange(labels, "r b m -> b (r m)")
+        self.whole = labels, labels != NO_LABEL, length  # for questions about the whole sequence
+        # (b), whether this slice begins another sequence than the one in front of it.
+        before = labels[:, : self.rank * (1 + self.m)].flip(1)
+        before = _first(before, before != NO_LABEL, first)
+        self.begins = (first != before) & (first != NO_LABEL)
+
+    def last(self, x, fill=0):
+        """The last m positions that exist of x (b, l, c): (b, m, c), or fewer behind `fill`."""
+        x = _take(x, self.order[:, -self.m :])
+        return F.pad(x, (0, 0, self.m - x.shape[1], 0), value=fill)
+
+    def states_of_convolution(self, xBC, state, conv1d):
+        """The state (b, k-1, ...) of `conv1d` in front of this slice, and behind the last one."""
+        last = rearrange(_all_gather(self.last(xBC), self.group), "r b m c -> b (r m) c")
+
+        def behind(slices):  # what the last positions leave, when they are taken for a sequence
+            x, labels = (t[:, : slices * self.m] for t in (last, self.last_labels))
+            x, front, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x[:, :, :0], labels)
+            return conv1d(x, front, labels)[1]
+
+        in_front = behind(self.rank).masked_fill(self.begins[:, None, None], 0)
+        return in_front, behind(dist.get_world_size(self.group))
+
+
+@_without_autocast
+def ssd_of_slice(
+    x, dt, A, B, C, D=None, *, slices, chunk_size=64, initial_state=None, seq_idx=None
+):
+    """`ssd` of this rank's slice. initial_state and final_state are those of the whole sequence."""
+    y, written = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, seq_idx=seq_idx)
+    log_decay, _, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
+    from_start = F.pad(log_decay, (0, 0, 1, 0)).cumsum(1).exp()  # (b, 1+l, h)
+
+    decay = from_start[:, -1, :, None].masked_fill(slices.begins[:, None, None], 0)  # (b, h, 1)
+    behind = _all_gather(torch.cat([decay, written.flatten(2)], dim=2), slices.group)
+    states = [state]  # in front of each slice, and behind the last one
+    for slice_ in behind:  # (b, h, 1 + p n)
+        decay, written = slice_[..., :1, None], slice_[..., 1:].unflatten(2, state.shape[2:])
+        states.append(decay * states[-1] + written)  # (b, h, p, n)
+
+    # Not states[slices.rank]: gradients must reach the all-gather on every rank, or others wait.
+    state = torch.stack(states)[slices.rank].masked_fill(slices.begins[:, None, None, None], 0)
+    state = rearrange(state.to(C.dtype), "b (g r) p n -> b g n (r p)", g=B.shape[2])
+    read = rearrange(C, "b l g n -> b g l n") @ state  # (b, g, l, (r p))
+    read = rearrange(read, "b g l (r p) -> b l (g r) p", p=x.shape[3])
+    return torch.addcmul(y, from_start[:, 1:, :, None].to(y.dtype), read), states[-1]
+
+
+def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
+    """`_next_tokens` for this rank's slices, of `length` positions in each segment."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    mask = torch.ones_like(labels) if mask is None else mask
+    seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
+    mine = torch.stack([t.long() for t in (labels, mask, seq_idx)])  # (3, b, l)
+    mine = [F.pad(t, (0, 1)) for t in mine.split(length, dim=2)]  # one more, which is masked
+    firsts = [t.gather(2, t[1:2].argmax(2, keepdim=True).expand(3, -1, 1)) for t in mine]
+    firsts = rearrange(_all_gather(torch.stack(firsts), group), "r s i b 1 -> i b (s r)")
+    # Between this rank's slices, the first positions that exist of the others' stand for these.
+    between = [firsts[:, :, i * size + rank + 1 :][:, :, : size - 1] for i in range(len(mine))]
+    pieces = [t for pair in zip(mine, between, strict=True) for t in pair]
+    labels, mask, seq_idx = torch.cat(pieces, dim=2)
+    targets = _next_tokens(labels, mask.bool(), seq_idx).split([t.shape[2] for t in pieces], dim=1)
+    return torch.cat([t[:, :-1] for t in targets[::2]], dim=1)
+
+
+def _agree(group, x, **options):
+    """The lengths of x (b, l, ...) on all ranks, once it is sure that all else is the same."""
+    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        raise TypeError(f"group = {group}: it must be a process group that this rank belongs to")
+    options.update(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
+    options.update(autocast=torch.is_autocast_enabled(x.device.type))
+    ranks = [None] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, (x.shape[1], options), group=group)
+    lengths, ranks = zip(*ranks, strict=True)
+    for name in sorted({name for rank in ranks for name in rank}):
+        values = [rank.get(name) for rank in ranks]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
+    return lengths
+
+
+class _AllGather(torch.autograd.Function):
+    """Each rank's x, (r, ...). Backward: the gradients of x from all ranks, added up."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        ranks = x.new_empty(dist.get_world_size(group), *x.shape)
+        dist.all_gather([*ranks.unbind()], x.contiguous(), group=group)
+        return ranks
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        parts = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, gradient.contiguous(), group=ctx.group)
+        return parts.sum(0), None
+
+
+_all_gather = _AllGather.apply
