@@ -2181,7 +2181,8 @@ def _norm_forward_kernel(
 @triton.jit
 def _norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
-    rows, slots, eps, groups, size_units, y_row_units, z_row_units, dz_row_units,
+    rows, slots, eps, groups, size_units, y_row_units, z_row_units,
+    dy_row_units, dz_row_units,
     GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """With v̂ = v · scale and dv̂ = dout · weight, over one slice:
@@ -2216,6 +2217,7 @@ def _norm_backward_kernel(
         y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
         z_r1 = (r * z_row_units * UNIT + group * size)[:, None]
         out_r1 = (r * groups * size + group * size)[:, None]
+        dy_r1 = (r * dy_row_units * UNIT + group * size)[:, None]
         dz_r1 = (r * dz_row_units * UNIT + group * size)[:, None]
 
         # load
@@ -2266,7 +2268,7 @@ def _norm_backward_kernel(
                 dy_rn *= silu_rn
                 dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
                 tl.store(dz_ptr + dz_r1 + n[None, :], dz_rn, mask=mask_rn)
-            tl.store(dy_ptr + out_r1 + n[None, :], dy_rn, mask=mask_rn)
+            tl.store(dy_ptr + dy_r1 + n[None, :], dy_rn, mask=mask_rn)
             sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
         dweight = sums
 
@@ -2304,33 +2306,34 @@ def _norm_forward(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group
 def _norm_backward(
     dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int
 ) -> list[Tensor]:
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dz = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    sums, dy = _norm_backward_into(dz, dout, y, z, weight, eps, groups)
+    sums = _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)
     _fold(sums)
     return [dy, dz, sums[1]]
 
 
-def _norm_backward_into(dz, dout, y, z, weight, eps, groups):
-    """Write dz, if there is a z, whose rows lie evenly.
+def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
+    """Write dy, and dz if there is a z. Rows of both lie evenly.
 
     Returns:
-        What `_fold` has to sum, and to where: into dweight. And dy.
+        What `_fold` has to sum, and to where: into dweight.
     """
-    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
     y, y_row = _rows(y)
     z, z_row = _rows(z) if gate else (y, y_row)
+    dy, dy_row = _rows(dy)
     dz, dz_row = _rows(dz) if gate else (y, y_row)
-    unit = _unit(size, y_row, z_row, dz_row)
+    unit = _unit(size, y_row, z_row, dy_row, dz_row)
     slots, tiles = _norm_slots(size, rows, groups, y.device)
     partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
     tensors = y, z, weight.contiguous(), dout.contiguous(), dy, dz, partial
-    rows_apart = y_row // unit, z_row // unit, dz_row // unit
+    rows_apart = y_row // unit, z_row // unit, dy_row // unit, dz_row // unit
     numbers = rows, slots, eps, groups, size // unit, *rows_apart
     options = dict(GATE=gate, UNIT=unit, **tiles)
     _launch((_norm_backward_kernel, (slots * groups, 1, 1), tensors, numbers, options))
-    return (partial, dweight), dy
+    return partial, dweight
 
 
 def _norm_fake(y, z, weight, eps, groups):
@@ -2437,7 +2440,8 @@ def _middle_backward(
     dx, dB, dC = _heads(dxBC, dt_bias, norm_weight, groups)
     if dout is None:
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
-    norm_sums, dy = _norm_backward_into(dz, dout, y, z, norm_weight, eps, groups)
+    dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
+    norm_sums = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
     raw = _Raw(dt_bias.contiguous(), low, high)
     ssd_sums, dinit = _ssd_backward_into(
         dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
