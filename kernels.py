@@ -369,8 +369,8 @@ def _launch(*calls):
     found = [_compiled.get(key) for key in keys]
     if None in found:
         new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
-        _compile(device, new)
-        found = [_compiled[key] for key in keys]
+        new = _compile(device, new)
+        found = [f or new[key] for key, f in zip(keys, found, strict=True)]
     for (compiled, constants), (_, grid, tensors, numbers, _) in zip(found, calls, strict=True):
         compiled[grid](*tensors, *numbers, *constants)
 
@@ -387,7 +387,7 @@ def _key(device, kernel, grid, tensors, numbers, options):
 
 
 def _compile(device, calls):
-    """Keep the compiled kernel for each call, by key, and the values of its constants."""
+    """The compiled kernel for each call, by key, and the values of its constants; both are kept."""
 
     def compiled(call):
         kernel, grid, tensors, numbers, options = call
@@ -403,10 +403,12 @@ def _compile(device, calls):
     else:  # at the same time: one after the other takes half as long again
         with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
             found = list(pool.map(compiled, calls.values()))
-    if len(_compiled) > 10_000:  # as many as with inputs of always another length
+    found = dict(zip(calls, found, strict=True))
+    if len(_compiled) > 10_000:  # inputs of ever new lengths
         _compiled.clear()
     _known.update(kinds)
-    _compiled.update(zip(calls, found, strict=True))
+    _compiled.update(found)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
