@@ -58,6 +58,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import (
     BaseStreamer,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -1425,13 +1426,13 @@ def test_arguments_that_do_not_fit_are_value_errors():
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="no attentions"):
         model(ids, output_attentions=True)
-    with pytest.raises(ValueError, match="has 8 columns: it must cover the 9"):
+    with pytest.raises(ValueError, match=r"shape \(2, 8\): it must be \(2, 9\)"):
         model(ids, attention_mask=ids[:, :8])
     with pytest.raises(ValueError, match=r"must be \(2, 9\)"):
         model(ids, attention_mask=ids[:1])
     with pytest.raises(ValueError, match=r"seq_idx has shape \(2, 8\).*\(2, 9\)"):
         model(ids, seq_idx=ids[:, :8])
-    with pytest.raises(ValueError, match=r"shape.*\(1, 3, 96\).*must be.*\(2, 3, 96\)"):
+    with pytest.raises(ValueError, match=r"batch of 1, .* one of 2: cache\.repeat"):
         model(ids, past_key_values=model(ids[:1]).past_key_values)
 
 
@@ -1689,8 +1690,9 @@ def test_generate_goes_on_from_a_cache_with_all_tokens_or_with_the_new_ones(hist
     calls = [(ids, {"attention_mask": mask}), (new, {"attention_mask": mask})]
     if not padded:
         calls.append((ids, {}))
-        if history >= new.shape[1]:  # else they look like all tokens, and need the mask of all
-            calls.append((new, {}))
+        if history >= new.shape[1]:  # else they look like all tokens
+            with pytest.raises(ValueError, match="new tokens with an attention_mask that cov"):
+                model.generate(new, past_key_values=cache, **GREEDY)
     for given, options in calls:
         options |= dict(past_key_values=cache, return_dict_in_generate=True)
         output = model.generate(given, **options, **GREEDY)
@@ -1783,6 +1785,13 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
         model(ids, labels=ids, past_key_values=cache)
 
 
+class StopRows(StoppingCriteria):
+    """Ends each row at its second even token: a criterion without eos_token_id."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, 12:] % 2 == 0).sum(1) >= 2
+
+
 def streamed(model, ids, **options):
     return torch.cat([ids, torch.stack(list(model.stream(ids, **options)), 1)], 1)
 
@@ -1792,8 +1801,11 @@ STREAMS = {
     "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
     "penalised": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
     "penalised and long": dict(repetition_penalty=1.5, max_new_tokens=150),
-    "ended": dict(eos_token_id=[46, 57, 51], pad_token_id=3),
-    "long enough": dict(eos_token_id=[46, 57, 51], pad_token_id=3, min_new_tokens=6),
+    "ended": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3),
+    "a limit on rows": dict(stopping_criteria=[StopRows()], max_new_tokens=9, pad_token_id=0),
+    "a limit of length": dict(stopping_criteria=[MaxLengthCriteria(17)]),
+    "without a cache": dict(use_cache=False),
+    "long enough": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3, min_new_tokens=6),
 }
 
 
@@ -1811,7 +1823,8 @@ def test_a_stream_yields_what_generate_appends(case):
     assert case != "ended" or expected.shape[1] < 42
     cache = model.prefill(ids[:, :7], mask[:, :7])
     before = cache.map(torch.clone)
-    for kwargs in (dict(attention_mask=mask), dict(attention_mask=mask, prefill_chunk_size=2)):
+    for chunk in (None,) if case == "without a cache" else (None, 2):
+        kwargs = dict(attention_mask=mask, prefill_chunk_size=chunk)
         expected = model.generate(ids, **kwargs, **{**given, "do_sample": False})
         found = streamed(
             model, ids, past_key_values=cache, **kwargs, **{**given, "do_sample": False}
