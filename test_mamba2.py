@@ -3108,13 +3108,13 @@ class Sent:
     def __enter__(self):
         all_gather, all_to_all = self.collectives
 
-        def counted_all_gather(outputs, x, **options):
+        def counted_all_gather(outputs, x, *args, **options):
             self.count(x, len(outputs) - 1)
-            return all_gather(outputs, x, **options)
+            return all_gather(outputs, x, *args, **options)
 
-        def counted_all_to_all(output, x, **options):
+        def counted_all_to_all(output, x, *args, **options):
             self.count(x, (len(x) - 1) / len(x))
-            return all_to_all(output, x, **options)
+            return all_to_all(output, x, *args, **options)
 
         dist.all_gather, dist.all_to_all_single = counted_all_gather, counted_all_to_all
         return self
@@ -3124,7 +3124,7 @@ class Sent:
 
     def count(self, x, copies):
         if x.is_floating_point() and x.dim() >= 3:  # not the loss, nor labels
-            self.bytes += int(x.nbytes * copies)
+            self.bytes += round(x.nbytes * copies)
 
     @staticmethod
     def formula(config, b, e, e_state=4):
