@@ -16,6 +16,7 @@ What is here, in reading order:
     4. Mamba2Model, Mamba2ForCausalLM   the language model, native to Hugging Face transformers;
                           from_pretrained loads the published checkpoints: mamba_ssm's format (its
                           config is translated in 1), transformers', and Codestral-Mamba's
+    5. Slices             layer and model on a sequence of which several GPUs have a slice each
 
 One idea carries all of it: a layer is a pure function of its input and its state,
 

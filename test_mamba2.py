@@ -49,6 +49,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -2981,7 +2982,13 @@ def check_training(engine, rank, world):
     def pieces(ids):  # of segments of two positions on each rank
         return ids.unflatten(1, (-1, world, 2))[:, :, rank].flatten(1)
 
+    def piece_of_rows(ids):
+        rows, column = ids.chunk(world // 2)[rank // 2], rank % 2
+        return rows[:, :5] if column == 0 else rows[:, 5:]
+
     sequence = dict(group=dist.group.WORLD)
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
+    pairs = dict(group=mesh.get_group("slices"))
     expected = {}
     for name, part, given, tied, accumulate, checkpoints in (
         ("rows", rows, {}, True, 1, False),
@@ -2989,6 +2996,7 @@ def check_training(engine, rank, world):
         ("rows, segments, checkpoints", rows, dict(segment_length=7), False, 2, True),
         ("slices", piece, sequence, True, 1, True),
         ("slices, accumulated", piece, sequence, False, 2, False),
+        ("rows, each in two slices", piece_of_rows, pairs, True, 1, False),
         (
             "slices, segments, checkpoints",
             pieces,
@@ -3046,8 +3054,9 @@ def test_mixed_precision_of_fsdp2_keeps_residual_stream_state_and_gradients_in_f
             assert (state.conv.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
         output.loss.backward()
         found = gathered((name, p.grad) for name, p in model.named_parameters())
-        # A number in bfloat16 is off by 2^-9; through two layers errors of several add up.
-        assert_close(mean(output.loss), whole.loss, 1e-2)
+        # Numbers in bfloat16 are off by up to 2^-9 each; the loss is a mean of many, but in the
+        # gradient of D, for example, terms cancel.
+        assert_close(mean(output.loss), whole.loss, 2**-9)
         for name in expected:
             assert found[name].dtype == torch.float32
             error = (found[name] - expected[name]).norm() / expected[name].norm()
