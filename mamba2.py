@@ -16,6 +16,7 @@ What is here, in reading order:
     4. Mamba2Model, Mamba2ForCausalLM   the language model, native to Hugging Face transformers;
                           from_pretrained loads the published checkpoints: mamba_ssm's format (its
                           config is translated in 1), transformers', and Codestral-Mamba's
+    5. Slices             layer and model on a sequence of which several GPUs have a slice each
 
 One idea carries all of it: a layer is a pure function of its input and its state,
 
@@ -941,7 +942,7 @@ class Mamba2(nn.Module):
         if conv is None and (mask is not None or slices is not None):
             conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
         if slices is not None:
-            conv, conv_behind = slices.states_of_convolution(xBC, conv, self.conv1d)
+            conv, conv_behind = slices.states_of_convolution(xBC, conv)
         if mask is not None:
             xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
 
@@ -2070,9 +2071,10 @@ class Slices:
 
         b (4 h (p n + 1) + e (k-1) (h p + 2 g n))         e: bytes of a number of the projections
 
-    whatever the length is; the same again backward, and once more with gradient checkpointing. In a
-    float64 layer, 8 stands for 4. Beside them, integers: 8 b k for a model's whole call. For one
-    row in mamba2-2.7b in bfloat16 this is 2.65 MB.
+    whatever the length is; the same again backward, and whenever a layer is computed again, for
+    gradient checkpointing or segments; all of it for each segment. In a float64 layer, 8 stands for
+    4. For one row in mamba2-2.7b in bfloat16 this is 2.65 MB. Beside it, labels and options are a
+    few kB for a model's whole call.
 
     On paper: mamba2-2.7b, 2^24 tokens on 64 GPUs with gradient checkpointing. A rank receives
     63 * 2.65 MB = 167 MB in a layer and pass, 32 GB in 64 layers and 3 passes: 0.6 s at 50 GB/s,
@@ -2118,23 +2120,30 @@ class Slices:
         before = labels[:, : self.rank * (1 + self.m)].flip(1)
         before = _first(before, before != NO_LABEL, first)
         self.begins = (first != before) & (first != NO_LABEL)
+        in_front = self.sources(self.rank, config.conv_kernel)
+        self.in_front = in_front.masked_fill(self.begins[:, None], 0)
+        self.behind = self.sources(dist.get_world_size(group), config.conv_kernel)
 
     def last(self, x, fill=0):
         """The last m positions that exist of x (b, l, c): (b, m, c), or fewer behind `fill`."""
         x = _take(x, self.order[:, -self.m :])
         return F.pad(x, (0, 0, self.m - x.shape[1], 0), value=fill)
 
-    def states_of_convolution(self, xBC, state, conv1d):
-        """The state (b, k-1, ...) of `conv1d` in front of this slice, and behind the last one."""
+    def sources(self, slices, k):
+        """Where the convolution's state (b, k-1, ...) behind so many slices is from: in `table`."""
+        labels = self.last_labels[:, : slices * self.m]
+        table = torch.arange(k + labels.shape[1], dtype=torch.float64, device=labels.device)
+        table = table.expand(len(labels), -1)[..., None]  # zero, the state's inputs, and the last
+        state, x = table[:, 1:k], table[:, k:]
+        x, state, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x, labels)
+        _, state = causal_conv1d(x, x.new_zeros(1, k), initial_state=state, seq_idx=labels)
+        return state[..., 0].long()
+
+    def states_of_convolution(self, xBC, state):
+        """The state (b, k-1, ...) of the convolution before this slice, and behind the last one."""
         last = rearrange(_all_gather(self.last(xBC), self.group), "r b m c -> b (r m) c")
-
-        def behind(slices):  # what the last positions leave, when they are taken for a sequence
-            x, labels = (t[:, : slices * self.m] for t in (last, self.last_labels))
-            x, front, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x[:, :, :0], labels)
-            return conv1d(x, front, labels)[1]
-
-        in_front = behind(self.rank).masked_fill(self.begins[:, None, None], 0)
-        return in_front, behind(dist.get_world_size(self.group))
+        table = F.pad(torch.cat([state.to(xBC.dtype), last], dim=1), (0, 0, 1, 0))
+        return _take(table, self.in_front), _take(table, self.behind)
 
 
 @_without_autocast

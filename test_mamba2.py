@@ -49,6 +49,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -2994,7 +2995,13 @@ def check_training(engine, rank, world):
     def pieces(ids):  # of segments of two positions on each rank
         return ids.unflatten(1, (-1, world, 2))[:, :, rank].flatten(1)
 
+    def piece_of_rows(ids):
+        rows, column = ids.chunk(world // 2)[rank // 2], rank % 2
+        return rows[:, :5] if column == 0 else rows[:, 5:]
+
     sequence = dict(group=dist.group.WORLD)
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
+    pairs = dict(group=mesh.get_group("slices"))
     expected = {}
     for name, part, given, tied, accumulate, checkpoints in (
         ("rows", rows, {}, True, 1, False),
@@ -3002,6 +3009,7 @@ def check_training(engine, rank, world):
         ("rows, segments, checkpoints", rows, dict(segment_length=7), False, 2, True),
         ("slices", piece, sequence, True, 1, True),
         ("slices, accumulated", piece, sequence, False, 2, False),
+        ("rows, each in two slices", piece_of_rows, pairs, True, 1, False),
         (
             "slices, segments, checkpoints",
             pieces,
@@ -3059,8 +3067,9 @@ def test_mixed_precision_of_fsdp2_keeps_residual_stream_state_and_gradients_in_f
             assert (state.conv.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
         output.loss.backward()
         found = gathered((name, p.grad) for name, p in model.named_parameters())
-        # A number in bfloat16 is off by 2^-9; through two layers errors of several add up.
-        assert_close(mean(output.loss), whole.loss, 1e-2)
+        # Numbers in bfloat16 are off by up to 2^-9 each; the loss is a mean of many, but in the
+        # gradient of D, for example, terms cancel.
+        assert_close(mean(output.loss), whole.loss, 2**-9)
         for name in expected:
             assert found[name].dtype == torch.float32
             error = (found[name] - expected[name]).norm() / expected[name].norm()
@@ -3121,13 +3130,13 @@ class Sent:
     def __enter__(self):
         all_gather, all_to_all = self.collectives
 
-        def counted_all_gather(outputs, x, **options):
+        def counted_all_gather(outputs, x, *args, **options):
             self.count(x, len(outputs) - 1)
-            return all_gather(outputs, x, **options)
+            return all_gather(outputs, x, *args, **options)
 
-        def counted_all_to_all(output, x, **options):
+        def counted_all_to_all(output, x, *args, **options):
             self.count(x, (len(x) - 1) / len(x))
-            return all_to_all(output, x, **options)
+            return all_to_all(output, x, *args, **options)
 
         dist.all_gather, dist.all_to_all_single = counted_all_gather, counted_all_to_all
         return self
@@ -3137,7 +3146,7 @@ class Sent:
 
     def count(self, x, copies):
         if x.is_floating_point() and x.dim() >= 3:  # not the loss, nor labels
-            self.bytes += int(x.nbytes * copies)
+            self.bytes += round(x.nbytes * copies)
 
     @staticmethod
     def formula(config, b, e, e_state=4):
@@ -3243,18 +3252,29 @@ options = dict(use_cpu=True, ddp_backend="gloo", max_grad_norm=0.0, max_steps=4)
 options |= dict(per_device_train_batch_size=int(sys.argv[2]))
 found = {"Trainer": train(sys.argv[1], padding, data, **options)[1]}
 
-accelerator = accelerate.Accelerator(cpu=True)
-model = tiny(dtype=torch.float64).train()
-optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
-loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=int(sys.argv[2]))
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-found["accelerate"] = []
-for ids in loader:
-    loss = model(ids, labels=ids).loss
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    found["accelerate"].append(accelerator.reduce(loss.detach(), "mean").item())
+plugin = accelerate.FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+)
+accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+for name in ("DDP", "FSDP2") if FSDP2_RUNS else ("DDP",):
+    if name == "FSDP2" and accelerator.num_processes > 1:  # on a CPU accelerate has to be told
+        kind = accelerate.utils.DistributedType.FSDP
+        accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, kind
+        accelerate.PartialState._shared_state["distributed_type"] = kind
+    model = tiny(dtype=torch.float64).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+    loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=int(sys.argv[2]))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    found[name] = []
+    for ids in loader:
+        loss = model(ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        found[name].append(accelerator.reduce(loss.detach(), "mean").item())
+    if name == "FSDP2" and accelerator.num_processes > 1:
+        sharded = torch.distributed.fsdp.FSDPModule
+        assert all(isinstance(layer, sharded) for layer in model.backbone.layers)
 if accelerator.is_main_process:
     Path(sys.argv[1], f"{accelerator.num_processes}.json").write_text(json.dumps(found))
 """
@@ -3271,8 +3291,9 @@ def test_trainer_and_accelerate_under_torchrun_train_as_one_process(tmp_path):
         done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
-    for name in ("Trainer", "accelerate"):
-        assert len(two[name]) == 4
+    assert one.keys() == two.keys()
+    for name in one:
+        assert len(two[name]) == 4 and two[name][3] < two[name][0]
         assert_close(torch.tensor(two[name]).double(), torch.tensor(one[name]).double(), 1e-6)
 
 
@@ -4075,7 +4096,7 @@ def milliseconds(functions, repeats=7):
 
 def report(name, theirs, ours, unit="ms"):
     ratio = f"{theirs / ours:.2f} to 1"
-    print(f"{name:44} {theirs:8.1f} {ours:8.1f} {unit:3} {ratio:>12}", flush=True)
+    print(f"{name:48} {theirs:8.1f} {ours:8.1f} {unit:3} {ratio:>12}", flush=True)
 
 
 def benchmark():
@@ -4254,10 +4275,11 @@ def benchmark_training(shape, lengths, methods):
             print(row, flush=True)
 
 
-PARALLEL = [  # what each rank has a part of, engine, shape, rows (of each rank), length, segment
-    "rows:DDP:130m:8:4096:0",
-    "rows:FSDP2:2.7b:2:4096:0",
-    "sequence:DDP:2.7b:1:262144:8192",
+# What ranks share, engine, shape, rows of a rank, length, segment_length of one GPU and on ranks.
+PARALLEL = [
+    "rows:DDP:130m:8:4096:0:0",
+    "rows:FSDP2:2.7b:2:4096:0:0",
+    "sequence:DDP:2.7b:1:262144:8192:8192",
 ]
 
 
@@ -4323,13 +4345,13 @@ def benchmark_parallel(cases, steps, checkpoints):
         return speed, peak, sent.bytes / config.num_hidden_layers, formula
 
     show(torch.cuda.get_device_name() if CUDA else "CPU", torch.__version__, f"{world} ranks")
-    show("                                            tokens/s and GPU   peak GB   of one GPU")
+    show("                                                tokens/s and GPU   peak GB   of one GPU")
     for case in cases:
         kind, engine, shape, *sizes = case.split(":")
-        b, l, segment = map(int, sizes)
+        b, l, segment_alone, segment = map(int, sizes)
         if rank == 0:
-            alone = run(kind, None, shape, b, l, segment)
-            show(f"{case + ', one of them':44}{alone[0]:16,.0f} {alone[1]:9.1f}")
+            alone = run(kind, None, shape, b, l, segment_alone)
+            show(f"{case + ', one of them':48}{alone[0]:16,.0f} {alone[1]:9.1f}")
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
@@ -4337,7 +4359,7 @@ def benchmark_parallel(cases, steps, checkpoints):
         dist.barrier()
         speed, peak, sent, formula = run(kind, engine, shape, b, l, segment)
         if rank == 0:
-            show(f"{case:44}{speed:16,.0f} {peak:9.1f} {speed / alone[0]:12.3f}")
+            show(f"{case:48}{speed:16,.0f} {peak:9.1f} {speed / alone[0]:12.3f}")
             if kind == "sequence":
                 show(
                     f"    sent by a rank, a layer and step: {sent:,.0f} bytes; formula {formula:,}"
