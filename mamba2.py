@@ -759,9 +759,9 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
-    _require("weight", weight, x.shape[-1:])
+    _require("weight", weight, tuple(x.shape[-1:]))
     if gate is not None:
-        _require("gate", gate, x.shape)
+        _require("gate", gate, tuple(x.shape))
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups = {groups}: it must divide the last axis of x, {x.shape[-1]}")
     dtype = _at_least_float32(x.dtype)
@@ -1886,7 +1886,7 @@ class DecodingGraph:
             return None
         for module in model.modules():
             hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            if hooks or hasattr(module, "disable_adapters"):
+            if hooks or hasattr(module, "adapter_layer_names"):
                 return None
         weights = [*model.parameters()]
         if any(type(weight) is not nn.Parameter for weight in weights):  # sharded or quantised

@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -1251,6 +1252,80 @@ def test_a_cache_is_a_value_that_can_be_used_again():
         cache.length = 3
 
 
+def test_segments_that_do_not_divide_keep_no_logits():
+    model, ids = tiny().train(), tokens(2, 10)
+    for length in (4, 64):
+        output = model(ids, labels=ids, segment_length=length)
+        assert output.logits is None and torch.isfinite(output.loss)
+    for keep, kept in ((0, 10), (3, 3), (7, 7)):
+        output = model(ids, labels=ids, segment_length=4, logits_to_keep=keep)
+        assert_close(output.logits, model(ids).logits[:, -kept:], F32)
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states = True, segment_length = 4"):
+        model(ids, labels=ids, segment_length=4)
+
+
+def test_whatever_is_masked_disturbs_no_gradient():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 4] = 0
+    gradients = []
+    for fill in (0.0, torch.nan):
+        embeddings = model.get_input_embeddings()(ids).detach()
+        embeddings = embeddings.masked_fill(mask[..., None] == 0, fill).requires_grad_()
+        model.zero_grad()
+        model(attention_mask=mask, inputs_embeds=embeddings, labels=ids.int()).loss.backward()
+        gradients.append([embeddings.grad, *(p.grad for p in model.backbone.layers.parameters())])
+    assert identical(*gradients)
+
+
+def test_mistakes_of_newcomers_are_answered():
+    model, ids = tiny(), tokens(2, 9)
+    cache = model.prefill(ids)
+    for call, error, message in (
+        (lambda: model(ids[0]), ValueError, r"input_ids has shape \(9,\): it must be \(batch, le"),
+        (lambda: model([[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
+        (lambda: model(ids.float()), TypeError, "input_ids is torch.float32: .* of integers"),
+        (
+            lambda: model(inputs_embeds=torch.zeros(2, 9, 31)),
+            ValueError,
+            r"inputs_embeds has shape \(2, 9, 31\): it must be \(2, 9, 32\)",
+        ),
+        (lambda: model(ids, [[1] * 9] * 2), TypeError, "attention_mask is a list"),
+        (lambda: model(ids, ids.repeat(1, 2)), ValueError, r"\(2, 18\): it must be \(2, 9\)$"),
+        (
+            lambda: model(ids, ids.repeat(1, 3), cache),
+            ValueError,
+            r"it must be \(2, 9\), or \(2, 18\) to cover what the cache has seen too",
+        ),
+        (lambda: model(ids[:1], past_key_values=cache), ValueError, "batch of 2, .* one of 1"),
+        (lambda: Mamba2Config(n_layers=3), TypeError, "did you mean 'n_layer'"),
+        (lambda: Mamba2Config(to_dict=3), TypeError, "no option 'to_dict'"),
+        (lambda: Mamba2Config(use_bias="no"), ValueError, "use_bias = 'no': must be True or False"),
+        (
+            lambda: Mamba2ForCausalLM(transformers.Mamba2Config(num_hidden_layers=1)),
+            TypeError,
+            r"Mamba2Config.from_dict\(config.to_dict\(\)\) translates",
+        ),
+        (
+            lambda: mamba2.rms_norm(torch.ones(2, 8), torch.ones(1), 1e-5),
+            ValueError,
+            r"weight has shape \(1,\): it must be \(8,\)",
+        ),
+        (
+            lambda: mamba2.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5, groups=3),
+            ValueError,
+            "groups = 3: it must divide the last axis of x, 8",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    theirs = transformers.Mamba2Config(num_hidden_layers=1).to_dict()
+    assert Mamba2Config.from_dict(theirs).num_hidden_layers == 1
+    half = cache.to(dtype=torch.bfloat16)
+    assert [t.dtype for t in half.states[0]] == [torch.float32, torch.bfloat16]
+
+
 @torch.no_grad()
 def test_what_is_not_asked_for_takes_no_memory():
     ids, peaks = tokens(1, 200), []
@@ -1942,6 +2017,64 @@ def test_generate_takes_embeddings_for_a_prompt():
     given = dict(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
     assert torch.equal(model.generate(**given), expected[:, 12:])
     assert torch.equal(model.generate(ids, **given), expected)
+
+
+def test_threads_generate_with_one_model_without_disturbing_each_other():
+    model = tiny()
+    texts = [tokens(1, 12, seed=seed) for seed in range(4)]
+    expected = [model.generate(ids, **GREEDY) for ids in texts]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda ids: model.generate(ids, **GREEDY), texts * 3))
+    assert identical(found, expected * 3)
+
+
+@torch.no_grad()
+def test_a_stream_is_its_own_whatever_is_done_with_its_tokens():
+    model, ids = tiny(dtype=torch.float64, return_dict=False, use_cache=False), tokens(2, 12)
+    expected = tiny(dtype=torch.float64).generate(ids, **GREEDY)[:, 12:]
+    found = []
+    for token in model.stream(ids, **GREEDY):
+        found.append(token.clone())
+        token.zero_()
+    assert torch.equal(torch.stack(found, 1), expected)
+    assert model.prefill(ids).length == 12
+    embeddings = model.get_input_embeddings()(ids)
+    found = list(model.stream(None, inputs_embeds=embeddings, **GREEDY))
+    assert torch.equal(torch.stack(found, 1), expected)
+
+
+@torch.no_grad()
+def test_a_cache_is_shared_by_several_samples_and_beams():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 12)
+    cache = model.prefill(ids[:, :9])
+    for given in (dict(num_beams=3), dict(do_sample=True, num_return_sequences=3)):
+        given = {**GREEDY, **given}
+        torch.manual_seed(0)
+        expected = model.generate(ids, **given)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **given), expected)
+
+
+@torch.no_grad()
+def test_speculation_gives_hidden_states_to_who_asks():
+    model, ids = tiny(dtype=torch.float64), tokens(1, 12).repeat(1, 2)
+    given = dict(GREEDY, return_dict_in_generate=True, output_hidden_states=True)
+    output = model.generate(ids, prompt_lookup_num_tokens=3, **given)
+    hidden = torch.cat([step[-1] for step in output.hidden_states], dim=1)
+    whole = model(output.sequences[:, :-1], output_hidden_states=True).hidden_states[-1]
+    assert_close(hidden, whole, F64)
+
+
+def test_a_model_with_hooks_or_adapters_gets_no_graph():
+    model = tiny()
+    assert mamba2.DecodingGraph.weights(model) is not None
+    handle = model.backbone.layers[1].mixer.register_forward_hook(lambda *given: None)
+    assert mamba2.DecodingGraph.weights(model) is None
+    handle.remove()
+    assert mamba2.DecodingGraph.weights(model) is not None
+    lora = peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
+    assert mamba2.DecodingGraph.weights(adapted.base_model.model) is None
 
 
 class Recorder(BaseStreamer):
