@@ -16,6 +16,7 @@ What is here, in reading order:
     4. Mamba2Model, Mamba2ForCausalLM   the language model, native to Hugging Face transformers;
                           from_pretrained loads the published checkpoints: mamba_ssm's format (its
                           config is translated in 1), transformers', and Codestral-Mamba's
+    5. Slices             layer and model on a sequence of which several GPUs have a slice each
 
 One idea carries all of it: a layer is a pure function of its input and its state,
 
@@ -23,8 +24,9 @@ One idea carries all of it: a layer is a pure function of its input and its stat
 
 for any number of tokens. One call prefills, resumes after a pause, decodes one token in constant
 time, or forks a prompt: what it was given is never changed, and calling it on any split of a
-sequence gives, up to rounding, what one call on the whole would give. (Where packed sequences are
-split between two of them, the layer needs state=None for the new one; the model sees to that.)
+sequence gives, up to rounding, what one call on the whole would give. (Where one call ends with one
+packed sequence and the next begins with another, the rows that begin anew need a state of zeros:
+the model sees to that, a layer cannot know.)
 
 Glossary: the letters of shapes, and the paper's notation for them.
 
@@ -58,11 +60,14 @@ and nowhere else. MIT licence: copy this file into your own work as you like.
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import difflib
 import errno
 import functools
 import importlib.util
 import math
 import sys
+import warnings
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,7 +220,12 @@ class Mamba2Config(PreTrainedConfig):
             setattr(self, name, options.pop(name, default))
         for name in options:
             if not _is_common_option(name):
-                raise TypeError(f"Mamba2Config has no option {name!r}; see help(Mamba2Config)")
+                known = [*_DEFAULTS, *self.attribute_map]
+                close = [
+                    f"did you mean {k!r}?" for k in difflib.get_close_matches(name, known, n=1)
+                ]
+                hint = (close or ["see help(Mamba2Config)"])[0]
+                raise TypeError(f"Mamba2Config has no option {name!r}; {hint}")
 
         # Differs: the depth scaling that this option asks for belongs to our initialisation,
         # always. It is saved as False because transformers' own Mamba-2 would scale *loaded*
@@ -242,7 +252,7 @@ class Mamba2Config(PreTrainedConfig):
         return round(self.expand * self.hidden_size)
 
     def validate_architecture(self):
-        """Raise a ValueError if the sizes do not describe a Mamba-2; num_heads None is computed.
+        """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
 
         transformers calls this by its name, whenever it makes or changes a configuration.
         """
@@ -258,6 +268,8 @@ class Mamba2Config(PreTrainedConfig):
         for name in (*counts.split(), "conv_kernel", "chunk_size"):
             value = getattr(self, name)
             require(is_number(value, int) and value > 0, name, "must be an integer of at least 1")
+        for name in ("use_bias", "use_conv_bias", "residual_in_fp32", "tie_word_embeddings"):
+            require(isinstance(getattr(self, name), bool), name, "must be True or False")
         for name in ("expand", "time_step_min", "time_step_max"):
             value = getattr(self, name)
             require(is_number(value) and value > 0, name, "must be a positive number")
@@ -356,9 +368,9 @@ def _is_common_option(name: str) -> bool:
     """Whether `name` is an option of every transformers configuration."""
     if transformers_missing is not None or name in {"model_type", *Mamba2Config.attribute_map}:
         return False
-    return name in {"attn_implementation", "experts_implementation"} or hasattr(
-        PreTrainedConfig, name
-    )
+    if name in {"attn_implementation", "experts_implementation"}:
+        return True
+    return hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
 
 
 def _require_segment_length(length):
@@ -384,8 +396,8 @@ def _translate_original_config(original: dict) -> dict:
     fixed = {"rms_norm": True}, {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
     for part, expected in zip((original, ssm), fixed, strict=True):
         for name, value in expected.items():
-            if part.pop(name, value) != value:
-                raise ValueError(f"{name} = {not value}: only {value} is implemented")
+            if (found := part.pop(name, value)) != value:
+                raise ValueError(f"{name} = {found!r}: only {value} is implemented")
     for name in ("A_init_range", "conv_init", "use_mem_eff_path"):  # no effect on loaded weights
         ssm.pop(name, None)
     multiple = original.get("pad_vocab_size_multiple", 8)
@@ -604,7 +616,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
         ValueError: shapes that do not fit together, or chunk_size < 1.
         TypeError: dtypes that do not fit.
     """
-    if not (isinstance(chunk_size, int) and chunk_size >= 1):
+    if not (isinstance(chunk_size, int) and chunk_size >= 1) or isinstance(chunk_size, bool):
         raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
@@ -713,7 +725,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         _require("seq_idx", seq_idx, (b, l), kind="integers")
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    # 1 * and clone, because views, of the gradient here, would keep the whole window's alive.
+    # 1 * and clone copy: views would keep the whole window, and its gradient, alive with a state.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     final_state = window[:, l:].clone()
     if seq_idx is not None:  # number the sequences; what came before belongs to the first
@@ -741,9 +753,17 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
 
     Returns:
         (..., d), in the gate's dtype, or in weight's without a gate; computed in float32 at least.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
     """
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
+    _require("weight", weight, tuple(x.shape[-1:]))
+    if gate is not None:
+        _require("gate", gate, tuple(x.shape))
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"groups = {groups}: it must divide the last axis of x, {x.shape[-1]}")
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
     x = x.unflatten(-1, (groups, -1))  # (..., g, d / g)
@@ -799,8 +819,16 @@ class Mamba2(nn.Module):
         super().__init__()
         if config is None:
             config = Mamba2Config(**options)
-        elif options or not isinstance(config, Mamba2Config):
-            raise TypeError("pass a Mamba2Config, or options by name: Mamba2(d_model=256)")
+        elif options:
+            raise TypeError(
+                "pass a Mamba2Config, or options by name: Mamba2(d_model=256); not both"
+            )
+        elif not isinstance(config, Mamba2Config):
+            raise TypeError(
+                f"config is a {type(config).__module__}.{type(config).__qualname__}: it must be "
+                "this file's Mamba2Config; Mamba2Config.from_dict(config.to_dict()) translates one "
+                "of transformers"
+            )
         config.validate_architecture()
         self.config = config
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -931,7 +959,7 @@ class Mamba2(nn.Module):
         if conv is None and (mask is not None or slices is not None):
             conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
         if slices is not None:
-            conv, conv_behind = slices.states_of_convolution(xBC, conv, self.conv1d)
+            conv, conv_behind = slices.states_of_convolution(xBC, conv)
         if mask is not None:
             xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
 
@@ -1082,6 +1110,7 @@ class Mamba2Cache:
 
     def select(self, rows: Tensor) -> Mamba2Cache:
         """The rows of the batch that the integers `rows` name, in that order."""
+        rows = torch.as_tensor(rows)
         return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def repeat(self, times: int) -> Mamba2Cache:
@@ -1092,13 +1121,18 @@ class Mamba2Cache:
         """The cache without its history of gradients."""
         return self.map(Tensor.detach)
 
-    def to(self, *args) -> Mamba2Cache:
-        """The cache on another device, or in another dtype; arguments as for Tensor.to.
+    def to(self, *args, **kwargs) -> Mamba2Cache:
+        """The cache on another device, or with ssm in another dtype; arguments as for Tensor.to.
 
         Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets sooner
-        what is small.
+        what is small. conv, a few inputs, keeps its own.
         """
-        states = tuple(Mamba2State(*(t.to(*args) for t in state)) for state in self.states)
+
+        def move(state):
+            ssm = state.ssm.to(*args, **kwargs)
+            return Mamba2State(state.conv.to(ssm.device), ssm)
+
+        states = tuple(move(state) for state in self.states)
         seq_idx = None if self.seq_idx is None else self.seq_idx.to(states[0].ssm.device)
         return replace(self, states=states, seq_idx=seq_idx)
 
@@ -1120,12 +1154,15 @@ class Mamba2Cache:
 
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            length = int(file.metadata()["length"])
+            metadata = file.metadata() or {}
+        if "length" not in metadata:
+            raise ValueError(f"{str(path)!r} holds no cache: it must be a file that `save` wrote")
         n_layer = sum(name.endswith(".conv") for name in tensors)
         parts = [
             [tensors[f"layers.{i}.{part}"] for part in ("conv", "ssm")] for i in range(n_layer)
         ]
-        return cls(tuple(Mamba2State(*part) for part in parts), length, tensors.get("seq_idx"))
+        states = tuple(Mamba2State(*part) for part in parts)
+        return cls(states, int(metadata["length"]), tensors.get("seq_idx"))
 
 
 class RewindableCache:
@@ -1167,10 +1204,11 @@ class RewindableCache:
         else:
             self.since, self.tip = self.since[:, :kept], None
 
-    def read(self, model, ids, mask, logits_to_keep):
+    def read(self, model, ids, mask, logits_to_keep, output_hidden_states):
         """The model's output for more tokens, (1, l)."""
+        options = dict(use_cache=True, output_hidden_states=output_hidden_states, return_dict=True)
         if self.tip is not None:
-            output = model(ids, mask, self.tip, use_cache=True, logits_to_keep=logits_to_keep)
+            output = model(ids, mask, self.tip, logits_to_keep=logits_to_keep, **options)
             self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
             self.tip = output.past_key_values
         else:  # One pass with two rows: the first ends behind `since`, and is the new base.
@@ -1178,10 +1216,11 @@ class RewindableCache:
             rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
             mask = torch.ones_like(rows) if mask is None else mask[:, -(m + l) :].repeat(2, 1)
             mask[0, m:] = 0
-            output = model(
-                rows, mask, self.base.repeat(2), use_cache=True, logits_to_keep=logits_to_keep or l
-            )
+            keep = logits_to_keep or l
+            output = model(rows, mask, self.base.repeat(2), logits_to_keep=keep, **options)
             output.logits = output.logits[1:]
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
             first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
             self.base = replace(first, length=self.base.length + m)
             self.since, self.tip = ids, second
@@ -1329,12 +1368,18 @@ class Mamba2Model(Mamba2PreTrainedModel):
         Raises:
             ValueError, TypeError: arguments that do not fit, or that are not in this list.
         """
-        _batch_and_length(input_ids, inputs_embeds)
+        shape = _batch_and_length(input_ids, inputs_embeds)
+        if inputs_embeds is not None:
+            _require("inputs_embeds", inputs_embeds, (*shape, self.config.hidden_size))
         if output_attentions:
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
         if past_key_values is not None and initial_states is not None:
             raise ValueError("give past_key_values or initial_states, not both")
-        _require_cache(past_key_values)
+        if past_key_values is not None and not isinstance(past_key_values, Mamba2Cache):
+            raise TypeError(
+                f"past_key_values is a {type(past_key_values).__name__}: it must be the "
+                "Mamba2Cache that an earlier call of this model returned"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -1342,15 +1387,24 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
 
-        past = past_key_values or Mamba2Cache(tuple(initial_states or ()))
+        past = past_key_values
+        if past is None:
+            past = Mamba2Cache(() if initial_states is None else tuple(initial_states))
         layers = self.layers[: self.config.num_hidden_layers]  # fewer in self-speculative decoding
         states = past.states or [None] * len(layers)
         if len(states) != len(layers):
             raise ValueError(f"{len(states)} states for {len(layers)} layers: give one each")
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
+        if past_key_values is not None and past.states and len(past.states[0].ssm) != len(h):
+            raise ValueError(
+                f"past_key_values has a batch of {len(past.states[0].ssm)}, and the input one of "
+                f"{len(h)}: cache.repeat(times) or cache.select(rows) makes them fit"
+            )
         if self.config.residual_in_fp32:
             h = h.to(_at_least_float32(h.dtype))
-        mask = _as_mask(attention_mask, h.shape[:2])
+        mask = _as_mask(attention_mask, h.shape[:2], past.length)
+        if mask is not None:
+            h = h.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
         checkpoints = self.gradient_checkpointing and self.training
         given = dict(states=bool(past.states), checkpoints=checkpoints)
         slices = Slices.of(group, self.config, h, mask, seq_idx, **given)
@@ -1396,7 +1450,11 @@ class Mamba2Model(Mamba2PreTrainedModel):
 def _batch_and_length(input_ids, inputs_embeds):
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    return (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    if inputs_embeds is None:
+        _require("input_ids", input_ids, dims="batch, length", kind="integers")
+        return input_ids.shape
+    _require("inputs_embeds", inputs_embeds, dims="batch, length, width")
+    return inputs_embeds.shape[:2]
 
 
 def _require_cache(cache):
@@ -1407,19 +1465,17 @@ def _require_cache(cache):
         )
 
 
-def _as_mask(attention_mask, shape):
+def _as_mask(attention_mask, shape, seen):
     """(b, l) bool from transformers' attention_mask, or None where nothing is masked."""
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0]:
+    _require("attention_mask", attention_mask, dims="batch, length", kind="numbers")
+    (b, l), (rows, columns) = shape, attention_mask.shape
+    if rows != b or (columns != l and columns != seen + l):
+        or_all = f", or {(b, seen + l)} to cover what the cache has seen too" if seen else ""
         found = tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask has shape {found}: it must be {tuple(shape)}")
-    if attention_mask.shape[1] < shape[1]:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns: it must cover the {shape[1]} "
-            "new positions at least, and may cover what the cache has seen in front of them"
-        )
-    mask = attention_mask[:, attention_mask.shape[1] - shape[1] :].bool()
+        raise ValueError(f"attention_mask has shape {found}: it must be {(b, l)}{or_all}")
+    mask = attention_mask[:, columns - l :].bool()
     # Nothing masked is the common case, and worth asking for; a graph that is captured cannot ask.
     can_ask = mask.device.type != "meta" and not torch.compiler.is_compiling()
     if can_ask and mask.is_cuda:
@@ -1449,7 +1505,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     the whole sequence, or new tokens alone with an attention_mask that covers the whole sequence.
     """
 
-    _decoder = None  # while generate runs: see DecodingGraph
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
 
@@ -1501,7 +1556,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 predicts the next position of its sequence that is not masked. -100 is not
                 predicted. The logits of all positions are never held at once for it.
             logits_to_keep: return logits of the last so many positions (0: all), or of those in a
-                tensor of indices. None is all; none with labels in training or in segments.
+                tensor of indices. None is all, but none with labels in training or in segments,
+                where logits_to_keep=0 returns them.
             group: a process group, if each of its ranks has a slice of the sequence, or of each
                 segment of it: see `Slices`. The loss is that of the whole sequence, on every rank.
                 Averaged over the ranks, as DDP and FSDP do, so are the gradients of parameters.
@@ -1515,19 +1571,27 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
         """
         if isinstance(past_key_values, RewindableCache):
-            if input_ids is None or labels is not None or group is not None:
+            others = inputs_embeds, labels, seq_idx, initial_states, segment_length, group
+            if input_ids is None or any(other is not None for other in others):
                 raise ValueError(
-                    "a RewindableCache reads input_ids alone: leave out everything else"
+                    "a RewindableCache reads input_ids alone: leave out inputs_embeds, labels, "
+                    "seq_idx, initial_states, segment_length and group"
                 )
-            return past_key_values.read(self, input_ids, attention_mask, logits_to_keep)
+            return past_key_values.read(
+                self, input_ids, attention_mask, logits_to_keep, output_hidden_states
+            )
         if return_dict is None:
             return_dict = self.config.return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         b, l = _batch_and_length(input_ids, inputs_embeds)
-        mask, targets = _as_mask(attention_mask, (b, l)), None
-        if self._decoder is not None and l == 1:
+        mask = _as_mask(attention_mask, (b, l), getattr(past_key_values, "length", 0))
+        targets = None
+        decoder = None if torch.compiler.is_compiling() else _decoding.get()
+        if decoder is not None and decoder.model is self and l == 1:
             others = mask, inputs_embeds, labels, seq_idx, initial_states
             if all(other is None for other in others) and not output_hidden_states and use_cache:
-                output = self._decoder(input_ids, past_key_values)
+                output = decoder(input_ids, past_key_values)
                 if output is not None:
                     return output
         if seq_idx is not None:
@@ -1544,7 +1608,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             if labels is not None:
                 targets = _next_tokens_of_slices(labels, mask, seq_idx, length, group)
         elif labels is not None:
-            targets = _next_tokens(labels, mask, seq_idx)
+            targets = _next_tokens(labels.long(), mask, seq_idx)
         if count > 1 and output_hidden_states:
             raise ValueError(
                 f"output_hidden_states = True, segment_length = {length}: segments are there so "
@@ -1578,7 +1642,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                     output_attentions=output_attentions,
                 )
                 losses.append(loss)
-                end += length
+                end = min(end + length, l)
                 if end >= first:
                     kept.append(h)
 
@@ -1612,7 +1676,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     def _summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
 
-        The logits of a few rows are made, used and let go, and made again for the backward pass.
+        The logits of a few rows at a time are made, used and let go, and made again for the
+        backward pass; those of so few rows in all are kept.
         """
 
         def summed_loss(h, targets):
@@ -1655,17 +1720,19 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         Read in segments, a prompt of any length takes the memory of one. Arguments: see `forward`;
         segment_length is "auto" unless given.
         """
-        options = {"segment_length": "auto", **options, "use_cache": True, "logits_to_keep": 1}
+        options = {"segment_length": "auto", **options, "logits_to_keep": 1}
+        options |= dict(use_cache=True, return_dict=True)
         return self(input_ids, attention_mask, past_key_values, **options).past_key_values
 
     def generate(self, *args, **kwargs):
         """As in all of transformers; on CUDA, a step of the model by one token is a CUDA graph."""
-        outer, self._decoder = self._decoder, _Decoder(self)
+        decoder = _Decoder(self)
+        outer = _decoding.set(decoder)
         try:
             return super().generate(*args, **kwargs)
         finally:
-            self._decoder.close()
-            self._decoder = outer
+            _decoding.reset(outer)
+            decoder.close()
 
     def stream(self, input_ids, **options):
         """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
@@ -1696,6 +1763,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 f"{generation_config.num_return_sequences}: stream yields one text for a prompt, "
                 "token by token; use generate"
             )
+        model_kwargs["use_cache"] = True  # whatever the config says
         output = self._prefill(input_ids, generation_config, model_kwargs)
         return self._tokens(
             input_ids, output, logits_processor, stopping_criteria, generation_config
@@ -1705,45 +1773,56 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     def _tokens(self, ids, output, logits_processor, stopping_criteria, config):
         """Yield tokens (b) behind the prompt `ids` (b, l), which gave `output`."""
         text, length = F.pad(ids, (0, 64)), ids.shape[1]
-        criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
+        limits = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        criteria = [c for c in stopping_criteria if c not in limits]
+        count = max(1, min([config.max_length, *(c.max_length for c in limits)]) - length)
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        unfinished = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
         every = 8 if ids.is_cuda else 1
-        unfinished = torch.ones_like(ids[:, 0], dtype=torch.bool)
         tokens, overs = [], []
         logits, cache = output.logits[:, -1], output.past_key_values
-        graph = DecodingGraph.take(self, cache) if config.max_length > ids.shape[1] + 1 else None
+        graph = DecodingGraph.take(self, cache, DecodingGraph.weights(self)) if count > 1 else None
         try:
-            for left in reversed(range(config.max_length - ids.shape[1])):
+            for left in reversed(range(count)):
                 scores = logits_processor(text[:, :length], logits.float())
                 if config.do_sample:
                     token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
                 else:
                     token = scores.argmax(-1)
-                if config._pad_token_tensor is not None:
+                if pads:
                     token = torch.where(unfinished, token, config._pad_token_tensor)
                 if length == text.shape[1]:  # rarely: no token has to wait for all before it
                     text = F.pad(text, (0, length))
                 text[:, length], length = token, length + 1
-                for criterion in criteria:
-                    unfinished = unfinished & ~criterion(text[:, :length], scores)
-                tokens.append(token)
-                overs.append(~unfinished.any())
                 if not criteria:
-                    yield tokens.pop()
-                elif len(tokens) == every or left == 0:
-                    over = torch.stack(overs).tolist() + [True]  # waits for the GPU
-                    yield from tokens[: over.index(True) + 1]
-                    if over.index(True) < len(tokens):
-                        return
-                    tokens, overs = [], []
+                    yield token
+                else:
+                    for criterion in criteria:
+                        unfinished = unfinished & ~criterion(text[:, :length], scores)
+                    tokens.append(token)
+                    overs.append(~unfinished.any())
+                    if len(tokens) == every or left == 0:
+                        over = torch.stack(overs).tolist() + [True]  # waits for the GPU
+                        yield from tokens[: over.index(True) + 1]
+                        if over.index(True) < len(tokens):
+                            return
+                        tokens, overs = [], []
                 if left == 0:
                     return
+                last = text[:, length - 1 : length]
                 if graph is not None:
-                    logits = graph(token)
+                    logits = graph(last)
                 else:
-                    output = self(token[:, None], past_key_values=cache, use_cache=True)
+                    output = self(last, past_key_values=cache, use_cache=True, return_dict=True)
                     logits, cache = output.logits[:, -1], output.past_key_values
         finally:
             DecodingGraph.give_back(self, graph)
+
+    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Mamba2Cache) and expand_size > 1:
+            kwargs["past_key_values"] = cache.repeat(expand_size)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
         _require_cache(model_kwargs.get("past_key_values"))
@@ -1773,13 +1852,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         if isinstance(cache, RewindableCache) and input_ids.shape[1] > cache.get_seq_length():
             next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
-        if next_sequence_length is not None and next_sequence_length < 0:
-            next_sequence_length = None  # they are fewer than that, so they can only be new
-        if next_sequence_length == 0:
+        if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen as many: give "
-                "the whole sequence with at least one token that the cache has not seen, or new "
-                "tokens with an attention_mask that covers the whole sequence"
+                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen "
+                f"{cache.get_seq_length()}: give the whole sequence with at least one token that "
+                "the cache has not seen, or new tokens with an attention_mask that covers the "
+                "whole sequence"
             )
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
@@ -1814,36 +1892,56 @@ class DecodingGraph:
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
     `cache` copies one out, so that caches stay values. Weights are read where they lie.
+
+    A model's last graph is kept, with buffers as large as the cache, for the next text of the same
+    batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
+    does without graphs. There is none for a model with hooks or adapters, which a graph would not
+    see change, nor with weights that are spread over several devices.
     """
 
+    enabled = True
     idle = weakref.WeakKeyDictionary()  # model: the graph that it used last
+    failed = weakref.WeakKeyDictionary()  # model: what no graph could be made for
 
     @classmethod
-    def key(cls, model, cache):
-        """All that a graph depends on; None where there can be none."""
-        if not isinstance(cache, Mamba2Cache) or cache.seq_idx is not None or not cache.states:
+    def weights(cls, model):
+        """Where the weights lie; None where a graph would not do all that the model does."""
+        if not cls.enabled:
+            return None
+        for module in model.modules():
+            hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            if hooks or hasattr(module, "adapter_layer_names"):
+                return None
+        weights = [*model.parameters()]
+        if any(type(weight) is not nn.Parameter for weight in weights):  # sharded or quantised
+            return None
+        return tuple((weight.device, weight.data_ptr()) for weight in weights)
+
+    @classmethod
+    def take(cls, model, cache, weights):
+        """A graph of the model for nobody else, loaded with the cache; None where it cannot be."""
+        if weights is None or not isinstance(cache, Mamba2Cache) or not cache.states:
             return None
         device = cache.states[0].ssm.device
-        if device.type != "cuda" or torch.is_autocast_enabled("cuda") or torch.is_grad_enabled():
+        if device.type != "cuda" or any(weight[0] != device for weight in weights):
             return None
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if cache.seq_idx is not None or torch.is_autocast_enabled("cuda"):
             return None
-        weights = [*model.parameters()]
-        if any(weight.device != device for weight in weights):
+        if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return None
         sizes = [(tensor.shape, tensor.dtype) for tensor in cache.states[0]]
-        return device, len(cache.states), *sizes, tuple(weight.data_ptr() for weight in weights)
-
-    @classmethod
-    def take(cls, model, cache):
-        """A graph of the model for nobody else, loaded with the cache; None where it cannot be."""
-        key = cls.key(model, cache)
-        if key is None:
+        key = weights, len(cache.states), *sizes, torch.is_inference_mode_enabled()
+        if cls.failed.get(model) == key:
             return None
         graph = cls.idle.pop(model, None)
         if graph is None or graph.made_for != key:
             graph = None  # whose memory is free before the next takes its own
-            graph = cls(model, cache, key)
+            try:
+                graph = cls(model, cache, key)
+            except RuntimeError as error:
+                cls.failed[model] = key
+                warnings.warn(f"tokens are decoded without a CUDA graph: {error}", stacklevel=2)
+                return None
         graph.load(cache)
         return graph
 
@@ -1858,10 +1956,10 @@ class DecodingGraph:
             state = _BufferedState(conv.clone(), ssm.clone())
             state.out = torch.empty_like(state.conv), state.ssm  # not conv, which all heads read
             self.states.append(state)
-        b, device = ssm.shape[0], ssm.device
+        b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
         self.graph = torch.cuda.CUDAGraph()
-        decoder, model._decoder = model._decoder, None  # it is the plain step that is captured
+        outer = _decoding.set(None)  # it is the plain step that is captured
         try:
             with torch.cuda.device(device):
                 stream = torch.cuda.Stream()
@@ -1870,15 +1968,17 @@ class DecodingGraph:
                     for _ in range(2):
                         self.step(model)
                 torch.cuda.current_stream().wait_stream(stream)
-                with torch.cuda.graph(self.graph):
+                # Other threads may go on using the GPU.
+                options = dict(stream=stream, capture_error_mode="thread_local")
+                with torch.cuda.graph(self.graph, **options):
                     self.logits = self.step(model)
         finally:
-            model._decoder = decoder
+            _decoding.reset(outer)
 
     def step(self, model):
         """The step itself, from buffers to buffers."""
         cache = Mamba2Cache(tuple(self.states))
-        output = model(self.token, past_key_values=cache, use_cache=True)
+        output = model(self.token, past_key_values=cache, use_cache=True, return_dict=True)
         pairs = zip(_flatten(self.states), _flatten(output.past_key_values.states), strict=True)
         old, new = zip(*((old, new) for old, new in pairs if old is not new), strict=True)
         torch._foreach_copy_(old, new)
@@ -1893,10 +1993,10 @@ class DecodingGraph:
         states = [Mamba2State(*map(torch.clone, state)) for state in self.states]
         return Mamba2Cache(tuple(states), length)
 
-    def __call__(self, token):
-        """The logits (b, vocabulary) behind a token (b); until the next call."""
-        with torch.cuda.device(token.device):
-            self.token.copy_(token[:, None])
+    def __call__(self, ids):
+        """The logits (b, vocabulary) behind ids (b, 1); until the next call."""
+        with torch.cuda.device(ids.device):
+            self.token.copy_(ids)
             self.graph.replay()
         return self.logits
 
@@ -1910,24 +2010,25 @@ class _Decoder:
 
     def __init__(self, model):
         self.model, self.graph, self.cache = model, None, None
+        self.weights = DecodingGraph.weights(model) if model.device.type == "cuda" else None
 
     def __call__(self, ids, cache):
         """The output for ids (b, 1), or None where there can be no graph."""
-        key = DecodingGraph.key(self.model, cache)
-        if self.graph is None or self.graph.made_for != key:
+        if cache is not self.cache or self.graph is None:  # not the one of the last token
             self.close()
-            self.graph = DecodingGraph.take(self.model, cache)
-        elif cache is not self.cache:
-            self.graph.load(cache)
+            self.graph = DecodingGraph.take(self.model, cache, self.weights)
         if self.graph is None:
             return None
-        logits = self.graph(ids[:, 0])[:, None].clone()
+        logits = self.graph(ids)[:, None].clone()
         self.cache = self.graph.cache(cache.length + 1)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
 
     def close(self):
         DecodingGraph.give_back(self.model, self.graph)
         self.graph = self.cache = None
+
+
+_decoding = contextvars.ContextVar("_decoding", default=None)  # this thread's _Decoder, if any
 
 
 def _progress_bar(segments):
@@ -1994,9 +2095,10 @@ class Slices:
 
         b (4 h (p n + 1) + e (k-1) (h p + 2 g n))         e: bytes of a number of the projections
 
-    whatever the length is; the same again backward, and once more with gradient checkpointing. In a
-    float64 layer, 8 stands for 4. Beside them, integers: 8 b k for a model's whole call. For one
-    row in mamba2-2.7b in bfloat16 this is 2.65 MB.
+    whatever the length is; the same again backward, and whenever a layer is computed again, for
+    gradient checkpointing or segments; all of it for each segment. In a float64 layer, 8 stands for
+    4. For one row in mamba2-2.7b in bfloat16 this is 2.65 MB. Beside it, labels and options are a
+    few kB for a model's whole call.
 
     On paper: mamba2-2.7b, 2^24 tokens on 64 GPUs with gradient checkpointing. A rank receives
     63 * 2.65 MB = 167 MB in a layer and pass, 32 GB in 64 layers and 3 passes: 0.6 s at 50 GB/s,
@@ -2042,23 +2144,30 @@ class Slices:
         before = labels[:, : self.rank * (1 + self.m)].flip(1)
         before = _first(before, before != NO_LABEL, first)
         self.begins = (first != before) & (first != NO_LABEL)
+        in_front = self.sources(self.rank, config.conv_kernel)
+        self.in_front = in_front.masked_fill(self.begins[:, None], 0)
+        self.behind = self.sources(dist.get_world_size(group), config.conv_kernel)
 
     def last(self, x, fill=0):
         """The last m positions that exist of x (b, l, c): (b, m, c), or fewer behind `fill`."""
         x = _take(x, self.order[:, -self.m :])
         return F.pad(x, (0, 0, self.m - x.shape[1], 0), value=fill)
 
-    def states_of_convolution(self, xBC, state, conv1d):
-        """The state (b, k-1, ...) of `conv1d` in front of this slice, and behind the last one."""
+    def sources(self, slices, k):
+        """Where the convolution's state (b, k-1, ...) behind so many slices is from: in `table`."""
+        labels = self.last_labels[:, : slices * self.m]
+        table = torch.arange(k + labels.shape[1], dtype=torch.float64, device=labels.device)
+        table = table.expand(len(labels), -1)[..., None]  # zero, the state's inputs, and the last
+        state, x = table[:, 1:k], table[:, k:]
+        x, state, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x, labels)
+        _, state = causal_conv1d(x, x.new_zeros(1, k), initial_state=state, seq_idx=labels)
+        return state[..., 0].long()
+
+    def states_of_convolution(self, xBC, state):
+        """The state (b, k-1, ...) of the convolution before this slice, and behind the last one."""
         last = rearrange(_all_gather(self.last(xBC), self.group), "r b m c -> b (r m) c")
-
-        def behind(slices):  # what the last positions leave, when they are taken for a sequence
-            x, labels = (t[:, : slices * self.m] for t in (last, self.last_labels))
-            x, front, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x[:, :, :0], labels)
-            return conv1d(x, front, labels)[1]
-
-        in_front = behind(self.rank).masked_fill(self.begins[:, None, None], 0)
-        return in_front, behind(dist.get_world_size(self.group))
+        table = F.pad(torch.cat([state.to(xBC.dtype), last], dim=1), (0, 0, 1, 0))
+        return _take(table, self.in_front), _take(table, self.behind)
 
 
 @_without_autocast

@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,6 +50,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,6 +60,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import (
     BaseStreamer,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -1249,6 +1252,80 @@ def test_a_cache_is_a_value_that_can_be_used_again():
         cache.length = 3
 
 
+def test_segments_that_do_not_divide_keep_no_logits():
+    model, ids = tiny().train(), tokens(2, 10)
+    for length in (4, 64):
+        output = model(ids, labels=ids, segment_length=length)
+        assert output.logits is None and torch.isfinite(output.loss)
+    for keep, kept in ((0, 10), (3, 3), (7, 7)):
+        output = model(ids, labels=ids, segment_length=4, logits_to_keep=keep)
+        assert_close(output.logits, model(ids).logits[:, -kept:], F32)
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states = True, segment_length = 4"):
+        model(ids, labels=ids, segment_length=4)
+
+
+def test_whatever_is_masked_disturbs_no_gradient():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 4] = 0
+    gradients = []
+    for fill in (0.0, torch.nan):
+        embeddings = model.get_input_embeddings()(ids).detach()
+        embeddings = embeddings.masked_fill(mask[..., None] == 0, fill).requires_grad_()
+        model.zero_grad()
+        model(attention_mask=mask, inputs_embeds=embeddings, labels=ids.int()).loss.backward()
+        gradients.append([embeddings.grad, *(p.grad for p in model.backbone.layers.parameters())])
+    assert identical(*gradients)
+
+
+def test_mistakes_of_newcomers_are_answered():
+    model, ids = tiny(), tokens(2, 9)
+    cache = model.prefill(ids)
+    for call, error, message in (
+        (lambda: model(ids[0]), ValueError, r"input_ids has shape \(9,\): it must be \(batch, le"),
+        (lambda: model([[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
+        (lambda: model(ids.float()), TypeError, "input_ids is torch.float32: .* of integers"),
+        (
+            lambda: model(inputs_embeds=torch.zeros(2, 9, 31)),
+            ValueError,
+            r"inputs_embeds has shape \(2, 9, 31\): it must be \(2, 9, 32\)",
+        ),
+        (lambda: model(ids, [[1] * 9] * 2), TypeError, "attention_mask is a list"),
+        (lambda: model(ids, ids.repeat(1, 2)), ValueError, r"\(2, 18\): it must be \(2, 9\)$"),
+        (
+            lambda: model(ids, ids.repeat(1, 3), cache),
+            ValueError,
+            r"it must be \(2, 9\), or \(2, 18\) to cover what the cache has seen too",
+        ),
+        (lambda: model(ids[:1], past_key_values=cache), ValueError, "batch of 2, .* one of 1"),
+        (lambda: Mamba2Config(n_layers=3), TypeError, "did you mean 'n_layer'"),
+        (lambda: Mamba2Config(to_dict=3), TypeError, "no option 'to_dict'"),
+        (lambda: Mamba2Config(use_bias="no"), ValueError, "use_bias = 'no': must be True or False"),
+        (
+            lambda: Mamba2ForCausalLM(transformers.Mamba2Config(num_hidden_layers=1)),
+            TypeError,
+            r"Mamba2Config.from_dict\(config.to_dict\(\)\) translates",
+        ),
+        (
+            lambda: mamba2.rms_norm(torch.ones(2, 8), torch.ones(1), 1e-5),
+            ValueError,
+            r"weight has shape \(1,\): it must be \(8,\)",
+        ),
+        (
+            lambda: mamba2.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5, groups=3),
+            ValueError,
+            "groups = 3: it must divide the last axis of x, 8",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    theirs = transformers.Mamba2Config(num_hidden_layers=1).to_dict()
+    assert Mamba2Config.from_dict(theirs).num_hidden_layers == 1
+    half = cache.to(dtype=torch.bfloat16)
+    assert [t.dtype for t in half.states[0]] == [torch.float32, torch.bfloat16]
+
+
 @torch.no_grad()
 def test_what_is_not_asked_for_takes_no_memory():
     ids, peaks = tokens(1, 200), []
@@ -1425,13 +1502,13 @@ def test_arguments_that_do_not_fit_are_value_errors():
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
     with pytest.raises(ValueError, match="no attentions"):
         model(ids, output_attentions=True)
-    with pytest.raises(ValueError, match="has 8 columns: it must cover the 9"):
+    with pytest.raises(ValueError, match=r"shape \(2, 8\): it must be \(2, 9\)"):
         model(ids, attention_mask=ids[:, :8])
     with pytest.raises(ValueError, match=r"must be \(2, 9\)"):
         model(ids, attention_mask=ids[:1])
     with pytest.raises(ValueError, match=r"seq_idx has shape \(2, 8\).*\(2, 9\)"):
         model(ids, seq_idx=ids[:, :8])
-    with pytest.raises(ValueError, match=r"shape.*\(1, 3, 96\).*must be.*\(2, 3, 96\)"):
+    with pytest.raises(ValueError, match=r"batch of 1, .* one of 2: cache\.repeat"):
         model(ids, past_key_values=model(ids[:1]).past_key_values)
 
 
@@ -1689,8 +1766,9 @@ def test_generate_goes_on_from_a_cache_with_all_tokens_or_with_the_new_ones(hist
     calls = [(ids, {"attention_mask": mask}), (new, {"attention_mask": mask})]
     if not padded:
         calls.append((ids, {}))
-        if history >= new.shape[1]:  # else they look like all tokens, and need the mask of all
-            calls.append((new, {}))
+        if history >= new.shape[1]:  # else they look like all tokens
+            with pytest.raises(ValueError, match="new tokens with an attention_mask that cov"):
+                model.generate(new, past_key_values=cache, **GREEDY)
     for given, options in calls:
         options |= dict(past_key_values=cache, return_dict_in_generate=True)
         output = model.generate(given, **options, **GREEDY)
@@ -1783,6 +1861,13 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
         model(ids, labels=ids, past_key_values=cache)
 
 
+class StopRows(StoppingCriteria):
+    """Ends each row at its second even token: a criterion without eos_token_id."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, 12:] % 2 == 0).sum(1) >= 2
+
+
 def streamed(model, ids, **options):
     return torch.cat([ids, torch.stack(list(model.stream(ids, **options)), 1)], 1)
 
@@ -1792,8 +1877,11 @@ STREAMS = {
     "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
     "penalised": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
     "penalised and long": dict(repetition_penalty=1.5, max_new_tokens=150),
-    "ended": dict(eos_token_id=[46, 57, 51], pad_token_id=3),
-    "long enough": dict(eos_token_id=[46, 57, 51], pad_token_id=3, min_new_tokens=6),
+    "ended": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3),
+    "a limit on rows": dict(stopping_criteria=[StopRows()], max_new_tokens=9, pad_token_id=0),
+    "a limit of length": dict(stopping_criteria=[MaxLengthCriteria(17)]),
+    "without a cache": dict(use_cache=False),
+    "long enough": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3, min_new_tokens=6),
 }
 
 
@@ -1811,7 +1899,8 @@ def test_a_stream_yields_what_generate_appends(case):
     assert case != "ended" or expected.shape[1] < 42
     cache = model.prefill(ids[:, :7], mask[:, :7])
     before = cache.map(torch.clone)
-    for kwargs in (dict(attention_mask=mask), dict(attention_mask=mask, prefill_chunk_size=2)):
+    for chunk in (None,) if case == "without a cache" else (None, 2):
+        kwargs = dict(attention_mask=mask, prefill_chunk_size=chunk)
         expected = model.generate(ids, **kwargs, **{**given, "do_sample": False})
         found = streamed(
             model, ids, past_key_values=cache, **kwargs, **{**given, "do_sample": False}
@@ -1928,6 +2017,64 @@ def test_generate_takes_embeddings_for_a_prompt():
     given = dict(inputs_embeds=embeddings, attention_mask=mask, **GREEDY)
     assert torch.equal(model.generate(**given), expected[:, 12:])
     assert torch.equal(model.generate(ids, **given), expected)
+
+
+def test_threads_generate_with_one_model_without_disturbing_each_other():
+    model = tiny()
+    texts = [tokens(1, 12, seed=seed) for seed in range(4)]
+    expected = [model.generate(ids, **GREEDY) for ids in texts]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda ids: model.generate(ids, **GREEDY), texts * 3))
+    assert identical(found, expected * 3)
+
+
+@torch.no_grad()
+def test_a_stream_is_its_own_whatever_is_done_with_its_tokens():
+    model, ids = tiny(dtype=torch.float64, return_dict=False, use_cache=False), tokens(2, 12)
+    expected = tiny(dtype=torch.float64).generate(ids, **GREEDY)[:, 12:]
+    found = []
+    for token in model.stream(ids, **GREEDY):
+        found.append(token.clone())
+        token.zero_()
+    assert torch.equal(torch.stack(found, 1), expected)
+    assert model.prefill(ids).length == 12
+    embeddings = model.get_input_embeddings()(ids)
+    found = list(model.stream(None, inputs_embeds=embeddings, **GREEDY))
+    assert torch.equal(torch.stack(found, 1), expected)
+
+
+@torch.no_grad()
+def test_a_cache_is_shared_by_several_samples_and_beams():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 12)
+    cache = model.prefill(ids[:, :9])
+    for given in (dict(num_beams=3), dict(do_sample=True, num_return_sequences=3)):
+        given = {**GREEDY, **given}
+        torch.manual_seed(0)
+        expected = model.generate(ids, **given)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **given), expected)
+
+
+@torch.no_grad()
+def test_speculation_gives_hidden_states_to_who_asks():
+    model, ids = tiny(dtype=torch.float64), tokens(1, 12).repeat(1, 2)
+    given = dict(GREEDY, return_dict_in_generate=True, output_hidden_states=True)
+    output = model.generate(ids, prompt_lookup_num_tokens=3, **given)
+    hidden = torch.cat([step[-1] for step in output.hidden_states], dim=1)
+    whole = model(output.sequences[:, :-1], output_hidden_states=True).hidden_states[-1]
+    assert_close(hidden, whole, F64)
+
+
+def test_a_model_with_hooks_or_adapters_gets_no_graph():
+    model = tiny()
+    assert mamba2.DecodingGraph.weights(model) is not None
+    handle = model.backbone.layers[1].mixer.register_forward_hook(lambda *given: None)
+    assert mamba2.DecodingGraph.weights(model) is None
+    handle.remove()
+    assert mamba2.DecodingGraph.weights(model) is not None
+    lora = peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
+    assert mamba2.DecodingGraph.weights(adapted.base_model.model) is None
 
 
 class Recorder(BaseStreamer):
@@ -2981,7 +3128,13 @@ def check_training(engine, rank, world):
     def pieces(ids):  # of segments of two positions on each rank
         return ids.unflatten(1, (-1, world, 2))[:, :, rank].flatten(1)
 
+    def piece_of_rows(ids):
+        rows, column = ids.chunk(world // 2)[rank // 2], rank % 2
+        return rows[:, :5] if column == 0 else rows[:, 5:]
+
     sequence = dict(group=dist.group.WORLD)
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
+    pairs = dict(group=mesh.get_group("slices"))
     expected = {}
     for name, part, given, tied, accumulate, checkpoints in (
         ("rows", rows, {}, True, 1, False),
@@ -2989,6 +3142,7 @@ def check_training(engine, rank, world):
         ("rows, segments, checkpoints", rows, dict(segment_length=7), False, 2, True),
         ("slices", piece, sequence, True, 1, True),
         ("slices, accumulated", piece, sequence, False, 2, False),
+        ("rows, each in two slices", piece_of_rows, pairs, True, 1, False),
         (
             "slices, segments, checkpoints",
             pieces,
@@ -3046,8 +3200,9 @@ def test_mixed_precision_of_fsdp2_keeps_residual_stream_state_and_gradients_in_f
             assert (state.conv.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
         output.loss.backward()
         found = gathered((name, p.grad) for name, p in model.named_parameters())
-        # A number in bfloat16 is off by 2^-9; through two layers errors of several add up.
-        assert_close(mean(output.loss), whole.loss, 1e-2)
+        # Numbers in bfloat16 are off by up to 2^-9 each; the loss is a mean of many, but in the
+        # gradient of D, for example, terms cancel.
+        assert_close(mean(output.loss), whole.loss, 2**-9)
         for name in expected:
             assert found[name].dtype == torch.float32
             error = (found[name] - expected[name]).norm() / expected[name].norm()
@@ -3108,13 +3263,13 @@ class Sent:
     def __enter__(self):
         all_gather, all_to_all = self.collectives
 
-        def counted_all_gather(outputs, x, **options):
+        def counted_all_gather(outputs, x, *args, **options):
             self.count(x, len(outputs) - 1)
-            return all_gather(outputs, x, **options)
+            return all_gather(outputs, x, *args, **options)
 
-        def counted_all_to_all(output, x, **options):
+        def counted_all_to_all(output, x, *args, **options):
             self.count(x, (len(x) - 1) / len(x))
-            return all_to_all(output, x, **options)
+            return all_to_all(output, x, *args, **options)
 
         dist.all_gather, dist.all_to_all_single = counted_all_gather, counted_all_to_all
         return self
@@ -3124,7 +3279,7 @@ class Sent:
 
     def count(self, x, copies):
         if x.is_floating_point() and x.dim() >= 3:  # not the loss, nor labels
-            self.bytes += int(x.nbytes * copies)
+            self.bytes += round(x.nbytes * copies)
 
     @staticmethod
     def formula(config, b, e, e_state=4):
@@ -3230,18 +3385,29 @@ options = dict(use_cpu=True, ddp_backend="gloo", max_grad_norm=0.0, max_steps=4)
 options |= dict(per_device_train_batch_size=int(sys.argv[2]))
 found = {"Trainer": train(sys.argv[1], padding, data, **options)[1]}
 
-accelerator = accelerate.Accelerator(cpu=True)
-model = tiny(dtype=torch.float64).train()
-optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
-loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=int(sys.argv[2]))
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-found["accelerate"] = []
-for ids in loader:
-    loss = model(ids, labels=ids).loss
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    found["accelerate"].append(accelerator.reduce(loss.detach(), "mean").item())
+plugin = accelerate.FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+)
+accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
+for name in ("DDP", "FSDP2") if FSDP2_RUNS else ("DDP",):
+    if name == "FSDP2" and accelerator.num_processes > 1:  # on a CPU accelerate has to be told
+        kind = accelerate.utils.DistributedType.FSDP
+        accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, kind
+        accelerate.PartialState._shared_state["distributed_type"] = kind
+    model = tiny(dtype=torch.float64).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+    loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=int(sys.argv[2]))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    found[name] = []
+    for ids in loader:
+        loss = model(ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        found[name].append(accelerator.reduce(loss.detach(), "mean").item())
+    if name == "FSDP2" and accelerator.num_processes > 1:
+        sharded = torch.distributed.fsdp.FSDPModule
+        assert all(isinstance(layer, sharded) for layer in model.backbone.layers)
 if accelerator.is_main_process:
     Path(sys.argv[1], f"{accelerator.num_processes}.json").write_text(json.dumps(found))
 """
@@ -3258,8 +3424,9 @@ def test_trainer_and_accelerate_under_torchrun_train_as_one_process(tmp_path):
         done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
-    for name in ("Trainer", "accelerate"):
-        assert len(two[name]) == 4
+    assert one.keys() == two.keys()
+    for name in one:
+        assert len(two[name]) == 4 and two[name][3] < two[name][0]
         assert_close(torch.tensor(two[name]).double(), torch.tensor(one[name]).double(), 1e-6)
 
 
@@ -4245,7 +4412,7 @@ def milliseconds(functions, repeats=7):
 
 def report(name, theirs, ours, unit="ms"):
     ratio = f"{theirs / ours:.2f} to 1"
-    print(f"{name:44} {theirs:8.1f} {ours:8.1f} {unit:3} {ratio:>12}", flush=True)
+    print(f"{name:48} {theirs:8.1f} {ours:8.1f} {unit:3} {ratio:>12}", flush=True)
 
 
 def benchmark():
@@ -4424,10 +4591,11 @@ def benchmark_training(shape, lengths, methods):
             print(row, flush=True)
 
 
-PARALLEL = [  # what each rank has a part of, engine, shape, rows (of each rank), length, segment
-    "rows:DDP:130m:8:4096:0",
-    "rows:FSDP2:2.7b:2:4096:0",
-    "sequence:DDP:2.7b:1:262144:8192",
+# What ranks share, engine, shape, rows of a rank, length, segment_length of one GPU and on ranks.
+PARALLEL = [
+    "rows:DDP:130m:8:4096:0:0",
+    "rows:FSDP2:2.7b:2:4096:0:0",
+    "sequence:DDP:2.7b:1:262144:8192:8192",
 ]
 
 
@@ -4493,13 +4661,13 @@ def benchmark_parallel(cases, steps, checkpoints):
         return speed, peak, sent.bytes / config.num_hidden_layers, formula
 
     show(torch.cuda.get_device_name() if CUDA else "CPU", torch.__version__, f"{world} ranks")
-    show("                                            tokens/s and GPU   peak GB   of one GPU")
+    show("                                                tokens/s and GPU   peak GB   of one GPU")
     for case in cases:
         kind, engine, shape, *sizes = case.split(":")
-        b, l, segment = map(int, sizes)
+        b, l, segment_alone, segment = map(int, sizes)
         if rank == 0:
-            alone = run(kind, None, shape, b, l, segment)
-            show(f"{case + ', one of them':44}{alone[0]:16,.0f} {alone[1]:9.1f}")
+            alone = run(kind, None, shape, b, l, segment_alone)
+            show(f"{case + ', one of them':48}{alone[0]:16,.0f} {alone[1]:9.1f}")
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
@@ -4507,7 +4675,7 @@ def benchmark_parallel(cases, steps, checkpoints):
         dist.barrier()
         speed, peak, sent, formula = run(kind, engine, shape, b, l, segment)
         if rank == 0:
-            show(f"{case:44}{speed:16,.0f} {peak:9.1f} {speed / alone[0]:12.3f}")
+            show(f"{case:48}{speed:16,.0f} {peak:9.1f} {speed / alone[0]:12.3f}")
             if kind == "sequence":
                 show(
                     f"    sent by a rank, a layer and step: {sent:,.0f} bytes; formula {formula:,}"
