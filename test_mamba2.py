@@ -2699,7 +2699,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 140
+PASSED_IN_THE_INTERPRETER = 149
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -2885,6 +2885,68 @@ def test_kernel_convolution_is_its_twin_in_values_and_gradients(dtype, k, case):
     loose = {"d weight": KERNEL_SMALL[inputs["weight"].dtype], "d bias": 2e-6}
     for only in (None, 0, 1) if l == 2 or CUDA and l == 65 else (None,):
         assert_kernel_right("causal_conv1d", inputs, KERNEL_SMALL[dtype], case, only, loose)
+
+
+KERNEL_NORM_LINEAR = {  # rows, d, outputs, groups, features
+    "one row": (1, 64, 100, 1, ""),
+    "groups and all else": (3, 96, 70, 2, "gate bias residual"),
+    "four rows, an odd width": (4, 700, 33, 1, "residual"),
+    "wide groups": (2, 1536, 20, 4, "gate bias"),
+}
+if CUDA:
+    KERNEL_NORM_LINEAR |= {
+        "130m, in": (1, 768, 3352, 1, ""),
+        "130m, out": (1, 1536, 768, 1, "gate residual"),
+        "2.7b, in": (4, 2560, 10576, 1, ""),
+        "2.7b, out": (1, 5120, 2560, 1, "gate residual"),
+        "codestral, out": (2, 8192, 4096, 8, "gate residual"),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_NORM_LINEAR)
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_kernel_norm_linear_is_the_norm_and_the_projection_in_float64(dtype, case):
+    rows, d, outputs, groups, features = KERNEL_NORM_LINEAR[case]
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    x, norm_weight, weight = draw(rows, 1, d), draw(d), draw(outputs, d)
+    bias = draw(outputs) if "bias" in features else None
+    gate = draw(rows, 1, d + 16)[..., 8:-8] if "gate" in features else None
+    residual = draw(rows, 1, outputs, dtype=torch.float32) if "residual" in features else None
+    with torch.no_grad(), poisoned():
+        found = mamba2.kernels.norm_linear(
+            x, norm_weight, 1e-5, weight, bias, gate=gate, groups=groups, residual=residual
+        )
+    assert found.dtype == (dtype if residual is None else torch.float32)
+    given = (x, norm_weight, weight, bias, gate, residual)
+    x, norm_weight, weight, bias, gate, residual = (t if t is None else t.double() for t in given)
+    y = mamba2.rms_norm(x, norm_weight, 1e-5, gate=gate, groups=groups)
+    exact = F.linear(y, weight, bias) + (0 if residual is None else residual)
+    limit = KERNEL_SMALL[dtype if residual is None else torch.float32]
+    assert relative_error(found, exact) <= limit
+
+
+@needs_kernels
+def test_kernel_norm_linear_leaves_many_rows_and_gradients_to_others():
+    x, w = torch.randn(5, 8, device=DEVICE), torch.randn(8, device=DEVICE)
+    weight = torch.randn(6, 8, device=DEVICE)
+    takes = mamba2.kernels.takes_norm_linear
+    assert takes(x[:4], w, 1e-5, weight) and not takes(x, w, 1e-5, weight)
+    assert not takes(x[:1], w, 1e-5, weight.requires_grad_())
+    with torch.no_grad():
+        assert takes(x[:1], w, 1e-5, weight)
+        for arguments in (
+            (x[:1], w[1:], 1e-5, weight),
+            (x[:1], w, 1e-5, weight[:, 1:]),
+            (x[:1], w, 1e-5, weight, w),
+            (x[:1].double(), w, 1e-5, weight),
+        ):
+            assert not takes(*arguments)
+            with pytest.raises(ValueError, match="mamba2.Mamba2Block takes any tensors"):
+                mamba2.kernels.norm_linear(*arguments)
 
 
 @needs_kernels
