@@ -193,7 +193,12 @@ def _unfit(required: dict, optional: dict) -> str | None:
 def _misshapen(*shapes) -> str | None:
     """The first of the (name, tensor or None, allowed shape, ...) with another shape; or None."""
     for name, tensor, *allowed in shapes:
-        if tensor is not None and not any(tensor.shape == shape for shape in allowed):
+        if tensor is None:
+            continue
+        for shape in allowed:  # a loop is faster than `any`
+            if tensor.shape == shape:
+                break
+        else:
             return f"the shape of {name} does not fit the others, or is not one that is understood"
     return None
 
@@ -232,11 +237,13 @@ def _free_namespace() -> str:
 NAMESPACE = _free_namespace()
 
 
-def _operation(name, forward, backward, fake, count):
+def _operation(name, forward, backward, fake, count, kept=0):
     """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
 
-    forward(*inputs)               some tensors; inputs: tensors or None, then numbers
-    backward(*gradients, *inputs)  a list: the gradients of the first `count` inputs, contiguous,
+    forward(*inputs)               some tensors, of which the last `kept` are only for the backward;
+                                   inputs: tensors or None, then numbers
+    backward(*gradients, *kept, *inputs)
+                                   a list: the gradients of the first `count` inputs, contiguous,
                                    and an empty tensor for an input that is None; None instead of
                                    a function: there are no gradients
     fake(*inputs)                  results of forward, of which only shape and dtype count
@@ -248,20 +255,24 @@ def _operation(name, forward, backward, fake, count):
     if not TRITON:
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{name}"
+    inputs_in_all = forward.__code__.co_argcount
+    forward = _on_its_device(forward, 0)
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
     opaque.register_fake(fake)
 
     def call(*inputs):
         if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
-            return opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
-        if backward is None or not torch.is_grad_enabled():
-            return forward(*inputs)
-        return eager.apply(*inputs)
+            results = opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
+        elif backward is None or not torch.is_grad_enabled():
+            results = forward(*inputs)
+        else:
+            return eager.apply(*inputs)
+        return results[:-kept] if kept else results
 
     if backward is None:
         return call
+    backward = _on_its_device(backward, -inputs_in_all)
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
-    inputs_in_all = forward.__code__.co_argcount
 
     def fake_backward(*arguments):
         x, *others = arguments[-inputs_in_all:][:count]
@@ -270,25 +281,31 @@ def _operation(name, forward, backward, fake, count):
     def save(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         tensors = [i for i in inputs if i is None or isinstance(i, Tensor)]
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *(output[len(output) - kept :] if kept else ()))
         ctx.numbers = inputs[len(tensors) :]
 
     def gradients(run, ctx, *given):
-        inputs = (*ctx.saved_tensors, *ctx.numbers)
+        saved = ctx.saved_tensors
+        at = len(saved) - kept
+        inputs = (*saved[:at], *ctx.numbers)
         found = [None] * len(inputs)
         if any(gradient is not None for gradient in given):
-            found[:count] = run(*given, *inputs)
+            found[:count] = run(*given, *saved[at:], *inputs)
         pairs = zip(found, inputs, strict=True)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
 
+    def opaque_gradients(ctx, *given):
+        return gradients(opaque_backward, ctx, *given[: len(given) - kept])
+
     opaque_backward.register_fake(fake_backward)
-    opaque.register_autograd(functools.partial(gradients, opaque_backward), setup_context=save)
+    opaque.register_autograd(opaque_gradients, setup_context=save)
 
     class eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            save(ctx, inputs, None)
-            return forward(*inputs)
+            results = forward(*inputs)
+            save(ctx, inputs, results)
+            return results[:-kept] if kept else results
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -296,6 +313,17 @@ def _operation(name, forward, backward, fake, count):
             return gradients(backward, ctx, *given)
 
     return call
+
+
+def _on_its_device(function, at):
+    """The function, run with the device of its argument number `at` as the current one."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        with torch.cuda.device_of(arguments[at]):
+            return function(*arguments)
+
+    return run
 
 
 # Triton's own of these two take the CPU ten times as long.
@@ -309,6 +337,67 @@ def _cdiv(a: int, b: int) -> int:
 def _power_of_2(a: int) -> int:
     """The smallest that is at least a."""
     return 1 << (a - 1).bit_length()
+
+
+_compiled = {}
+_known = set()
+
+
+def _launch(*calls):
+    """Launch kernels in turn; a call is (kernel, grid, tensors, numbers, options).
+
+    A kernel's arguments are tensors (or descriptors, or None), then numbers, then constants, which
+    are among the options. To find the compiled kernel for them takes Triton longer than to launch
+    it. So it is kept here, by all that a compilation may depend on: constants, numbers, dtypes, and
+    whether an address is a multiple of 16.
+    """
+    if INTERPRET:
+        for kernel, grid, tensors, numbers, options in calls:
+            kernel[grid](*tensors, *numbers, **options)
+        return
+    device = torch.cuda.current_device()
+    keys = [_key(device, *call) for call in calls]
+    found = [_compiled.get(key) for key in keys]
+    if None in found:
+        new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
+        _compile(device, new)
+        found = [_compiled[key] for key in keys]
+    for (compiled, constants), (_, grid, tensors, numbers, _) in zip(found, calls, strict=True):
+        compiled[grid](*tensors, *numbers, *constants)
+
+
+def _key(device, kernel, grid, tensors, numbers, options):
+    """All that the compilation of a kernel may depend on."""
+    types = [
+        None if t is None
+        else (t.dtype, t.data_ptr() % 16) if isinstance(t, Tensor)
+        else t.base.dtype  # of a descriptor
+        for t in tensors
+    ]  # fmt: skip
+    return device, kernel.fn, numbers, *options.values(), *types
+
+
+def _compile(device, calls):
+    """Keep the compiled kernel for each call, by key, and the values of its constants."""
+
+    def compiled(call):
+        kernel, grid, tensors, numbers, options = call
+        with torch.cuda.device(device):  # a thread begins with device 0
+            found = kernel.warmup(*tensors, *numbers, grid=grid, **options)
+            getattr(found, "run", None)  # which makes its launcher, too
+        constants = kernel.arg_names[len(tensors) + len(numbers) :]
+        return found, [options[name] for name in constants]
+
+    kinds = {(device, kernel, *options.values()) for kernel, _, _, _, options in calls.values()}
+    if kinds <= _known:  # other numbers for the same kernel, which Triton most often has compiled
+        found = map(compiled, calls.values())
+    else:  # at the same time: one after the other takes half as long again
+        with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+            found = list(pool.map(compiled, calls.values()))
+    if len(_compiled) > 10_000:  # as many as with inputs of always another length
+        _compiled.clear()
+    _known.update(kinds)
+    _compiled.update(zip(calls, found, strict=True))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,19 +468,30 @@ def load_state(ptr, sp, sn, p, n, mask_pn):
 
 
 @triton.jit
+def softplus(v):
+    """log(1 + e), e = exp(v), where 1 must not swallow the digits of a small e."""
+    e = tl.exp(tl.minimum(v, 20.0))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.where(v > 20.0, v, log1p)
+
+
+@triton.jit
 def prep_kernel(
-    dt_ptr, A_ptr, seq_ptr, series_ptr, end_ptr, run_ptr,
-    dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl,
+    dt_ptr, A_ptr, bias_ptr, seq_ptr, series_ptr, end_ptr, run_ptr,
+    dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl, low, high,
     L, NC, H, BH,
-    HAS_SEQ: tl.constexpr, Q: tl.constexpr, HB: tl.constexpr,
+    RAW: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """a_q = sum_{i<=q} dt_i A log2(e) in each chunk; e_q = a_q - log2(dt_q), which folds dt into
     the exponent: 2^(a_t - e_s) = 2^(a_t - a_s) dt_s; end = a_Q; run_q = number of resets so far.
 
     Grid (b·c, h / HB). Tile: Q positions x HB heads, read with heads adjacent, written with
-    positions adjacent.
+    positions adjacent. RAW: dt and A are made here, as a layer does.
 
-        dt <- load (Q, HB);  da <- max(dt · A · log2 e, -40)
+        dt <- load (Q, HB)           RAW: softplus(dt + bias), cut off at low and high
+        A  <- load (HB)              RAW: -exp(A)
+        da <- max(dt · A · log2 e, -40)
         a  <- cumulative sum of da along q
         store a, a - log2 dt, dt (padded to whole chunks), sum of da
         run <- cumulative sum of seq_idx[l] != seq_idx[l-1], from 0 in every chunk
@@ -410,9 +510,14 @@ def prep_kernel(
     # load
     dt_at = dt_ptr + b * dt_sb + pos[:, None] * dt_sl + h[None, :] * dt_sh
     dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0).to(tl.float32)
-    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32) * LOG2E
+    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
+    if RAW:
+        dt_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
+        dt_qh = tl.minimum(tl.maximum(softplus(dt_qh), low), high)
+        dt_qh = tl.where(mask_qh, dt_qh, 0.0)
+        A_h = -tl.exp(A_h)
     # decay
-    da_qh = tl.maximum(dt_qh * A_h[None, :], LOWEST)
+    da_qh = tl.maximum(dt_qh * (A_h * LOG2E)[None, :], LOWEST)
     a_qh = tl.cumsum(da_qh, axis=0)
     # store
     bh = b * H + h
@@ -890,7 +995,7 @@ def chunk_kernel(
 
 @triton.jit
 def total_part(
-    pid, nb, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr, L, NC, G, N, NSPLIT, PROGRAMS,
+    pid, nb, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr, dB_sl, L, NC, G, N, NSPLIT, PROGRAMS,
     Q: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dB = sum over shares of W C + their dB, dC = sum over shares of W^T B + their dC.
@@ -919,7 +1024,7 @@ def total_part(
         dB_sn = tl.dot(W_st, C_tn, dB_sn, input_precision=PREC)
         dC_tn = tl.dot(tl.trans(W_st), B_sn, dC_tn, input_precision=PREC)
     # store
-    at = ((b.to(tl.int64) * L + c * Q + q[:, None]) * G + g) * N + n[None, :]
+    at = (b.to(tl.int64) * L + c * Q + q[:, None]) * dB_sl + g * N + n[None, :]
     mask_qn = (c * Q + q < L)[:, None] & (n < N)[None, :]
     tl.store(dB_ptr + at, dB_sn.to(dB_ptr.dtype.element_ty), mask=mask_qn)
     tl.store(dC_ptr + at, dC_tn.to(dC_ptr.dtype.element_ty), mask=mask_qn)
@@ -927,8 +1032,10 @@ def total_part(
 
 @triton.jit
 def chain_part(
-    bc, h, A_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr, A_sh, SUMS, WIDE, L, NC, H, BH, NPB,
-    HAS_D: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    bc, h, dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
+    A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
+    RAW: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr,
+    PB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
 
@@ -937,12 +1044,16 @@ def chain_part(
         ddt_j = col_j + out_j + A f_j
         dA    = sum_j dt_j f_j
 
+    RAW: to the inputs of softplus(dt + bias), where it is not cut off, and of A = -exp(A_log):
+
+        draw_j = ddt_j · sigmoid(dt_j + bias);  dbias = sum_j draw_j;  dA_log = A · dA
+
     Tile (q, h). Row and column sums come from the same fp32 products, and no suffix sum is a total
     minus a prefix sum: either would cancel badly where the decay is strong.
 
         load row, col, in, out, and out one position earlier; add up the parts of the headdim
         f <- reversed cumulative sums + forward cumulative sum + cross
-        store ddt, and this chunk's part of dA (and of dD)
+        store ddt, and this chunk's part of dA (and of dD and dbias)
 
     Masked: heads past h, positions past l (their dt is 0).
     """
@@ -959,6 +1070,8 @@ def chain_part(
     dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0)
     dt_before_qh = tl.load(dt_at - 1, mask=mask_before, other=0.0)
     A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
+    if RAW:
+        A_h = -tl.exp(A_h)
     row_qh = tl.zeros(dt_qh.shape, tl.float32)
     col_qh = tl.zeros(dt_qh.shape, tl.float32)
     in_qh = tl.zeros(dt_qh.shape, tl.float32)
@@ -987,21 +1100,31 @@ def chain_part(
     f_qh += tl.cumsum(in_qh, axis=0, reverse=True)
     f_qh += tl.cumsum(dt_before_qh * before_qh, axis=0) + cross_h[None, :]
     ddt_qh = col_qh + out_qh + A_h[None, :] * f_qh
+    dA_h = tl.sum(dt_qh * f_qh, axis=0)
     # store
-    ddt_at = ddt_ptr + ((b.to(tl.int64) * L + c * Q + q[:, None]) * H + h[None, :])
-    mask_qh = mask_h[None, :] & (c * Q + q < L)[:, None]
-    tl.store(ddt_at, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
     sums_ptr += bc.to(tl.int64) * SUMS
-    tl.store(sums_ptr + WIDE + h, tl.sum(dt_qh * f_qh, axis=0), mask=mask_h)
+    at_qh = (b.to(tl.int64) * L + c * Q + q[:, None]) * ddt_sl + h[None, :]
+    mask_qh = mask_h[None, :] & (c * Q + q < L)[:, None]
+    if RAW:
+        raw_qh = tl.load(dt_ptr + at_qh, mask=mask_qh, other=0.0).to(tl.float32)
+        raw_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
+        uncut_qh = softplus(raw_qh)
+        uncut_qh = (uncut_qh >= low) & (uncut_qh <= high) & mask_qh
+        ddt_qh = tl.where(uncut_qh, ddt_qh * tl.sigmoid(raw_qh), 0.0)
+        dA_h *= A_h
+        tl.store(sums_ptr + WIDE + H + h, tl.sum(ddt_qh, axis=0), mask=mask_h)
+    tl.store(ddt_ptr + at_qh, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
+    tl.store(sums_ptr + WIDE + h, dA_h, mask=mask_h)
     if HAS_D and not D_VECTOR:
         tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
 @triton.jit
 def finish_kernel(
-    B_desc, C_desc, A_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr, dB_ptr, dC_ptr, ddt_ptr,
-    sums_ptr, A_sh, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
-    HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    B_desc, C_desc, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
+    dB_ptr, dC_ptr, ddt_ptr, sums_ptr,
+    A_sh, dB_sl, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
+    RAW: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """From what the chunks' programs left to the gradients: two kernels in one launch.
@@ -1014,13 +1137,14 @@ def finish_kernel(
     tiles = G * tl.cdiv(N, NB)
     if i < tiles:
         total_part(
-            bc * G + i % G, i // G, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr,
+            bc * G + i % G, i // G, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr, dB_sl,
             L, NC, G, N, NSPLIT, PROGRAMS, Q, NB, PREC,
         )  # fmt: skip
     else:
         chain_part(
-            bc, (i - tiles) * HB + tl.arange(0, HB), A_ptr, series_ptr, cross_ptr, ddt_ptr,
-            sums_ptr, A_sh, SUMS, WIDE, L, NC, H, BH, NPB, HAS_D, D_VECTOR, Q, PB,
+            bc, (i - tiles) * HB + tl.arange(0, HB), dt_ptr, A_ptr, bias_ptr, series_ptr,
+            cross_ptr, ddt_ptr, sums_ptr, A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
+            RAW, HAS_D, D_VECTOR, Q, PB,
         )  # fmt: skip
 
 
@@ -1098,10 +1222,12 @@ def _tiles(t, *block):
     shape, stride = t.shape, t.stride()
     if t.ndim == 4:
         (b, l, h, w), (sb, sl, sh, _) = shape, stride
-        shape, block = [b, h, l, w], [1, 1, *block]
+        shape, block = [b, h, l, w], (1, 1, *block)
         # The stride along an axis of size 1 may be anything, but has to be addressable.
         stride = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
-    return TensorDescriptor(t, list(shape), list(stride), list(block))
+    tiles = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take longer
+    tiles.base, tiles.shape, tiles.strides, tiles.block_shape = t, shape, stride, block
+    return tiles
 
 
 def _strides(t, count):
@@ -1112,35 +1238,17 @@ def _D_strides(D):
     return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
 
 
-_compiled = set()
+SIZES = 16, 32, 64, 128, 256  # of headdim and d_state
 
 
-def _launch(*calls):
-    """Launch kernels in turn; a call is (kernel, grid, arguments, options).
-
-    Before calls with such options are made for the first time, their kernels are compiled, all at
-    the same time: one after the other takes half as long again. What else a compilation depends on,
-    such as whether a size is a multiple of 16, is left to the launch.
-    """
-    device = torch.cuda.current_device() if not INTERPRET else None
-    key = device, *((kernel.__name__, *options.values()) for kernel, _, _, options in calls)
-    if key not in _compiled:
-        _compiled.add(key)
-        if not (INTERPRET or torch.cuda.is_current_stream_capturing()):
-            with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
-                list(pool.map(functools.partial(_compile, device), calls))
-    for kernel, grid, arguments, options in calls:
-        kernel[grid](*arguments, **options)
+# What makes dt and A of the numbers that a layer has for them; see `prep_kernel`.
+class _Raw(NamedTuple):
+    dt_bias: Tensor
+    low: float
+    high: float
 
 
-def _compile(device, call):
-    kernel, grid, arguments, options = call
-    with torch.cuda.device(device):  # a thread begins with device 0
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
-        getattr(compiled, "run", None)  # which makes its launcher, too
-
-
-def _prepare(x, dt, A, seq_idx, Q, series):
+def _prepare(x, dt, A, seq_idx, raw, Q, series):
     """The series that `prep_kernel` writes, with room for others; `end`, `run`; and the call."""
     b, l, h = dt.shape
     nc = _cdiv(l, Q)
@@ -1150,18 +1258,21 @@ def _prepare(x, dt, A, seq_idx, Q, series):
     run = end
     if seq_idx is not None:
         run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
-    arguments = (
-        dt, A, seq_idx, series, end, run,
-        *dt.stride(), A.stride(0), *_strides(seq_idx, 2), l, nc, h, b * h,
-    )  # fmt: skip
-    options = dict(HAS_SEQ=seq_idx is not None, Q=Q, HB=16, num_warps=4)
-    return series, end, run, (prep_kernel, (b * nc, _cdiv(h, 16)), arguments, options)
+    bias, *limit = raw or (None, 0.0, 0.0)
+    tensors = dt, A, bias, seq_idx, series, end, run
+    numbers = (*dt.stride(), A.stride(0), *_strides(seq_idx, 2), *limit, l, nc, h, b * h)
+    options = dict(RAW=bias is not None, HAS_SEQ=seq_idx is not None, Q=Q, HB=16, num_warps=4)
+    return series, end, run, (prep_kernel, (b * nc, _cdiv(h, 16), 1), tensors, numbers, options)
 
 
 def _ssd_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _ssd_forward_from(None, x, dt, A, B, C, D, initial_state, seq_idx)
+
+
+def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
@@ -1176,32 +1287,31 @@ def _ssd_forward(
     cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device)))
     nseg = _cdiv(nc, cps)
     tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=precision, STAGES=stages)
-    with torch.cuda.device_of(x):
-        series, end, run, prep = _prepare(x, dt, A, seq_idx, Q, 3)
-        x_desc, series_desc, calls = _tiles(x, Q, PB), _tiles(series, 1, Q), [prep]
-        seg = decay = None
-        if nseg > 1:
-            seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
-            decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
-            arguments = (
-                x_desc, _tiles(B, Q, 64), series_desc, end, run, seg, decay,
-                nc, h, b * h, h // g, npb, p, n, nseg, cps,
-            )  # fmt: skip
-            options = dict(**tile, NB=64, num_warps=4, num_stages=stages)
-            grid = b * (nseg - 1) * h * npb, _cdiv(n, 64)
-            calls.append((segment_kernel, grid, arguments, options))
-        arguments = (
-            x_desc, _tiles(B, Q, NB), _tiles(C, Q, NB), series_desc, y,
-            end, run, D, initial_state, seg, decay, final,
-            *_D_strides(D), *_strides(initial_state, 4),
-            l, nc, h, b * h, h // g, npb, p, n, nseg, cps,
-        )  # fmt: skip
-        options = dict(
-            **tile, HAS_D=D is not None, HAS_INIT=initial_state is not None, SEGMENTS=nseg > 1,
-            NB=NB, PIN=x.element_size() == 2 and not INTERPRET, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        calls.append((scan_kernel, (b * nseg * h * npb,), arguments, options))
-        _launch(*calls)
+    series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3)
+    x_desc, series_desc, calls = _tiles(x, Q, PB), _tiles(series, 1, Q), [prep]
+    seg = decay = None
+    if nseg > 1:
+        seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
+        decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
+        tensors = x_desc, _tiles(B, Q, 64), series_desc, end, run, seg, decay
+        numbers = nc, h, b * h, h // g, npb, p, n, nseg, cps
+        options = dict(**tile, NB=64, num_warps=4, num_stages=stages)
+        grid = b * (nseg - 1) * h * npb, _cdiv(n, 64), 1
+        calls.append((segment_kernel, grid, tensors, numbers, options))
+    tensors = (
+        x_desc, _tiles(B, Q, NB), _tiles(C, Q, NB), series_desc, y,
+        end, run, D, initial_state, seg, decay, final,
+    )  # fmt: skip
+    numbers = (
+        *_D_strides(D), *_strides(initial_state, 4),
+        l, nc, h, b * h, h // g, npb, p, n, nseg, cps,
+    )  # fmt: skip
+    options = dict(
+        **tile, HAS_D=D is not None, HAS_INIT=initial_state is not None, SEGMENTS=nseg > 1,
+        NB=NB, PIN=x.element_size() == 2 and not INTERPRET, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), tensors, numbers, options))
+    _launch(*calls)
     return y, final
 
 
@@ -1210,6 +1320,24 @@ def _ssd_backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
     D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    dB = torch.empty(B.shape, device=x.device, dtype=x.dtype)
+    dC = torch.empty(B.shape, device=x.device, dtype=x.dtype)
+    ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
+    given = x, dt, A, B, C, D, initial_state, seq_idx
+    (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, None, *given)
+    _fold((sums, dD, dA))
+    return [dx, ddt, dA, dB, dC, dD, dinit]
+
+
+def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, initial_state, seq_idx):
+    """Write the first four. dB and dC have the same strides, and so have, with `raw`, dt and ddt;
+    the rows of different batch elements follow one another.
+
+    Returns:
+        What `_fold` has to sum, and to where: into dD, dA, and the gradient of raw.dt_bias if there
+        is one. And the gradient of the initial state.
+    """
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     hpg = h // g
@@ -1218,13 +1346,12 @@ def _ssd_backward(
         dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     if D is not None:
         dD = torch.empty_like(D, memory_format=torch.contiguous_format)
-    ddt = torch.empty(b, l, h, device=x.device, dtype=dt.dtype)
-    dA = torch.empty(h, device=x.device, dtype=A.dtype)
-    dB = torch.empty(b, l, g, n, device=x.device, dtype=x.dtype)
-    dC = torch.empty(b, l, g, n, device=x.device, dtype=x.dtype)
-    dtype = x.dtype
+    bias, *limit = raw or (None, 0.0, 0.0)
+    sums_to = [dD, torch.empty(h, device=x.device, dtype=A.dtype)]
+    if bias is not None:
+        sums_to.append(torch.empty_like(bias, memory_format=torch.contiguous_format))
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
-    dx = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
+    dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
     Q, PB, NB, warps = _config(x, n)
     nc, npb, stages = _cdiv(l, Q), _cdiv(p, PB), _stages(x)
     nsplit, hps = _split(hpg, 2 * b * nc * g, _slots(x.device))
@@ -1234,53 +1361,53 @@ def _ssd_backward(
     W = torch.empty(programs, Q, Q, device=x.device, dtype=x.dtype)
     parts = torch.empty(2 * programs, Q, n, **f32)
     cross = torch.empty(npb * b * h, nc, PB, **f32)
-    # Per chunk: the parts of dD, then those of dA.
+    # Per chunk: the parts of dD, then those of dA, then those of dt_bias's.
     vector = D is not None and D.ndim == 2
-    sums = torch.empty(b * nc, dD.numel() + h, **f32)
+    wide = dD.numel()
+    width = wide + (h if bias is None else 2 * h)
+    sums = torch.empty(b * nc, width, **f32)
     tile = dict(Q=Q, PB=PB, PREC=precision)
     flags = dict(HAS_D=D is not None, D_VECTOR=vector)
-    with torch.cuda.device_of(x):
-        series, end, run, prep = _prepare(x, dt, A, seq_idx, Q, 3 + 5 * npb)
-        x_desc, dy_desc, series_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB), _tiles(series, 1, Q)
-        B_desc, C_desc, borders_desc = (
-            _tiles(B, Q, NB),
-            _tiles(C, Q, NB),
-            _tiles(borders, 1, PB, NB),
-        )
-        arguments = (
-            x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
-            end, run, initial_state, dfinal, dinit,
-            *_strides(initial_state, 4), *_strides(dfinal, 4), nc, h, b * h, hpg, npb, p, n,
-        )  # fmt: skip
-        options = dict(
-            **tile, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
-            HAS_DFINAL=dfinal is not None, NB=NB,
-            STAGES=stages, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        border = border_kernel, (b * h * npb, 1, 2), arguments, options
-        arguments = (
-            x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, _tiles(dx, Q, PB),
-            series, end, run, D, W, parts, cross, sums,
-            *_D_strides(D), sums.shape[1], nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs,
-        )  # fmt: skip
-        options = dict(
-            **tile, **flags, HAS_SEQ=seq_idx is not None, NB=NB,
-            PIN=x.element_size() == 2 and not INTERPRET,
-            STAGES=stages, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        chunk = chunk_kernel, (2 * programs,), arguments, options
-        arguments = (
-            _tiles(B, Q, 64), _tiles(C, Q, 64), A, series, W, parts, cross, dB, dC, ddt, sums,
-            A.stride(0), sums.shape[1], dD.numel(), l, nc, h, b * h, g, npb, n, nsplit, programs,
-        )  # fmt: skip
-        options = dict(**tile, **flags, NB=64, HB=16, num_warps=4)
-        grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16)
-        _launch(prep, border, chunk, (finish_kernel, grid, arguments, options))
-        if D is None:
-            _fold(sums, dA)
-        else:
-            _fold(sums, dD, dA)
-    return [dx.to(dtype), ddt, dA, dB, dC, dD, dinit]
+    pipeline = dict(STAGES=stages, num_warps=warps, num_stages=stages)
+    series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3 + 5 * npb)
+    x_desc, dy_desc, series_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB), _tiles(series, 1, Q)
+    B_desc, C_desc, borders_desc = _tiles(B, Q, NB), _tiles(C, Q, NB), _tiles(borders, 1, PB, NB)
+    tensors = (
+        x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
+        end, run, initial_state, dfinal, dinit,
+    )  # fmt: skip
+    strides = *_strides(initial_state, 4), *_strides(dfinal, 4)
+    numbers = *strides, nc, h, b * h, hpg, npb, p, n
+    options = dict(
+        **tile, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
+        HAS_DFINAL=dfinal is not None, NB=NB, **pipeline,
+    )  # fmt: skip
+    border = border_kernel, (b * h * npb, 1, 2), tensors, numbers, options
+    tensors = (
+        x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, _tiles(dx, Q, PB),
+        series, end, run, D, W, parts, cross, sums,
+    )  # fmt: skip
+    sizes = nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs
+    options = dict(
+        **tile, **flags, HAS_SEQ=seq_idx is not None, NB=NB,
+        PIN=x.element_size() == 2 and not INTERPRET, **pipeline,
+    )  # fmt: skip
+    numbers = *_D_strides(D), width, *sizes
+    chunk = chunk_kernel, (2 * programs, 1, 1), tensors, numbers, options
+    tensors = (
+        _tiles(B, Q, 64), _tiles(C, Q, 64), dt, A, bias, series, W, parts, cross,
+        dB, dC, ddt, sums,
+    )  # fmt: skip
+    numbers = (
+        A.stride(0), dB.stride(1), ddt.stride(1), *limit, width, wide,
+        l, nc, h, b * h, g, npb, n, nsplit, programs,
+    )  # fmt: skip
+    options = dict(**tile, **flags, RAW=bias is not None, NB=64, HB=16, num_warps=4)
+    grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1
+    _launch(prep, border, chunk, (finish_kernel, grid, tensors, numbers, options))
+    if dx is not dx_to:
+        dx_to.copy_(dx)
+    return (sums, *sums_to), dinit
 
 
 def _ssd_fake(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1318,7 +1445,7 @@ def _beyond_ssd(x, dt, A, B, C, D, initial_state, seq_idx) -> str | None:
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
     for name, size in (("headdim", x.shape[3]), ("d_state", B.shape[3])):
-        if size not in (16, 32, 64, 128, 256):
+        if size not in SIZES:
             return f"{name} is {size}; it must be 16, 32, 64, 128 or 256"
     if x.is_cuda and not _has_room(x.device):
         return "the GPU has less shared memory than the 227 KB for which the tiles are chosen"
@@ -1414,14 +1541,13 @@ def _sigmoid(v):
 
 
 @triton.jit
-def _fold_kernel(
-    partial_ptr, first_ptr, second_ptr,
-    rows, columns, n_first, n_second,
+def _fold_part(
+    block, partial_ptr, first_ptr, second_ptr, third_ptr, rows, columns, n_first, n_second, n_third,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[c] = Σ_r partial[r, c]: the first `n_first` columns to one tensor, the next to another.
+    """out[c] = Σ_r partial[r, c]: the first `n_first` columns to one tensor, the next to others.
 
-    Grid: (column blocks,). Tile: ROWS x COLUMNS, moved down all rows.
+    Tile: ROWS x COLUMNS, moved down all rows.
 
         sum = 0
         for block of rows:            # always in the same order
@@ -1430,7 +1556,7 @@ def _fold_kernel(
 
     Masked: rows and columns past the end.
     """
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    c = block * COLUMNS + tl.arange(0, COLUMNS)
     sum_rc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for row in range(0, rows, ROWS):
         r = row + tl.arange(0, ROWS)
@@ -1439,19 +1565,54 @@ def _fold_kernel(
         sum_rc += tl.load(partial_ptr + at_rc, mask=mask_rc, other=0.0)
     sum_c = tl.sum(sum_rc, axis=0)
     tl.store(first_ptr + c, sum_c, mask=c < n_first)
-    tl.store(second_ptr + c - n_first, sum_c, mask=(c >= n_first) & (c < n_first + n_second))
+    c -= n_first
+    tl.store(second_ptr + c, sum_c, mask=(c >= 0) & (c < n_second))
+    c -= n_second
+    tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
 
 
-def _fold(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Sum the rows of `partial` (r, c) into `first` and, if given, `second`."""
-    rows, columns = partial.shape
+@triton.jit
+def _fold_kernel(
+    a_ptr, a1_ptr, a2_ptr, a3_ptr, b_ptr, b1_ptr, b2_ptr, b3_ptr, c_ptr, c1_ptr, c2_ptr, c3_ptr,
+    a_rows, a_columns, a1, a2, a3, b_rows, b_columns, b1, b2, b3, c_rows, c_columns, c1, c2, c3,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`_fold_part` for up to three matrices a, b, c, of which some may have no columns.
+
+    Grid: (column blocks of a, b and c, one after the other,).
+    """
+    block = tl.program_id(0)
+    b_block = block - tl.cdiv(a_columns, COLUMNS)
+    c_block = b_block - tl.cdiv(b_columns, COLUMNS)
+    if b_block < 0:
+        _fold_part(
+            block, a_ptr, a1_ptr, a2_ptr, a3_ptr, a_rows, a_columns, a1, a2, a3, ROWS, COLUMNS
+        )
+    elif c_block < 0:
+        _fold_part(
+            b_block, b_ptr, b1_ptr, b2_ptr, b3_ptr, b_rows, b_columns, b1, b2, b3, ROWS, COLUMNS
+        )
+    else:
+        _fold_part(
+            c_block, c_ptr, c1_ptr, c2_ptr, c3_ptr, c_rows, c_columns, c1, c2, c3, ROWS, COLUMNS
+        )
+
+
+def _fold(*sums: tuple[Tensor, ...]) -> None:
+    """Sum the rows of up to three matrices, each into up to three tensors, one after the other."""
     # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
     # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    _fold_kernel[(_cdiv(columns, 32),)](
-        partial, first, first if second is None else second, rows, columns, first.numel(),
-        0 if second is None else second.numel(),
-        ROWS=64, COLUMNS=32, num_warps=4,
-    )  # fmt: skip
+    options = dict(ROWS=64, COLUMNS=32, num_warps=4)
+    blocks, tensors, numbers = 0, [], []
+    for partial, *outs in sums:
+        (rows, columns), missing = partial.shape, 3 - len(outs)
+        blocks += _cdiv(columns, 32)
+        tensors += [partial, *outs, *[partial] * missing]
+        numbers += [rows, columns, *[out.numel() for out in outs], *[0] * missing]
+    missing = 3 - len(sums)
+    tensors += [partial] * (4 * missing)
+    numbers += [0] * (5 * missing)
+    _launch((_fold_kernel, (blocks, 1, 1), tensors, tuple(numbers), options))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1609,7 +1770,7 @@ def _conv_forward_kernel(
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr,
     partial_ptr,
-    l, q_rows, d_units, x_batch_units, x_row_units,
+    l, q_rows, d_units, x_batch_units, x_row_units, dx_row_units,
     UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
     DFINAL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -1648,9 +1809,10 @@ def _conv_backward_kernel(
     batch = block // blocks_q
     x_row = x_row_units.to(tl.int64) * UNIT
     dy_row = d_units.to(tl.int64) * UNIT
+    dx_row = dx_row_units.to(tl.int64) * UNIT
     x_ptr += batch * x_batch_units * UNIT
     dy_ptr += batch * l * d
-    dx_ptr += batch * l * d
+    dx_ptr += batch * l * dx_row
     state_ptr += batch * (K - 1) * d
     dstate_ptr += batch * (K - 1) * d
     dfinal_ptr += batch * (K - 1) * d
@@ -1754,7 +1916,7 @@ def _conv_backward_kernel(
                 at_d = (s - (l - (K - 1))) * d + channel
                 dx_d += tl.load(dfinal_ptr + at_d, mask=mask_final_d, other=0.0).to(tl.float32)
             mask_s_d = _if((s >= q0) & (s < end), channel, d)
-            tl.store(dx_ptr + s * dy_row + channel, dx_d, mask=mask_s_d)
+            tl.store(dx_ptr + s * dx_row + channel, dx_d, mask=mask_s_d)
             if STATE:
                 tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
 
@@ -1775,21 +1937,27 @@ def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple
 def _conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    (b, l, d), k = x.shape, weight.shape[1]
+    (b, l, d), k = x.shape, weight.shape[-1]
     y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
     unit = _conv_unit(x)
     blocks, q_rows = _conv_blocks(b, l, d, CONV_FORWARD["D"], CONV_FORWARD_ROWS)
-    with torch.cuda.device_of(x):
-        _conv_forward_kernel[(blocks * _cdiv(d, CONV_FORWARD["D"]),)](
-            x, weight.contiguous(), x if bias is None else bias.contiguous(),
-            x if state is None else state.contiguous(),
-            x if seq_idx is None else seq_idx.contiguous(), y, final, l, q_rows, d // unit,
-            x.stride(0) // unit, x.stride(1) // unit,
-            UNIT=unit, K=k, BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None,
-            **CONV_FORWARD,
-        )  # fmt: skip
+    tensors = x, *_conv_tensors(x, weight, bias, state, seq_idx), y, final
+    numbers = l, q_rows, d // unit, x.stride(0) // unit, x.stride(1) // unit
+    options = _conv_flags(unit, weight, bias, state, seq_idx) | CONV_FORWARD
+    grid = blocks * _cdiv(d, CONV_FORWARD["D"]), 1, 1
+    _launch((_conv_forward_kernel, grid, tensors, numbers, options))
     return y, final
+
+
+def _conv_tensors(x, *given):
+    """The other tensors as the kernels read them; x stands in for those that are not there."""
+    return [x if t is None else t.contiguous() for t in given]
+
+
+def _conv_flags(unit, weight, bias, state, seq_idx):
+    there = dict(BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None)
+    return dict(UNIT=unit, K=weight.shape[-1], **there)
 
 
 def _conv_backward(
@@ -1801,28 +1969,37 @@ def _conv_backward(
     state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> list[Tensor]:
-    (b, l, d), k = x.shape, weight.shape[1]
-    dx = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums, dstate = _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)
+    _fold(sums)
+    _, dweight, dbias = sums
+    return [dx, dweight, dbias, dstate]
+
+
+def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
+    """Write dx, whose batch elements follow one another.
+
+    Returns:
+        What `_fold` has to sum, and to where: into dweight and dbias, which is empty without a
+        bias. And the gradient of the state.
+    """
+    (b, l, d), k = x.shape, weight.shape[-1]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
-    unit = _conv_unit(x)
+    unit = min(_conv_unit(x), _conv_unit(dx))
     blocks_d = _cdiv(d, CONV_BACKWARD["D"])
     blocks, q_rows = _conv_blocks(b, l, d, CONV_BACKWARD["D"], CONV_BACKWARD_ROWS)
     partial = torch.empty((blocks, d * (k + 1)), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _conv_backward_kernel[(blocks * blocks_d,)](
-            x, weight.contiguous(), x if bias is None else bias.contiguous(),
-            x if state is None else state.contiguous(),
-            x if seq_idx is None else seq_idx.contiguous(),
-            torch.zeros_like(x) if dy is None else dy.contiguous(),
-            x if dfinal is None else dfinal.contiguous(), dx, dstate, partial, l, q_rows, d // unit,
-            x.stride(0) // unit, x.stride(1) // unit,
-            UNIT=unit, K=k, BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None,
-            DFINAL=dfinal is not None, **CONV_BACKWARD,
-        )  # fmt: skip
-        _fold(partial, dweight, None if bias is None else dbias)
-    return [dx, dweight, dbias, dstate]
+    dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy
+    given = _conv_tensors(x, weight, bias, state, seq_idx, dy, dfinal)
+    strides = x.stride(0) // unit, x.stride(1) // unit, dx.stride(1) // unit
+    numbers = l, q_rows, d // unit, *strides
+    options = _conv_flags(unit, weight, bias, state, seq_idx)
+    options |= dict(DFINAL=dfinal is not None, **CONV_BACKWARD)
+    tensors = x, *given, dx, dstate, partial
+    _launch((_conv_backward_kernel, (blocks * blocks_d, 1, 1), tensors, numbers, options))
+    return (partial, dweight, dbias), dstate
 
 
 def _conv_fake(x, weight, bias, state, seq_idx):
@@ -1992,7 +2169,7 @@ def _norm_forward_kernel(
 @triton.jit
 def _norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
-    rows, slots, eps, groups, size_units, y_row_units, z_row_units,
+    rows, slots, eps, groups, size_units, y_row_units, z_row_units, dz_row_units,
     GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """With v̂ = v · scale and dv̂ = dout · weight, over one slice:
@@ -2027,6 +2204,7 @@ def _norm_backward_kernel(
         y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
         z_r1 = (r * z_row_units * UNIT + group * size)[:, None]
         out_r1 = (r * groups * size + group * size)[:, None]
+        dz_r1 = (r * dz_row_units * UNIT + group * size)[:, None]
 
         # load
         y = ()
@@ -2075,7 +2253,7 @@ def _norm_backward_kernel(
             if GATE:
                 dy_rn *= silu_rn
                 dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
-                tl.store(dz_ptr + out_r1 + n[None, :], dz_rn, mask=mask_rn)
+                tl.store(dz_ptr + dz_r1 + n[None, :], dz_rn, mask=mask_rn)
             tl.store(dy_ptr + out_r1 + n[None, :], dy_rn, mask=mask_rn)
             sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
         dweight = sums
@@ -2104,35 +2282,43 @@ def _norm_forward(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group
     z, z_row = _rows(z) if gate else (y, y_row)
     unit = _unit(size, y_row, z_row)
     tiles = _norm_tiles(size)
-    with torch.cuda.device_of(y):
-        _norm_forward_kernel[(_cdiv(rows, tiles["R"]) * groups,)](
-            y, z, weight.contiguous(), out, rows, eps, groups, size // unit, y_row // unit,
-            z_row // unit,
-            GATE=gate, UNIT=unit, **tiles,
-        )  # fmt: skip
+    numbers = rows, eps, groups, size // unit, y_row // unit, z_row // unit
+    options = dict(GATE=gate, UNIT=unit, **tiles)
+    grid = _cdiv(rows, tiles["R"]) * groups, 1, 1
+    _launch((_norm_forward_kernel, grid, (y, z, weight.contiguous(), out), numbers, options))
     return out
 
 
 def _norm_backward(
     dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int
 ) -> list[Tensor]:
-    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dz = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    sums, dy = _norm_backward_into(dz, dout, y, z, weight, eps, groups)
+    _fold(sums)
+    return [dy, dz, sums[1]]
+
+
+def _norm_backward_into(dz, dout, y, z, weight, eps, groups):
+    """Write dz, if there is a z, whose rows lie evenly.
+
+    Returns:
+        What `_fold` has to sum, and to where: into dweight. And dy.
+    """
+    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
     y, y_row = _rows(y)
     z, z_row = _rows(z) if gate else (y, y_row)
-    unit = _unit(size, y_row, z_row)
+    dz, dz_row = _rows(dz) if gate else (y, y_row)
+    unit = _unit(size, y_row, z_row, dz_row)
     slots, tiles = _norm_slots(size, rows, groups, y.device)
     partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
-    with torch.cuda.device_of(y):
-        _norm_backward_kernel[(slots * groups,)](
-            y, z, weight.contiguous(), dout.contiguous(), dy, dz, partial, rows, slots, eps, groups,
-            size // unit, y_row // unit, z_row // unit,
-            GATE=gate, UNIT=unit, **tiles,
-        )  # fmt: skip
-        _fold(partial, dweight)
-    return [dy, dz, dweight]
+    tensors = y, z, weight.contiguous(), dout.contiguous(), dy, dz, partial
+    rows_apart = y_row // unit, z_row // unit, dz_row // unit
+    numbers = rows, slots, eps, groups, size // unit, *rows_apart
+    options = dict(GATE=gate, UNIT=unit, **tiles)
+    _launch((_norm_backward_kernel, (slots * groups, 1, 1), tensors, numbers, options))
+    return (partial, dweight), dy
 
 
 def _norm_fake(y, z, weight, eps, groups):
@@ -2182,7 +2368,161 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """
     given = (x, weight, eps, gate, groups)
     _refuse("rms_norm", _unfit_norm(*given) or _beyond_norm(*given))
-    return _norm(x, gate, weight, eps, groups)
+    return _norm(x, gate, weight, float(eps), groups)
+
+
+# --------------------------------------------------------------------------------------------------
+# A layer between its projections
+# --------------------------------------------------------------------------------------------------
+#
+# Convolution, SSD and gated norm as one operation, with the kernels above. It spares the CPU what
+# lies between three operations, which a small layer waits for, and memory: softplus(dt + dt_bias)
+# and -exp(A_log) are made inside SSD's kernels, and each gradient of z, xBC and dt is written to
+# its columns of one tensor, the gradient of the projection.
+
+
+def _columns(wide, weight, dt_bias, norm_weight):
+    """z, xBC and dt, which lie side by side in the projection, as in its gradient."""
+    return wide.split([norm_weight.shape[0], weight.shape[0], dt_bias.shape[0]], dim=2)
+
+
+def _heads(xBC, dt_bias, norm_weight, groups):
+    """x, B and C, which lie side by side behind the convolution, as in their gradient."""
+    (b, l, d), h, hp = xBC.shape, dt_bias.shape[0], norm_weight.shape[0]
+    gn = (d - hp) // 2
+    x, B, C = xBC.split([hp, gn, gn], dim=2)
+    n = gn // groups
+    return x.view(b, l, h, hp // h), B.view(b, l, groups, n), C.view(b, l, groups, n)
+
+
+def _middle_forward(
+    zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor, conv: Tensor | None, ssm: Tensor | None, seq_idx: Tensor | None,
+    groups: int, eps: float, low: float, high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    z, xBC, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
+    xBC, conv = _conv_forward(xBC, weight, bias, conv, seq_idx)
+    x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
+    raw = _Raw(dt_bias.contiguous(), low, high)
+    y, ssm = _ssd_forward_from(raw, x, dt, A_log, B, C, D, ssm, seq_idx)
+    y = y.view(z.shape)
+    return _norm_forward(y, z, norm_weight, eps, groups), conv, ssm, xBC, y
+
+
+def _middle_backward(
+    dout: Tensor | None, dconv: Tensor | None, dssm: Tensor | None, xBC: Tensor, y: Tensor,
+    zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor,
+    norm_weight: Tensor, conv: Tensor | None, ssm: Tensor | None, seq_idx: Tensor | None,
+    groups: int, eps: float, low: float, high: float,
+) -> list[Tensor]:  # fmt: skip
+    zxbcdt = zxbcdt.contiguous()
+    dwide = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    z, xBC_in, dt = _columns(zxbcdt, weight, dt_bias, norm_weight)
+    dz, dxBC_in, ddt = _columns(dwide, weight, dt_bias, norm_weight)
+    x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
+    dxBC = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
+    dx, dB, dC = _heads(dxBC, dt_bias, norm_weight, groups)
+    if dout is None:
+        dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
+    norm_sums, dy = _norm_backward_into(dz, dout, y, z, norm_weight, eps, groups)
+    raw = _Raw(dt_bias.contiguous(), low, high)
+    ssd_sums, dinit = _ssd_backward_into(
+        dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
+    )
+    given = dconv, xBC_in, weight, bias, conv, seq_idx
+    conv_sums, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
+    _fold(norm_sums, ssd_sums, conv_sums)
+    (_, dnorm_weight), (_, dD, dA_log, ddt_bias), (_, dweight, dbias) = (
+        norm_sums, ssd_sums, conv_sums
+    )  # fmt: skip
+    return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
+
+
+def _middle_fake(
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, eps, low, high
+):
+    (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
+    y, new_conv = zxbcdt.new_empty(b, l, hp), zxbcdt.new_empty(b, k - 1, d)
+    sizes = b, h, hp // h, (d - hp) // (2 * groups)
+    new_ssm = zxbcdt.new_empty(sizes, dtype=torch.float32)
+    return y, new_conv, new_ssm, zxbcdt.new_empty(b, l, d), torch.empty_like(y)
+
+
+_middle = _operation("layer_middle", _middle_forward, _middle_backward, _middle_fake, 9, kept=2)
+
+
+def _unfit_middle(
+    zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
+) -> str | None:
+    required = {"zxbcdt": zxbcdt, "weight": weight, "dt_bias": dt_bias, "A_log": A_log, "D": D}
+    optional = {"conv": conv, "ssm": ssm, "seq_idx": seq_idx, "bias": bias}
+    reason = _unfit(required | {"norm_weight": norm_weight}, optional)
+    if reason is not None:
+        return reason
+    if zxbcdt.ndim != 3 or weight.ndim != 3 or dt_bias.ndim != 1 or norm_weight.ndim != 1:
+        return "zxbcdt or weight do not have 3 dimensions, or dt_bias or norm_weight not 1"
+    (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
+    if zxbcdt.numel() == 0 or l == 1:
+        return "there are no positions, or only one, for which there is `layer_step`"
+    if h == 0 or hp % h or h % groups or d <= hp or (d - hp) % (2 * groups):
+        return "the channels are not those of heads and groups"
+    return _misshapen(
+        ("zxbcdt", zxbcdt, (b, l, hp + d + h)),
+        ("weight", weight, (d, 1, k)),
+        ("bias", bias, (d,)),
+        ("A_log", A_log, (h,)),
+        ("D", D, (h,)),
+        ("conv", conv, (b, k - 1, d)),
+        ("ssm", ssm, (b, h, hp // h, (d - hp) // (2 * groups))),
+        ("seq_idx", seq_idx, (b, l)),
+    )
+
+
+def _beyond_middle(
+    zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
+) -> str | None:
+    hp = norm_weight.shape[0]
+    p, n = hp // dt_bias.shape[0], (weight.shape[0] - hp) // (2 * groups)
+    if p not in SIZES or n not in SIZES:
+        return f"headdim and d_state are {p} and {n}; each must be one of {SIZES}"
+    if not 2 <= weight.shape[2] <= 4 or hp // groups > 8192:
+        return "the convolution does not have 2 to 4 taps, or a group has over 8192 channels"
+    if zxbcdt.is_cuda and not _has_room(zxbcdt.device):
+        return "the GPU has too little shared memory"
+    return _beyond_labels(seq_idx)
+
+
+def layer_middle(
+    zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight,
+    *, groups, eps, dt_limit=(0.0, math.inf),
+):  # fmt: skip
+    """All between a layer's projections, for two positions or more; its twin is `mamba2.Mamba2`.
+    None, if it cannot take these tensors: then it is the turn of the operations it consists of,
+    which say what they cannot take. (To be asked before, as they are, would be one more check.)
+
+    zxbcdt              (b, l, h p + (h p + 2 g n) + h)   the projection: z, xBC and dt
+    conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State; None: zeros
+    seq_idx             (b, l)   as for `ssd` and `causal_conv1d`, or None
+    weight, bias        (h p + 2 g n, 1, k), (h p + 2 g n) or None   of the convolution
+    dt_bias, A_log, D   (h)
+    norm_weight         (h p)
+    groups, eps         of SSD and norm; of the norm
+    dt_limit            dt is clamped to it after softplus
+    Returns norm(y · silu(z)) (b, l, h p) and the new conv in zxbcdt's dtype, and the new ssm in
+    fp32, or in ssm's dtype if that is narrower. The gradients cannot be differentiated again.
+    """
+    given = zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
+    if _unfit_middle(*given) is not None or _beyond_middle(*given) is not None:
+        return None
+    conv = None if conv is None else conv.to(zxbcdt.dtype)  # rounds as the twin does
+    low, high = dt_limit
+    y, conv, new_ssm = _middle(
+        zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx,
+        groups, float(eps), float(low), float(high),
+    )  # fmt: skip
+    if ssm is not None and ssm.dtype.itemsize == 2:
+        new_ssm = new_ssm.to(ssm.dtype)
+    return y, conv, new_ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2291,11 +2631,8 @@ def _step_kernel(
         x_u = _step_inputs(xBC_ptr, conv_ptr, x_at, mask_p, d, K)
         x_p = _step_taps(x_u, weight_ptr, bias_ptr, x_at, mask_p, K, BIAS)
 
-        # decay: softplus(dt) = log(1 + e), where 1 must not swallow the digits of a small e
-        e = tl.exp(tl.minimum(dt, 20.0))
-        u = 1.0 + e
-        log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-        dt = tl.minimum(tl.maximum(tl.where(dt > 20.0, dt, log1p), low), high)
+        # decay
+        dt = tl.minimum(tl.maximum(softplus(dt), low), high)
         state_pn = tl.exp(dt * A) * state_pn + x_p[:, None] * (dt * B_n)[None, :]
         y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
 
@@ -2325,14 +2662,14 @@ def _step_into(
     pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), _power_of_2(p))
     tiles = h // g * _cdiv(p, pb)  # in a group
     share = _cdiv(tiles, min(tiles, _cdiv(programs, b * g)))  # of one program
+    weights = [t.contiguous() for t in (conv, ssm, weight)]
+    weights += [xBC if bias is None else bias.contiguous()]
+    weights += [t.contiguous() for t in (dt_bias, A_log, D)]
+    numbers = xBC.stride(0), dt.stride(0), h // g, share, low, high
+    options = dict(G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb, **config)
+    tensors = xBC, dt, *weights, y, new_conv, new_ssm
     with torch.cuda.device_of(xBC):
-        _step_kernel[(b * g, _cdiv(tiles, share))](
-            xBC, dt, conv.contiguous(), ssm.contiguous(), weight.contiguous(),
-            xBC if bias is None else bias.contiguous(), dt_bias.contiguous(), A_log.contiguous(),
-            D.contiguous(), y, new_conv, new_ssm,
-            xBC.stride(0), dt.stride(0), h // g, share, low, high,
-            G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb, **config,
-        )  # fmt: skip
+        _launch((_step_kernel, (b * g, _cdiv(tiles, share), 1), tensors, numbers, options))
 
 
 def _step_forward(
@@ -2430,6 +2767,7 @@ def layer_step(
         ValueError: what the kernel cannot take, which is what `takes_layer_step` says no to.
     """
     given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
+    dt_limit = tuple(map(float, dt_limit))
     reason = _unfit_step(*given, dt_limit, out) or _beyond_step(*given, dt_limit, out)
     _refuse("layer_step", reason, twin="mamba2.Mamba2")
     if out is None:

@@ -882,12 +882,29 @@ class Mamba2(nn.Module):
         if mask is not None:
             mask = mask.bool()
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
-        z, xBC, dt = self.in_proj(u).split(self.widths, dim=-1)
-        y, state = self._mix(xBC, dt, state, mask, seq_idx)
-        y = self.out_proj(self.norm(y, gate=z))
+        zxbcdt = self.in_proj(u)
+        fused = self._fused(zxbcdt, state, mask, seq_idx)
+        if fused:
+            y, state = fused
+        else:
+            z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
+            y, state = self._mix(xBC, dt, state, mask, seq_idx)
+            y = self.norm(y, gate=z)
+        y = self.out_proj(y)
         if mask is not None:
             y = y.masked_fill(~mask[..., None], 0)
         return (y, state) if return_state else y
+
+    def _fused(self, zxbcdt, state, mask, seq_idx):
+        """All between the projections, by one operation; None where kernels.py cannot do that."""
+        conv1d, norm, (conv, ssm) = self.conv1d, self.norm, state or (None, None)
+        if not (kernels and mask is None and _is(conv1d, CausalConv1d) and _is(norm, RMSNorm)):
+            return None
+        weights = conv1d.weight, conv1d.bias, self.dt_bias, self.A_log, self.D, norm.weight
+        given = zxbcdt, conv, ssm, seq_idx, *weights
+        options = dict(groups=norm.groups, eps=norm.eps, dt_limit=self.config.time_step_limit)
+        fused = kernels.layer_middle(*given, **options)
+        return fused and (fused[0], Mamba2State(*fused[1:]))
 
     def _mix(self, xBC, dt, state, mask, seq_idx):
         """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
@@ -946,6 +963,13 @@ class Mamba2(nn.Module):
             h, p, _, n = self.sizes
             _require("state.conv", state[0], (b, config.conv_kernel - 1, self.widths[1]))
             _require("state.ssm", state[1], (b, h, p, n))
+
+
+def _is(module: nn.Module, kind: type) -> bool:
+    """Whether calling the module is calling kind.forward: no adapter in its place, no hooks."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    hooks += module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -3000,7 +3000,7 @@ def counted(monkeypatch):
     """The names of the operations that the kernels run in here."""
     ran = []
     with monkeypatch.context() as patch:
-        for name in ("ssd", "causal_conv1d", "rms_norm", "layer_step"):
+        for name in ("ssd", "causal_conv1d", "rms_norm", "layer_middle", "layer_step"):
             operation = getattr(mamba2.kernels, name)
 
             def counting(*args, name=name, operation=operation, **options):
