@@ -2699,7 +2699,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 149
+PASSED_IN_THE_INTERPRETER = 151
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3000,7 +3000,14 @@ def counted(monkeypatch):
     """The names of the operations that the kernels run in here."""
     ran = []
     with monkeypatch.context() as patch:
-        for name in ("ssd", "causal_conv1d", "rms_norm", "layer_middle", "layer_step"):
+        for name in (
+            "ssd",
+            "causal_conv1d",
+            "rms_norm",
+            "layer_middle",
+            "layer_step",
+            "norm_linear",
+        ):
             operation = getattr(mamba2.kernels, name)
 
             def counting(*args, name=name, operation=operation, **options):
@@ -3185,6 +3192,41 @@ def test_kernel_step_is_captured_whole_by_torch_compile_for_any_number_of_rows()
                 assert relative_error(f, e) <= 1e-2
     for graph in graphs:
         assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graph) == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, dict(ngroups=2, bias=True, dt_limit=(0.01, 0.05))])
+def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monkeypatch):
+    layer, _ = kernel_layer(HALF, **options)
+    block = mamba2.Mamba2Block(layer.config).to(DEVICE, HALF)
+    exact = copy.deepcopy(block).double()
+    h = torch.randn(5, 1, layer.config.d_model, device=DEVICE)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        exact.load_state_dict(block.state_dict())
+        _, state = block(torch.randn_like(h).expand(-1, 3, -1))
+
+        def run(rows):
+            part = Mamba2State(*(t[:rows] for t in state))
+            with counted(monkeypatch) as ran:
+                found, new = block(h[:rows], part)
+            wide = Mamba2State(*(t.double() for t in part))
+            want, exact_new = exact(h[:rows].double(), wide)
+            assert found.dtype == torch.float32 and relative_error(found, want) <= 1e-2
+            assert relative_error(new.ssm, exact_new.ssm) <= 1e-2
+            return ran
+
+        three = ["norm_linear", "layer_step", "norm_linear"]
+        assert run(1) == run(4) == three and "norm_linear" not in run(5)
+        seen = []
+        handle = block.mixer.out_proj.register_forward_hook(lambda *given: seen.append(given))
+        assert "norm_linear" not in run(1) and len(seen) == 1
+        handle.remove()
+        assert run(1) == three
+        with torch.autocast(DEVICE.type, HALF), counted(monkeypatch) as ran:
+            block(h[:1], Mamba2State(*(t[:1] for t in state)))
+        assert "norm_linear" not in ran
 
 
 @needs_kernels
