@@ -2797,6 +2797,169 @@ def layer_step(
 
 
 # --------------------------------------------------------------------------------------------------
+# Norm and projection of a few rows
+# --------------------------------------------------------------------------------------------------
+#
+#     out = weight · (x / sqrt(mean(x²) + eps) · norm_weight) + bias + residual
+#
+# of x · silu(gate) if there is a gate; the mean is one group's. With so few rows the time is that
+# of reading the weight, so every program computes the norm again, from the L2 cache, in the same
+# pass: the root is one number a row and group, and multiplies the finished sum. So a token of a
+# layer takes three launches: `layer_step` between two of these.
+NORM_LINEAR_ROWS = 4  # with more, a norm of its own and a product on tensor cores are faster
+NORM_LINEAR = dict(KB=512, num_warps=4)
+
+
+@triton.jit
+def _norm_linear_kernel(
+    x_ptr, gate_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr,
+    x_row, gate_row, weight_row, residual_row, out_row, rows, outputs, eps,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, RB: tl.constexpr, OB: tl.constexpr, KB: tl.constexpr,
+):  # fmt: skip
+    """The equation above, for OB outputs of all rows. Here k is a channel of x, o one of out.
+
+    Grid (outputs / OB). Tile: RB rows x OB outputs x KB channels of a group.
+
+        for each group:
+            dot, square <- 0
+            for each KB channels:
+                v      <- x · silu(gate);  square += v²
+                dot    += weight · (v · norm_weight)          element by element
+            out += sum of dot · rsqrt(mean of square + eps)
+        store out + bias + residual
+
+    Masked: rows past `rows`, outputs past `outputs`, channels past SIZE, the width of a group.
+    """
+    r = tl.arange(0, RB)
+    o = tl.program_id(0) * OB + tl.arange(0, OB)
+    mask_r, mask_o = r < rows, o < outputs
+    weight_o = weight_ptr + o.to(tl.int64) * weight_row
+    out_ro = tl.zeros((RB, OB), tl.float32)
+    for g in tl.static_range(GROUPS):
+        dot_rok = tl.zeros((RB, OB, KB), tl.float32)
+        square_rk = tl.zeros((RB, KB), tl.float32)
+        for first in range(0, SIZE, KB):
+            # load
+            k = first + tl.arange(0, KB)
+            mask_k = k < SIZE
+            mask_rk = mask_r[:, None] & mask_k[None, :]
+            k = g * SIZE + k
+            mask_ok = mask_o[:, None] & mask_k[None, :]
+            weight_ok = tl.load(weight_o[:, None] + k[None, :], mask=mask_ok, other=0.0)
+            norm_k = tl.load(norm_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
+            v_rk = tl.load(x_ptr + r[:, None] * x_row + k[None, :], mask=mask_rk, other=0.0)
+            v_rk = v_rk.to(tl.float32)
+            if GATE:
+                z_at = gate_ptr + r[:, None] * gate_row + k[None, :]
+                z_rk = tl.load(z_at, mask=mask_rk, other=0.0).to(tl.float32)
+                v_rk *= z_rk * _sigmoid(z_rk)
+            # sum
+            square_rk += v_rk * v_rk
+            v_rk *= norm_k[None, :]
+            dot_rok += v_rk[:, None, :] * weight_ok.to(tl.float32)[None, :, :]
+        root_r = tl.rsqrt(tl.sum(square_rk, axis=1) / SIZE + eps)
+        out_ro += tl.sum(dot_rok, axis=2) * root_r[:, None]
+    # store
+    mask_ro = mask_r[:, None] & mask_o[None, :]
+    if BIAS:
+        out_ro += tl.load(bias_ptr + o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        residual_at = residual_ptr + r[:, None] * residual_row + o[None, :]
+        out_ro += tl.load(residual_at, mask=mask_ro, other=0.0).to(tl.float32)
+    tl.store(out_ptr + r[:, None] * out_row + o[None, :], out_ro, mask=mask_ro)
+
+
+def _norm_linear_forward(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, eps: float, groups: int,
+) -> Tensor:  # fmt: skip
+    out = _norm_linear_fake(x, norm_weight, weight, bias, gate, residual, eps, groups)
+    size, outputs = x.shape[-1] // groups, weight.shape[0]
+    rows = x.numel() // x.shape[-1]
+    x, x_row = _rows(x)
+    gate_, gate_row = (x, 0) if gate is None else _rows(gate)
+    residual_, residual_row = (x, 0) if residual is None else _rows(residual)
+    config = dict(NORM_LINEAR)
+    config["KB"] = min(config["KB"], _power_of_2(size))
+    rb = _power_of_2(rows)
+    ob = 16 // rb
+    while ob > 1 and _cdiv(outputs, ob) < 2 * _processors(x.device):  # that all take part
+        ob //= 2
+    with torch.cuda.device_of(x):
+        _norm_linear_kernel[(_cdiv(outputs, ob),)](
+            x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous(),
+            residual_, out, x_row, gate_row, weight.stride(0), residual_row, outputs,
+            rows, outputs, eps,
+            SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None,
+            RESIDUAL=residual is not None, RB=rb, OB=ob, **config,
+        )  # fmt: skip
+    return out
+
+
+def _norm_linear_fake(x, norm_weight, weight, bias, gate, residual, eps, groups):
+    dtype = weight.dtype
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+
+
+_norm_linear = _operation("norm_linear", _norm_linear_forward, None, _norm_linear_fake, count=0)
+
+
+def _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual) -> str | None:
+    required = {"x": x, "norm_weight": norm_weight, "weight": weight}
+    optional = {"bias": bias, "gate": gate, "residual": residual}
+    reason = _unfit(required, optional)
+    if reason is not None:
+        return reason
+    given = [t for t in (*required.values(), *optional.values()) if t is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return "gradients are wanted"
+    if x.ndim < 2 or x.numel() == 0 or weight.ndim != 2 or groups < 1 or x.shape[-1] % groups:
+        return "x is empty or has no rows, or weight is no matrix, or groups do not divide x"
+    if x.numel() > NORM_LINEAR_ROWS * x.shape[-1]:
+        return f"there are more than {NORM_LINEAR_ROWS} rows"
+    return _misshapen(
+        ("norm_weight", norm_weight, (x.shape[-1],)),
+        ("weight", weight, (weight.shape[0], x.shape[-1])),
+        ("bias", bias, (weight.shape[0],)),
+        ("gate", gate, x.shape),
+        ("residual", residual, (*x.shape[:-1], weight.shape[0])),
+    )
+
+
+def _beyond_norm_linear(weight) -> str | None:
+    if weight.stride(1) != 1:
+        return "the rows of weight are not contiguous"
+    return None
+
+
+def takes_norm_linear(
+    x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None
+) -> bool:
+    """Whether `norm_linear` can run on these tensors."""
+    reason = _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual)
+    return reason is None and _takes("norm_linear", _beyond_norm_linear(weight))
+
+
+def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
+    """linear(rms_norm(x, norm_weight, eps, gate, groups), weight, bias) + residual, of a few rows.
+
+    x, gate (..., d), together at most NORM_LINEAR_ROWS rows; norm_weight (d); weight (o, d); bias
+    (o); residual (..., o). Returns (..., o) in weight's dtype, or in the wider one of it and
+    residual's. Nothing is rounded on the way: the arithmetic is fp32. There are no gradients.
+
+    Raises:
+        ValueError: what the kernel cannot take, which is what `takes_norm_linear` says no to.
+    """
+    reason = _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual)
+    reason = reason or _beyond_norm_linear(weight)
+    _refuse("norm_linear", reason, twin="mamba2.Mamba2Block")
+    return _norm_linear(x, norm_weight, weight, bias, gate, residual, eps, groups)
+
+
+# --------------------------------------------------------------------------------------------------
 # Times: python kernels.py [words; only rows that have one in their name]
 # --------------------------------------------------------------------------------------------------
 #

@@ -1075,8 +1075,30 @@ class Mamba2Block(nn.Module):
         self.mixer = Mamba2(config)
 
     def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
+        if kernels and mask is None and group is None and state is not None and h.shape[1] == 1:
+            token = self._token(h, state)
+            if token is not None:
+                return token
         y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
         return h + y, state
+
+    def _token(self, h, state):
+        """The same for a token of few rows, in three kernels; None where they cannot do that."""
+        norm, mixer = self.norm, self.mixer
+        in_proj, out_proj, inner = mixer.in_proj, mixer.out_proj, mixer.norm
+        linear = _is(in_proj, nn.Linear) and _is(out_proj, nn.Linear)
+        if not (linear and all(_is(module, RMSNorm) for module in (norm, inner))):
+            return None
+        if not _is(mixer, Mamba2) or torch.is_autocast_enabled(h.device.type):
+            return None
+        first = h, norm.weight, norm.eps, in_proj.weight, in_proj.bias
+        if not kernels.takes_norm_linear(*first):
+            return None
+        mixer._check(h, state, None, None)
+        z, xBC, dt = kernels.norm_linear(*first).split(mixer.widths, dim=-1)
+        y, state = mixer._mix(xBC, dt, state, None, None)
+        last = y, inner.weight, inner.eps, out_proj.weight, out_proj.bias
+        return kernels.norm_linear(*last, gate=z, groups=inner.groups, residual=h), state
 
 
 @dataclass(frozen=True, eq=False)

@@ -3442,7 +3442,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 178
+PASSED_IN_THE_INTERPRETER = 189
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3631,6 +3631,68 @@ def test_kernel_convolution_is_its_twin_in_values_and_gradients(dtype, k, case):
         assert_kernel_right("causal_conv1d", inputs, KERNEL_SMALL[dtype], case, only, loose)
 
 
+KERNEL_NORM_LINEAR = {  # rows, d, outputs, groups, features
+    "one row": (1, 64, 100, 1, ""),
+    "groups and all else": (3, 96, 70, 2, "gate bias residual"),
+    "four rows, an odd width": (4, 700, 33, 1, "residual"),
+    "wide groups": (2, 1536, 20, 4, "gate bias"),
+}
+if CUDA:
+    KERNEL_NORM_LINEAR |= {
+        "130m, in": (1, 768, 3352, 1, ""),
+        "130m, out": (1, 1536, 768, 1, "gate residual"),
+        "2.7b, in": (4, 2560, 10576, 1, ""),
+        "2.7b, out": (1, 5120, 2560, 1, "gate residual"),
+        "codestral, out": (2, 8192, 4096, 8, "gate residual"),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", KERNEL_NORM_LINEAR)
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_kernel_norm_linear_is_the_norm_and_the_projection_in_float64(dtype, case):
+    rows, d, outputs, groups, features = KERNEL_NORM_LINEAR[case]
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    x, norm_weight, weight = draw(rows, 1, d), draw(d), draw(outputs, d)
+    bias = draw(outputs) if "bias" in features else None
+    gate = draw(rows, 1, d + 16)[..., 8:-8] if "gate" in features else None
+    residual = draw(rows, 1, outputs, dtype=torch.float32) if "residual" in features else None
+    with torch.no_grad(), poisoned():
+        found = mamba2.kernels.norm_linear(
+            x, norm_weight, 1e-5, weight, bias, gate=gate, groups=groups, residual=residual
+        )
+    assert found.dtype == (dtype if residual is None else torch.float32)
+    given = (x, norm_weight, weight, bias, gate, residual)
+    x, norm_weight, weight, bias, gate, residual = (t if t is None else t.double() for t in given)
+    y = mamba2.rms_norm(x, norm_weight, 1e-5, gate=gate, groups=groups)
+    exact = F.linear(y, weight, bias) + (0 if residual is None else residual)
+    limit = KERNEL_SMALL[dtype if residual is None else torch.float32]
+    assert relative_error(found, exact) <= limit
+
+
+@needs_kernels
+def test_kernel_norm_linear_leaves_many_rows_and_gradients_to_others():
+    x, w = torch.randn(5, 8, device=DEVICE), torch.randn(8, device=DEVICE)
+    weight = torch.randn(6, 8, device=DEVICE)
+    takes = mamba2.kernels.takes_norm_linear
+    assert takes(x[:4], w, 1e-5, weight) and not takes(x, w, 1e-5, weight)
+    assert not takes(x[:1], w, 1e-5, weight.requires_grad_())
+    with torch.no_grad():
+        assert takes(x[:1], w, 1e-5, weight)
+        for arguments in (
+            (x[:1], w[1:], 1e-5, weight),
+            (x[:1], w, 1e-5, weight[:, 1:]),
+            (x[:1], w, 1e-5, weight, w),
+            (x[:1].double(), w, 1e-5, weight),
+        ):
+            assert not takes(*arguments)
+            with pytest.raises(ValueError, match="mamba2.Mamba2Block takes any tensors"):
+                mamba2.kernels.norm_linear(*arguments)
+
+
 @needs_kernels
 def test_kernel_convolution_rounds_a_state_to_the_dtype_of_x_as_its_twin_does():
     x, weight = torch.randn(2, 5, 8, device=DEVICE).to(HALF), torch.randn(8, 4, device=DEVICE)
@@ -3682,7 +3744,14 @@ def counted(monkeypatch):
     """The names of the operations that the kernels run in here; "refused" if they do not."""
     ran = []
     with monkeypatch.context() as patch:
-        for name in ("ssd", "causal_conv1d", "rms_norm", "layer_middle", "layer_step"):
+        for name in (
+            "ssd",
+            "causal_conv1d",
+            "rms_norm",
+            "layer_middle",
+            "layer_step",
+            "norm_linear",
+        ):
             operation = getattr(mamba2.kernels, name)
 
             def counting(*args, name=name, operation=operation, **options):
@@ -4046,6 +4115,41 @@ def test_kernel_step_is_captured_whole_by_torch_compile_for_any_number_of_rows()
                 assert relative_error(f, e) <= 1e-2
     for graph in graphs:
         assert sum(f"{mamba2.kernels.NAMESPACE}.layer_step" in target for target in graph) == 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", [{}, dict(ngroups=2, bias=True, dt_limit=(0.01, 0.05))])
+def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monkeypatch):
+    layer, _ = kernel_layer(HALF, **options)
+    block = mamba2.Mamba2Block(layer.config).to(DEVICE, HALF)
+    exact = copy.deepcopy(block).double()
+    h = torch.randn(5, 1, layer.config.d_model, device=DEVICE)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        exact.load_state_dict(block.state_dict())
+        _, state = block(torch.randn_like(h).expand(-1, 3, -1))
+
+        def run(rows):
+            part = Mamba2State(*(t[:rows] for t in state))
+            with counted(monkeypatch) as ran:
+                found, new = block(h[:rows], part)
+            wide = Mamba2State(*(t.double() for t in part))
+            want, exact_new = exact(h[:rows].double(), wide)
+            assert found.dtype == torch.float32 and relative_error(found, want) <= 1e-2
+            assert relative_error(new.ssm, exact_new.ssm) <= 1e-2
+            return ran
+
+        three = ["norm_linear", "layer_step", "norm_linear"]
+        assert run(1) == run(4) == three and "norm_linear" not in run(5)
+        seen = []
+        handle = block.mixer.out_proj.register_forward_hook(lambda *given: seen.append(given))
+        assert "norm_linear" not in run(1) and len(seen) == 1
+        handle.remove()
+        assert run(1) == three
+        with torch.autocast(DEVICE.type, HALF), counted(monkeypatch) as ran:
+            block(h[:1], Mamba2State(*(t[:1] for t in state)))
+        assert "norm_linear" not in ran
 
 
 @needs_kernels
