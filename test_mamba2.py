@@ -1899,7 +1899,9 @@ def test_a_stream_yields_what_generate_appends(case):
     assert case != "ended" or expected.shape[1] < 42
     cache = model.prefill(ids[:, :7], mask[:, :7])
     before = cache.map(torch.clone)
-    for chunk in (None,) if case == "without a cache" else (None, 2):
+    # With a cache, transformers before 5.23 (seen in 5.17) gives chunks the mask's first columns.
+    chunked = case != "without a cache" and Version(transformers.__version__) >= Version("5.23")
+    for chunk in (None, 2) if chunked else (None,):
         kwargs = dict(attention_mask=mask, prefill_chunk_size=chunk)
         expected = model.generate(ids, **kwargs, **{**given, "do_sample": False})
         found = streamed(
@@ -3068,6 +3070,7 @@ needs_fsdp2 = pytest.mark.skipif(not FSDP2_RUNS, reason="torch 2.6's FSDP2 needs
 def distribute(model, engine, **options):
     if engine == "DDP":
         return nn.parallel.DistributedDataParallel(model, **options)
+    options = {"mesh": init_device_mesh(DEVICE.type, (dist.get_world_size(),)), **options}
     for layer in model.backbone.layers:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -3483,8 +3486,14 @@ def relative_error(found, exact):
     return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def assert_kernel_right(name, inputs, tolerance, case, only=None, loose=(), twin=None, **static):
-    """Values and gradients of a kernel are those of its twin; `only`: of one output's cotangent."""
+def assert_kernel_right(
+    name, inputs, tolerance, case, only=None, loose=(), sums=(), twin=None, **static
+):
+    """Values and gradients of a kernel are those of its twin; `only`: of one output's cotangent.
+
+    loose: other tolerances, by name. sums: gradients that are sums of terms which cancel, so that
+    rounding the terms costs more: three times what it costs the twin, in these dtypes, is allowed.
+    """
     exact_inputs = {
         k: t if t is None else t.cpu().double() if t.is_floating_point() else t.cpu()
         for k, t in inputs.items()
@@ -3502,8 +3511,13 @@ def assert_kernel_right(name, inputs, tolerance, case, only=None, loose=(), twin
     with poisoned():
         found = run_with_gradients(getattr(mamba2.kernels, name), inputs, cotangents, **static)
     assert found.keys() == exact.keys()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mamba2, "kernels", None)
+        rounded = run_with_gradients(twin, inputs, cotangents, **static) if sums else {}
     for key in exact:
         error, limit = relative_error(found[key], exact[key]), dict(loose).get(key, tolerance)
+        if key in sums:
+            limit += 3 * relative_error(rounded[key], exact[key])
         assert error <= limit, f"{case}, {key}: {error:.1e}"  # also if it is NaN
         if key.startswith("d "):
             assert found[key].dtype == inputs[key[2:]].dtype
@@ -3569,7 +3583,7 @@ KERNEL_SSD |= {
     for p, n in SIZES
 }
 KERNEL_SSD |= {
-    f"headdim {p}, d_state {n}, from zero": dict(l=(3, 3), b=1, h=2, p=p, n=n) for p, n in SIZES
+    f"headdim {p}, d_state {n}, from zero": dict(l=(3, 3), b=1, h=8, p=p, n=n) for p, n in SIZES
 }
 
 
@@ -3851,10 +3865,10 @@ def test_kernel_middle_is_the_layer_between_its_projections(dtype, case, monkeyp
     # As for SSD, with more roundings on the way, of float16 also below its normal range. Gradients
     # of numbers a head are sums over all positions, of terms that cancel.
     tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
-    loose = dict.fromkeys(("d A_log", "d D", "d dt_bias"), 5 * tolerance)
+    sums = ["d A_log", "d D", "d dt_bias"]
     only = only[0] if only else None
     assert_kernel_right(
-        "layer_middle", inputs, tolerance, case, only, loose, twin=layer_middle, **static
+        "layer_middle", inputs, tolerance, case, only, sums=sums, twin=layer_middle, **static
     )
 
 
