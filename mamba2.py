@@ -67,6 +67,7 @@ import functools
 import importlib.util
 import math
 import sys
+import threading
 import warnings
 import weakref
 from dataclasses import dataclass, replace
@@ -1918,10 +1919,12 @@ class DecodingGraph:
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
     does without graphs. There is none for a model with hooks or adapters, which a graph would not
-    see change, nor with weights that are spread over several devices.
+    see change, nor with weights that are spread over several devices. While one is made, other
+    threads must not draw random numbers on that GPU.
     """
 
     enabled = True
+    capturing = threading.Lock()  # PyTorch can make one graph at a time
     idle = weakref.WeakKeyDictionary()  # model: the graph that it used last
     failed = weakref.WeakKeyDictionary()  # model: what no graph could be made for
 
@@ -1983,7 +1986,7 @@ class DecodingGraph:
         self.graph = torch.cuda.CUDAGraph()
         outer = _decoding.set(None)  # it is the plain step that is captured
         try:
-            with torch.cuda.device(device):
+            with DecodingGraph.capturing, torch.cuda.device(device):
                 stream = torch.cuda.Stream()
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):  # for what is done once, such as compiling kernels
