@@ -15,7 +15,8 @@ What is here, in reading order:
     3. Mamba2             the layer: projections, short convolution, SSD, gated norm (Section 7.1)
     4. Mamba2Model, Mamba2ForCausalLM   the language model, native to Hugging Face transformers;
                           from_pretrained loads the published checkpoints: mamba_ssm's format (its
-                          config is translated in 1), transformers', and Codestral-Mamba's
+                          config is translated in 1), transformers', and Codestral-Mamba's;
+                          generate and stream write text, on CUDA with a graph for each token
     5. Slices             layer and model on a sequence of which several GPUs have a slice each
 
 One idea carries all of it: a layer is a pure function of its input and its state,
@@ -1892,15 +1893,18 @@ def _next_tokens(labels, mask, seq_idx):
 
     That is the label of the next position that is not masked, unless it is of another sequence.
     """
-    if mask is None:
-        mask = torch.ones_like(labels, dtype=torch.bool)
-    order = mask.int().argsort(dim=1, stable=True)  # (b, l), masked positions to the front
-    back = order.argsort(dim=1)
+    if mask is not None:
+        order = mask.int().argsort(dim=1, stable=True)  # (b, l), masked positions to the front
+        back = order.argsort(dim=1)
 
     def following(x):
-        return _take(F.pad(_take(x, order), (0, 1), value=-100)[:, 1:], back)
+        x = x if mask is None else _take(x, order)
+        x = F.pad(x, (0, 1), value=-100)[:, 1:]
+        return x if mask is None else _take(x, back)
 
-    targets = following(labels).masked_fill(~mask, -100)
+    targets = following(labels)
+    if mask is not None:
+        targets = targets.masked_fill(~mask, -100)
     if seq_idx is not None:
         targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
     return targets
