@@ -1126,6 +1126,11 @@ class Mamba2Cache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states take."""
+        return sum(tensor.nbytes for state in self.states for tensor in state)
+
     def map(self, function) -> Mamba2Cache:
         """The cache with `function` applied to each of its tensors."""
         states = tuple(Mamba2State(*map(function, state)) for state in self.states)
@@ -1709,8 +1714,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        # With so many rows, logits take the memory of the head's weight; a GPU needs more work.
-        rows = max(self.config.hidden_size, 4096 if h.is_cuda else 0)
+        # With so many rows, logits take the memory of the head's weight, or half a megabyte; a GPU
+        # needs more work.
+        rows = max(self.config.hidden_size, 2**17 // self.config.vocab_size)
+        rows = max(rows, 4096 if h.is_cuda else 0)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
         return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)

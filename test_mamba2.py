@@ -1352,6 +1352,8 @@ def test_a_cache_can_be_forked_selected_moved_and_mapped():
     selected = cache.select(chosen)
     assert_same_state(selected, model(ids[chosen]).past_key_values, F32)
     assert selected.seq_idx.tolist() == [2, 1, 2] and selected.length == 9
+    assert cache.nbytes == 4 * sum(s.conv.numel() + s.ssm.numel() for s in cache.states)
+    assert cache.repeat(3).nbytes == 3 * cache.nbytes
     assert {t.device.type for s in cache.to("cpu").states for t in s} == {"cpu"}
     doubled = cache.map(lambda tensor: 2 * tensor)
     assert torch.equal(doubled.states[1].ssm, 2 * cache.states[1].ssm)
@@ -4603,7 +4605,7 @@ def benchmark():
             for piece in torch.randint(256, (1, context - seen)).split(4096, dim=1):
                 cache = layers(piece, past_key_values=cache, logits_to_keep=1).past_key_values
             seen = context
-            sizes.append(sum(t.nbytes for t in tensors(cache.states)) / 1e6)
+            sizes.append(cache.nbytes / 1e6)
             steps.append(functools.partial(layers, token, past_key_values=cache))
         for row in zip(contexts, milliseconds(steps, repeats=101), sizes, strict=True):
             print("{:>38,} tokens {:6.2f} {:8.2f}".format(*row))
@@ -4894,7 +4896,7 @@ def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampli
         streamed(new)
         first, all_ = seconds([functools.partial(streamed, n) for n in (1, new + 1)])
         row = f"{context:16,} {prefill:11.3f} {1e3 * (all_ - first) / new:12.3f}"
-        print(row, f"{sum(t.nbytes for t in tensors(cache.states)) / 1e6:13.1f}", flush=True)
+        print(row, f"{cache.nbytes / 1e6:13.1f}", flush=True)
 
 
 def main():
