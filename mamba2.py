@@ -1435,7 +1435,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if mask is not None:
             h = h.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
         checkpoints = self.gradient_checkpointing and self.training
-        given = dict(states=bool(past.states), checkpoints=checkpoints)
+        given = dict(states=len(past.states) > 0, checkpoints=checkpoints)
         slices = Slices.of(group, self.config, h, mask, seq_idx, **given)
         labels, exists, length = slices.whole if slices else (seq_idx, mask, h.shape[1])
         if seq_idx is not None and past.seq_idx is not None:
@@ -1714,9 +1714,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        # With so many rows, logits take the memory of the head's weight, or half a megabyte; a GPU
-        # needs more work.
-        rows = max(self.config.hidden_size, 2**17 // self.config.vocab_size)
+        # With so many rows, logits take the memory of the head's weight, or 256 KB; a GPU needs
+        # more work.
+        rows = max(self.config.hidden_size, 2**16 // self.config.vocab_size)
         rows = max(rows, 4096 if h.is_cuda else 0)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
@@ -1900,14 +1900,15 @@ def _next_tokens(labels, mask, seq_idx):
 
     That is the label of the next position that is not masked, unless it is of another sequence.
     """
+    order = back = None
     if mask is not None:
         order = mask.int().argsort(dim=1, stable=True)  # (b, l), masked positions to the front
         back = order.argsort(dim=1)
 
     def following(x):
-        x = x if mask is None else _take(x, order)
+        x = x if order is None else _take(x, order)
         x = F.pad(x, (0, 1), value=-100)[:, 1:]
-        return x if mask is None else _take(x, back)
+        return x if back is None else _take(x, back)
 
     targets = following(labels)
     if mask is not None:

@@ -2063,6 +2063,7 @@ def test_a_cache_is_shared_by_several_samples_and_beams():
 def test_speculation_gives_hidden_states_to_who_asks():
     model, ids = tiny(dtype=torch.float64), tokens(1, 12).repeat(1, 2)
     given = dict(GREEDY, return_dict_in_generate=True, output_hidden_states=True)
+    given["eos_token_id"] = VOCABULARY  # never; transformers 5.5 must have one here
     output = model.generate(ids, prompt_lookup_num_tokens=3, **given)
     hidden = torch.cat([step[-1] for step in output.hidden_states], dim=1)
     whole = model(output.sequences[:, :-1], output_hidden_states=True).hidden_states[-1]
