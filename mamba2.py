@@ -2016,19 +2016,18 @@ class DecodingGraph:
         """The step itself, from buffers to buffers."""
         cache = Mamba2Cache(tuple(self.states))
         output = model(self.token, past_key_values=cache, use_cache=True, return_dict=True)
-        pairs = zip(_flatten(self.states), _flatten(output.past_key_values.states), strict=True)
-        old, new = zip(*((old, new) for old, new in pairs if old is not new), strict=True)
-        torch._foreach_copy_(old, new)
+        _copy(self.states, output.past_key_values.states)
         return output.logits[:, -1]
 
     def load(self, cache):
         """Go on from this cache."""
-        torch._foreach_copy_(_flatten(self.states), _flatten(cache.states))
+        _copy(self.states, cache.states)
 
     def cache(self, length) -> Mamba2Cache:
         """The state behind the last token."""
-        states = [Mamba2State(*map(torch.clone, state)) for state in self.states]
-        return Mamba2Cache(tuple(states), length)
+        states = tuple(Mamba2State(*map(torch.empty_like, state)) for state in self.states)
+        _copy(states, self.states)
+        return Mamba2Cache(states, length)
 
     def __call__(self, ids):
         """The logits (b, vocabulary) behind ids (b, 1); until the next call."""
@@ -2038,8 +2037,12 @@ class DecodingGraph:
         return self.logits
 
 
-def _flatten(states):
-    return [tensor for state in states for tensor in state]
+def _copy(targets, sources):
+    """Copy states into others, unless they are these: one kernel for conv, and one for ssm."""
+    for into, out_of in zip(zip(*targets, strict=True), zip(*sources, strict=True), strict=True):
+        pairs = [(to, of) for to, of in zip(into, out_of, strict=True) if to is not of]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 class _Decoder:
