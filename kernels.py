@@ -15,7 +15,8 @@ call; without Triton or a GPU every answer is no. `python kernels.py` times all 
 A layer without a mask does all of this in one operation, `layer_middle`, with the same kernels: a
 small layer waits for the CPU longer than for the GPU. The operation answers None where it cannot,
 and then the three are asked one by one. For one token, without gradients, `layer_step` does all of
-the first line, from projection to y, in one kernel. The twins of these two are lines of the layer.
+the first line, from projection to y, in one kernel, and `norm_linear` a norm with the projection
+behind it. The twins of these three are lines of the layer and of its block.
 
     launches     forward     conv, prep, [segment], scan, norm
                  backward    norm, prep, border, chunk, finish, conv, fold
@@ -86,12 +87,13 @@ bytes that must move over the bandwidth of a device copy. Bytes per element of x
     rms_norm         x, gate, out      6    x, gate, dout, dx, dgate 10
       without gate   x, out            4    x, dout, dx               6
     layer_step       state, new state  4    (an element of the state) -
+    norm_linear      weight            2    (an element of the weight) -
 
 Nothing but inputs is kept for the backward (of a layer's middle: the projection, and what lies
 between convolution, SSD and norm): pre-activations and root mean squares are computed again from
-the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where
-they lie: rows may be any distance apart, as in a slice of a wider projection, as long as the last
-dimension is contiguous.
+the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where they lie:
+rows may be any distance apart, as in a slice of a wider projection, as long as the last dimension
+is contiguous.
 
 Gradients of weights are sums over all positions. Every program sums the positions it walks over in
 registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order. No
