@@ -107,6 +107,7 @@ import importlib.util
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -115,6 +116,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 try:
     import triton
@@ -267,7 +269,7 @@ def _operation(name, forward, backward, fake, count, kept=0):
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{name}"
     inputs_in_all = forward.__code__.co_argcount
-    forward = _on_its_device(forward, 0)
+    forward = _replayed(forward, 0)
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
     opaque.register_fake(fake)
 
@@ -282,7 +284,7 @@ def _operation(name, forward, backward, fake, count, kept=0):
 
     if backward is None:
         return call
-    backward = _on_its_device(backward, -inputs_in_all)
+    backward = _replayed(backward, -inputs_in_all)
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
 
     def fake_backward(*arguments):
@@ -326,13 +328,163 @@ def _operation(name, forward, backward, fake, count, kept=0):
     return call
 
 
-def _on_its_device(function, at):
-    """The function, run with the device of its argument number `at` as the current one."""
+# What an operation launches depends only on its numbers and on the kind of its tensors: shapes,
+# strides, dtypes. Working it out, with views, tile sizes and grids, takes the CPU several times as
+# long as launching it, and a small model waits for that. So the first call for a kind of tensors is
+# recorded, and later ones launch the same, at other addresses. An operation need not know: it is a
+# function that allocates memory, takes views, and calls `_launch`. What does more is not replayed.
+
+
+class _Recording(TorchFunctionMode):
+    """Watches a call, for the memory in which its tensors lie, and for what it launches.
+
+    An area of memory is that of an input, or of a tensor that was allocated during the call. What
+    PyTorch computes is in none of them, and whoever launches that cannot be replayed.
+    """
+
+    active = threading.local()  # .recording: the one of this thread
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.areas, self.tensors, self.launches = list(inputs), [], []
+        self.area_of = {id(tensor): area for area, tensor in enumerate(inputs)}
+        self.fails = len(self.area_of) < len(inputs)  # one is given twice: which is it that is used?
+
+    def __enter__(self):
+        self.active.recording = self
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.active.recording = None
+        return super().__exit__(*exception)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        results, name = function(*args, **(kwargs or {})), function.__name__
+        for tensor in results if isinstance(results, (tuple, list)) else (results,):
+            if not isinstance(tensor, Tensor) or id(tensor) in self.area_of:
+                continue
+            self.tensors.append(tensor)  # lives on, so that its id stays its own
+            if name in ("empty", "empty_like", "new_empty"):
+                self.area_of[id(tensor)] = len(self.areas)
+                self.areas.append(tensor)
+            else:
+                views = [t for t in args if isinstance(t, Tensor) and _share(t, tensor)]
+                self.area_of[id(tensor)] = self.area_of.get(id(views[0])) if views else None
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            self.fails = True  # it computes in place
+        return results
+
+    def launched(self, run, tensors, values):
+        pointers = []
+        for at, tensor in enumerate(tensors):
+            block = None
+            if isinstance(tensor, TensorDescriptor):
+                layout, block = (tensor.shape, tensor.strides), tensor.block_shape
+                tensor = tensor.base
+            elif tensor is not None:
+                layout = tensor.shape, tensor.stride()
+            if tensor is not None:
+                area = self.area_of.get(id(tensor))
+                self.fails = self.fails or area is None
+                offset = 0 if self.fails else tensor.data_ptr() - self.areas[area].data_ptr()
+                pointers.append((at, area, offset, tensor.dtype, layout, block))
+        self.launches.append((run, [None] * len(tensors) + list(values), pointers))
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    memory = one.untyped_storage().data_ptr()
+    return memory != 0 and memory == other.untyped_storage().data_ptr()
+
+
+class _Replay:
+    """Does what a recorded call did, with other inputs. `possible` says whether it can."""
+
+    def __init__(self, recording, count, results):
+        self.kind = type(results)
+        results = [results] if isinstance(results, Tensor) else results
+        self.outputs = [(t.shape, t.stride(), t.dtype) for t in results]
+        areas = {area: (area, 0) for area in range(count)}  # in which tensor of a replay, and where
+        self.possible = bool(recording.launches) and not recording.fails
+        for i, result in enumerate(results, count):
+            area = recording.area_of.get(id(result))
+            whole = area is not None and result.numel() == recording.areas[area].numel()
+            self.possible = self.possible and whole and area not in areas
+            areas[area] = i, 0
+        self.bytes = 0  # all else shares one allocation
+        for area, tensor in enumerate(recording.areas):
+            if area not in areas:
+                areas[area] = count + len(results), self.bytes
+                self.bytes += _cdiv(tensor.nbytes, 512) * 512
+        self.launches = []
+        for run, arguments, pointers in recording.launches if self.possible else ():
+            pointers = [(at, *areas[area], *others) for at, area, *others in pointers]
+            self.launches.append((run, arguments, pointers))
+
+    def __call__(self, inputs, device):
+        outputs = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides, dtype in self.outputs
+        ]
+        tensors = [*inputs, *outputs]
+        if self.bytes:
+            tensors.append(torch.empty(self.bytes, dtype=torch.uint8, device=device))
+        bases = [t.data_ptr() for t in tensors]
+        stream = {}
+        if not INTERPRET:
+            stream["stream"] = triton.runtime.driver.active.get_current_stream(device.index)
+        for run, arguments, pointers in self.launches:
+            arguments = arguments.copy()
+            for at, which, start, offset, dtype, layout, block in pointers:
+                base = bases[which] + start + offset
+                if INTERPRET:
+                    base = _tensor_at(base, tensors[which], dtype, layout)
+                if block is not None:
+                    base = _descriptor(base if INTERPRET else _Address(base), *layout, block)
+                arguments[at] = base
+            run(*arguments, **stream)
+        return outputs[0] if self.kind is Tensor else self.kind(outputs)
+
+
+class _Address(int):
+    """What a descriptor needs of a tensor."""
+
+    data_ptr = int.__int__
+
+
+def _tensor_at(address, within, dtype, layout):
+    storage = within.untyped_storage()
+    start = (address - storage.data_ptr()) // dtype.itemsize
+    return torch.empty(0, dtype=dtype).set_(storage, start, *layout)
+
+
+_replays = {}
+
+
+def _replayed(function, at):
+    """The function, recorded and replayed, on the device of its argument number `at`."""
 
     @functools.wraps(function)
     def run(*arguments):
-        with torch.cuda.device_of(arguments[at]):
-            return function(*arguments)
+        x = arguments[at]
+        with torch.cuda.device_of(x):
+            tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+            key = function, x.device, tf32, *[
+                (a.shape, a.stride(), a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a
+                for a in arguments
+            ]  # fmt: skip
+            replay = _replays.get(key)
+            if replay:
+                return replay([a for a in arguments if isinstance(a, Tensor)], x.device)
+            if replay is not None:
+                return function(*arguments)
+            inputs = [a for a in arguments if isinstance(a, Tensor)]
+            with _Recording(inputs) as recording:
+                results = function(*arguments)
+            if len(_replays) > 1000:  # inputs of ever new lengths
+                _replays.clear()
+            replay = _Replay(recording, len(inputs), results)
+            _replays[key] = replay if replay.possible else False
+            return results
 
     return run
 
@@ -350,6 +502,12 @@ def _power_of_2(a: int) -> int:
     return 1 << (a - 1).bit_length()
 
 
+def _descriptor(base, shape, strides, block):
+    tiles = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take longer
+    tiles.base, tiles.shape, tiles.strides, tiles.block_shape = base, shape, strides, block
+    return tiles
+
+
 _compiled = {}
 _known = set()
 
@@ -362,19 +520,22 @@ def _launch(*calls):
     it. So it is kept here, by all that a compilation may depend on: constants, numbers, dtypes, and
     whether an address is a multiple of 16.
     """
-    if INTERPRET:
-        for kernel, grid, tensors, numbers, options in calls:
-            kernel[grid](*tensors, *numbers, **options)
-        return
-    device = torch.cuda.current_device()
-    keys = [_key(device, *call) for call in calls]
+    device = None if INTERPRET else torch.cuda.current_device()
+    keys = [None if INTERPRET else _key(device, *call) for call in calls]
     found = [_compiled.get(key) for key in keys]
-    if None in found:
+    if None in found and not INTERPRET:
         new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
         new = _compile(device, new)
         found = [f or new[key] for key, f in zip(keys, found, strict=True)]
-    for (compiled, constants), (_, grid, tensors, numbers, _) in zip(found, calls, strict=True):
-        compiled[grid](*tensors, *numbers, *constants)
+    recording = getattr(_Recording.active, "recording", None)
+    for one, (kernel, grid, tensors, numbers, options) in zip(found, calls, strict=True):
+        if INTERPRET:
+            run, values = functools.partial(kernel[grid], **options), numbers
+        else:
+            run, values = one[0][grid], (*numbers, *one[1])
+        run(*tensors, *values)
+        if recording is not None:
+            recording.launched(run, tensors, values)
 
 
 def _key(device, kernel, grid, tensors, numbers, options):
@@ -1241,9 +1402,7 @@ def _tiles(t, *block):
         shape, block = [b, h, l, w], (1, 1, *block)
         # The stride along an axis of size 1 may be anything, but has to be addressable.
         stride = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
-    tiles = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take longer
-    tiles.base, tiles.shape, tiles.strides, tiles.block_shape = t, shape, stride, block
-    return tiles
+    return _descriptor(t, shape, stride, block)
 
 
 def _strides(t, count):
@@ -3007,16 +3166,15 @@ class _Table:
         return do_bench(call, return_mode="median")
 
     def median_in_a_graph(self, calls) -> float:
-        stream = torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # from which a capture that fails does not return by itself
             for call in calls[:2]:
                 call()
+            with torch.cuda.graph(graph, stream=stream):
+                for call in calls:
+                    call()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
         return self.median(graph.replay) / len(calls)
 
     def fused(self, function):
@@ -3067,12 +3225,15 @@ class _Table:
                 try:
                     ms, moved, found = self.measure(part, side, side.inputs or inputs, dy, others)
                 except Exception as problem:  # out of memory, or a peer that does not run here
+                    problem = problem.__context__ or problem  # what came first, inside a capture
                     print(f"{name}, {part}, {side.who}: {repr(problem)[:90]}")
                     break
                 operations = flops * (("fwd" in part) + 2 * ("bwd" in part))
-                ratio = ms / ours.setdefault(part, ms)
+                if side.who == "ours":
+                    ours[part] = ms
+                ratio = f"{ms / ours[part]:7.1f}" if part in ours else f"{'-':>7}"
                 copied, matrix = moved / self.bandwidth / ms, operations / self.rate / ms
-                line = f"{name:26} {part:16} {side.who:10}{ms:9.4f}{ratio:7.1f}"
+                line = f"{name:26} {part:16} {side.who:10}{ms:9.4f}{ratio}"
                 line += f"{copied:6.0%}{matrix:7.0%}"
                 if side.inputs is None:
                     right = dwant if "bwd" in part else want
@@ -3098,10 +3259,15 @@ class _Table:
         def backward(y):
             return torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
 
-        y = forward()
-        call = functools.partial(backward, y) if part == "bwd" else lambda: backward(forward())
+        call = lambda: backward(forward())  # noqa: E731
+        found = call()[0]
+        moved = 2 * moved + forward().nbytes
+        if part == "bwd":
+            call = functools.partial(backward, forward())
+        # No y may live on while a graph is captured: its AccumulateGrad nodes would be used again,
+        # on the stream on which they were made.
         ms = self.median_in_a_graph([call]) if "graph" in part else self.median(call)
-        return ms, 2 * moved + y.nbytes, backward(y)[0]
+        return ms, moved, found
 
 
 def _tensors(outputs) -> list[Tensor]:
