@@ -269,18 +269,23 @@ def _operation(name, forward, backward, fake, count, kept=0):
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{name}"
     inputs_in_all = forward.__code__.co_argcount
-    forward = _replayed(forward, 0)
+
+    def answers(results):
+        return results[:-kept] if kept else results
+
+    whole = forward
+    forward = _replayed(whole, 0)
+    without_gradients = _replayed(lambda *inputs: answers(whole(*inputs)), 0)
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
     opaque.register_fake(fake)
 
     def call(*inputs):
         if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
-            results = opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
-        elif backward is None or not torch.is_grad_enabled():
-            results = forward(*inputs)
-        else:
-            return eager.apply(*inputs)
-        return results[:-kept] if kept else results
+            # A FakeTensor, for one, has nothing for a kernel to read.
+            return answers(opaque(*inputs))
+        if backward is None or not torch.is_grad_enabled():
+            return without_gradients(*inputs)
+        return eager.apply(*inputs)
 
     if backward is None:
         return call
@@ -318,7 +323,7 @@ def _operation(name, forward, backward, fake, count, kept=0):
         def forward(ctx, *inputs):
             results = forward(*inputs)
             save(ctx, inputs, results)
-            return results[:-kept] if kept else results
+            return answers(results)
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -332,14 +337,15 @@ def _operation(name, forward, backward, fake, count, kept=0):
 # strides, dtypes. Working it out, with views, tile sizes and grids, takes the CPU several times as
 # long as launching it, and a small model waits for that. So the first call for a kind of tensors is
 # recorded, and later ones launch the same, at other addresses. An operation need not know: it is a
-# function that allocates memory, takes views, and calls `_launch`. What does more is not replayed.
+# function that allocates memory, takes views, and calls `_launch`. What does more is not replayed,
+# but called each time. What must not happen is that it decides by anything that is not in the key.
 
 
 class _Recording(TorchFunctionMode):
-    """Watches a call, for the memory in which its tensors lie, and for what it launches.
+    """Watches a call: the memory in which its tensors lie, and what it launches.
 
-    An area of memory is that of an input, or of a tensor that was allocated during the call. What
-    PyTorch computes is in none of them, and whoever launches that cannot be replayed.
+    An area of memory is an input's, or was allocated during the call. What PyTorch computes is in
+    none of them; a call that launches a kernel on it, such as on a copy, `fails` to be repeatable.
     """
 
     active = threading.local()  # .recording: the one of this thread
@@ -348,7 +354,7 @@ class _Recording(TorchFunctionMode):
         super().__init__()
         self.areas, self.tensors, self.launches = list(inputs), [], []
         self.area_of = {id(tensor): area for area, tensor in enumerate(inputs)}
-        self.fails = len(self.area_of) < len(inputs)  # one is given twice: which is it that is used?
+        self.fails = len(self.area_of) < len(inputs)  # one is given twice: which of them is used?
 
     def __enter__(self):
         self.active.recording = self
@@ -359,7 +365,7 @@ class _Recording(TorchFunctionMode):
         return super().__exit__(*exception)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        results, name = function(*args, **(kwargs or {})), function.__name__
+        results, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
         for tensor in results if isinstance(results, (tuple, list)) else (results,):
             if not isinstance(tensor, Tensor) or id(tensor) in self.area_of:
                 continue
@@ -370,11 +376,13 @@ class _Recording(TorchFunctionMode):
             else:
                 views = [t for t in args if isinstance(t, Tensor) and _share(t, tensor)]
                 self.area_of[id(tensor)] = self.area_of.get(id(views[0])) if views else None
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-            self.fails = True  # it computes in place
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name == "__setitem__" or name.startswith("__i"):
+            self.fails = True
         return results
 
     def launched(self, run, tensors, values):
+        """Note run(*tensors, *values), with where each tensor, or a descriptor's, is in an area."""
         pointers = []
         for at, tensor in enumerate(tensors):
             block = None
@@ -397,7 +405,12 @@ def _share(one: Tensor, other: Tensor) -> bool:
 
 
 class _Replay:
-    """Does what a recorded call did, with other inputs. `possible` says whether it can."""
+    """Does what a recorded call did, with other inputs. `possible` says whether it can.
+
+    Results are allocated one by one. All other memory, which nobody sees, is one allocation: each
+    takes the CPU half as long as a launch. Kernels get addresses instead of tensors, which Triton
+    would ask for theirs, and the driver whether it is right.
+    """
 
     def __init__(self, recording, count, results):
         self.kind = type(results)
@@ -410,37 +423,40 @@ class _Replay:
             whole = area is not None and result.numel() == recording.areas[area].numel()
             self.possible = self.possible and whole and area not in areas
             areas[area] = i, 0
-        self.bytes = 0  # all else shares one allocation
+        self.bytes = 0
         for area, tensor in enumerate(recording.areas):
             if area not in areas:
                 areas[area] = count + len(results), self.bytes
                 self.bytes += _cdiv(tensor.nbytes, 512) * 512
         self.launches = []
         for run, arguments, pointers in recording.launches if self.possible else ():
-            pointers = [(at, *areas[area], *others) for at, area, *others in pointers]
-            self.launches.append((run, arguments, pointers))
+            addresses, others = [], []
+            for at, area, offset, *what in pointers:
+                which, start = areas[area]
+                if what[-1] is None and not INTERPRET:
+                    addresses.append((at, which, start + offset))
+                else:
+                    others.append((at, which, start + offset, functools.partial(_argument, *what)))
+            self.launches.append((run, arguments, addresses, others))
 
     def __call__(self, inputs, device):
-        outputs = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype in self.outputs
+        tensors = [
+            *inputs,
+            *[torch.empty_strided(*layout, dtype=t, device=device) for *layout, t in self.outputs],
         ]
-        tensors = [*inputs, *outputs]
+        outputs = tensors[len(inputs) :]
         if self.bytes:
             tensors.append(torch.empty(self.bytes, dtype=torch.uint8, device=device))
-        bases = [t.data_ptr() for t in tensors]
+        bases = [tensor.data_ptr() for tensor in tensors]
         stream = {}
         if not INTERPRET:
             stream["stream"] = triton.runtime.driver.active.get_current_stream(device.index)
-        for run, arguments, pointers in self.launches:
+        for run, arguments, addresses, others in self.launches:
             arguments = arguments.copy()
-            for at, which, start, offset, dtype, layout, block in pointers:
-                base = bases[which] + start + offset
-                if INTERPRET:
-                    base = _tensor_at(base, tensors[which], dtype, layout)
-                if block is not None:
-                    base = _descriptor(base if INTERPRET else _Address(base), *layout, block)
-                arguments[at] = base
+            for at, which, offset in addresses:
+                arguments[at] = bases[which] + offset
+            for at, which, offset, argument in others:
+                arguments[at] = argument(tensors[which], bases[which] + offset)
             run(*arguments, **stream)
         return outputs[0] if self.kind is Tensor else self.kind(outputs)
 
@@ -451,10 +467,15 @@ class _Address(int):
     data_ptr = int.__int__
 
 
-def _tensor_at(address, within, dtype, layout):
-    storage = within.untyped_storage()
-    start = (address - storage.data_ptr()) // dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(storage, start, *layout)
+def _argument(dtype, layout, block, memory, address):
+    """The tensor at the address, for the interpreter; or a descriptor of it, if it has blocks."""
+    if INTERPRET:
+        storage = memory.untyped_storage()
+        start = (address - storage.data_ptr()) // dtype.itemsize
+        base = torch.empty(0, dtype=dtype).set_(storage, start, *layout)
+    else:
+        base = _Address(address)
+    return base if block is None else _descriptor(base, *layout, block)
 
 
 _replays = {}
@@ -520,22 +541,31 @@ def _launch(*calls):
     it. So it is kept here, by all that a compilation may depend on: constants, numbers, dtypes, and
     whether an address is a multiple of 16.
     """
-    device = None if INTERPRET else torch.cuda.current_device()
-    keys = [None if INTERPRET else _key(device, *call) for call in calls]
-    found = [_compiled.get(key) for key in keys]
-    if None in found and not INTERPRET:
-        new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
-        new = _compile(device, new)
-        found = [f or new[key] for key, f in zip(keys, found, strict=True)]
     recording = getattr(_Recording.active, "recording", None)
-    for one, (kernel, grid, tensors, numbers, options) in zip(found, calls, strict=True):
-        if INTERPRET:
-            run, values = functools.partial(kernel[grid], **options), numbers
-        else:
-            run, values = one[0][grid], (*numbers, *one[1])
+    for (run, values), (_, _, tensors, _, _) in zip(_runners(calls), calls, strict=True):
         run(*tensors, *values)
         if recording is not None:
             recording.launched(run, tensors, values)
+
+
+def _runners(calls):
+    """What launches each call's kernel, and the numbers and constants that follow its tensors."""
+    if INTERPRET:
+        return [
+            (functools.partial(kernel[grid], **options), numbers)
+            for kernel, grid, _, numbers, options in calls
+        ]
+    device = torch.cuda.current_device()
+    keys = [_key(device, *call) for call in calls]
+    found = [_compiled.get(key) for key in keys]
+    if None in found:
+        new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
+        new = _compile(device, new)
+        found = [f or new[key] for key, f in zip(keys, found, strict=True)]
+    return [
+        (compiled[grid], (*numbers, *constants))
+        for (compiled, constants), (_, grid, _, numbers, _) in zip(found, calls, strict=True)
+    ]
 
 
 def _key(device, kernel, grid, tensors, numbers, options):

@@ -1007,9 +1007,10 @@ class Mamba2(nn.Module):
 
 def _is(module: nn.Module, kind: type) -> bool:
     """Whether calling the module is calling kind.forward: no adapter in its place, no hooks."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    hooks += module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not (hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -1419,7 +1420,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
         past = past_key_values
         if past is None:
             past = Mamba2Cache(() if initial_states is None else tuple(initial_states))
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer in self-speculative decoding
+        # Fewer in self-speculative decoding. A list, since a slice of modules is slow to make.
+        layers = list(self.layers)[: self.config.num_hidden_layers]
         states = past.states or [None] * len(layers)
         if len(states) != len(layers):
             raise ValueError(f"{len(states)} states for {len(layers)} layers: give one each")

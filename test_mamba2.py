@@ -3450,7 +3450,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 189
+PASSED_IN_THE_INTERPRETER = 190
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3597,6 +3597,7 @@ KERNEL_SSD |= {
 @pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
 def test_kernel_ssd_is_its_twin_in_values_and_gradients(dtype, case, monkeypatch):
     options = dict(KERNEL_SSD[case])
+    monkeypatch.setattr(mamba2.kernels, "_replays", {})  # of a call that was not forced
     for name in ("segments", "split"):
         if name in options:
             forced = options.pop(name)
@@ -4236,6 +4237,49 @@ def test_kernel_results_have_the_same_bits_twice(dtype):
 
 
 @needs_kernels
+def test_kernel_calls_that_are_replayed_have_the_bits_of_first_calls(monkeypatch):
+    dtype, l = (torch.bfloat16, 200) if CUDA else (torch.float32, 40)
+    x, gate = torch.randn(2, 2, 20, 96, device=DEVICE)
+    draw = functools.partial(kernel_ssd_inputs, dtype, l)
+    middle, options = kernel_middle_inputs(dtype, l, h=4, g=2, features="state seq limit")
+    replays = {}
+    monkeypatch.setattr(mamba2.kernels, "_replays", replays)
+
+    def run(name, inputs, static):
+        operation = getattr(mamba2.kernels, name)
+        with torch.no_grad():
+            alone = tensors(operation(**inputs, **static))
+        cotangents = [torch.ones_like(output) for output in alone]
+        return [*alone, *run_with_gradients(operation, inputs, cotangents, **static).values()]
+
+    for name, inputs, static in (
+        ("ssd", draw(h=4, g=2, state=True, seq=True, sliced=True), {}),
+        ("ssd", draw(sliced="odd"), {}),  # what is copied first cannot be replayed
+        ("causal_conv1d", dict(x=x, weight=torch.randn(96, 4, device=DEVICE)), {}),
+        ("rms_norm", dict(x=x, gate=gate, weight=x[0, 0].clone()), dict(eps=1e-5)),
+        ("layer_middle", middle, options),
+    ):
+        replays.clear()
+        run(name, inputs, static)
+        kinds = len(replays)
+        for tensor in tensors(inputs):
+            if tensor.is_floating_point():
+                tensor.mul_(1 + torch.rand(tensor.shape, device=DEVICE).to(tensor.dtype))
+        found = run(name, inputs, static)
+        assert len(replays) == kinds, f"{name}: of another kind"
+        replays.clear()
+        assert identical(found, run(name, inputs, static)), name
+
+    others = draw(p=16, n=16, h=2, g=2, state=True)
+    one = others | dict(B=others["x"], C=others["x"])  # which of them is it that a kernel reads?
+    replays.clear()
+    run("ssd", one, {})
+    found = run("ssd", others, {})
+    replays.clear()
+    assert identical(found, run("ssd", others, {}))
+
+
+@needs_kernels
 def test_kernel_layer_is_captured_whole_by_torch_compile(monkeypatch):
     layer, _ = kernel_layer(HALF if CUDA else torch.float32)
     l = 200 if CUDA else 40
@@ -4424,6 +4468,7 @@ def test_kernels_that_are_executed_again_leave_those_of_before_alone():
     inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16, state=True)
     expected = mamba2.kernels.ssd(**inputs)
     assert identical(again.ssd(**inputs), expected)
+    again._replays.clear()
     del again._prepare  # now the second one's operations fail, whose names are its own
     for module in (again, mamba2.kernels):
         torch._dynamo.reset()
