@@ -4501,6 +4501,16 @@ def test_kernels_reach_beyond_two_to_the_31_elements():
     alone = run_with_gradients(mamba2.kernels.ssd, one, [dy[7:], None])
     for key in ("output 0", "output 1", "d x", "d dt", "d B", "d C"):
         assert relative_error(big[key][7:], alone[key]) <= 1e-2, key
+    del inputs, dy, big, one, alone
+
+    # The projection of a layer, and its gradient: 2.2e9 elements.
+    inputs, static = kernel_middle_inputs(torch.bfloat16, 26_000, b=8, h=80)
+    dout = torch.randn(8, 26_000, 80 * 64, **bf16)
+    big = run_with_gradients(mamba2.kernels.layer_middle, inputs, [dout, None, None], **static)
+    one = inputs | dict(zxbcdt=inputs["zxbcdt"][7:])
+    alone = run_with_gradients(mamba2.kernels.layer_middle, one, [dout[7:], None, None], **static)
+    for key in ("output 0", "output 1", "output 2", "d zxbcdt"):
+        assert relative_error(big[key][7:], alone[key]) <= 1e-2, key
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
