@@ -167,6 +167,12 @@ if __name__ == "kernels":
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # run kernels as Python, on a CPU, for tests
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Triton compiles a kernel once more wherever a number is 1, or a multiple of 16. Of numbers that
+# change with batch and length it shall not: nothing is gained, and a prompt of another length would
+# wait for seconds.
+VARYING = """L NC BH CPS NSEG PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots
+    a_rows b_rows c_rows""".split()
+jit = functools.partial(triton.jit, do_not_specialize=VARYING)
 _said = set()
 
 
@@ -489,7 +495,7 @@ def softplus(v):
     return tl.where(v > 20.0, v, log1p)
 
 
-@triton.jit
+@jit
 def prep_kernel(
     dt_ptr, A_ptr, bias_ptr, seq_ptr, series_ptr, end_ptr, run_ptr,
     dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl, low, high,
@@ -605,7 +611,7 @@ def walk(
 # SSD: forward -------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def segment_kernel(
     x_desc, B_desc, series_desc, end_ptr, run_ptr, seg_ptr, decay_ptr,
     NC, H, BH, HPG, NPB, P, N, NSEG, CPS,
@@ -642,7 +648,7 @@ def segment_kernel(
     tl.store(decay_ptr + row, tl.exp2(total))
 
 
-@triton.jit
+@jit
 def scan_kernel(
     x_desc, B_desc, C_desc, series_desc, y_ptr,
     end_ptr, run_ptr, D_ptr, init_ptr, seg_ptr, decay_ptr, final_ptr,
@@ -739,7 +745,7 @@ def scan_kernel(
 # SSD: backward ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def border_kernel(
     x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
     end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
@@ -972,7 +978,7 @@ def bc_part(
     tl.store(parts_ptr + at, dC_tn, mask=mask_qn)
 
 
-@triton.jit
+@jit
 def chunk_kernel(
     x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr, sums_ptr,
@@ -1132,7 +1138,7 @@ def chain_part(
         tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
-@triton.jit
+@jit
 def finish_kernel(
     B_desc, C_desc, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
     dB_ptr, dC_ptr, ddt_ptr, sums_ptr,
@@ -1587,7 +1593,7 @@ def _fold_part(
     tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
 
 
-@triton.jit
+@jit
 def _fold_kernel(
     a_ptr, a1_ptr, a2_ptr, a3_ptr, b_ptr, b1_ptr, b2_ptr, b3_ptr, c_ptr, c1_ptr, c2_ptr, c3_ptr,
     a_rows, a_columns, a1, a2, a3, b_rows, b_columns, b1, b2, b3, c_rows, c_columns, c1, c2, c3,
@@ -1662,7 +1668,7 @@ def _if(exists, channel, d):
     return channel < tl.where(exists, d, 0)
 
 
-@triton.jit
+@jit
 def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
     l, q_rows, d_units, x_batch_units, x_row_units,
@@ -1782,7 +1788,7 @@ def _conv_forward_kernel(
             tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=mask_d)
 
 
-@triton.jit
+@jit
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr,
     partial_ptr,
@@ -2129,7 +2135,7 @@ def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> tupl
     return min(slots, _cdiv(rows, tiles["R"])), tiles | limit
 
 
-@triton.jit
+@jit
 def _norm_forward_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr,
     rows, eps, groups, size_units, y_row_units, z_row_units,
@@ -2182,7 +2188,7 @@ def _norm_forward_kernel(
         tl.store(out_ptr + out_r1 + n[None, :], out_rn, mask=mask_rn)
 
 
-@triton.jit
+@jit
 def _norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
     rows, slots, eps, groups, size_units, y_row_units, z_row_units,

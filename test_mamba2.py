@@ -3450,7 +3450,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 189
+PASSED_IN_THE_INTERPRETER = 190
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3920,6 +3920,32 @@ KERNEL_MIDDLE_REFUSED = {
     "labels of 16 bits": lambda i: i | dict(seq_idx=i["zxbcdt"][..., 0].short()),
     "no norm": lambda i: i | dict(norm_weight=None),
 }
+
+
+@needs_kernels
+def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
+    """Whether a number is 1 or a multiple of 16, which Triton makes part of a kernel, stays."""
+    layer, _ = kernel_layer(torch.float32)
+    norm = mamba2.RMSNorm(layer.config.d_model, 1e-5).to(DEVICE)
+    launch, varying = mamba2.kernels._launch, {*mamba2.kernels.VARYING}
+    varying.add("NSPLIT")  # into how many shares the heads go: one, or more
+
+    def recording(*calls):
+        for kernel, _, tensors, numbers, options in calls:
+            named = zip(kernel.arg_names[len(tensors) :], numbers, strict=False)
+            kinds = [(k, v == 1, v % 16 == 0) for k, v in named if k not in varying]
+            compiled[-1].add((kernel.fn, *options.values(), *kinds))
+        launch(*calls)
+
+    compiled = []
+    monkeypatch.setattr(mamba2.kernels, "_launch", recording)
+    for b, l in ((1, 2), (1, 16), (2, 17), (3, 48), (16, 3), (1, 70)):
+        compiled.append(set())
+        u = torch.randn(b, l, layer.config.d_model, device=DEVICE, requires_grad=True)
+        layer(norm(u)).sum().backward()
+    assert len(compiled[0]) >= 10
+    for others in compiled[1:]:
+        assert others == compiled[0], others ^ compiled[0]
 
 
 @needs_kernels
