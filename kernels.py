@@ -800,7 +800,7 @@ def dx_part(
     pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
     NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
-    HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With S_st = B_s·C_t, the decay L_st = 2^(a_t - a_s) for s <= t, T_st = x_s·dy_t and
@@ -866,7 +866,7 @@ def dx_part(
         out_s = tl.sum(x_sp.to(tl.float32) * v_sp, axis=1)
         # dot: inside the chunk
         T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
-        if HAS_D and not D_VECTOR:
+        if not D_VECTOR:
             xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
         T_st *= L_st
         W_st += T_st * dt_q[:, None]
@@ -876,18 +876,17 @@ def dx_part(
         G_st = operand(S_st * L_st, x_sp.dtype, PREC)
         v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
         dx_sp = v_sp * dt_q[:, None]
-        if HAS_D:
-            if D_VECTOR:
-                p = pb * PB + tl.arange(0, PB)
-                D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
-                dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
-                dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
-                sums_at = sums_ptr + (b * NC + c).to(tl.int64) * SUMS + h * P + p
-                tl.store(sums_at, dD_p, mask=p < P)
-            else:
-                dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
-                xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
-                tl.store(xdy_at + q, xdy_q)
+        if D_VECTOR:
+            p = pb * PB + tl.arange(0, PB)
+            D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
+            dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
+            dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
+            sums_at = sums_ptr + (b * NC + c).to(tl.int64) * SUMS + h * P + p
+            tl.store(sums_at, dD_p, mask=p < P)
+        else:
+            dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
+            xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
+            tl.store(xdy_at + q, xdy_q)
         # store
         dx_desc.store([b, h, c * Q, pb * PB], dx_sp.to(x_sp.dtype).reshape(1, 1, Q, PB))
         tl.store(series_at(series_ptr, pb * SET + SERIES_ROW, bh, c, BH, NC, Q) + q, row_t)
@@ -982,7 +981,7 @@ def chunk_kernel(
     x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr, sums_ptr,
     D_sh, D_sp, SUMS, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
-    HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -999,7 +998,7 @@ def chunk_kernel(
             pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
             series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
             NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
-            HAS_SEQ, HAS_D, D_VECTOR, Q, PB, NB, PREC, STAGES,
+            HAS_SEQ, D_VECTOR, Q, PB, NB, PREC, STAGES,
         )  # fmt: skip
     else:
         # Two stages here: a third set of four tiles would leave room for one program only.
@@ -1052,7 +1051,7 @@ def total_part(
 def chain_part(
     bc, h, dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
     A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-    RAW: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr,
+    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr,
     PB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
@@ -1107,7 +1106,7 @@ def chain_part(
         out_qh += tl.load(out_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         before_qh += tl.load(out_at[None, :] + q[:, None] - 1, mask=mask_before, other=0.0)
         in_qh += tl.load(in_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
-        if HAS_D and not D_VECTOR:
+        if not D_VECTOR:
             xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
             xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         row = ((pb * BH + bh).to(tl.int64) * NC + c) * PB
@@ -1133,7 +1132,7 @@ def chain_part(
         tl.store(sums_ptr + WIDE + H + h, tl.sum(ddt_qh, axis=0), mask=mask_h)
     tl.store(ddt_ptr + at_qh, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
     tl.store(sums_ptr + WIDE + h, dA_h, mask=mask_h)
-    if HAS_D and not D_VECTOR:
+    if not D_VECTOR:
         tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
@@ -1142,7 +1141,7 @@ def finish_kernel(
     B_desc, C_desc, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
     dB_ptr, dC_ptr, ddt_ptr, sums_ptr,
     A_sh, dB_sl, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
-    RAW: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    RAW: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """From what the chunks' programs left to the gradients: two kernels in one launch.
@@ -1162,7 +1161,7 @@ def finish_kernel(
         chain_part(
             bc, (i - tiles) * HB + tl.arange(0, HB), dt_ptr, A_ptr, bias_ptr, series_ptr,
             cross_ptr, ddt_ptr, sums_ptr, A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-            RAW, HAS_D, D_VECTOR, Q, PB,
+            RAW, D_VECTOR, Q, PB,
         )  # fmt: skip
 
 
@@ -1349,10 +1348,11 @@ def _ssd_backward(
     dB = torch.empty(B.shape, device=x.device, dtype=x.dtype)
     dC = torch.empty(B.shape, device=x.device, dtype=x.dtype)
     ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
-    given = x, dt, A, B, C, D, initial_state, seq_idx
+    given_D = torch.zeros_like(A) if D is None else D
+    given = x, dt, A, B, C, given_D, initial_state, seq_idx
     (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, None, *given)
     _fold((sums, dD, dA))
-    return [dx, ddt, dA, dB, dC, dD, dinit]
+    return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
 
 
 def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1366,11 +1366,9 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     hpg = h // g
-    dinit, dD = x.new_empty(0), x.new_empty(0)
+    dinit, dD = x.new_empty(0), torch.empty_like(D, memory_format=torch.contiguous_format)
     if initial_state is not None:
         dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    if D is not None:
-        dD = torch.empty_like(D, memory_format=torch.contiguous_format)
     bias, *limit = raw or (None, 0.0, 0.0)
     sums_to = [dD, torch.empty(h, device=x.device, dtype=A.dtype)]
     if bias is not None:
@@ -1387,12 +1385,10 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     parts = torch.empty(2 * programs, Q, n, **f32)
     cross = torch.empty(npb * b * h, nc, PB, **f32)
     # Per chunk: the parts of dD, then those of dA, then those of dt_bias's.
-    vector = D is not None and D.ndim == 2
     wide = dD.numel()
     width = wide + (h if bias is None else 2 * h)
     sums = torch.empty(b * nc, width, **f32)
     tile = dict(Q=Q, PB=PB, PREC=precision)
-    flags = dict(HAS_D=D is not None, D_VECTOR=vector)
     pipeline = dict(STAGES=stages, num_warps=warps, num_stages=stages)
     series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3 + 5 * npb)
     x_desc, dy_desc, series_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB), _tiles(series, 1, Q)
@@ -1414,7 +1410,7 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     )  # fmt: skip
     sizes = nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs
     options = dict(
-        **tile, **flags, HAS_SEQ=seq_idx is not None, NB=NB,
+        **tile, D_VECTOR=D.ndim == 2, HAS_SEQ=seq_idx is not None, NB=NB,
         PIN=x.element_size() == 2 and not INTERPRET, **pipeline,
     )  # fmt: skip
     numbers = *_D_strides(D), width, *sizes
@@ -1427,7 +1423,7 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
         A.stride(0), dB.stride(1), ddt.stride(1), *limit, width, wide,
         l, nc, h, b * h, g, npb, n, nsplit, programs,
     )  # fmt: skip
-    options = dict(**tile, **flags, RAW=bias is not None, NB=64, HB=16, num_warps=4)
+    options = dict(**tile, D_VECTOR=D.ndim == 2, RAW=bias is not None, NB=64, HB=16, num_warps=4)
     grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1
     _launch(prep, border, chunk, (finish_kernel, grid, tensors, numbers, options))
     if dx is not dx_to:
