@@ -71,11 +71,10 @@ border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory o
 cache), all else 0.3 GB.
 
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
-of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
-forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
-With fp16 inputs they are tf32 products of fp32 numbers, for the range, see `_operands`. No decay is
-split into factors that could overflow; differences are masked, or cut off at 0, and then exp2. With
-dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
+of matrix products are in x's dtype (fp32 inputs: true fp32 products, unless PyTorch's own switch
+allows tf32; fp16 inputs: fp32 numbers in tf32 products, for the range, see `_operands`). No decay
+is split into factors that could overflow; differences are masked, or cut off at 0, and then exp2.
+With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
 
 Convolution, norm and the step of a token
 -----------------------------------------
@@ -1299,10 +1298,6 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
     x, B, C, precision = _operands(x, B, C)
     Q, PB, NB, warps = _config(x, n)
-    if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
-        # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
-        # registers than there are, and ten times as long.
-        precision, PB = "tf32x3", 32
     if initial_state is None and warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
