@@ -111,7 +111,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -149,14 +148,13 @@ def _hand_over():
     In a folder with this file `import kernels` finds this file first, where transformers means
     Hugging Face's package. If that is installed, it is loaded in this module's place.
     """
-    here = Path(__file__).resolve().parent
-    elsewhere = [path for path in sys.path if Path(path or ".").resolve() != here]
-    spec = importlib.machinery.PathFinder.find_spec("kernels", elsewhere)
-    if spec is None or spec.loader is None:
-        return
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernels"] = module
-    spec.loader.exec_module(module)
+    for folder in sys.path:
+        spec = importlib.machinery.PathFinder.find_spec("kernels", [folder])
+        if spec is not None and spec.origin and spec.submodule_search_locations:  # a package
+            module = importlib.util.module_from_spec(spec)
+            sys.modules["kernels"] = module
+            spec.loader.exec_module(module)
+            return
 
 
 if __name__ == "kernels":
@@ -169,6 +167,12 @@ if __name__ == "kernels":
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # run kernels as Python, on a CPU, for tests
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Triton compiles a kernel once more wherever a number is 1, or a multiple of 16. Of numbers that
+# change with batch and length it shall not: nothing is gained, and a prompt of another length would
+# wait for seconds.
+VARYING = """L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots
+    a_rows b_rows c_rows""".split()
+jit = functools.partial(triton.jit, do_not_specialize=VARYING)
 _said = set()
 
 
@@ -680,7 +684,7 @@ def softplus(v):
     return tl.where(v > 20.0, v, log1p)
 
 
-@triton.jit
+@jit
 def prep_kernel(
     dt_ptr, A_ptr, bias_ptr, seq_ptr, series_ptr, end_ptr, run_ptr,
     dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl, low, high,
@@ -796,7 +800,7 @@ def walk(
 # SSD: forward -------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def segment_kernel(
     x_desc, B_desc, series_desc, end_ptr, run_ptr, seg_ptr, decay_ptr,
     NC, H, BH, HPG, NPB, P, N, NSEG, CPS,
@@ -833,7 +837,7 @@ def segment_kernel(
     tl.store(decay_ptr + row, tl.exp2(total))
 
 
-@triton.jit
+@jit
 def scan_kernel(
     x_desc, B_desc, C_desc, series_desc, y_ptr,
     end_ptr, run_ptr, D_ptr, init_ptr, seg_ptr, decay_ptr, final_ptr,
@@ -930,7 +934,7 @@ def scan_kernel(
 # SSD: backward ------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def border_kernel(
     x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
     end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
@@ -986,7 +990,7 @@ def dx_part(
     pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
     NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
-    HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With S_st = B_s·C_t, the decay L_st = 2^(a_t - a_s) for s <= t, T_st = x_s·dy_t and
@@ -1052,7 +1056,7 @@ def dx_part(
         out_s = tl.sum(x_sp.to(tl.float32) * v_sp, axis=1)
         # dot: inside the chunk
         T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
-        if HAS_D and not D_VECTOR:
+        if not D_VECTOR:
             xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
         T_st *= L_st
         W_st += T_st * dt_q[:, None]
@@ -1062,18 +1066,17 @@ def dx_part(
         G_st = operand(S_st * L_st, x_sp.dtype, PREC)
         v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
         dx_sp = v_sp * dt_q[:, None]
-        if HAS_D:
-            if D_VECTOR:
-                p = pb * PB + tl.arange(0, PB)
-                D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
-                dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
-                dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
-                sums_at = sums_ptr + (b * NC + c).to(tl.int64) * SUMS + h * P + p
-                tl.store(sums_at, dD_p, mask=p < P)
-            else:
-                dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
-                xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
-                tl.store(xdy_at + q, xdy_q)
+        if D_VECTOR:
+            p = pb * PB + tl.arange(0, PB)
+            D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
+            dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
+            dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
+            sums_at = sums_ptr + (b * NC + c).to(tl.int64) * SUMS + h * P + p
+            tl.store(sums_at, dD_p, mask=p < P)
+        else:
+            dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
+            xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
+            tl.store(xdy_at + q, xdy_q)
         # store
         dx_desc.store([b, h, c * Q, pb * PB], dx_sp.to(x_sp.dtype).reshape(1, 1, Q, PB))
         tl.store(series_at(series_ptr, pb * SET + SERIES_ROW, bh, c, BH, NC, Q) + q, row_t)
@@ -1163,12 +1166,12 @@ def bc_part(
     tl.store(parts_ptr + at, dC_tn, mask=mask_qn)
 
 
-@triton.jit
+@jit
 def chunk_kernel(
     x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr, sums_ptr,
     D_sh, D_sp, SUMS, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
-    HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -1185,7 +1188,7 @@ def chunk_kernel(
             pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
             series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
             NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
-            HAS_SEQ, HAS_D, D_VECTOR, Q, PB, NB, PREC, STAGES,
+            HAS_SEQ, D_VECTOR, Q, PB, NB, PREC, STAGES,
         )  # fmt: skip
     else:
         # Two stages here: a third set of four tiles would leave room for one program only.
@@ -1238,7 +1241,7 @@ def total_part(
 def chain_part(
     bc, h, dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
     A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-    RAW: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr,
+    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr,
     PB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
@@ -1293,7 +1296,7 @@ def chain_part(
         out_qh += tl.load(out_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         before_qh += tl.load(out_at[None, :] + q[:, None] - 1, mask=mask_before, other=0.0)
         in_qh += tl.load(in_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
-        if HAS_D and not D_VECTOR:
+        if not D_VECTOR:
             xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
             xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         row = ((pb * BH + bh).to(tl.int64) * NC + c) * PB
@@ -1319,16 +1322,16 @@ def chain_part(
         tl.store(sums_ptr + WIDE + H + h, tl.sum(ddt_qh, axis=0), mask=mask_h)
     tl.store(ddt_ptr + at_qh, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
     tl.store(sums_ptr + WIDE + h, dA_h, mask=mask_h)
-    if HAS_D and not D_VECTOR:
+    if not D_VECTOR:
         tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
-@triton.jit
+@jit
 def finish_kernel(
     B_desc, C_desc, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
     dB_ptr, dC_ptr, ddt_ptr, sums_ptr,
     A_sh, dB_sl, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
-    RAW: tl.constexpr, HAS_D: tl.constexpr, D_VECTOR: tl.constexpr,
+    RAW: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """From what the chunks' programs left to the gradients: two kernels in one launch.
@@ -1348,7 +1351,7 @@ def finish_kernel(
         chain_part(
             bc, (i - tiles) * HB + tl.arange(0, HB), dt_ptr, A_ptr, bias_ptr, series_ptr,
             cross_ptr, ddt_ptr, sums_ptr, A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-            RAW, HAS_D, D_VECTOR, Q, PB,
+            RAW, D_VECTOR, Q, PB,
         )  # fmt: skip
 
 
@@ -1529,10 +1532,11 @@ def _ssd_backward(
     dB = torch.empty(B.shape, device=x.device, dtype=x.dtype)
     dC = torch.empty(B.shape, device=x.device, dtype=x.dtype)
     ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
-    given = x, dt, A, B, C, D, initial_state, seq_idx
+    given_D = torch.zeros_like(A) if D is None else D
+    given = x, dt, A, B, C, given_D, initial_state, seq_idx
     (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, None, *given)
     _fold((sums, dD, dA))
-    return [dx, ddt, dA, dB, dC, dD, dinit]
+    return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
 
 
 def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1546,11 +1550,9 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     hpg = h // g
-    dinit, dD = x.new_empty(0), x.new_empty(0)
+    dinit, dD = x.new_empty(0), torch.empty_like(D, memory_format=torch.contiguous_format)
     if initial_state is not None:
         dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    if D is not None:
-        dD = torch.empty_like(D, memory_format=torch.contiguous_format)
     bias, *limit = raw or (None, 0.0, 0.0)
     sums_to = [dD, torch.empty(h, device=x.device, dtype=A.dtype)]
     if bias is not None:
@@ -1567,12 +1569,10 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     parts = torch.empty(2 * programs, Q, n, **f32)
     cross = torch.empty(npb * b * h, nc, PB, **f32)
     # Per chunk: the parts of dD, then those of dA, then those of dt_bias's.
-    vector = D is not None and D.ndim == 2
     wide = dD.numel()
     width = wide + (h if bias is None else 2 * h)
     sums = torch.empty(b * nc, width, **f32)
     tile = dict(Q=Q, PB=PB, PREC=precision)
-    flags = dict(HAS_D=D is not None, D_VECTOR=vector)
     pipeline = dict(STAGES=stages, num_warps=warps, num_stages=stages)
     series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3 + 5 * npb)
     x_desc, dy_desc, series_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB), _tiles(series, 1, Q)
@@ -1594,7 +1594,7 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     )  # fmt: skip
     sizes = nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs
     options = dict(
-        **tile, **flags, HAS_SEQ=seq_idx is not None, NB=NB,
+        **tile, D_VECTOR=D.ndim == 2, HAS_SEQ=seq_idx is not None, NB=NB,
         PIN=x.element_size() == 2 and not INTERPRET, **pipeline,
     )  # fmt: skip
     numbers = *_D_strides(D), width, *sizes
@@ -1607,7 +1607,7 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
         A.stride(0), dB.stride(1), ddt.stride(1), *limit, width, wide,
         l, nc, h, b * h, g, npb, n, nsplit, programs,
     )  # fmt: skip
-    options = dict(**tile, **flags, RAW=bias is not None, NB=64, HB=16, num_warps=4)
+    options = dict(**tile, D_VECTOR=D.ndim == 2, RAW=bias is not None, NB=64, HB=16, num_warps=4)
     grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1
     _launch(prep, border, chunk, (finish_kernel, grid, tensors, numbers, options))
     if dx is not dx_to:
@@ -1776,7 +1776,7 @@ def _fold_part(
     tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
 
 
-@triton.jit
+@jit
 def _fold_kernel(
     a_ptr, a1_ptr, a2_ptr, a3_ptr, b_ptr, b1_ptr, b2_ptr, b3_ptr, c_ptr, c1_ptr, c2_ptr, c3_ptr,
     a_rows, a_columns, a1, a2, a3, b_rows, b_columns, b1, b2, b3, c_rows, c_columns, c1, c2, c3,
@@ -1851,7 +1851,7 @@ def _if(exists, channel, d):
     return channel < tl.where(exists, d, 0)
 
 
-@triton.jit
+@jit
 def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
     l, q_rows, d_units, x_batch_units, x_row_units,
@@ -1971,7 +1971,7 @@ def _conv_forward_kernel(
             tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=mask_d)
 
 
-@triton.jit
+@jit
 def _conv_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr,
     partial_ptr,
@@ -2318,7 +2318,7 @@ def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> tupl
     return min(slots, _cdiv(rows, tiles["R"])), tiles | limit
 
 
-@triton.jit
+@jit
 def _norm_forward_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr,
     rows, eps, groups, size_units, y_row_units, z_row_units,
@@ -2371,7 +2371,7 @@ def _norm_forward_kernel(
         tl.store(out_ptr + out_r1 + n[None, :], out_rn, mask=mask_rn)
 
 
-@triton.jit
+@jit
 def _norm_backward_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
     rows, slots, eps, groups, size_units, y_row_units, z_row_units,

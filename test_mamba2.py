@@ -1045,7 +1045,8 @@ def test_the_clone_works_without_hugging_faces_package_kernels(tmp_path):
     folder = clone(tmp_path / "clone", "mamba2.py", "kernels.py")
     check = "assert kernels.takes_ssd; from packaging.version import parse; "
     check += "parse(kernels.__version__)  # transformers does so"
-    run_python(IMPORT_IN_THE_CLONE.format(check=check, folder=str(folder)), folder)
+    other = clone(tmp_path / "other", "mamba2.py", "kernels.py")  # a second copy is none, either
+    run_python(IMPORT_IN_THE_CLONE.format(check=check, folder=str(folder)), folder, other)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2827,6 +2828,13 @@ BLOCKS = (
 )
 
 
+def test_the_readme_s_figure_shows_the_numbers_of_its_tables():
+    bars, flat = figure_rows()
+    drawn = re.findall(r">([\d.]+)×<", FIGURE.read_text())
+    assert len(flat) >= 5 and len(bars) >= 5
+    assert drawn == [f"{theirs / mine:.1f}" for mine, theirs in bars.values()]
+
+
 def test_the_readme_has_code_to_run():
     assert README.is_file() and BLOCKS
 
@@ -3924,6 +3932,32 @@ KERNEL_MIDDLE_REFUSED = {
 
 
 @needs_kernels
+def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
+    """Whether a number is 1 or a multiple of 16, which Triton makes part of a kernel, stays."""
+    layer, _ = kernel_layer(torch.float32)
+    norm = mamba2.RMSNorm(layer.config.d_model, 1e-5).to(DEVICE)
+    launch, varying = mamba2.kernels._launch, {*mamba2.kernels.VARYING}
+    varying.add("NSPLIT")  # into how many shares the heads go: one, or more
+
+    def recording(*calls):
+        for kernel, _, tensors, numbers, options in calls:
+            named = zip(kernel.arg_names[len(tensors) :], numbers, strict=False)
+            kinds = [(k, v == 1, v % 16 == 0) for k, v in named if k not in varying]
+            compiled[-1].add((kernel.fn, *options.values(), *kinds))
+        launch(*calls)
+
+    compiled = []
+    monkeypatch.setattr(mamba2.kernels, "_launch", recording)
+    for b, l in ((1, 2), (1, 16), (2, 17), (3, 48), (16, 3), (1, 70)):
+        compiled.append(set())
+        u = torch.randn(b, l, layer.config.d_model, device=DEVICE, requires_grad=True)
+        layer(norm(u)).sum().backward()
+    assert len(compiled[0]) >= 10
+    for others in compiled[1:]:
+        assert others == compiled[0], others ^ compiled[0]
+
+
+@needs_kernels
 @pytest.mark.parametrize("case", KERNEL_MIDDLE_REFUSED)
 def test_kernel_middle_answers_none_where_it_cannot_run(case):
     inputs, static = kernel_middle_inputs(torch.float32, 5, features="state")
@@ -4546,6 +4580,16 @@ def test_kernels_reach_beyond_two_to_the_31_elements():
     alone = run_with_gradients(mamba2.kernels.ssd, one, [dy[7:], None])
     for key in ("output 0", "output 1", "d x", "d dt", "d B", "d C"):
         assert relative_error(big[key][7:], alone[key]) <= 1e-2, key
+    del inputs, dy, big, one, alone
+
+    # The projection of a layer, and its gradient: 2.2e9 elements.
+    inputs, static = kernel_middle_inputs(torch.bfloat16, 26_000, b=8, h=80)
+    dout = torch.randn(8, 26_000, 80 * 64, **bf16)
+    big = run_with_gradients(mamba2.kernels.layer_middle, inputs, [dout, None, None], **static)
+    one = inputs | dict(zxbcdt=inputs["zxbcdt"][7:])
+    alone = run_with_gradients(mamba2.kernels.layer_middle, one, [dout[7:], None, None], **static)
+    for key in ("output 0", "output 1", "output 2", "d zxbcdt"):
+        assert relative_error(big[key][7:], alone[key]) <= 1e-2, key
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
@@ -4945,11 +4989,65 @@ def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampli
         print(row, f"{cache.nbytes / 1e6:13.1f}", flush=True)
 
 
+FIGURE = ROOT / ".figure.svg"
+
+
+def figure_rows():
+    """What the README's first figure shows, from its tables: times this and mamba_ssm take, by
+    label, and the time of a token by length of the context."""
+    text = README.read_text()
+
+    def times(row, mine, other, table=""):
+        """Two columns of the first row that begins like this, after a row that does like that."""
+        begin = text.index("| " + row, text.index("| " + table if table else ""))
+        cells = [cell.strip() for cell in text[begin:].splitlines()[0].split("|")]
+        return float(cells[mine]), float(cells[other])
+
+    bars = {
+        "SSD, forward": times("SSD, batch 8", 2, 3),
+        "SSD, backward": times("… backward", 2, 3, "SSD, batch 8"),
+        "a layer's training step": times("… forward and backward", 2, 3, "layer of mamba2-130m"),
+        "a prompt of 8,192 tokens": times("prompt of 8,192 tokens", 2, 3),
+        "a token": times("mamba2-130m | 1 |", 4, 6),
+        "a token, 2.7b, batch 64": times("| 64 | bfloat16", 4, 6, "mamba2-2.7b | 1 |"),
+    }
+    flat = re.search(
+        r"It is flat: mamba2-130m takes (.*?)\sms a token after\s(.*?)\stokens", text, re.S
+    )
+    numbers = [re.findall(r"[\d.,]*\d", part) for part in flat.groups()]
+    milliseconds, contexts = ([float(n.replace(",", "")) for n in part] for part in numbers)
+    return bars, dict(zip(contexts, milliseconds, strict=True))
+
+
+def draw_figure():
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    bars, flat = figure_rows()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(1.5, 1))
+    ratios = [theirs / mine for mine, theirs in bars.values()]
+    drawn = left.barh([*bars], ratios, color="#0072B2")
+    left.bar_label(drawn, [f"{ratio:.1f}×" for ratio in ratios], padding=3)
+    left.axvline(1, color="black", linestyle="--", linewidth=1)
+    left.set(title="Times as fast as mamba_ssm", xlim=(0, max(ratios) + 0.6))
+    left.invert_yaxis()
+    right.semilogx([*flat], [*flat.values()], "o-", color="#0072B2")
+    right.set(
+        title="Milliseconds a token", xlabel="tokens before it", ylim=(0, 1.5 * max(flat.values()))
+    )
+    right.set_xticks([100, 10_000, 1_000_000], ["100", "10,000", "1,000,000"])
+    figure.tight_layout()
+    figure.savefig(FIGURE, metadata=dict(Date=None))
+    print(f"{FIGURE} is drawn from the tables of README.md")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("cpu", help="against transformers' own Mamba-2, on the CPU (the default)")
     commands.add_parser("errors", help="of every form of SSD in every dtype, against float64")
+    commands.add_parser("figure", help="draw the README's figure from its tables")
     training = commands.add_parser("training", help="memory and speed on long sequences, on a GPU")
     training.add_argument("shape", choices=SHAPES)
     training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
@@ -4975,6 +5073,8 @@ def main():
         benchmark_training(arguments.shape, arguments.lengths, arguments.methods.split(","))
     elif arguments.command == "errors":
         benchmark_errors()
+    elif arguments.command == "figure":
+        draw_figure()
     elif arguments.command == "generation":
         sizes = arguments.batch, arguments.prompt, arguments.new
         contexts = [int(n) for n in arguments.contexts.split(",") if n]
