@@ -21,6 +21,9 @@ behind it. The twins of these three are lines of the layer and of its block.
     launches     forward     conv, prep, [segment], scan, norm
                  backward    norm, prep, border, chunk, finish, conv, fold
 
+With which tiles, grids and numbers is worked out at the first call for tensors of these shapes, and
+replayed at the next: see `_Recording`.
+
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
 writes into the state and t >= s the one that reads it. Tiles carry their axes as a suffix.
