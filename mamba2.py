@@ -915,7 +915,7 @@ class Mamba2(nn.Module):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         self._check(u, state, mask, seq_idx)
         if mask is not None:
-            mask = mask.bool()
+            mask = _as_bool("mask", mask)
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
         slices = Slices.of(group, self.config, u, mask, seq_idx, state=state is not None)
         zxbcdt = self.in_proj(u)
@@ -993,16 +993,41 @@ class Mamba2(nn.Module):
         _require("u", u, dims="batch, length, width")
         b, l, _ = u.shape
         _require("u", u, (b, l, config.hidden_size))
+        weight = self.in_proj.weight
+        if u.dtype != weight.dtype and _is(self.in_proj, nn.Linear):
+            if not torch.is_autocast_enabled(u.device.type):
+                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
         if mask is not None:
             _require("mask", mask, (b, l), kind="numbers")
         if seq_idx is not None:
             _require("seq_idx", seq_idx, (b, l), kind="integers")
         if state is not None:
-            if not (isinstance(state, tuple) and len(state) == 2):
-                raise TypeError(f"state is a {type(state).__name__}: it must be a Mamba2State")
+            tensors = state if isinstance(state, tuple) else ()
+            if len(tensors) != 2 or not all(isinstance(tensor, Tensor) for tensor in tensors):
+                kind = type(state).__name__
+                raise TypeError(
+                    f"state is a {kind}: it must be step's second result, a Mamba2State"
+                )
             h, p, _, n = self.sizes
             _require("state.conv", state[0], (b, config.conv_kernel - 1, self.widths[1]))
             _require("state.ssm", state[1], (b, h, p, n))
+
+
+def _can_ask(x: Tensor) -> bool:
+    """Whether the numbers in x can be looked at: not while a graph is traced or captured."""
+    if x.device.type == "meta" or torch.compiler.is_compiling():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _as_bool(name: str, mask: Tensor) -> Tensor:
+    """The mask as bool, once it is sure that a float one is not meant to be added to attention."""
+    if mask.is_floating_point() and _can_ask(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"{name} holds other numbers than 0 and 1: it must be 1 where a position is read, 0 "
+            f"where not; instead of one that is added to attention, pass {name} == 0"
+        )
+    return mask.bool()
 
 
 def _is(module: nn.Module, kind: type) -> bool:
@@ -1104,7 +1129,7 @@ class Mamba2Block(nn.Module):
         return kernels.norm_linear(*last, gate=z, groups=inner.groups, residual=h), state
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Mamba2Cache:
     """The state of a whole model behind some tokens, and a value: nothing changes it.
 
@@ -1123,6 +1148,11 @@ class Mamba2Cache:
     # What transformers' generation asks of a cache:
     is_compileable = False
     is_croppable = False
+
+    def __repr__(self) -> str:
+        kinds = {f"{tuple(state.ssm.shape)} {state.ssm.dtype}" for state in self.states}
+        layers = f"{len(self.states)} layers of {', '.join(kinds)}"
+        return f"Mamba2Cache(length={self.length}, {layers}, {self.nbytes:,} bytes)"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -1160,6 +1190,7 @@ class Mamba2Cache:
 
         def move(state):
             ssm = state.ssm.to(*args, **kwargs)
+            _require("ssm", ssm, ssm.shape)
             return Mamba2State(state.conv.to(ssm.device), ssm)
 
         states = tuple(move(state) for state in self.states)
@@ -1180,11 +1211,14 @@ class Mamba2Cache:
     @classmethod
     def load(cls, path, device="cpu") -> Mamba2Cache:
         """Read a cache that `save` wrote."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata() or {}
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata() or {}
+        except SafetensorError:  # no such file, though, is a FileNotFoundError
+            metadata = {}
         if "length" not in metadata:
             raise ValueError(f"{str(path)!r} holds no cache: it must be a file that `save` wrote")
         n_layer = sum(name.endswith(".conv") for name in tensors)
@@ -1425,6 +1459,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
         states = past.states or [None] * len(layers)
         if len(states) != len(layers):
             raise ValueError(f"{len(states)} states for {len(layers)} layers: give one each")
+        if inputs_embeds is None:
+            _require_ids("input_ids", input_ids, self.config.vocab_size)
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
         if past_key_values is not None and past.states and len(past.states[0].ssm) != len(h):
             raise ValueError(
@@ -1496,6 +1532,21 @@ def _require_cache(cache):
         )
 
 
+def _require_ids(name, ids, vocab_size, *others):
+    """Raise unless all are below vocab_size, or one of the others. A GPU would have to be awaited:
+    there it is a failed assertion."""
+    if ids.device.type == "cpu" and _can_ask(ids):
+        fits = (ids >= 0) & (ids < vocab_size)
+        for other in others:
+            fits |= ids == other
+        if not fits.all():
+            found, allowed = ids[~fits][0].item(), " or ".join(map(str, ("", *others)))
+            raise ValueError(
+                f"{name} holds {found}: it must hold 0 to vocab_size - 1 = {vocab_size - 1}"
+                f"{allowed}; is the tokenizer the model's?"
+            )
+
+
 def _as_mask(attention_mask, shape, seen):
     """(b, l) bool from transformers' attention_mask, or None where nothing is masked."""
     if attention_mask is None:
@@ -1506,12 +1557,9 @@ def _as_mask(attention_mask, shape, seen):
         or_all = f", or {(b, seen + l)} to cover what the cache has seen too" if seen else ""
         found = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask has shape {found}: it must be {(b, l)}{or_all}")
-    mask = attention_mask[:, columns - l :].bool()
-    # Nothing masked is the common case, and worth asking for; a graph that is captured cannot ask.
-    can_ask = mask.device.type != "meta" and not torch.compiler.is_compiling()
-    if can_ask and mask.is_cuda:
-        can_ask = not torch.cuda.is_current_stream_capturing()
-    return None if can_ask and bool(mask.all()) else mask
+    mask = _as_bool("attention_mask", attention_mask[:, columns - l :])
+    # Nothing masked is the common case, and worth asking for.
+    return None if _can_ask(mask) and bool(mask.all()) else mask
 
 
 NO_LABEL = torch.iinfo(torch.int64).min  # of a sequence of which every position was masked so far
@@ -1629,6 +1677,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require("seq_idx", seq_idx, (b, l), kind="integers")
         if labels is not None:
             _require("labels", labels, (b, l), kind="integers")
+            _require_ids("labels", labels, self.config.vocab_size, -100)
 
         length = self._segment_length(segment_length, b, l, group)
         count = max(1, -(-l // length))
@@ -1783,6 +1832,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         for name in ("assistant_model", "streamer", "custom_generate"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
+        if input_ids is not None:
+            _require("input_ids", input_ids, dims="batch, length", kind="integers")
         return super().generate(input_ids, custom_generate=type(self)._stream, **options)
 
     def _stream(

@@ -1280,9 +1280,11 @@ def test_whatever_is_masked_disturbs_no_gradient():
     assert identical(*gradients)
 
 
-def test_mistakes_of_newcomers_are_answered():
+def test_mistakes_of_newcomers_are_answered(tmp_path):
     model, ids = tiny(), tokens(2, 9)
-    cache = model.prefill(ids)
+    cache, layer, u = model.prefill(ids), model.backbone.layers[0].mixer, torch.randn(2, 9, 32)
+    junk = tmp_path / "junk.safetensors"
+    junk.write_text("not of safetensors")
     for call, error, message in (
         (lambda: model(ids[0]), ValueError, r"input_ids has shape \(9,\): it must be \(batch, le"),
         (lambda: model([[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
@@ -1318,9 +1320,22 @@ def test_mistakes_of_newcomers_are_answered():
             ValueError,
             "groups = 3: it must divide the last axis of x, 8",
         ),
+        (lambda: model(ids + 64), ValueError, "input_ids holds .*: it must hold 0 to .* = 63; is"),
+        (lambda: model(ids, labels=ids - 64), ValueError, "labels holds -.* = 63 or -100; is the"),
+        (lambda: model(ids, ids - 1.0), ValueError, "other numbers than 0 and 1: .* == 0"),
+        (lambda: layer(u, mask=u[..., 0]), ValueError, "mask holds other numbers than 0 and 1"),
+        (lambda: layer(u.double()), TypeError, "u is torch.float64, the weights torch.float32"),
+        (lambda: layer.step(u, layer.step(u)), TypeError, "it must be step's second result, a M"),
+        (lambda: model.stream("text"), TypeError, "input_ids is a str: it must be a tensor"),
+        (lambda: cache.to(torch.int8), TypeError, "ssm is torch.int8"),
+        (lambda: Mamba2Cache.load(junk), ValueError, "holds no cache: it must be a file that"),
     ):
         with pytest.raises(error, match=message):
             call()
+    assert torch.equal(layer(u, mask=torch.ones(2, 9)), layer(u))
+    assert re.fullmatch(
+        r"Mamba2Cache\(length=9, . layers of .* torch.float32, .* bytes\)", str(cache)
+    )
     theirs = transformers.Mamba2Config(num_hidden_layers=1).to_dict()
     assert Mamba2Config.from_dict(theirs).num_hidden_layers == 1
     half = cache.to(dtype=torch.bfloat16)
