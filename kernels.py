@@ -2809,7 +2809,11 @@ def layer_step(
 # pass: the root is one number a row and group, and multiplies the finished sum. So a token of a
 # layer takes three launches: `layer_step` between two of these.
 NORM_LINEAR_ROWS = 4  # with more, a norm of its own and a product on tensor cores are faster
-NORM_LINEAR = dict(KB=512, num_warps=4)
+# While a tile is summed the next ones arrive, through STAGES buffers. One row without a gate leaves
+# so little to compute that single warps, which never wait for each other, are faster. OB is halved
+# until each multiprocessor has 4 warps.
+NORM_LINEAR = dict(OB=4, KB=512, STAGES=3, num_warps=4)
+NORM_LINEAR_ROW = dict(OB=8, KB=256, STAGES=3, num_warps=1)
 
 
 @triton.jit
@@ -2818,6 +2822,7 @@ def _norm_linear_kernel(
     x_row, gate_row, weight_row, residual_row, out_row, rows, outputs, eps,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, RB: tl.constexpr, OB: tl.constexpr, KB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The equation above, for OB outputs of all rows. Here k is a channel of x, o one of out.
 
@@ -2841,7 +2846,7 @@ def _norm_linear_kernel(
     for g in tl.static_range(GROUPS):
         dot_rok = tl.zeros((RB, OB, KB), tl.float32)
         square_rk = tl.zeros((RB, KB), tl.float32)
-        for first in range(0, SIZE, KB):
+        for first in tl.range(0, SIZE, KB, num_stages=STAGES):
             # load
             k = first + tl.arange(0, KB)
             mask_k = k < SIZE
@@ -2882,20 +2887,20 @@ def _norm_linear_forward(
     x, x_row = _rows(x)
     gate_, gate_row = (x, 0) if gate is None else _rows(gate)
     residual_, residual_row = (x, 0) if residual is None else _rows(residual)
-    config = dict(NORM_LINEAR)
+    alone = rows == 1 and gate is None
+    config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR)
     config["KB"] = min(config["KB"], _power_of_2(size))
-    rb = _power_of_2(rows)
-    ob = 16 // rb
-    while ob > 1 and _cdiv(outputs, ob) < 2 * _processors(x.device):  # that all take part
-        ob //= 2
+    warps = 4 * _processors(x.device)
+    while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
+        config["OB"] //= 2
+    tensors = x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous()
+    tensors += residual_, out
+    numbers = x_row, gate_row, weight.stride(0), residual_row, outputs, rows, outputs, eps
+    options = dict(SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None)
+    options |= dict(RESIDUAL=residual is not None, RB=_power_of_2(rows), **config)
+    grid = _cdiv(outputs, config["OB"]), 1, 1
     with torch.cuda.device_of(x):
-        _norm_linear_kernel[(_cdiv(outputs, ob),)](
-            x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous(),
-            residual_, out, x_row, gate_row, weight.stride(0), residual_row, outputs,
-            rows, outputs, eps,
-            SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None,
-            RESIDUAL=residual is not None, RB=rb, OB=ob, **config,
-        )  # fmt: skip
+        _launch((_norm_linear_kernel, grid, tensors, numbers, options))
     return out
 
 

@@ -3450,7 +3450,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 189
+PASSED_IN_THE_INTERPRETER = 191
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3652,6 +3652,7 @@ def test_kernel_convolution_is_its_twin_in_values_and_gradients(dtype, k, case):
 
 KERNEL_NORM_LINEAR = {  # rows, d, outputs, groups, features
     "one row": (1, 64, 100, 1, ""),
+    "one row, an odd width": (1, 700, 33, 1, ""),
     "groups and all else": (3, 96, 70, 2, "gate bias residual"),
     "four rows, an odd width": (4, 700, 33, 1, "residual"),
     "wide groups": (2, 1536, 20, 4, "gate bias"),
