@@ -2631,6 +2631,10 @@ def _step_kernel(
     C_at = B_at + G * N
     B_u = _step_inputs(xBC_ptr, conv_ptr, B_at, mask_n, d, K)
     C_u = _step_inputs(xBC_ptr, conv_ptr, C_at, mask_n, d, K)
+    if tl.program_id(1) == 0:  # now, not later, so that nothing holds them in registers
+        for j in tl.static_range(1, K):
+            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
+            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
     B_n = _step_taps(B_u, weight_ptr, bias_ptr, B_at, mask_n, K, BIAS)
     C_n = _step_taps(C_u, weight_ptr, bias_ptr, C_at, mask_n, K, BIAS)
 
@@ -2644,7 +2648,8 @@ def _step_kernel(
         mask_pn = mask_p[:, None] & mask_n[None, :]
         at_p = (b * (G * HPG) + h) * P + p
         at_pn = at_p[:, None] * N + n[None, :]
-        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0).to(tl.float32)
+        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0, eviction_policy="evict_first")
+        state_pn = state_pn.to(tl.float32)
         dt = tl.load(dt_ptr + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32)
         A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
         D = tl.load(D_ptr + h).to(tl.float32)
@@ -2658,14 +2663,10 @@ def _step_kernel(
         y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
 
         # store
-        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn)
+        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn, eviction_policy="evict_first")
         tl.store(y_ptr + at_p, y_p, mask=mask_p)
         for j in tl.static_range(1, K):
             tl.store(new_conv_ptr + (j - 1) * d + x_at, x_u[j], mask=mask_p)
-    if tl.program_id(1) == 0:
-        for j in tl.static_range(1, K):
-            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
-            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
 
 
 def _step_into(
