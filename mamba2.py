@@ -1085,7 +1085,10 @@ class Mamba2Block(nn.Module):
         return h + y, state
 
     def _token(self, h, state):
-        """The same for a token of few rows, in three kernels; None where they cannot do that."""
+        """The same for a token, with fewer roundings; None where that cannot be.
+
+        Three kernels do all of it for few rows. For more, matrix products are a GPU's library's.
+        """
         norm, mixer = self.norm, self.mixer
         in_proj, out_proj, inner = mixer.in_proj, mixer.out_proj, mixer.norm
         linear = _is(in_proj, nn.Linear) and _is(out_proj, nn.Linear)
@@ -1094,13 +1097,29 @@ class Mamba2Block(nn.Module):
         if not _is(mixer, Mamba2) or torch.is_autocast_enabled(h.device.type):
             return None
         first = h, norm.weight, norm.eps, in_proj.weight, in_proj.bias
-        if not kernels.takes_norm_linear(*first):
+        few = kernels.takes_norm_linear(*first)
+        if not (few or _adds(h, out_proj)):
             return None
         mixer._check(h, state, None, None)
-        z, xBC, dt = kernels.norm_linear(*first).split(mixer.widths, dim=-1)
+        zxbcdt = kernels.norm_linear(*first) if few else in_proj(norm(h))
+        z, xBC, dt = zxbcdt.split(mixer.widths, dim=-1)
         y, state = mixer._mix(xBC, dt, state, None, None)
+        if not few:
+            y = inner(y, gate=z)[:, 0]  # (b, h p)
+            h = torch.addmm(h[:, 0], y, out_proj.weight.t(), out_dtype=h.dtype)  # (b, d)
+            return h[:, None], state
         last = y, inner.weight, inner.eps, out_proj.weight, out_proj.bias
         return kernels.norm_linear(*last, gate=z, groups=inner.groups, residual=h), state
+
+
+def _adds(h: Tensor, linear: nn.Linear) -> bool:
+    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
+        return False
+    weight, known = linear.weight, "dtype" in torch.ops.aten.addmm.overloads()  # PyTorch 2.8
+    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
+    plain = type(weight) is nn.Parameter and linear.bias is None and torch.version.hip is None
+    return known and halves and plain
 
 
 @dataclass(frozen=True, eq=False)

@@ -4160,8 +4160,9 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
             assert relative_error(new.ssm, exact_new.ssm) <= 1e-2
             return ran
 
-        three = ["norm_linear", "layer_step", "norm_linear"]
+        three, before = ["norm_linear", "layer_step", "norm_linear"], h.clone()
         assert run(1) == run(4) == three and "norm_linear" not in run(5)
+        assert torch.equal(h, before)
         seen = []
         handle = block.mixer.out_proj.register_forward_hook(lambda *given: seen.append(given))
         assert "norm_linear" not in run(1) and len(seen) == 1
