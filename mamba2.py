@@ -1945,7 +1945,9 @@ class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `cache` copies one out, so that caches stay values. Weights are read where they lie.
+    `cache` copies one out, so that caches stay values. Weights are read where they lie. All heads
+    read conv, so that none may write to it: there are two buffers, and two graphs, one from the
+    first to the second and one back, which take turns.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
@@ -2007,14 +2009,16 @@ class DecodingGraph:
             cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
-        self.made_for, self.states = key, []
+        self.made_for, self.states, self.others = key, [], []
         for conv, ssm in cache.states:
             state = _BufferedState(conv.clone(), ssm.clone())
-            state.out = torch.empty_like(state.conv), state.ssm  # not conv, which all heads read
+            other = _BufferedState(conv.clone(), state.ssm)
+            state.out, other.out = tuple(other), tuple(state)
             self.states.append(state)
+            self.others.append(other)
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
-        self.graph = torch.cuda.CUDAGraph()
+        self.turns, memory = [], torch.cuda.graph_pool_handle()
         outer = _decoding.set(None)  # it is the plain step that is captured
         try:
             with DecodingGraph.capturing, torch.cuda.device(device):
@@ -2025,9 +2029,12 @@ class DecodingGraph:
                         self.step(model)
                 torch.cuda.current_stream().wait_stream(stream)
                 # Other threads may go on using the GPU.
-                options = dict(stream=stream, capture_error_mode="thread_local")
-                with torch.cuda.graph(self.graph, **options):
-                    self.logits = self.step(model)
+                options = dict(pool=memory, stream=stream, capture_error_mode="thread_local")
+                for _ in range(2):
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, **options):
+                        logits = self.step(model)
+                    self.turns.append((graph, logits))
         finally:
             _decoding.reset(outer)
 
@@ -2035,6 +2042,7 @@ class DecodingGraph:
         """The step itself, from buffers to buffers."""
         cache = Mamba2Cache(tuple(self.states))
         output = model(self.token, past_key_values=cache, use_cache=True, return_dict=True)
+        self.states, self.others = self.others, self.states
         _copy(self.states, output.past_key_values.states)
         return output.logits[:, -1]
 
@@ -2052,8 +2060,11 @@ class DecodingGraph:
         """The logits (b, vocabulary) behind ids (b, 1); until the next call."""
         with torch.cuda.device(ids.device):
             self.token.copy_(ids)
-            self.graph.replay()
-        return self.logits
+            graph, logits = self.turns[0]
+            graph.replay()
+        self.turns.reverse()
+        self.states, self.others = self.others, self.states
+        return logits
 
 
 def _copy(targets, sources):
