@@ -74,10 +74,11 @@ border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory o
 cache), all else 0.3 GB.
 
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
-of matrix products are in x's dtype (fp32 inputs: true fp32 products, unless PyTorch's own switch
-allows tf32; fp16 inputs: fp32 numbers in tf32 products, for the range, see `_operands`). No decay
-is split into factors that could overflow; differences are masked, or cut off at 0, and then exp2.
-With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
+of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
+forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
+With fp16 inputs they are tf32 products of fp32 numbers, for the range, see `_operands`. No decay is
+split into factors that could overflow; differences are masked, or cut off at 0, and then exp2. With
+dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
 
 Convolution, norm and the step of a token
 -----------------------------------------
@@ -1490,6 +1491,10 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
     x, B, C, precision = _operands(x, B, C)
     Q, PB, NB, warps = _config(x, n)
+    if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
+        # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
+        # registers than there are, and ten times as long.
+        precision, PB = "tf32x3", 32
     if initial_state is None and warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
@@ -2823,6 +2828,10 @@ def _step_kernel(
     C_at = B_at + G * N
     B_u = _step_inputs(xBC_ptr, conv_ptr, B_at, mask_n, d, K)
     C_u = _step_inputs(xBC_ptr, conv_ptr, C_at, mask_n, d, K)
+    if tl.program_id(1) == 0:  # now, not later, so that nothing holds them in registers
+        for j in tl.static_range(1, K):
+            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
+            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
     B_n = _step_taps(B_u, weight_ptr, bias_ptr, B_at, mask_n, K, BIAS)
     C_n = _step_taps(C_u, weight_ptr, bias_ptr, C_at, mask_n, K, BIAS)
 
@@ -2836,7 +2845,8 @@ def _step_kernel(
         mask_pn = mask_p[:, None] & mask_n[None, :]
         at_p = (b * (G * HPG) + h) * P + p
         at_pn = at_p[:, None] * N + n[None, :]
-        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0).to(tl.float32)
+        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0, eviction_policy="evict_first")
+        state_pn = state_pn.to(tl.float32)
         dt = tl.load(dt_ptr + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32)
         A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
         D = tl.load(D_ptr + h).to(tl.float32)
@@ -2850,14 +2860,10 @@ def _step_kernel(
         y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
 
         # store
-        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn)
+        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn, eviction_policy="evict_first")
         tl.store(y_ptr + at_p, y_p, mask=mask_p)
         for j in tl.static_range(1, K):
             tl.store(new_conv_ptr + (j - 1) * d + x_at, x_u[j], mask=mask_p)
-    if tl.program_id(1) == 0:
-        for j in tl.static_range(1, K):
-            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
-            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
 
 
 def _step_into(
@@ -3001,7 +3007,11 @@ def layer_step(
 # pass: the root is one number a row and group, and multiplies the finished sum. So a token of a
 # layer takes three launches: `layer_step` between two of these.
 NORM_LINEAR_ROWS = 4  # with more, a norm of its own and a product on tensor cores are faster
-NORM_LINEAR = dict(KB=512, num_warps=4)
+# While a tile is summed the next ones arrive, through STAGES buffers. One row without a gate leaves
+# so little to compute that single warps, which never wait for each other, are faster. OB is halved
+# until each multiprocessor has 4 warps.
+NORM_LINEAR = dict(OB=4, KB=512, STAGES=3, num_warps=4)
+NORM_LINEAR_ROW = dict(OB=8, KB=256, STAGES=3, num_warps=1)
 
 
 @triton.jit
@@ -3010,6 +3020,7 @@ def _norm_linear_kernel(
     x_row, gate_row, weight_row, residual_row, out_row, rows, outputs, eps,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, RB: tl.constexpr, OB: tl.constexpr, KB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The equation above, for OB outputs of all rows. Here k is a channel of x, o one of out.
 
@@ -3033,7 +3044,7 @@ def _norm_linear_kernel(
     for g in tl.static_range(GROUPS):
         dot_rok = tl.zeros((RB, OB, KB), tl.float32)
         square_rk = tl.zeros((RB, KB), tl.float32)
-        for first in range(0, SIZE, KB):
+        for first in tl.range(0, SIZE, KB, num_stages=STAGES):
             # load
             k = first + tl.arange(0, KB)
             mask_k = k < SIZE
@@ -3074,20 +3085,20 @@ def _norm_linear_forward(
     x, x_row = _rows(x)
     gate_, gate_row = (x, 0) if gate is None else _rows(gate)
     residual_, residual_row = (x, 0) if residual is None else _rows(residual)
-    config = dict(NORM_LINEAR)
+    alone = rows == 1 and gate is None
+    config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR)
     config["KB"] = min(config["KB"], _power_of_2(size))
-    rb = _power_of_2(rows)
-    ob = 16 // rb
-    while ob > 1 and _cdiv(outputs, ob) < 2 * _processors(x.device):  # that all take part
-        ob //= 2
+    warps = 4 * _processors(x.device)
+    while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
+        config["OB"] //= 2
+    tensors = x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous()
+    tensors += residual_, out
+    numbers = x_row, gate_row, weight.stride(0), residual_row, outputs, rows, outputs, eps
+    options = dict(SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None)
+    options |= dict(RESIDUAL=residual is not None, RB=_power_of_2(rows), **config)
+    grid = _cdiv(outputs, config["OB"]), 1, 1
     with torch.cuda.device_of(x):
-        _norm_linear_kernel[(_cdiv(outputs, ob),)](
-            x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous(),
-            residual_, out, x_row, gate_row, weight.stride(0), residual_row, outputs,
-            rows, outputs, eps,
-            SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None,
-            RESIDUAL=residual is not None, RB=rb, OB=ob, **config,
-        )  # fmt: skip
+        _launch((_norm_linear_kernel, grid, tensors, numbers, options))
     return out
 
 

@@ -1111,7 +1111,10 @@ class Mamba2Block(nn.Module):
         return h + y, state
 
     def _token(self, h, state):
-        """The same for a token of few rows, in three kernels; None where they cannot do that."""
+        """The same for a token, with fewer roundings; None where that cannot be.
+
+        Three kernels do all of it for few rows. For more, matrix products are a GPU's library's.
+        """
         norm, mixer = self.norm, self.mixer
         in_proj, out_proj, inner = mixer.in_proj, mixer.out_proj, mixer.norm
         linear = _is(in_proj, nn.Linear) and _is(out_proj, nn.Linear)
@@ -1120,13 +1123,29 @@ class Mamba2Block(nn.Module):
         if not _is(mixer, Mamba2) or torch.is_autocast_enabled(h.device.type):
             return None
         first = h, norm.weight, norm.eps, in_proj.weight, in_proj.bias
-        if not kernels.takes_norm_linear(*first):
+        few = kernels.takes_norm_linear(*first)
+        if not (few or _adds(h, out_proj)):
             return None
         mixer._check(h, state, None, None)
-        z, xBC, dt = kernels.norm_linear(*first).split(mixer.widths, dim=-1)
+        zxbcdt = kernels.norm_linear(*first) if few else in_proj(norm(h))
+        z, xBC, dt = zxbcdt.split(mixer.widths, dim=-1)
         y, state = mixer._mix(xBC, dt, state, None, None)
+        if not few:
+            y = inner(y, gate=z)[:, 0]  # (b, h p)
+            h = torch.addmm(h[:, 0], y, out_proj.weight.t(), out_dtype=h.dtype)  # (b, d)
+            return h[:, None], state
         last = y, inner.weight, inner.eps, out_proj.weight, out_proj.bias
         return kernels.norm_linear(*last, gate=z, groups=inner.groups, residual=h), state
+
+
+def _adds(h: Tensor, linear: nn.Linear) -> bool:
+    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
+        return False
+    weight, known = linear.weight, "dtype" in torch.ops.aten.addmm.overloads()  # PyTorch 2.8
+    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
+    plain = type(weight) is nn.Parameter and linear.bias is None and torch.version.hip is None
+    return known and halves and plain
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1979,7 +1998,9 @@ class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `cache` copies one out, so that caches stay values. Weights are read where they lie.
+    `cache` copies one out, so that caches stay values. Weights are read where they lie. All heads
+    read conv, so that none may write to it: there are two buffers, and two graphs, one from the
+    first to the second and one back, which take turns.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
@@ -2041,14 +2062,16 @@ class DecodingGraph:
             cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
-        self.made_for, self.states = key, []
+        self.made_for, self.states, self.others = key, [], []
         for conv, ssm in cache.states:
             state = _BufferedState(conv.clone(), ssm.clone())
-            state.out = torch.empty_like(state.conv), state.ssm  # not conv, which all heads read
+            other = _BufferedState(conv.clone(), state.ssm)
+            state.out, other.out = tuple(other), tuple(state)
             self.states.append(state)
+            self.others.append(other)
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
-        self.graph = torch.cuda.CUDAGraph()
+        self.turns, memory = [], torch.cuda.graph_pool_handle()
         outer = _decoding.set(None)  # it is the plain step that is captured
         try:
             with DecodingGraph.capturing, torch.cuda.device(device):
@@ -2059,9 +2082,12 @@ class DecodingGraph:
                         self.step(model)
                 torch.cuda.current_stream().wait_stream(stream)
                 # Other threads may go on using the GPU.
-                options = dict(stream=stream, capture_error_mode="thread_local")
-                with torch.cuda.graph(self.graph, **options):
-                    self.logits = self.step(model)
+                options = dict(pool=memory, stream=stream, capture_error_mode="thread_local")
+                for _ in range(2):
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, **options):
+                        logits = self.step(model)
+                    self.turns.append((graph, logits))
         finally:
             _decoding.reset(outer)
 
@@ -2069,6 +2095,7 @@ class DecodingGraph:
         """The step itself, from buffers to buffers."""
         cache = Mamba2Cache(tuple(self.states))
         output = model(self.token, past_key_values=cache, use_cache=True, return_dict=True)
+        self.states, self.others = self.others, self.states
         _copy(self.states, output.past_key_values.states)
         return output.logits[:, -1]
 
@@ -2086,8 +2113,11 @@ class DecodingGraph:
         """The logits (b, vocabulary) behind ids (b, 1); until the next call."""
         with torch.cuda.device(ids.device):
             self.token.copy_(ids)
-            self.graph.replay()
-        return self.logits
+            graph, logits = self.turns[0]
+            graph.replay()
+        self.turns.reverse()
+        self.states, self.others = self.others, self.states
+        return logits
 
 
 def _copy(targets, sources):

@@ -3473,7 +3473,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 191
+PASSED_IN_THE_INTERPRETER = 193
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3676,6 +3676,7 @@ def test_kernel_convolution_is_its_twin_in_values_and_gradients(dtype, k, case):
 
 KERNEL_NORM_LINEAR = {  # rows, d, outputs, groups, features
     "one row": (1, 64, 100, 1, ""),
+    "one row, an odd width": (1, 700, 33, 1, ""),
     "groups and all else": (3, 96, 70, 2, "gate bias residual"),
     "four rows, an odd width": (4, 700, 33, 1, "residual"),
     "wide groups": (2, 1536, 20, 4, "gate bias"),
@@ -4209,8 +4210,9 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
             assert relative_error(new.ssm, exact_new.ssm) <= 1e-2
             return ran
 
-        three = ["norm_linear", "layer_step", "norm_linear"]
+        three, before = ["norm_linear", "layer_step", "norm_linear"], h.clone()
         assert run(1) == run(4) == three and "norm_linear" not in run(5)
+        assert torch.equal(h, before)
         seen = []
         handle = block.mixer.out_proj.register_forward_hook(lambda *given: seen.append(given))
         assert "norm_linear" not in run(1) and len(seen) == 1
