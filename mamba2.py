@@ -947,7 +947,8 @@ class Mamba2(nn.Module):
         (h, p, g, n), limit = self.sizes, self.config.time_step_limit
         conv, ssm = (None, None) if state is None else state
         # A token is decoded by one kernel.
-        if kernels and mask is None and state is not None and slices is None:
+        alone = mask is None and slices is None and _is(self.conv1d, CausalConv1d)
+        if kernels and alone and state is not None:
             weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
             token = (xBC, dt, conv, ssm, *weights)
             options = dict(dt_limit=limit, out=getattr(state, "out", None))

@@ -4022,6 +4022,14 @@ def test_kernel_layer_calls_modules_that_are_more_than_their_kind(monkeypatch):
             with pytest.raises(TypeError):
                 layer(u)
         assert ran.count("layer_middle") == 1
+        with torch.no_grad():
+            _, state = plain.step(u)
+            plain.step(u[:, :1], state)
+            assert ran.pop() == "rms_norm" and ran.pop() == "layer_step"
+            layer = copy.deepcopy(plain)
+            layer.conv1d = Adapter(layer.conv1d)
+            layer.step(u[:, :1], state)
+            assert layer.conv1d.calls == 1 and "layer_step" not in ran
 
 
 KERNEL_STEP = {  # rows, and options of the layer
