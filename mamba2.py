@@ -1915,6 +1915,7 @@ def _next_tokens(labels, mask, seq_idx):
     if mask is not None:
         targets = targets.masked_fill(~mask, -100)
     if seq_idx is not None:
+        seq_idx = seq_idx.long()  # any integers: -100, which is put behind them, fits few
         targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
     return targets
 

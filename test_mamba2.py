@@ -1658,6 +1658,9 @@ def test_packed_sequences_give_what_they_give_apart(masked):
         mask = torch.ones_like(mask)
     lengths, seq_idx = packed()
     output = model(ids, mask if masked else None, labels=labels, seq_idx=seq_idx)
+    for dtype in (torch.uint8, torch.int32):
+        again = model(ids, mask if masked else None, labels=labels, seq_idx=seq_idx.to(dtype))
+        assert torch.equal(again.loss, output.loss)
     documents, logits = [], []
     for row, parts in enumerate(zip(ids, labels, mask.bool(), output.logits, strict=True)):
         for i, y, exists, o in zip(*(part.split(lengths[row]) for part in parts), strict=True):
