@@ -489,13 +489,13 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
 
 
 def _require(name, tensor, *shapes, dims=None, kind="floating-point numbers"):
-    """Raise unless `tensor` is a tensor of that kind, with one of the shapes or with such dims."""
+    """Raise unless `tensor` is a tensor of that kind, and of a shape or dims if any are given."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
     if dims:
         fits = tensor.dim() == dims.count(",") + 1
     else:  # not `in`, which torch.compile takes for False where sizes are symbols
-        fits = any(tensor.shape == shape for shape in shapes)
+        fits = len(shapes) == 0 or any(tensor.shape == shape for shape in shapes)
     if not fits:
         expected = f"({dims})" if dims else " or ".join(map(str, shapes))
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {expected}")
@@ -761,6 +761,7 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
+    _require("x", x)
     _require("weight", weight, tuple(x.shape[-1:]))
     if gate is not None:
         _require("gate", gate, tuple(x.shape))

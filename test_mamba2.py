@@ -450,6 +450,29 @@ def test_the_gated_norm_is_one_norm_for_each_group(groups):
     assert_same(norm(y), expected, [y, norm.weight])
 
 
+def test_convolution_and_norm_refuse_what_does_not_fit():
+    x, weight = torch.ones(2, 5, 6, device=DEVICE), torch.ones(6, 4, device=DEVICE)
+    for error, message, arguments in (
+        (TypeError, "x is a list", ([1.0], weight)),
+        (TypeError, "x is torch.int64", (x.long(), weight)),
+        (ValueError, r"weight has shape \(4, 6\)", (x, weight.mT)),
+        (ValueError, r"bias has shape \(4,\)", (x, weight, weight[0])),
+    ):
+        with pytest.raises(error, match=message):
+            mamba2.causal_conv1d(*arguments)
+    weight = weight[:, 0]
+    for error, message, arguments in (
+        (TypeError, "x is a list", dict(x=[1.0])),
+        (TypeError, "x is torch.int64", dict(x=x.long())),
+        (TypeError, "gate is torch.int64", dict(gate=x.long())),
+        (ValueError, r"gate has shape \(5, 6\)", dict(gate=x[0])),
+        (ValueError, r"weight has shape \(5,\)", dict(weight=weight[1:])),
+        (ValueError, "groups = 4: it must divide", dict(groups=4)),
+    ):
+        with pytest.raises(error, match=message):
+            mamba2.rms_norm(**{"x": x, "weight": weight, "eps": 1e-5, **arguments})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_convolution_and_norm_cost_the_rounding_of_the_result_alone(dtype):
     x, z, weight = (torch.randn(s, device=DEVICE).to(dtype) for s in ((2, 9, 8), (2, 9, 8), (8, 4)))
