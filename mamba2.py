@@ -624,11 +624,9 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
         return kernels.ssd(x, dt, A, B, C, D, **options)
     # A chunk of one position is a step of the recurrence.
-    if isinstance(x, Tensor) and x.shape[1:2] == (1,):
+    if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] <= 1:
         return ssd_recurrent(x, dt, A, B, C, D, **options)
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
-    if x.shape[1] == 0:
-        return x if D is None else (D * x).to(x.dtype), state
     # split, because the gradient of so many slices would each time be as long as the sequence
     chunks = zip(*(t.split(chunk_size, dim=1) for t in (x, dt, log_decay, B, C)), strict=True)
     ys = []
