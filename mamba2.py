@@ -121,10 +121,6 @@ except ImportError as error:
         def __init__(self, *args, **kwargs):
             raise ImportError(transformers_missing)
 
-        @classmethod
-        def from_pretrained(cls, *args, **kwargs):
-            raise ImportError(transformers_missing)
-
     class GenerationMixin:
         pass
 
