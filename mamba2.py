@@ -219,10 +219,8 @@ class Mamba2Config(PreTrainedConfig):
         for name in options:
             if not _is_common_option(name):
                 known = [*_DEFAULTS, *self.attribute_map]
-                close = [
-                    f"did you mean {k!r}?" for k in difflib.get_close_matches(name, known, n=1)
-                ]
-                hint = (close or ["see help(Mamba2Config)"])[0]
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see help(Mamba2Config)"
                 raise TypeError(f"Mamba2Config has no option {name!r}; {hint}")
 
         # Differs: the depth scaling that this option asks for belongs to our initialisation,
@@ -291,10 +289,9 @@ class Mamba2Config(PreTrainedConfig):
         require(self.num_heads % self.n_groups == 0, "n_groups", rule)
         require(self.hidden_act == "silu", "hidden_act", "only 'silu' is implemented; leave it out")
         limit = self.time_step_limit
-        is_pair = isinstance(limit, tuple) and len(limit) == 2
-        are_numbers = is_pair and all(isinstance(value, float) for value in limit)
+        is_pair = isinstance(limit, tuple) and [type(value) for value in limit] == [float, float]
         rule = "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit"
-        require(are_numbers and 0 <= limit[0] <= limit[1], "time_step_limit", rule)
+        require(is_pair and 0 <= limit[0] <= limit[1], "time_step_limit", rule)
         _require_segment_length(self.segment_length)
         rule = f"must be at most time_step_max, {self.time_step_max}"
         require(self.time_step_min <= self.time_step_max, "time_step_min", rule)
