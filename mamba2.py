@@ -1162,8 +1162,11 @@ class Mamba2Cache:
         """Write the cache to a safetensors file."""
         from safetensors.torch import save_file
 
-        tensors = {f"layers.{i}.conv": state.conv for i, state in enumerate(self.states)}
-        tensors |= {f"layers.{i}.ssm": state.ssm for i, state in enumerate(self.states)}
+        tensors = {
+            f"layers.{i}.{part}": tensor
+            for i, state in enumerate(self.states)
+            for part, tensor in state._asdict().items()
+        }
         if self.seq_idx is not None:
             tensors["seq_idx"] = self.seq_idx
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -1180,10 +1183,10 @@ class Mamba2Cache:
         if "length" not in metadata:
             raise ValueError(f"{str(path)!r} holds no cache: it must be a file that `save` wrote")
         n_layer = sum(name.endswith(".conv") for name in tensors)
-        parts = [
-            [tensors[f"layers.{i}.{part}"] for part in ("conv", "ssm")] for i in range(n_layer)
-        ]
-        states = tuple(Mamba2State(*part) for part in parts)
+        states = tuple(
+            Mamba2State(*(tensors[f"layers.{i}.{part}"] for part in Mamba2State._fields))
+            for i in range(n_layer)
+        )
         return cls(states, int(metadata["length"]), tensors.get("seq_idx"))
 
 
@@ -1397,11 +1400,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
         if past_key_values is not None and initial_states is not None:
             raise ValueError("give past_key_values or initial_states, not both")
-        if past_key_values is not None and not isinstance(past_key_values, Mamba2Cache):
-            raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__}: it must be the "
-                "Mamba2Cache that an earlier call of this model returned"
-            )
+        _require_cache(past_key_values, Mamba2Cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -1479,8 +1478,8 @@ def _batch_and_length(input_ids, inputs_embeds):
     return inputs_embeds.shape[:2]
 
 
-def _require_cache(cache):
-    if cache is not None and not isinstance(cache, (Mamba2Cache, RewindableCache)):
+def _require_cache(cache, *kinds):
+    if cache is not None and not isinstance(cache, kinds):
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}: it must be the Mamba2Cache that an "
             "earlier call of this model returned"
@@ -1849,7 +1848,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        _require_cache(model_kwargs.get("past_key_values"))
+        _require_cache(model_kwargs.get("past_key_values"), Mamba2Cache, RewindableCache)
         if model_kwargs.get("group") is not None:
             raise ValueError("group: read the prompt with it, and generate from the cache behind")
         super()._validate_model_kwargs(model_kwargs)
