@@ -948,10 +948,8 @@ class Mamba2(nn.Module):
                 y, conv, ssm = kernels.layer_step(*token, **options)
                 return y, Mamba2State(conv, ssm)
         dtype = _at_least_float32(dt.dtype)
-        dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h), in dtype
-        if limit != (0.0, math.inf):
-            dt = dt.clamp(*limit)
-        if conv is None and (mask is not None or slices is not None):
+        dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*limit)  # (b, l, h), in dtype
+        if conv is None:
             conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
         if slices is not None:
             conv, conv_behind = slices.states_of_convolution(xBC, conv)
