@@ -1361,7 +1361,6 @@ class Mamba2Model(Mamba2PreTrainedModel):
         return_dict=None,
         *,
         seq_idx=None,
-        initial_states=None,
         group=None,
         output_attentions=None,
     ):
@@ -1371,14 +1370,13 @@ class Mamba2Model(Mamba2PreTrainedModel):
             input_ids: (b, l) integers, or inputs_embeds: (b, l, d). Exactly one of them.
             attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks
                 positions that do not exist, wherever they are. None is no such position.
-            past_key_values: the Mamba2Cache of an earlier call, which is not changed.
+            past_key_values: the Mamba2Cache of an earlier call, which is not changed; or one of
+                states to start from, such as trained ones: Mamba2Cache(a Mamba2State a layer).
             use_cache: return a new cache; None is the config's choice, and no cache in training.
             output_hidden_states: also return the input of every block, and the final output.
             return_dict: False returns a tuple.
             seq_idx: (b, l) integers, for sequences packed into one row: where it changes, another
                 begins. With a cache, also where it changes from the last call to this one.
-            initial_states: a Mamba2State for each layer to start from, such as trained ones; the
-                same as past_key_values=Mamba2Cache(initial_states).
             group: a process group, if each of its ranks has a slice of the sequence. Then all that
                 is (b, l, ...) here is of the slice, and what is passed as cache or states is the
                 same on every rank: what is in front of the first slice. The cache that is returned
@@ -1396,8 +1394,6 @@ class Mamba2Model(Mamba2PreTrainedModel):
             _require("inputs_embeds", inputs_embeds, (*shape, self.config.hidden_size))
         if output_attentions:
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
-        if past_key_values is not None and initial_states is not None:
-            raise ValueError("give past_key_values or initial_states, not both")
         _require_cache(past_key_values, Mamba2Cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -1406,15 +1402,13 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
 
-        past = past_key_values
-        if past is None:
-            past = Mamba2Cache(() if initial_states is None else tuple(initial_states))
+        past = Mamba2Cache(()) if past_key_values is None else past_key_values
         layers = self.layers[: self.config.num_hidden_layers]  # fewer in self-speculative decoding
         states = past.states or [None] * len(layers)
         if len(states) != len(layers):
             raise ValueError(f"{len(states)} states for {len(layers)} layers: give one each")
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
-        if past_key_values is not None and past.states and len(past.states[0].ssm) != len(h):
+        if past.states and len(past.states[0].ssm) != len(h):
             raise ValueError(
                 f"past_key_values has a batch of {len(past.states[0].ssm)}, and the input one of "
                 f"{len(h)}: cache.repeat(times) or cache.select(rows) makes them fit"
@@ -1550,7 +1544,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return_dict=None,
         *,
         seq_idx=None,
-        initial_states=None,
         group=None,
         num_items_in_batch=None,
         segment_length=None,
@@ -1590,11 +1583,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
         """
         if isinstance(past_key_values, RewindableCache):
-            others = inputs_embeds, labels, seq_idx, initial_states, segment_length, group
+            others = inputs_embeds, labels, seq_idx, segment_length, group
             if input_ids is None or any(other is not None for other in others):
                 raise ValueError(
                     "a RewindableCache reads input_ids alone: leave out inputs_embeds, labels, "
-                    "seq_idx, initial_states, segment_length and group"
+                    "seq_idx, segment_length and group"
                 )
             return past_key_values.read(
                 self, input_ids, attention_mask, logits_to_keep, output_hidden_states
@@ -1608,7 +1601,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         targets = None
         decoder = None if torch.compiler.is_compiling() else _decoding.get()
         if decoder is not None and decoder.model is self and l == 1:
-            others = mask, inputs_embeds, labels, seq_idx, initial_states
+            others = mask, inputs_embeds, labels, seq_idx
             if all(other is None for other in others) and not output_hidden_states and use_cache:
                 output = decoder(input_ids, past_key_values)
                 if output is not None:
@@ -1654,7 +1647,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                     *segment,
                     bar,
                     past_key_values=cache,
-                    initial_states=initial_states if end == 0 else None,
                     use_cache=use_cache if end + length >= l else True,
                     output_hidden_states=output_hidden_states,
                     group=group,

@@ -1427,15 +1427,13 @@ def test_initial_states_are_honoured_and_can_be_trained():
     cache = model(ids).past_key_values.detach()
     states = tuple(Mamba2State(*(t.clone().requires_grad_() for t in s)) for s in cache.states)
     for kind in (model, model.backbone):
-        from_states, from_cache = kind(ids, initial_states=states), kind(ids, past_key_values=cache)
-        assert torch.equal(from_states[0], from_cache[0])
+        from_states = kind(ids, past_key_values=Mamba2Cache(states))
+        assert torch.equal(from_states[0], kind(ids, past_key_values=cache)[0])
         assert not torch.equal(from_states[0], kind(ids)[0])
-    model(ids, initial_states=states, labels=ids).loss.backward()
+    model(ids, past_key_values=Mamba2Cache(states), labels=ids).loss.backward()
     assert all(t.grad.abs().max() > 0 for s in states for t in s)
-    with pytest.raises(ValueError, match="not both"):
-        model(ids, initial_states=states, past_key_values=cache)
     with pytest.raises(ValueError, match="1 states for 2 layers"):
-        model(ids, initial_states=states[:1])
+        model(ids, past_key_values=Mamba2Cache(states[:1]))
 
 
 @torch.no_grad()
@@ -2335,7 +2333,7 @@ def test_segments_of_any_length_give_loss_and_gradients_of_the_whole(masked, apa
         output = model(
             inputs_embeds=leaves[0],
             labels=labels,
-            initial_states=[Mamba2State(next(parts), next(parts)) for _ in states],
+            past_key_values=Mamba2Cache([Mamba2State(next(parts), next(parts)) for _ in states]),
             segment_length=segment_length,
             use_cache=True,
             **given,
