@@ -1404,9 +1404,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
 
         past = Mamba2Cache(()) if past_key_values is None else past_key_values
         layers = self.layers[: self.config.num_hidden_layers]  # fewer in self-speculative decoding
-        states = past.states or [None] * len(layers)
-        if len(states) != len(layers):
-            raise ValueError(f"{len(states)} states for {len(layers)} layers: give one each")
+        if len(past.states) not in (0, len(layers)):
+            raise ValueError(f"{len(past.states)} states for {len(layers)} layers: give one each")
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
         if past.states and len(past.states[0].ssm) != len(h):
             raise ValueError(
@@ -1421,17 +1420,12 @@ class Mamba2Model(Mamba2PreTrainedModel):
         checkpoints = self.gradient_checkpointing and self.training
         given = dict(states=len(past.states) > 0, checkpoints=checkpoints)
         slices = Slices.of(group, self.config, h, mask, seq_idx, **given)
-        labels, exists, length = slices.whole if slices else (seq_idx, mask, h.shape[1])
-        if seq_idx is not None and past.seq_idx is not None:
-            ended = _first(labels, exists, past.seq_idx) != past.seq_idx  # (b)
-            zero = (ended & (past.seq_idx != NO_LABEL))[:, None, None]
-            states = [
-                Mamba2State(s.conv.masked_fill(zero, 0), s.ssm.masked_fill(zero[..., None], 0))
-                for s in states
-            ]
+        sequences, exists, length = slices.whole if slices else (seq_idx, mask, h.shape[1])
+        if seq_idx is not None:
+            past = _go_on(past, sequences, exists)
 
         hidden_states, new_states = [], []
-        for layer, state in zip(layers, states, strict=True):
+        for layer, state in zip(layers, past.states or [None] * len(layers), strict=True):
             if output_hidden_states:
                 hidden_states.append(h)
             if checkpoints:
@@ -1445,13 +1439,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
 
         cache = None
         if use_cache:
-            last = past.seq_idx
-            if seq_idx is not None:
-                if last is None:
-                    last = seq_idx.new_full(seq_idx.shape[:1], NO_LABEL, dtype=torch.int64)
-                flipped = None if exists is None else exists.flip(1)
-                last = _first(labels.flip(1), flipped, last)
-            cache = Mamba2Cache(tuple(new_states), past.length + length, last)
+            cache = Mamba2Cache(tuple(new_states), past.length + length, past.seq_idx)
         output = BaseModelOutputWithPast(
             last_hidden_state=h,
             past_key_values=cache,
@@ -1497,6 +1485,18 @@ def _as_mask(attention_mask, shape, seen):
 
 
 NO_LABEL = torch.iinfo(torch.int64).min  # of a sequence of which every position was masked so far
+
+
+def _go_on(past, seq_idx, mask):
+    """The cache, with zero states in rows that begin another sequence, and labels of rows' ends."""
+    last = past.seq_idx  # (b)
+    if last is None:
+        last = seq_idx.new_full(seq_idx.shape[:1], NO_LABEL, dtype=torch.int64)
+    else:
+        ended = (_first(seq_idx, mask, last) != last) & (last != NO_LABEL)  # (b)
+        past = past.map(lambda t: t.masked_fill(ended.view(-1, *[1] * (t.dim() - 1)), 0))
+    mask = None if mask is None else mask.flip(1)
+    return replace(past, seq_idx=_first(seq_idx.flip(1), mask, last))
 
 
 def _first(seq_idx, mask, default):
@@ -1659,10 +1659,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         loss = logits = None
         if labels is not None:
-            loss, count = sum(losses), (targets != -100).sum()
+            loss, items = sum(losses), (targets != -100).sum()
             if group is not None:
-                loss, count = (_all_gather(t[None], group).sum() for t in (loss, count))
-            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+                loss, items = (_all_gather(t[None], group).sum() for t in (loss, items))
+            loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
         if kept:
             keep = logits_to_keep
             if not torch.is_tensor(keep):
