@@ -835,13 +835,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(h))
         self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
-        self.mark_parameters()
         self.reset_parameters()
-
-    def mark_parameters(self):
-        """Exempt dt_bias, A_log and D from weight decay, by the mark that the original uses."""
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
@@ -1041,16 +1035,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
 
     Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
-    do not. (The first three also bear the original's mark, `_no_weight_decay`, for other code.)
+    do not.
+
+    Differs: the original marks the first three, `_no_weight_decay`; a copy of a parameter loses
+    such a mark, and keeps its one dimension.
     """
-    groups = {False: [], True: []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            exempt = getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2
-            groups[exempt].append(parameter)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        {"params": groups[False], "weight_decay": weight_decay},
-        {"params": groups[True], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
@@ -1311,9 +1304,6 @@ class Mamba2PreTrainedModel(PreTrainedModel):
                 )
         # Or else `save_pretrained` would rename the weights back, as they were in the original.
         vars(model).pop("_weight_conversions", None)
-        for module in model.modules():
-            if isinstance(module, Mamba2):
-                module.mark_parameters()  # loading made new parameters
         return (model, info) if output_loading_info else model
 
     def _set_gradient_checkpointing(
