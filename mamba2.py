@@ -447,7 +447,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
 
     Returns:
         log_decay: (b, l, h), the logarithm of each step's decay: dt A, and -inf where another
-            sequence begins, so that nothing of the one before is left.
+            sequence begins, so that nothing of the one before is left (Section 8.3).
         D: (h, 1) or (h, p), or None.
         state: (b, h, p, n), the initial one.
     """
@@ -676,7 +676,8 @@ def _ssd_chunk(xdt, log_decay, B, C, state):
 class Mamba2State(NamedTuple):
     """The state of one layer: all that it remembers, and a value, which is never changed in place.
 
-    conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the layer's dtype
+    conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the dtype of in_proj's
+                                  output: the layer's or, in autocast, autocast's
     ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer); one that
                                   is given in half precision stays so
 
