@@ -1182,69 +1182,6 @@ class Mamba2Cache:
         return cls(states, int(metadata["length"]), tensors.get("seq_idx"))
 
 
-class RewindableCache:
-    """A cache that can forget its last tokens, for the speculative decoding of transformers.
-
-    A state has no way back, but it is a value: the one in front of all tokens that may have to be
-    forgotten is kept, with these. Unlike a Mamba2Cache, this changes in place, as transformers
-    expects it to.
-
-        base    the Mamba2Cache behind the tokens that are there to stay
-        since   (1, m) tokens behind these, which can be forgotten
-        tip     the Mamba2Cache behind all of them; None after some were forgotten
-    """
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, base: Mamba2Cache):
-        self.base, self.since, self.tip = base, None, base
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.base.length + (0 if self.since is None else self.since.shape[1])
-
-    def activate_past_recording(self):
-        """Nothing to do: tokens are always remembered."""
-
-    def crop(self, tokens: int):
-        """Forget the last -tokens tokens or, if positive, all but the first; the rest will stay."""
-        length = self.get_seq_length()
-        kept = min(tokens if tokens > 0 else length + tokens, length) - self.base.length
-        if kept < 0:
-            raise ValueError(
-                f"crop({tokens}): {-kept} tokens were there to stay since the last one"
-            )
-        if kept == length - self.base.length:
-            self.base, self.since = self.tip or self.base, None if self.tip else self.since
-        elif kept == 0:
-            self.since, self.tip = None, self.base
-        else:
-            self.since, self.tip = self.since[:, :kept], None
-
-    def read(self, model, ids, mask, logits_to_keep, output_hidden_states):
-        """The model's output for more tokens, (1, l)."""
-        options = dict(use_cache=True, output_hidden_states=output_hidden_states, return_dict=True)
-        if self.tip is not None:
-            output = model(ids, mask, self.tip, logits_to_keep=logits_to_keep, **options)
-            self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
-            self.tip = output.past_key_values
-        else:  # One pass with two rows: the first ends behind `since`, and is the new base.
-            m, l = self.since.shape[1], ids.shape[1]
-            rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
-            mask = torch.ones_like(rows) if mask is None else mask[:, -(m + l) :].repeat(2, 1)
-            mask[0, m:] = 0
-            keep = logits_to_keep or l
-            output = model(rows, mask, self.base.repeat(2), logits_to_keep=keep, **options)
-            output.logits = output.logits[1:]
-            if output.hidden_states is not None:
-                output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
-            first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
-            self.base = replace(first, length=self.base.length + m)
-            self.since, self.tip = ids, second
-        output.past_key_values = self
-        return output
-
-
 class Mamba2PreTrainedModel(PreTrainedModel):
     """What the two models below share: initialisation, and loading that tolerates no mistake."""
 
@@ -1890,6 +1827,69 @@ def _next_tokens(labels, mask, seq_idx):
         seq_idx = seq_idx.long()  # any integers: -100, which is put behind them, fits few
         targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
     return targets
+
+
+class RewindableCache:
+    """A cache that can forget its last tokens, for the speculative decoding of transformers.
+
+    A state has no way back, but it is a value: the one in front of all tokens that may have to be
+    forgotten is kept, with these. Unlike a Mamba2Cache, this changes in place, as transformers
+    expects it to.
+
+        base    the Mamba2Cache behind the tokens that are there to stay
+        since   (1, m) tokens behind these, which can be forgotten
+        tip     the Mamba2Cache behind all of them; None after some were forgotten
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, base: Mamba2Cache):
+        self.base, self.since, self.tip = base, None, base
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.base.length + (0 if self.since is None else self.since.shape[1])
+
+    def activate_past_recording(self):
+        """Nothing to do: tokens are always remembered."""
+
+    def crop(self, tokens: int):
+        """Forget the last -tokens tokens or, if positive, all but the first; the rest will stay."""
+        length = self.get_seq_length()
+        kept = min(tokens if tokens > 0 else length + tokens, length) - self.base.length
+        if kept < 0:
+            raise ValueError(
+                f"crop({tokens}): {-kept} tokens were there to stay since the last one"
+            )
+        if kept == length - self.base.length:
+            self.base, self.since = self.tip or self.base, None if self.tip else self.since
+        elif kept == 0:
+            self.since, self.tip = None, self.base
+        else:
+            self.since, self.tip = self.since[:, :kept], None
+
+    def read(self, model, ids, mask, logits_to_keep, output_hidden_states):
+        """The model's output for more tokens, (1, l)."""
+        options = dict(use_cache=True, output_hidden_states=output_hidden_states, return_dict=True)
+        if self.tip is not None:
+            output = model(ids, mask, self.tip, logits_to_keep=logits_to_keep, **options)
+            self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
+            self.tip = output.past_key_values
+        else:  # One pass with two rows: the first ends behind `since`, and is the new base.
+            m, l = self.since.shape[1], ids.shape[1]
+            rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
+            mask = torch.ones_like(rows) if mask is None else mask[:, -(m + l) :].repeat(2, 1)
+            mask[0, m:] = 0
+            keep = logits_to_keep or l
+            output = model(rows, mask, self.base.repeat(2), logits_to_keep=keep, **options)
+            output.logits = output.logits[1:]
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
+            first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
+            self.base = replace(first, length=self.base.length + m)
+            self.since, self.tip = ids, second
+        output.past_key_values = self
+        return output
 
 
 class _BufferedState(Mamba2State):
