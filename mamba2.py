@@ -901,6 +901,10 @@ class Mamba2(nn.Module):
     def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         self._check(u, state, mask, seq_idx)
+        weight = self.in_proj.weight
+        if u.dtype != weight.dtype and _is(self.in_proj, nn.Linear):
+            if not torch.is_autocast_enabled(u.device.type):
+                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
         if mask is not None:
             mask = _as_bool("mask", mask)
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
@@ -979,10 +983,6 @@ class Mamba2(nn.Module):
         _require("u", u, dims="batch, length, width")
         b, l, _ = u.shape
         _require("u", u, (b, l, config.hidden_size))
-        weight = self.in_proj.weight
-        if u.dtype != weight.dtype and _is(self.in_proj, nn.Linear):
-            if not torch.is_autocast_enabled(u.device.type):
-                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
         if mask is not None:
             _require("mask", mask, (b, l), kind="numbers")
         if seq_idx is not None:

@@ -2872,6 +2872,20 @@ def test_the_readme_s_figure_shows_the_numbers_of_its_tables():
     assert drawn == [f"{theirs / mine:.1f}" for mine, theirs in bars.values()]
 
 
+def test_the_commands_in_the_readme_are_understood(capsys):
+    commands = re.findall(
+        r"(?:python3?|torchrun [^`\n]*?) test_mamba2\.py([^`\n]*)", README.read_text()
+    )
+    assert len(commands) >= 6
+    for command in commands:
+        command_line().parse_args(command.split())
+    sampling = dict.fromkeys(GENERATION) | dict(temperature=0.8, top_k=5)
+    for dtype in (None, "bfloat16"):
+        benchmark_generation("tiny", 2, 5, 3, [7, 70], dtype, sampling)
+    rows = re.findall(r"^ +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
+    assert [int(length) for length, _ in rows] == [7, 70] * 2 and len({mb for _, mb in rows}) == 1
+
+
 def test_the_readme_has_code_to_run():
     assert README.is_file() and BLOCKS
 
@@ -4766,7 +4780,7 @@ def benchmark_training(shape, lengths, methods):
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
     def step(l, segment_length):
-        ids = torch.randint(50_000, (1, l), device=DEVICE)
+        ids = torch.randint(model.config.vocab_size, (1, l), device=DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = model(ids, labels=ids, segment_length=segment_length).loss
         loss.backward()
@@ -4940,7 +4954,7 @@ def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampli
         model = Mamba2ForCausalLM.from_pretrained(name)
     model = model.to(DEVICE, dtype).eval()
     model.generation_config.eos_token_id = None  # every text has the length that was asked for
-    ids = torch.randint(1, 50_000, (batch, prompt), device=DEVICE)
+    ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=DEVICE)
     sampling = {option: value for option, value in sampling.items() if value is not None}
     sampling["do_sample"] = bool(sampling)
     if state_dtype is None:
@@ -4980,7 +4994,7 @@ def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampli
     if contexts:
         print("\n         context   prefill s   ms a token   MB of state")
     for context in contexts:
-        ids = torch.randint(1, 50_000, (batch, context + 1), device=DEVICE)
+        ids = torch.randint(1, model.config.vocab_size, (batch, context + 1), device=DEVICE)
         (prefill,) = seconds([lambda: model.prefill(ids[:, :-1])], repeats=1)  # noqa: B023
         cache = model.prefill(ids[:, :-1])
         streamed(new)
@@ -5042,7 +5056,10 @@ def draw_figure():
     print(f"{FIGURE} is drawn from the tables of README.md")
 
 
-def main():
+GENERATION = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
+
+
+def command_line():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("cpu", help="against transformers' own Mamba-2, on the CPU (the default)")
@@ -5054,7 +5071,14 @@ def main():
     kinds = "plain,layers,segments,both"
     training.add_argument("--methods", default=kinds, help=f"any of {kinds}", type=str)
     parallel = commands.add_parser("parallel", help="several GPUs against one, under torchrun")
-    parallel.add_argument("cases", nargs="*", default=PARALLEL, help=f"like {PARALLEL[2]}")
+    default = (
+        PARALLEL if CUDA else [case.replace("130m:8:4096", "tiny:8:64") for case in PARALLEL[:1]]
+    )
+    case = (
+        "rows or sequence, DDP or FSDP2, shape, rows of a rank, length, segment_length on one GPU "
+    )
+    case += f"and on ranks (0: none), joined by colons, such as {PARALLEL[2]}"
+    parallel.add_argument("cases", nargs="*", default=default, metavar="case", help=case)
     parallel.add_argument("--steps", type=int, default=5)
     parallel.add_argument("--checkpoints", action="store_true", help="of layers, on one GPU too")
     generation = commands.add_parser("generation", help="time of a prompt, and of a token")
@@ -5063,10 +5087,16 @@ def main():
         generation.add_argument(f"--{option}", type=int, default=default)
     generation.add_argument("--contexts", default="", help="such as 100,1000,10000: is it flat?")
     generation.add_argument("--state-dtype", help="such as bfloat16; float32 unless given")
-    options = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
-    for option, kind in options.items():
+    for option, kind in GENERATION.items():
         generation.add_argument(f"--{option.replace('_', '-')}", type=kind)
+    return parser
+
+
+def main():
+    parser = command_line()
     arguments = parser.parse_args()
+    if arguments.command == "training" and not CUDA:
+        parser.error("training measures the memory of a GPU: it needs CUDA")
     if arguments.command == "parallel":
         benchmark_parallel(arguments.cases, arguments.steps, arguments.checkpoints)
     elif arguments.command == "training":
@@ -5078,7 +5108,7 @@ def main():
     elif arguments.command == "generation":
         sizes = arguments.batch, arguments.prompt, arguments.new
         contexts = [int(n) for n in arguments.contexts.split(",") if n]
-        sampling = {option: getattr(arguments, option) for option in options}
+        sampling = {option: getattr(arguments, option) for option in GENERATION}
         benchmark_generation(arguments.name, *sizes, contexts, arguments.state_dtype, sampling)
     else:
         benchmark()
