@@ -16,7 +16,7 @@ A layer without a mask does all of this in one operation, `layer_middle`, with t
 small layer waits for the CPU longer than for the GPU. The operation answers None where it cannot,
 and then the three are asked one by one. For one token, without gradients, `layer_step` does all of
 the first line, from projection to y, in one kernel, and `norm_linear` a norm with the projection
-behind it. The twins of these three are lines of the layer and of its block.
+after it. The twins of these three are lines of the layer and of its block.
 
     launches     forward     conv, prep, [segment], scan, norm
                  backward    norm, prep, border, chunk, finish, conv, fold
@@ -2407,7 +2407,7 @@ def _columns(wide, weight, dt_bias, norm_weight):
 
 
 def _heads(xBC, dt_bias, norm_weight, groups):
-    """x, B and C, which lie side by side behind the convolution, as in their gradient."""
+    """x, B and C, which lie side by side after the convolution, as in their gradient."""
     (b, l, d), h, hp = xBC.shape, dt_bias.shape[0], norm_weight.shape[0]
     gn = (d - hp) // 2
     x, B, C = xBC.split_with_sizes((hp, gn, gn), 2)

@@ -555,7 +555,7 @@ def segsum(log_decay: Tensor) -> Tensor:
     (..., q) in, (..., q, s) out, floating point: 0 on the diagonal and -inf above it.
 
     Differs: Listing 1 takes the difference of two prefix sums, which loses the digits of a weak
-    decay that follows a strong one, and has no value behind an infinite one. This adds up each
+    decay that follows a strong one, and has no value after an infinite one. This adds up each
     segment.
     """
     q = log_decay.shape[-1]
@@ -581,7 +581,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     B, C = (repeat(t, "b l g n -> b (g r) l n", r=r) for t in (B, C))
     xdt = rearrange(x * dt[..., None], "b l h p -> b h l p")
-    # The initial state stands in front of the sequence: one more place that decays start from.
+    # The initial state stands before the sequence: one more place that decays start from.
     log_decay = F.pad(rearrange(log_decay, "b l h -> b h l"), (1, 0))
     decay = segsum(log_decay).exp()  # (b, h, 1+l, 1+l)
     L, from_start, to_end = decay[..., 1:, 1:], decay[..., 1:, :1], decay[..., -1:, 1:]
@@ -631,7 +631,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
 
 
 def _ssd_chunk(xdt, log_decay, B, C, state):
-    """One chunk, of q positions, from the state before it to the state behind it.
+    """One chunk, of q positions, from the state before it to the state after it.
 
     The numbers are the steps of Listing 1. What has to do with B and C is computed once for a group
     of heads, in one matrix product: (r p) are all channels of a group.
@@ -655,9 +655,9 @@ def _ssd_chunk(xdt, log_decay, B, C, state):
     # 1. Diagonal block: from the inputs of the chunk to its outputs, as attention.
     scores = C @ B.mT  # (b, g, q, s)
     y = (scores[:, :, None] * L) @ xdt  # (b, g, r, q, p)
-    # 2. From the inputs of the chunk to the state behind it.
+    # 2. From the inputs of the chunk to the state after it.
     written = rearrange(xdt * to_end[..., None], "b g r s p -> b g (r p) s") @ B  # (b, g, (r p), n)
-    # 3. The recurrence, from the state before the chunk to the state behind it.
+    # 3. The recurrence, from the state before the chunk to the state after it.
     decay = repeat(from_start[..., -1], "b g r -> b g (r p) 1", p=p)
     new_state = decay * state + written  # (b, g, (r p), n)
     # 4. From the state before the chunk to its outputs.
@@ -800,7 +800,7 @@ class Mamba2(nn.Module):
 
         layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
-        y, state = layer.step(u)             # the same, and the state behind the last token
+        y, state = layer.step(u)             # the same, and the state after the last token
         y, state = layer.step(v, state)      # goes on from there, by any number of tokens
 
     It is initialised as in the original implementation. Parameter names and shapes are those of the
@@ -890,7 +890,7 @@ class Mamba2(nn.Module):
 
         Returns:
             y: (b, l, d), in the dtype of the projections.
-            state: Mamba2State, behind the last position, which is the last slice's on every rank
+            state: Mamba2State, after the last position, which is the last slice's on every rank
                 of a group. The one that was passed is unchanged; gradients pass through both.
 
         Raises:
@@ -951,7 +951,7 @@ class Mamba2(nn.Module):
         if conv is None:
             conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
         if slices is not None:
-            conv, conv_behind = slices.states_of_convolution(xBC, conv)
+            conv, conv_after = slices.states_of_convolution(xBC, conv)
         if mask is not None:
             xBC, conv, dt, seq_idx, back = _pass_over(mask, xBC, conv, dt, seq_idx)
 
@@ -976,7 +976,7 @@ class Mamba2(nn.Module):
         y = y.flatten(2)  # (b, l, h p)
         if mask is not None:
             y = _take(y, back)
-        return y, Mamba2State(conv if slices is None else conv_behind, new_ssm)
+        return y, Mamba2State(conv if slices is None else conv_after, new_ssm)
 
     def _check(self, u, state, mask, seq_idx):
         config = self.config
@@ -1031,7 +1031,7 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
 def _pass_over(mask, xBC, conv, dt, seq_idx):
     """Arrange the inputs of convolution and SSD so that both pass over masked positions.
 
-    The masked positions (m of them) go to the front of each row, in front of the convolution's
+    The masked positions (m of them) go to the front of each row, before the convolution's
     state even, all others keep their order:
 
         conv | xBC    k-1 of state | l inputs, any of them masked
@@ -1115,7 +1115,7 @@ class Mamba2Block(nn.Module):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model behind some tokens, and a value: nothing changes it.
+    """The state of a whole model after some tokens, and a value: nothing changes it.
 
     A forward pass takes one as `past_key_values` and returns a new one; the old one can be used
     again, to go on from the same prompt in another way. Its size does not depend on how many tokens
@@ -1341,8 +1341,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
                 begins. With a cache, also where it changes from the last call to this one.
             group: a process group, if each of its ranks has a slice of the sequence. Then all that
                 is (b, l, ...) here is of the slice, and what is passed as cache or states is the
-                same on every rank: what is in front of the first slice. The cache that is returned
-                is behind the last slice, on every rank. See `Slices`.
+                same on every rank: what is before the first slice. The cache that is returned
+                is after the last slice, on every rank. See `Slices`.
             output_attentions: accepted for transformers' sake; there are none.
 
         Returns:
@@ -1528,7 +1528,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     ):
         """Logits, and with `labels` the loss. All other arguments: see `Mamba2Model.forward`.
 
-        A long sequence can be read in segments, each from the state behind the one before:
+        A long sequence can be read in segments, each from the state after the one before:
 
             model(ids, labels=ids, segment_length="auto").loss.backward()
 
@@ -1705,7 +1705,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, past_key_values=None, **options):
-        """The Mamba2Cache behind a prompt, which can be kept, and gone on from any number of times.
+        """The Mamba2Cache after a prompt, which can be kept, and gone on from any number of times.
 
         Read in segments, a prompt of any length takes the memory of one. Arguments: see `forward`;
         segment_length is "auto" unless given.
@@ -1763,7 +1763,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _tokens(self, ids, output, logits_processor, stopping_criteria, config):
-        """Yield tokens (b) behind the prompt `ids` (b, l), which gave `output`."""
+        """Yield tokens (b) after the prompt `ids` (b, l), which gave `output`."""
         text, length = F.pad(ids, (0, 64)), ids.shape[1]
         limits = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         criteria = [c for c in stopping_criteria if c not in limits]
@@ -1819,7 +1819,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs):
         _require_cache(model_kwargs.get("past_key_values"), Mamba2Cache, RewindableCache)
         if model_kwargs.get("group") is not None:
-            raise ValueError("group: read the prompt with it, and generate from the cache behind")
+            raise ValueError("group: read the prompt with it, and generate from the cache after it")
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(
@@ -1875,7 +1875,7 @@ def _next_tokens(labels, mask, seq_idx):
     if mask is not None:
         targets = targets.masked_fill(~mask, -100)
     if seq_idx is not None:
-        seq_idx = seq_idx.long()  # any integers: -100, which is put behind them, fits few
+        seq_idx = seq_idx.long()  # any integers: -100, which is put after them, fits few
         targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
     return targets
 
@@ -1883,13 +1883,13 @@ def _next_tokens(labels, mask, seq_idx):
 class RewindableCache:
     """A cache that can forget its last tokens, for the speculative decoding of transformers.
 
-    A state has no way back, but it is a value: the one in front of all tokens that may have to be
+    A state has no way back, but it is a value: the one before all tokens that may have to be
     forgotten is kept, with these. Unlike a Mamba2Cache, this changes in place, as transformers
     expects it to.
 
-        base    the Mamba2Cache behind the tokens that are there to stay
-        since   (1, m) tokens behind these, which can be forgotten
-        tip     the Mamba2Cache behind all of them; None after some were forgotten
+        base    the Mamba2Cache after the tokens that are there to stay
+        since   (1, m) tokens after these, which can be forgotten
+        tip     the Mamba2Cache after all of them; None after some were forgotten
     """
 
     is_compileable = False
@@ -1926,7 +1926,7 @@ class RewindableCache:
             output = model(ids, mask, self.tip, logits_to_keep=logits_to_keep, **options)
             self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
             self.tip = output.past_key_values
-        else:  # One pass with two rows: the first ends behind `since`, and is the new base.
+        else:  # One pass with two rows: the first ends after `since`, and is the new base.
             m, l = self.since.shape[1], ids.shape[1]
             rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
             mask = torch.ones_like(rows) if mask is None else mask[:, -(m + l) :].repeat(2, 1)
@@ -2049,13 +2049,13 @@ class DecodingGraph:
         _copy(self.states, cache.states)
 
     def cache(self, length) -> Mamba2Cache:
-        """The state behind the last token."""
+        """The state after the last token."""
         states = tuple(Mamba2State(*map(torch.empty_like, state)) for state in self.states)
         _copy(states, self.states)
         return Mamba2Cache(states, length)
 
     def __call__(self, ids):
-        """The logits (b, vocabulary) behind ids (b, 1); until the next call."""
+        """The logits (b, vocabulary) after ids (b, 1); until the next call."""
         with torch.cuda.device(ids.device):
             self.token.copy_(ids)
             self.graph.replay()
@@ -2138,10 +2138,10 @@ class Slices:
     In the order of ranks, the slices are the sequence; they may be of any lengths, 0 too. What
     crosses a border is what a layer's state is made of:
 
-    - The convolution needs the last k-1 inputs in front of the slice: one all-gather of those of
+    - The convolution needs the last k-1 inputs before the slice: one all-gather of those of
       each slice.
     - SSD is linear in its state. Each rank scans its slice from a zero state; one all-gather of the
-      (p, n) numbers behind it, and of its total decay, gives the state in front of each slice: that
+      (p, n) numbers after it, and of its total decay, gives the state before each slice: that
       is the recurrence between chunks (step 3 of Listing 1) with slices for chunks. What it adds to
       the outputs is one matrix product.
 
@@ -2151,7 +2151,7 @@ class Slices:
     average that is one process's gradient, which is what DDP and FSDP compute.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments,
-    one behind the other; their number is the same on every rank. Of ids (b, l), whose segments are
+    one after the other; their number is the same on every rank. Of ids (b, l), whose segments are
     of R segment_length positions each, for R ranks, that is
 
         ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1)
@@ -2205,21 +2205,21 @@ class Slices:
         self.last_labels = rearrange(labels[:, :, 1:], "r b m -> b (r m)")
         labels = rearrange(labels, "r b m -> b (r m)")
         self.whole = labels, labels != NO_LABEL, length  # for questions about the whole sequence
-        # (b), whether this slice begins another sequence than the one in front of it.
+        # (b), whether this slice begins another sequence than the one before it.
         before = labels[:, : self.rank * (1 + self.m)].flip(1)
         before = _first(before, before != NO_LABEL, first)
         self.begins = (first != before) & (first != NO_LABEL)
-        in_front = self.sources(self.rank, config.conv_kernel)
-        self.in_front = in_front.masked_fill(self.begins[:, None], 0)
-        self.behind = self.sources(dist.get_world_size(group), config.conv_kernel)
+        before_slice = self.sources(self.rank, config.conv_kernel)
+        self.before = before_slice.masked_fill(self.begins[:, None], 0)
+        self.after = self.sources(dist.get_world_size(group), config.conv_kernel)
 
     def last(self, x, fill=0):
-        """The last m positions that exist of x (b, l, c): (b, m, c), or fewer behind `fill`."""
+        """The last m positions that exist of x (b, l, c): (b, m, c), or fewer after `fill`."""
         x = _take(x, self.order[:, -self.m :])
         return F.pad(x, (0, 0, self.m - x.shape[1], 0), value=fill)
 
     def sources(self, slices, k):
-        """Where the convolution's state (b, k-1, ...) behind so many slices is from: in `table`."""
+        """Where the convolution's state (b, k-1, ...) after so many slices is from: in `table`."""
         labels = self.last_labels[:, : slices * self.m]
         table = torch.arange(k + labels.shape[1], dtype=torch.float64, device=labels.device)
         table = table.expand(len(labels), -1)[..., None]  # zero, the state's inputs, and the last
@@ -2229,10 +2229,10 @@ class Slices:
         return state[..., 0].long()
 
     def states_of_convolution(self, xBC, state):
-        """The state (b, k-1, ...) of the convolution before this slice, and behind the last one."""
+        """The state (b, k-1, ...) of the convolution before this slice, and after the last one."""
         last = rearrange(_all_gather(self.last(xBC), self.group), "r b m c -> b (r m) c")
         table = F.pad(torch.cat([state.to(xBC.dtype), last], dim=1), (0, 0, 1, 0))
-        return _take(table, self.in_front), _take(table, self.behind)
+        return _take(table, self.before), _take(table, self.after)
 
 
 @_without_autocast
@@ -2245,9 +2245,9 @@ def ssd_of_slice(
     from_start = F.pad(log_decay, (0, 0, 1, 0)).cumsum(1).exp()  # (b, 1+l, h)
 
     decay = from_start[:, -1, :, None].masked_fill(slices.begins[:, None, None], 0)  # (b, h, 1)
-    behind = _all_gather(torch.cat([decay, written.flatten(2)], dim=2), slices.group)
-    states = [state]  # in front of each slice, and behind the last one
-    for slice_ in behind:  # (b, h, 1 + p n)
+    ends = _all_gather(torch.cat([decay, written.flatten(2)], dim=2), slices.group)
+    states = [state]  # before each slice, and after the last one
+    for slice_ in ends:  # (b, h, 1 + p n)
         decay, written = slice_[..., :1, None], slice_[..., 1:].unflatten(2, state.shape[2:])
         states.append(decay * states[-1] + written)  # (b, h, p, n)
 

@@ -119,7 +119,7 @@ def recurrence(x, dt, A, B, C, D=None, initial_state=None, seq_idx=None):
 
 
 def ssd_inputs(b, l, h, p, g, n, *, D=(), state=True):
-    """Random arguments of SSD, in float64; D is the shape of D behind the heads, or None."""
+    """Random arguments of SSD, in float64; D is the shape of D after the heads, or None."""
     inputs = {
         "x": torch.randn(b, l, h, p, **DRAW),
         "dt": F.softplus(torch.randn(b, l, h, **DRAW)),
@@ -327,7 +327,7 @@ def test_a_weak_decay_after_a_strong_one_keeps_its_digits(form):
     found, _ = form(**single, chunk_size=l)
     assert_close(found, expected, 1e-5)  # some 20 epsilons of float32
     # The obvious formula, with L from differences of prefix sums, is wrong already in the second
-    # digit: next to 1e6 float32 has no digits behind the point but sixteenths.
+    # digit: next to 1e6 float32 has no digits after the point but sixteenths.
     x, dt, B, C = (single[name][0] for name in ("x", "dt", "B", "C"))
     sums = (dt[:, 0] * single["A"]).cumsum(0)  # (l)
     naive = ((C[:, 0] @ B[:, 0].T) * (sums[:, None] - sums).exp().tril()) @ (dt * x[:, 0])
@@ -4131,7 +4131,7 @@ def test_kernel_step_is_the_layer_in_float64_for_one_token(dtype, state_dtype, c
     with torch.no_grad():
         wide = [t.double() for t in (xBC, dt, *state)]
         want, exact_new = exact._mix(*wide[:2], Mamba2State(*wide[2:]), None, None)
-    # x, B and C are rounded to the dtype behind the convolution, y once more, the state to its own.
+    # x, B and C are rounded to the dtype after the convolution, y once more, the state to its own.
     limit = 4 * KERNEL_SMALL[dtype]
     assert relative_error(y, want) <= limit
     assert torch.equal(new.conv.double(), exact_new.conv)
@@ -4944,7 +4944,7 @@ def mamba_ssm_model(config, dtype):
 
 @torch.no_grad()
 def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampling):
-    """Time of a prompt and of each token behind it, on a GPU in bfloat16, with CUDA graphs."""
+    """Time of a prompt and of each token after it, on a GPU in bfloat16, with CUDA graphs."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if CUDA else torch.float32
     if name in SHAPES:
