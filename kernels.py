@@ -3497,7 +3497,10 @@ def _prefill_row(table, name, l, d_model, n_layer):
 
 def _print_table(wanted: list[str]) -> None:
     if not (TRITON and torch.cuda.is_available()):
-        print("python kernels.py times the kernels on a GPU: it needs CUDA and Triton.")
+        print(
+            "python kernels.py [words] times the kernels on a GPU, all rows or those with one of "
+            "the words in their name, such as ssd, layer or 130m. It needs CUDA and Triton."
+        )
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
     table = _Table(wanted)

@@ -121,10 +121,6 @@ except ImportError as error:
         def __init__(self, *args, **kwargs):
             raise ImportError(transformers_missing)
 
-        @classmethod
-        def from_pretrained(cls, *args, **kwargs):
-            raise ImportError(transformers_missing)
-
     class GenerationMixin:
         pass
 
@@ -223,10 +219,8 @@ class Mamba2Config(PreTrainedConfig):
         for name in options:
             if not _is_common_option(name):
                 known = [*_DEFAULTS, *self.attribute_map]
-                close = [
-                    f"did you mean {k!r}?" for k in difflib.get_close_matches(name, known, n=1)
-                ]
-                hint = (close or ["see help(Mamba2Config)"])[0]
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see help(Mamba2Config)"
                 raise TypeError(f"Mamba2Config has no option {name!r}; {hint}")
 
         # Differs: the depth scaling that this option asks for belongs to our initialisation,
@@ -295,10 +289,9 @@ class Mamba2Config(PreTrainedConfig):
         require(self.num_heads % self.n_groups == 0, "n_groups", rule)
         require(self.hidden_act == "silu", "hidden_act", "only 'silu' is implemented; leave it out")
         limit = self.time_step_limit
-        is_pair = isinstance(limit, tuple) and len(limit) == 2
-        are_numbers = is_pair and all(isinstance(value, float) for value in limit)
+        is_pair = isinstance(limit, tuple) and [type(value) for value in limit] == [float, float]
         rule = "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit"
-        require(are_numbers and 0 <= limit[0] <= limit[1], "time_step_limit", rule)
+        require(is_pair and 0 <= limit[0] <= limit[1], "time_step_limit", rule)
         _require_segment_length(self.segment_length)
         rule = f"must be at most time_step_max, {self.time_step_max}"
         require(self.time_step_min <= self.time_step_max, "time_step_min", rule)
@@ -454,7 +447,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
 
     Returns:
         log_decay: (b, l, h), the logarithm of each step's decay: dt A, and -inf where another
-            sequence begins, so that nothing of the one before is left.
+            sequence begins, so that nothing of the one before is left (Section 8.3).
         D: (h, 1) or (h, p), or None.
         state: (b, h, p, n), the initial one.
     """
@@ -489,13 +482,13 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
 
 
 def _require(name, tensor, *shapes, dims=None, kind="floating-point numbers"):
-    """Raise unless `tensor` is a tensor of that kind, with one of the shapes or with such dims."""
+    """Raise unless `tensor` is a tensor of that kind, and of a shape or dims if any are given."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
     if dims:
         fits = tensor.dim() == dims.count(",") + 1
     else:  # not `in`, which torch.compile takes for False where sizes are symbols
-        fits = any(tensor.shape == shape for shape in shapes)
+        fits = len(shapes) == 0 or any(tensor.shape == shape for shape in shapes)
     if not fits:
         expected = f"({dims})" if dims else " or ".join(map(str, shapes))
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {expected}")
@@ -624,11 +617,9 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
         return kernels.ssd(x, dt, A, B, C, D, **options)
     # A chunk of one position is a step of the recurrence.
-    if isinstance(x, Tensor) and x.shape[1:2] == (1,):
+    if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] <= 1:
         return ssd_recurrent(x, dt, A, B, C, D, **options)
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
-    if x.shape[1] == 0:
-        return x if D is None else (D * x).to(x.dtype), state
     # split, because the gradient of so many slices would each time be as long as the sequence
     chunks = zip(*(t.split(chunk_size, dim=1) for t in (x, dt, log_decay, B, C)), strict=True)
     ys = []
@@ -685,7 +676,8 @@ def _ssd_chunk(xdt, log_decay, B, C, state):
 class Mamba2State(NamedTuple):
     """The state of one layer: all that it remembers, and a value, which is never changed in place.
 
-    conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the layer's dtype
+    conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the dtype of in_proj's
+                                  output: the layer's or, in autocast, autocast's
     ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer); one that
                                   is given in half precision stays so
 
@@ -761,6 +753,7 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
+    _require("x", x)
     _require("weight", weight, tuple(x.shape[-1:]))
     if gate is not None:
         _require("gate", gate, tuple(x.shape))
@@ -843,13 +836,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.empty(h))
         self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
-        self.mark_parameters()
         self.reset_parameters()
-
-    def mark_parameters(self):
-        """Exempt dt_bias, A_log and D from weight decay, by the mark that the original uses."""
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
@@ -914,6 +901,10 @@ class Mamba2(nn.Module):
     def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         self._check(u, state, mask, seq_idx)
+        weight = self.in_proj.weight
+        if u.dtype != weight.dtype and _is(self.in_proj, nn.Linear):
+            if not torch.is_autocast_enabled(u.device.type):
+                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
         if mask is not None:
             mask = _as_bool("mask", mask)
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
@@ -947,7 +938,8 @@ class Mamba2(nn.Module):
         (h, p, g, n), limit = self.sizes, self.config.time_step_limit
         conv, ssm = (None, None) if state is None else state
         # A token is decoded by one kernel.
-        if kernels and mask is None and state is not None and slices is None:
+        alone = mask is None and slices is None and _is(self.conv1d, CausalConv1d)
+        if kernels and alone and state is not None:
             weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
             token = (xBC, dt, conv, ssm, *weights)
             options = dict(dt_limit=limit, out=getattr(state, "out", None))
@@ -955,10 +947,8 @@ class Mamba2(nn.Module):
                 y, conv, ssm = kernels.layer_step(*token, **options)
                 return y, Mamba2State(conv, ssm)
         dtype = _at_least_float32(dt.dtype)
-        dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h), in dtype
-        if limit != (0.0, math.inf):
-            dt = dt.clamp(*limit)
-        if conv is None and (mask is not None or slices is not None):
+        dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*limit)  # (b, l, h), in dtype
+        if conv is None:
             conv = xBC.new_zeros(xBC.shape[0], self.config.conv_kernel - 1, xBC.shape[2])
         if slices is not None:
             conv, conv_after = slices.states_of_convolution(xBC, conv)
@@ -993,10 +983,6 @@ class Mamba2(nn.Module):
         _require("u", u, dims="batch, length, width")
         b, l, _ = u.shape
         _require("u", u, (b, l, config.hidden_size))
-        weight = self.in_proj.weight
-        if u.dtype != weight.dtype and _is(self.in_proj, nn.Linear):
-            if not torch.is_autocast_enabled(u.device.type):
-                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
         if mask is not None:
             _require("mask", mask, (b, l), kind="numbers")
         if seq_idx is not None:
@@ -1076,16 +1062,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
 
     Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
-    do not. (The first three also bear the original's mark, `_no_weight_decay`, for other code.)
+    do not.
+
+    Differs: the original marks the first three, `_no_weight_decay`; a copy of a parameter loses
+    such a mark, and keeps its one dimension.
     """
-    groups = {False: [], True: []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            exempt = getattr(parameter, "_no_weight_decay", False) or parameter.dim() < 2
-            groups[exempt].append(parameter)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        {"params": groups[False], "weight_decay": weight_decay},
-        {"params": groups[True], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
@@ -1220,8 +1205,11 @@ class Mamba2Cache:
         """Write the cache to a safetensors file."""
         from safetensors.torch import save_file
 
-        tensors = {f"layers.{i}.conv": state.conv for i, state in enumerate(self.states)}
-        tensors |= {f"layers.{i}.ssm": state.ssm for i, state in enumerate(self.states)}
+        tensors = {
+            f"layers.{i}.{part}": tensor
+            for i, state in enumerate(self.states)
+            for part, tensor in state._asdict().items()
+        }
         if self.seq_idx is not None:
             tensors["seq_idx"] = self.seq_idx
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -1241,74 +1229,11 @@ class Mamba2Cache:
         if "length" not in metadata:
             raise ValueError(f"{str(path)!r} holds no cache: it must be a file that `save` wrote")
         n_layer = sum(name.endswith(".conv") for name in tensors)
-        parts = [
-            [tensors[f"layers.{i}.{part}"] for part in ("conv", "ssm")] for i in range(n_layer)
-        ]
-        states = tuple(Mamba2State(*part) for part in parts)
+        states = tuple(
+            Mamba2State(*(tensors[f"layers.{i}.{part}"] for part in Mamba2State._fields))
+            for i in range(n_layer)
+        )
         return cls(states, int(metadata["length"]), tensors.get("seq_idx"))
-
-
-class RewindableCache:
-    """A cache that can forget its last tokens, for the speculative decoding of transformers.
-
-    A state has no way back, but it is a value: the one before all tokens that may have to be
-    forgotten is kept, with these. Unlike a Mamba2Cache, this changes in place, as transformers
-    expects it to.
-
-        base    the Mamba2Cache after the tokens that are there to stay
-        since   (1, m) tokens after these, which can be forgotten
-        tip     the Mamba2Cache after all of them; None after some were forgotten
-    """
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, base: Mamba2Cache):
-        self.base, self.since, self.tip = base, None, base
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.base.length + (0 if self.since is None else self.since.shape[1])
-
-    def activate_past_recording(self):
-        """Nothing to do: tokens are always remembered."""
-
-    def crop(self, tokens: int):
-        """Forget the last -tokens tokens or, if positive, all but the first; the rest will stay."""
-        length = self.get_seq_length()
-        kept = min(tokens if tokens > 0 else length + tokens, length) - self.base.length
-        if kept < 0:
-            raise ValueError(
-                f"crop({tokens}): {-kept} tokens were there to stay since the last one"
-            )
-        if kept == length - self.base.length:
-            self.base, self.since = self.tip or self.base, None if self.tip else self.since
-        elif kept == 0:
-            self.since, self.tip = None, self.base
-        else:
-            self.since, self.tip = self.since[:, :kept], None
-
-    def read(self, model, ids, mask, logits_to_keep, output_hidden_states):
-        """The model's output for more tokens, (1, l)."""
-        options = dict(use_cache=True, output_hidden_states=output_hidden_states, return_dict=True)
-        if self.tip is not None:
-            output = model(ids, mask, self.tip, logits_to_keep=logits_to_keep, **options)
-            self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
-            self.tip = output.past_key_values
-        else:  # One pass with two rows: the first ends after `since`, and is the new base.
-            m, l = self.since.shape[1], ids.shape[1]
-            rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
-            mask = torch.ones_like(rows) if mask is None else mask[:, -(m + l) :].repeat(2, 1)
-            mask[0, m:] = 0
-            keep = logits_to_keep or l
-            output = model(rows, mask, self.base.repeat(2), logits_to_keep=keep, **options)
-            output.logits = output.logits[1:]
-            if output.hidden_states is not None:
-                output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
-            first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
-            self.base = replace(first, length=self.base.length + m)
-            self.since, self.tip = ids, second
-        output.past_key_values = self
-        return output
 
 
 class Mamba2PreTrainedModel(PreTrainedModel):
@@ -1371,9 +1296,6 @@ class Mamba2PreTrainedModel(PreTrainedModel):
                 )
         # Or else `save_pretrained` would rename the weights back, as they were in the original.
         vars(model).pop("_weight_conversions", None)
-        for module in model.modules():
-            if isinstance(module, Mamba2):
-                module.mark_parameters()  # loading made new parameters
         return (model, info) if output_loading_info else model
 
     def _set_gradient_checkpointing(
@@ -1421,7 +1343,6 @@ class Mamba2Model(Mamba2PreTrainedModel):
         return_dict=None,
         *,
         seq_idx=None,
-        initial_states=None,
         group=None,
         output_attentions=None,
     ):
@@ -1431,14 +1352,13 @@ class Mamba2Model(Mamba2PreTrainedModel):
             input_ids: (b, l) integers, or inputs_embeds: (b, l, d). Exactly one of them.
             attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks
                 positions that do not exist, wherever they are. None is no such position.
-            past_key_values: the Mamba2Cache of an earlier call, which is not changed.
+            past_key_values: the Mamba2Cache of an earlier call, which is not changed; or one of
+                states to start from, such as trained ones: Mamba2Cache(a Mamba2State a layer).
             use_cache: return a new cache; None is the config's choice, and no cache in training.
             output_hidden_states: also return the input of every block, and the final output.
             return_dict: False returns a tuple.
             seq_idx: (b, l) integers, for sequences packed into one row: where it changes, another
                 begins. With a cache, also where it changes from the last call to this one.
-            initial_states: a Mamba2State for each layer to start from, such as trained ones; the
-                same as past_key_values=Mamba2Cache(initial_states).
             group: a process group, if each of its ranks has a slice of the sequence. Then all that
                 is (b, l, ...) here is of the slice, and what is passed as cache or states is the
                 same on every rank: what is before the first slice. The cache that is returned
@@ -1456,13 +1376,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             _require("inputs_embeds", inputs_embeds, (*shape, self.config.hidden_size))
         if output_attentions:
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
-        if past_key_values is not None and initial_states is not None:
-            raise ValueError("give past_key_values or initial_states, not both")
-        if past_key_values is not None and not isinstance(past_key_values, Mamba2Cache):
-            raise TypeError(
-                f"past_key_values is a {type(past_key_values).__name__}: it must be the "
-                "Mamba2Cache that an earlier call of this model returned"
-            )
+        _require_cache(past_key_values, Mamba2Cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -1470,18 +1384,15 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
 
-        past = past_key_values
-        if past is None:
-            past = Mamba2Cache(() if initial_states is None else tuple(initial_states))
+        past = Mamba2Cache(()) if past_key_values is None else past_key_values
         # Fewer in self-speculative decoding. A list, since a slice of modules is slow to make.
         layers = list(self.layers)[: self.config.num_hidden_layers]
-        states = past.states or [None] * len(layers)
-        if len(states) != len(layers):
-            raise ValueError(f"{len(states)} states for {len(layers)} layers: give one each")
+        if len(past.states) not in (0, len(layers)):
+            raise ValueError(f"{len(past.states)} states for {len(layers)} layers: give one each")
         if inputs_embeds is None:
             _require_ids("input_ids", input_ids, self.config.vocab_size)
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
-        if past_key_values is not None and past.states and len(past.states[0].ssm) != len(h):
+        if past.states and len(past.states[0].ssm) != len(h):
             raise ValueError(
                 f"past_key_values has a batch of {len(past.states[0].ssm)}, and the input one of "
                 f"{len(h)}: cache.repeat(times) or cache.select(rows) makes them fit"
@@ -1494,17 +1405,12 @@ class Mamba2Model(Mamba2PreTrainedModel):
         checkpoints = self.gradient_checkpointing and self.training
         given = dict(states=len(past.states) > 0, checkpoints=checkpoints)
         slices = Slices.of(group, self.config, h, mask, seq_idx, **given)
-        labels, exists, length = slices.whole if slices else (seq_idx, mask, h.shape[1])
-        if seq_idx is not None and past.seq_idx is not None:
-            ended = _first(labels, exists, past.seq_idx) != past.seq_idx  # (b)
-            zero = (ended & (past.seq_idx != NO_LABEL))[:, None, None]
-            states = [
-                Mamba2State(s.conv.masked_fill(zero, 0), s.ssm.masked_fill(zero[..., None], 0))
-                for s in states
-            ]
+        sequences, exists, length = slices.whole if slices else (seq_idx, mask, h.shape[1])
+        if seq_idx is not None:
+            past = _go_on(past, sequences, exists)
 
         hidden_states, new_states = [], []
-        for layer, state in zip(layers, states, strict=True):
+        for layer, state in zip(layers, past.states or [None] * len(layers), strict=True):
             if output_hidden_states:
                 hidden_states.append(h)
             if checkpoints:
@@ -1518,13 +1424,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
 
         cache = None
         if use_cache:
-            last = past.seq_idx
-            if seq_idx is not None:
-                if last is None:
-                    last = seq_idx.new_full(seq_idx.shape[:1], NO_LABEL, dtype=torch.int64)
-                flipped = None if exists is None else exists.flip(1)
-                last = _first(labels.flip(1), flipped, last)
-            cache = Mamba2Cache(tuple(new_states), past.length + length, last)
+            cache = Mamba2Cache(tuple(new_states), past.length + length, past.seq_idx)
         output = BaseModelOutputWithPast(
             last_hidden_state=h,
             past_key_values=cache,
@@ -1543,8 +1443,8 @@ def _batch_and_length(input_ids, inputs_embeds):
     return inputs_embeds.shape[:2]
 
 
-def _require_cache(cache):
-    if cache is not None and not isinstance(cache, (Mamba2Cache, RewindableCache)):
+def _require_cache(cache, *kinds):
+    if cache is not None and not isinstance(cache, kinds):
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}: it must be the Mamba2Cache that an "
             "earlier call of this model returned"
@@ -1582,6 +1482,18 @@ def _as_mask(attention_mask, shape, seen):
 
 
 NO_LABEL = torch.iinfo(torch.int64).min  # of a sequence of which every position was masked so far
+
+
+def _go_on(past, seq_idx, mask):
+    """The cache, with zero states in rows that begin another sequence, and labels of rows' ends."""
+    last = past.seq_idx  # (b)
+    if last is None:
+        last = seq_idx.new_full(seq_idx.shape[:1], NO_LABEL, dtype=torch.int64)
+    else:
+        ended = (_first(seq_idx, mask, last) != last) & (last != NO_LABEL)  # (b)
+        past = past.map(lambda t: t.masked_fill(ended.view(-1, *[1] * (t.dim() - 1)), 0))
+    mask = None if mask is None else mask.flip(1)
+    return replace(past, seq_idx=_first(seq_idx.flip(1), mask, last))
 
 
 def _first(seq_idx, mask, default):
@@ -1629,7 +1541,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return_dict=None,
         *,
         seq_idx=None,
-        initial_states=None,
         group=None,
         num_items_in_batch=None,
         segment_length=None,
@@ -1669,11 +1580,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
         """
         if isinstance(past_key_values, RewindableCache):
-            others = inputs_embeds, labels, seq_idx, initial_states, segment_length, group
+            others = inputs_embeds, labels, seq_idx, segment_length, group
             if input_ids is None or any(other is not None for other in others):
                 raise ValueError(
                     "a RewindableCache reads input_ids alone: leave out inputs_embeds, labels, "
-                    "seq_idx, initial_states, segment_length and group"
+                    "seq_idx, segment_length and group"
                 )
             return past_key_values.read(
                 self, input_ids, attention_mask, logits_to_keep, output_hidden_states
@@ -1687,7 +1598,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         targets = None
         decoder = None if torch.compiler.is_compiling() else _decoding.get()
         if decoder is not None and decoder.model is self and l == 1:
-            others = mask, inputs_embeds, labels, seq_idx, initial_states
+            others = mask, inputs_embeds, labels, seq_idx
             if all(other is None for other in others) and not output_hidden_states and use_cache:
                 output = decoder(input_ids, past_key_values)
                 if output is not None:
@@ -1734,7 +1645,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                     *segment,
                     bar,
                     past_key_values=cache,
-                    initial_states=initial_states if end == 0 else None,
                     use_cache=use_cache if end + length >= l else True,
                     output_hidden_states=output_hidden_states,
                     group=group,
@@ -1747,10 +1657,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         loss = logits = None
         if labels is not None:
-            loss, count = sum(losses), (targets != -100).sum()
+            loss, items = sum(losses), (targets != -100).sum()
             if group is not None:
-                loss, count = (_all_gather(t[None], group).sum() for t in (loss, count))
-            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+                loss, items = (_all_gather(t[None], group).sum() for t in (loss, items))
+            loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
         if kept:
             keep = logits_to_keep
             if not torch.is_tensor(keep):
@@ -1928,7 +1838,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        _require_cache(model_kwargs.get("past_key_values"))
+        _require_cache(model_kwargs.get("past_key_values"), Mamba2Cache, RewindableCache)
         if model_kwargs.get("group") is not None:
             raise ValueError("group: read the prompt with it, and generate from the cache after it")
         super()._validate_model_kwargs(model_kwargs)
@@ -1986,8 +1896,72 @@ def _next_tokens(labels, mask, seq_idx):
     if mask is not None:
         targets = targets.masked_fill(~mask, -100)
     if seq_idx is not None:
+        seq_idx = seq_idx.long()  # any integers: -100, which is put after them, fits few
         targets = targets.masked_fill(following(seq_idx) != seq_idx, -100)
     return targets
+
+
+class RewindableCache:
+    """A cache that can forget its last tokens, for the speculative decoding of transformers.
+
+    A state has no way back, but it is a value: the one before all tokens that may have to be
+    forgotten is kept, with these. Unlike a Mamba2Cache, this changes in place, as transformers
+    expects it to.
+
+        base    the Mamba2Cache after the tokens that are there to stay
+        since   (1, m) tokens after these, which can be forgotten
+        tip     the Mamba2Cache after all of them; None after some were forgotten
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, base: Mamba2Cache):
+        self.base, self.since, self.tip = base, None, base
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.base.length + (0 if self.since is None else self.since.shape[1])
+
+    def activate_past_recording(self):
+        """Nothing to do: tokens are always remembered."""
+
+    def crop(self, tokens: int):
+        """Forget the last -tokens tokens or, if positive, all but the first; the rest will stay."""
+        length = self.get_seq_length()
+        kept = min(tokens if tokens > 0 else length + tokens, length) - self.base.length
+        if kept < 0:
+            raise ValueError(
+                f"crop({tokens}): {-kept} tokens were there to stay since the last one"
+            )
+        if kept == length - self.base.length:
+            self.base, self.since = self.tip or self.base, None if self.tip else self.since
+        elif kept == 0:
+            self.since, self.tip = None, self.base
+        else:
+            self.since, self.tip = self.since[:, :kept], None
+
+    def read(self, model, ids, mask, logits_to_keep, output_hidden_states):
+        """The model's output for more tokens, (1, l)."""
+        options = dict(use_cache=True, output_hidden_states=output_hidden_states, return_dict=True)
+        if self.tip is not None:
+            output = model(ids, mask, self.tip, logits_to_keep=logits_to_keep, **options)
+            self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
+            self.tip = output.past_key_values
+        else:  # One pass with two rows: the first ends after `since`, and is the new base.
+            m, l = self.since.shape[1], ids.shape[1]
+            rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
+            mask = torch.ones_like(rows) if mask is None else mask[:, -(m + l) :].repeat(2, 1)
+            mask[0, m:] = 0
+            keep = logits_to_keep or l
+            output = model(rows, mask, self.base.repeat(2), logits_to_keep=keep, **options)
+            output.logits = output.logits[1:]
+            if output.hidden_states is not None:
+                output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
+            first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
+            self.base = replace(first, length=self.base.length + m)
+            self.since, self.tip = ids, second
+        output.past_key_values = self
+        return output
 
 
 class _BufferedState(Mamba2State):
