@@ -2681,7 +2681,7 @@ def _unfit_middle(
         return "zxbcdt or weight do not have 3 dimensions, or dt_bias or norm_weight not 1"
     (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
     if zxbcdt.numel() == 0 or l == 1:
-        return "there are no positions, or only one, for which there is `layer_step`"
+        return "there are no positions, or only one, without a state"
     if h == 0 or hp % h or h % groups or d <= hp or (d - hp) % (2 * groups):
         return "the channels are not those of heads and groups"
     return _misshapen(
@@ -2712,9 +2712,9 @@ def _beyond_middle(
 
 def layer_middle(
     zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight,
-    *, groups, eps, dt_limit=(0.0, math.inf),
+    *, groups, eps, dt_limit=(0.0, math.inf), out=None,
 ):  # fmt: skip
-    """All between a layer's projections, for two positions or more; its twin is `mamba2.Mamba2`.
+    """All between a layer's projections; its twin is `mamba2.Mamba2`. One position is a step.
     None, if it cannot take these tensors: then it is the turn of the operations it consists of,
     which say what they cannot take. (To be asked before, as they are, would be one more check.)
 
@@ -2726,9 +2726,18 @@ def layer_middle(
     norm_weight         (h p)
     groups, eps         of SSD and norm; of the norm
     dt_limit            dt is clamped to it after softplus
+    out                 as for `layer_step`, where there is one position
     Returns norm(y · silu(z)) (b, l, h p) and the new conv in zxbcdt's dtype, and the new ssm in
     fp32, or in ssm's dtype if that is narrower. The gradients cannot be differentiated again.
     """
+    if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
+        z, xBC, dt = _columns(zxbcdt, weight, dt_bias, norm_weight)
+        step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
+        norm, limits = (z, norm_weight, eps), dict(dt_limit=dt_limit, out=out)
+        if not (takes_rms_norm(*norm, gate=z, groups=groups) and takes_layer_step(*step, **limits)):
+            return None
+        y, conv, ssm = layer_step(*step, **limits)
+        return rms_norm(y, *norm[1:], gate=z, groups=groups), conv, ssm
     given = zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
     if _unfit_middle(*given) is not None or _beyond_middle(*given) is not None:
         return None
@@ -2970,7 +2979,7 @@ def takes_layer_step(
 def layer_step(
     xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
 ):
-    """One token in a layer, between its projections; its twin is `mamba2.Mamba2._mix`.
+    """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._mix`.
 
     xBC, dt             (b, 1, h p + 2 g n), (b, 1, h)   slices of the projection
     conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State, ssm in any dtype
@@ -3162,6 +3171,46 @@ def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, 
     reason = reason or _beyond_norm_linear(weight)
     _refuse("norm_linear", reason, twin="mamba2.Mamba2Block")
     return _norm_linear(x, norm_weight, weight, bias, gate, residual, eps, groups)
+
+
+def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
+        return False
+    known = "dtype" in torch.ops.aten.addmm.overloads()  # PyTorch 2.8
+    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
+    plain = type(weight) is nn.Parameter and bias is None and torch.version.hip is None
+    return known and halves and plain
+
+
+def block_step(h, state, norm, layer):
+    """A token in a residual block; its twin is `mamba2.Mamba2Block`. None, if it cannot be taken.
+
+    For few rows three kernels do all of it. For more, matrix products are a GPU's library's, of
+    which the second adds to h what is not rounded yet.
+
+    h (b, 1, d); state: a Mamba2State; norm, layer: the block's modules, of the kinds that it makes.
+    Returns the new h, conv and ssm.
+    """
+    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
+    last = layer.norm.weight, layer.norm.eps, layer.out_proj.weight, layer.out_proj.bias
+    few = takes_norm_linear(*first)
+    if not (few or _adds(h, *last[2:])):
+        return None
+    zxbcdt = norm_linear(*first) if few else layer.in_proj(norm(h))
+    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
+    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+    step = xBC, dt, *state, *weights
+    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
+    if not takes_layer_step(*step, **options):
+        return None
+    y, conv, ssm = layer_step(*step, **options)
+    if few:
+        h = norm_linear(y, *last, gate=z, groups=layer.norm.groups, residual=h)
+    else:
+        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
+        h = torch.addmm(h[:, 0], y, last[2].t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
+    return h, conv, ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3450,9 +3499,13 @@ def _step_row(table, name, b, d_model, dtype):
 
         return call
 
+    def ours(xBC, dt, *state):
+        weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+        return table.ours.layer_step(xBC, dt, *state, *weights)
+
     given = inputs()  # as many as do not fit in the cache together
     others = [inputs() for _ in range(min(63, 300_000_000 // given[3].nbytes + 1))]
-    sides = [_Side("ours", table.fused(mix(layer))), _Side("plain", mix(layer))]
+    sides = [_Side("ours", ours), _Side("plain", mix(layer))]
     for (work, who), make in table.peers.items():
         if work == "step":
             sides.append(_Side(who, make(layer), inputs()))

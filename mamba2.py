@@ -930,22 +930,14 @@ class Mamba2(nn.Module):
         weights = conv1d.weight, conv1d.bias, self.dt_bias, self.A_log, self.D, norm.weight
         given = zxbcdt, conv, ssm, seq_idx, *weights
         options = dict(groups=norm.groups, eps=norm.eps, dt_limit=self.config.time_step_limit)
+        options["out"] = getattr(state, "out", None)
         fused = kernels.layer_middle(*given, **options)
         return fused and (fused[0], Mamba2State(*fused[1:]))
 
     def _mix(self, xBC, dt, state, mask, seq_idx, slices=None):
         """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
         (h, p, g, n), limit = self.sizes, self.config.time_step_limit
-        conv, ssm = (None, None) if state is None else state
-        # A token is decoded by one kernel.
-        alone = mask is None and slices is None and _is(self.conv1d, CausalConv1d)
-        if kernels and alone and state is not None:
-            weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
-            token = (xBC, dt, conv, ssm, *weights)
-            options = dict(dt_limit=limit, out=getattr(state, "out", None))
-            if kernels.takes_layer_step(*token, **options):
-                y, conv, ssm = kernels.layer_step(*token, **options)
-                return y, Mamba2State(conv, ssm)
+        conv, ssm = state or (None, None)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*limit)  # (b, l, h), in dtype
         if conv is None:
@@ -1088,49 +1080,23 @@ class Mamba2Block(nn.Module):
         self.mixer = Mamba2(config)
 
     def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
-        if kernels and mask is None and group is None and state is not None and h.shape[1] == 1:
-            token = self._token(h, state)
-            if token is not None:
-                return token
+        if mask is None and group is None and (fused := self._fused(h, state)):
+            return fused
         y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
         return h + y, state
 
-    def _token(self, h, state):
-        """The same for a token, with fewer roundings; None where that cannot be.
-
-        Three kernels do all of it for few rows. For more, matrix products are a GPU's library's.
-        """
+    def _fused(self, h, state):
+        """The same for a token, by fewer kernels and roundings; None where that cannot be."""
         norm, mixer = self.norm, self.mixer
-        in_proj, out_proj, inner = mixer.in_proj, mixer.out_proj, mixer.norm
-        linear = _is(in_proj, nn.Linear) and _is(out_proj, nn.Linear)
-        if not (linear and all(_is(module, RMSNorm) for module in (norm, inner))):
+        kinds = {mixer: Mamba2, mixer.in_proj: nn.Linear, mixer.out_proj: nn.Linear}
+        kinds |= {norm: RMSNorm, mixer.norm: RMSNorm, mixer.conv1d: CausalConv1d}
+        if not (kernels and state is not None and h.shape[1] == 1):
             return None
-        if not _is(mixer, Mamba2) or torch.is_autocast_enabled(h.device.type):
-            return None
-        first = h, norm.weight, norm.eps, in_proj.weight, in_proj.bias
-        few = kernels.takes_norm_linear(*first)
-        if not (few or _adds(h, out_proj)):
+        if torch.is_autocast_enabled(h.device.type) or not all(map(_is, kinds, kinds.values())):
             return None
         mixer._check(h, state, None, None)
-        zxbcdt = kernels.norm_linear(*first) if few else in_proj(norm(h))
-        z, xBC, dt = zxbcdt.split(mixer.widths, dim=-1)
-        y, state = mixer._mix(xBC, dt, state, None, None)
-        if not few:
-            y = inner(y, gate=z)[:, 0]  # (b, h p)
-            h = torch.addmm(h[:, 0], y, out_proj.weight.t(), out_dtype=h.dtype)  # (b, d)
-            return h[:, None], state
-        last = y, inner.weight, inner.eps, out_proj.weight, out_proj.bias
-        return kernels.norm_linear(*last, gate=z, groups=inner.groups, residual=h), state
-
-
-def _adds(h: Tensor, linear: nn.Linear) -> bool:
-    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
-        return False
-    weight, known = linear.weight, "dtype" in torch.ops.aten.addmm.overloads()  # PyTorch 2.8
-    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
-    plain = type(weight) is nn.Parameter and linear.bias is None and torch.version.hip is None
-    return known and halves and plain
+        fused = kernels.block_step(h, state, norm, mixer)
+        return fused and (fused[0], Mamba2State(*fused[1:]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
