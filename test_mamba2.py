@@ -4079,6 +4079,7 @@ def test_kernel_layer_calls_modules_that_are_more_than_their_kind(monkeypatch):
             _, state = plain.step(u)
             plain.step(u[:, :1], state)
             assert ran[-3:] == ["layer_step", "rms_norm", "layer_middle"]
+            ran.clear()
             layer = copy.deepcopy(plain)
             layer.conv1d = Adapter(layer.conv1d)
             layer.step(u[:, :1], state)
