@@ -2128,7 +2128,7 @@ def register_with_transformers():
 
 
 class Slices:
-    """What a rank knows of a sequence of which each rank of a process group has a slice.
+    """What a rank knows of a sequence of which each rank of a group has a slice (Section 8.2).
 
         y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
         model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
@@ -2207,30 +2207,24 @@ class Slices:
         before = labels[:, : self.rank * (1 + self.m)].flip(1)
         before = _first(before, before != NO_LABEL, first)
         self.begins = (first != before) & (first != NO_LABEL)
-        before_slice = self.sources(self.rank, config.conv_kernel)
-        self.before = before_slice.masked_fill(self.begins[:, None], 0)
-        self.after = self.sources(dist.get_world_size(group), config.conv_kernel)
 
     def last(self, x, fill=0):
         """The last m positions that exist of x (b, l, c): (b, m, c), or fewer after `fill`."""
         x = _take(x, self.order[:, -self.m :])
         return F.pad(x, (0, 0, self.m - x.shape[1], 0), value=fill)
 
-    def sources(self, slices, k):
-        """Where the convolution's state (b, k-1, ...) after so many slices is from: in `table`."""
-        labels = self.last_labels[:, : slices * self.m]
-        table = torch.arange(k + labels.shape[1], dtype=torch.float64, device=labels.device)
-        table = table.expand(len(labels), -1)[..., None]  # zero, the state's inputs, and the last
-        state, x = table[:, 1:k], table[:, k:]
-        x, state, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x, labels)
-        _, state = causal_conv1d(x, x.new_zeros(1, k), initial_state=state, seq_idx=labels)
-        return state[..., 0].long()
-
     def states_of_convolution(self, xBC, state):
-        """The state (b, k-1, ...) of the convolution before this slice, and after the last one."""
-        last = rearrange(_all_gather(self.last(xBC), self.group), "r b m c -> b (r m) c")
-        table = F.pad(torch.cat([state.to(xBC.dtype), last], dim=1), (0, 0, 1, 0))
-        return _take(table, self.before), _take(table, self.after)
+        """The state (b, k-1, d) of the convolution before this slice, and after the last one."""
+        last = rearrange(_all_gather(self.last(xBC), self.group), "r b m d -> b (r m) d")
+        no_weight = last.new_zeros(last.shape[2], 1 + state.shape[1])
+
+        def state_after(slices):  # of all positions, the last ones of each slice are enough
+            x, labels = last[:, : slices * self.m], self.last_labels[:, : slices * self.m]
+            x, before, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x, labels)
+            return causal_conv1d(x, no_weight, initial_state=before, seq_idx=labels)[1]
+
+        before = state_after(self.rank).masked_fill(self.begins[:, None, None], 0)
+        return before, state_after(dist.get_world_size(self.group))
 
 
 @_without_autocast
