@@ -496,7 +496,7 @@ def _replayed(function, at):
     def run(*arguments):
         x = arguments[at]
         with torch.cuda.device_of(x):
-            tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+            tf32 = x.dtype == torch.float32 and _allows_tf32()
             key = function, x.device, tf32, *[
                 (a.shape, a.stride(), a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a
                 for a in arguments
@@ -516,6 +516,14 @@ def _replayed(function, at):
             return results
 
     return run
+
+
+def _allows_tf32() -> bool:
+    """Whether the user lets PyTorch's own fp32 matrix products be tf32."""
+    switch = torch.backends.cuda.matmul
+    if hasattr(switch, "fp32_precision"):  # PyTorch 2.9; once it is set, the other raises
+        return switch.fp32_precision == "tf32"
+    return switch.allow_tf32
 
 
 # Triton's own of these two take the CPU ten times as long.
@@ -1391,7 +1399,7 @@ def _operands(*tensors):
     x, precision = tensors[0], "ieee"
     if x.dtype == torch.float16:
         tensors, precision = [t.float() for t in tensors], "tf32"
-    elif x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+    elif x.dtype == torch.float32 and x.is_cuda and _allows_tf32():
         precision = "tf32"
     return *(_addressable(t) for t in tensors), precision
 

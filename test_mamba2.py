@@ -3509,7 +3509,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 193
+PASSED_IN_THE_INTERPRETER = 194
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4338,6 +4338,23 @@ def test_kernel_results_have_the_same_bits_twice(dtype):
         ]
 
     assert identical(everything(), everything())
+
+
+@needs_kernels
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
+)
+def test_kernels_run_whichever_switch_of_tf32_is_set():
+    inputs, x = kernel_ssd_inputs(torch.float32, 40, p=16, n=16), torch.randn(2, 64, device=DEVICE)
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
+    try:
+        y, _ = mamba2.kernels.ssd(**inputs)
+        normed = mamba2.kernels.rms_norm(x, x[0], 1e-5)
+    finally:
+        switch.fp32_precision = before
+    assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-2
+    assert normed.isfinite().all()
 
 
 @needs_kernels
