@@ -1088,10 +1088,10 @@ class Mamba2Block(nn.Module):
     def _fused(self, h, state):
         """The same for a token, by fewer kernels and roundings; None where that cannot be."""
         norm, mixer = self.norm, self.mixer
-        kinds = {mixer: Mamba2, mixer.in_proj: nn.Linear, mixer.out_proj: nn.Linear}
-        kinds |= {norm: RMSNorm, mixer.norm: RMSNorm, mixer.conv1d: CausalConv1d}
-        if not (kernels and state is not None and h.shape[1] == 1):
+        if not (kernels and state is not None and h.shape[1] == 1 and _is(mixer, Mamba2)):
             return None
+        kinds = {mixer.in_proj: nn.Linear, mixer.out_proj: nn.Linear, mixer.conv1d: CausalConv1d}
+        kinds |= {norm: RMSNorm, mixer.norm: RMSNorm}
         if torch.is_autocast_enabled(h.device.type) or not all(map(_is, kinds, kinds.values())):
             return None
         mixer._check(h, state, None, None)

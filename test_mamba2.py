@@ -3509,7 +3509,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 194
+PASSED_IN_THE_INTERPRETER = 195
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4274,6 +4274,29 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
         with torch.autocast(DEVICE.type, HALF), counted(monkeypatch) as ran:
             block(h[:1], Mamba2State(*(t[:1] for t in state)))
         assert "norm_linear" not in ran
+
+
+@needs_kernels
+def test_kernel_block_calls_whatever_stands_in_place_of_its_layer():
+    class Adapter(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **options):
+            return self.inner(*args, **options)
+
+    layer, _ = kernel_layer(HALF)
+    block = mamba2.Mamba2Block(layer.config).to(DEVICE, HALF)
+    adapted = copy.deepcopy(block)
+    adapted.mixer = Adapter(adapted.mixer)
+    h = torch.randn(2, 5, layer.config.d_model, device=DEVICE)
+    with torch.no_grad():
+        want, state = block(h)
+        found, new = adapted(h)
+        assert identical([found, *new], [want, *state])
+        found, want = adapted(h[:, :1], new)[0], block(h[:, :1], state)[0]
+        assert relative_error(found, want) <= 1e-2
 
 
 @needs_kernels
