@@ -3181,14 +3181,16 @@ def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, 
     return _norm_linear(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
 
+# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
+ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
+
+
 def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch.addmm can add this projection, in half precision, to h in float32."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
         return False
-    known = "dtype" in torch.ops.aten.addmm.overloads()  # PyTorch 2.8
     halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
-    plain = type(weight) is nn.Parameter and bias is None and torch.version.hip is None
-    return known and halves and plain
+    return ADDS and halves and type(weight) is nn.Parameter and bias is None
 
 
 def block_step(h, state, norm, layer):
@@ -3202,7 +3204,7 @@ def block_step(h, state, norm, layer):
     """
     first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
     last = layer.norm.weight, layer.norm.eps, layer.out_proj.weight, layer.out_proj.bias
-    few = takes_norm_linear(*first)
+    few = takes_norm_linear(*first) and _beyond_norm_linear(last[2]) is None
     if not (few or _adds(h, *last[2:])):
         return None
     zxbcdt = norm_linear(*first) if few else layer.in_proj(norm(h))

@@ -4274,6 +4274,9 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
         with torch.autocast(DEVICE.type, HALF), counted(monkeypatch) as ran:
             block(h[:1], Mamba2State(*(t[:1] for t in state)))
         assert "norm_linear" not in ran
+        weight = block.mixer.out_proj.weight
+        weight.data = weight.t().contiguous().t()  # whose rows are not contiguous
+        assert "norm_linear" not in run(1)
 
 
 @needs_kernels
