@@ -2739,6 +2739,8 @@ def layer_middle(
     fp32, or in ssm's dtype if that is narrower. The gradients cannot be differentiated again.
     """
     if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
+        if zxbcdt.shape[2] != norm_weight.shape[0] + weight.shape[0] + dt_bias.shape[0]:
+            return None
         z, xBC, dt = _columns(zxbcdt, weight, dt_bias, norm_weight)
         step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
         norm, limits = (z, norm_weight, eps), dict(dt_limit=dt_limit, out=out)
@@ -3178,7 +3180,7 @@ def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, 
     reason = _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual)
     reason = reason or _beyond_norm_linear(weight)
     _refuse("norm_linear", reason, twin="mamba2.Mamba2Block")
-    return _norm_linear(x, norm_weight, weight, bias, gate, residual, eps, groups)
+    return _norm_linear(x, norm_weight, weight, bias, gate, residual, float(eps), groups)
 
 
 # Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.

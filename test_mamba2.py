@@ -3509,7 +3509,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 195
+PASSED_IN_THE_INTERPRETER = 196
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3966,6 +3966,7 @@ KERNEL_MIDDLE_REFUSED = {
     "float64": lambda i: {k: t.double() for k, t in i.items()},
     "on no device": lambda i: {k: t.to("meta") for k, t in i.items()},
     "one position": lambda i: i | dict(zxbcdt=i["zxbcdt"][:, :1], conv=None, ssm=None),
+    "one position, too wide": lambda i: i | dict(zxbcdt=i["zxbcdt"][:, :1].repeat(1, 1, 2)),
     "no rows": lambda i: i | {k: i[k][:0] for k in ("zxbcdt", "conv", "ssm")},
     "no batch": lambda i: i | dict(zxbcdt=i["zxbcdt"][0]),
     "a wider projection": lambda i: i | dict(zxbcdt=i["zxbcdt"].repeat(1, 1, 2)),
