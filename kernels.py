@@ -21,12 +21,13 @@ after it. The twins of these three are lines of the layer and of its block.
     launches     forward     conv, prep, [segment], scan, norm
                  backward    norm, prep, border, chunk, finish, conv, fold
 
-With which tiles, grids and numbers is worked out at the first call for tensors of these shapes, and
-replayed at the next: see `_Recording`.
+The first call for tensors of some shapes works out tiles, grids and numbers; the next ones replay
+its launches: see `_Recording`.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
-writes into the state and t >= s the one that reads it. Tiles carry their axes as a suffix.
+writes into the state and t >= s the one that reads it. Tiles carry their axes as a suffix; strides
+are named tensor_s and an axis, as dt_sl.
 
 SSD
 ---
@@ -171,9 +172,9 @@ if __name__ == "kernels":
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # run kernels as Python, on a CPU, for tests
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Triton compiles a kernel once more wherever a number is 1, or a multiple of 16. Of numbers that
-# change with batch and length it shall not: nothing is gained, and a prompt of another length would
-# wait for seconds.
+# Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
+# numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
+# another length would wait for seconds.
 VARYING = """L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots
     a_rows b_rows c_rows""".split()
 jit = functools.partial(triton.jit, do_not_specialize=VARYING)
@@ -353,7 +354,12 @@ class _Recording(TorchFunctionMode):
     """Watches a call: the memory in which its tensors lie, and what it launches.
 
     An area of memory is an input's, or was allocated during the call. What PyTorch computes is in
-    none of them; a call that launches a kernel on it, such as on a copy, `fails` to be repeatable.
+    none of them; a call that launches a kernel on it, such as on a copy, cannot be repeated: it
+    `fails`, as does one that changes a tensor by PyTorch.
+
+        areas        the inputs, then what was allocated
+        area_of      by a tensor's id, in which of the areas it lies; None: in none
+        launches     what `launched` noted: (run, arguments, where each pointer points)
     """
 
     active = threading.local()  # .recording: the one of this thread
@@ -628,6 +634,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # A step that decays by 2^-40 leaves nothing of an fp32 state. Going no lower keeps the running sum
 # small, and with it the rounding error of its differences, when dt·A is -1e6.
 LOWEST = tl.constexpr(-40.0)
+
+# Names that the kernels of SSD share. Numbers: L positions, NC chunks, H heads, G groups of HPG
+# heads, BH = b·h, P and N the sizes of p and n, NPB tiles of PB rows in P. In the forward, NSEG
+# segments of CPS chunks; in the backward, NSPLIT shares of a group, of HPS heads each, PROGRAMS =
+# b·c·g·NSPLIT, and rows of SUMS partial sums, the first WIDE of them dD's. Constants: Q, PB, NB and
+# HB are the sizes of a tile along q, p, n and h, PREC the precision of products, STAGES the depth
+# of the pipeline. Indices: bh = b·H + h, and pb, nb the tiles of p and n.
+#
 # What there is one number of for each position and head: `series` is (which, b·h, l) in fp32, with
 # l padded to whole chunks. `prep_kernel` writes the first three. The others belong to the backward;
 # there is a set of five for each of the tiles in which a headdim above PB is taken.
@@ -1371,7 +1385,8 @@ def finish_kernel(
 
 
 def _config(x, n):
-    """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel.
+    """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel
+    but those of the fp32 forward, where PB is 32: see `_ssd_forward_from`.
 
     Q = 64 is the narrowest tile that Hopper's matrix instruction takes, and work inside a chunk
     grows with Q. PB is 64 even when the headdim is less: a padded tile costs little, while narrower
@@ -1501,7 +1516,8 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     Q, PB, NB, warps = _config(x, n)
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
-        # registers than there are, and ten times as long.
+        # registers than there are, and ten times as long. Of the state, too, only half the usual
+        # rows fit beside the parts of the factors.
         precision, PB = "tf32x3", 32
     if initial_state is None and warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
@@ -3045,6 +3061,7 @@ def _norm_linear_kernel(
 
     Grid (outputs / OB). Tile: RB rows x OB outputs x KB channels of a group.
 
+        out <- 0
         for each group:
             dot, square <- 0
             for each KB channels:
@@ -3198,10 +3215,10 @@ def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def block_step(h, state, norm, layer):
     """A token in a residual block; its twin is `mamba2.Mamba2Block`. None, if it cannot be taken.
 
-    For few rows three kernels do all of it. For more, matrix products are a GPU's library's, of
-    which the second adds to h what is not rounded yet.
+    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
+    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
 
-    h (b, 1, d); state: a Mamba2State; norm, layer: the block's modules, of the kinds that it makes.
+    h (b, 1, d); state: a Mamba2State; norm, layer: the block's RMSNorm and Mamba2, as it makes them
     Returns the new h, conv and ssm.
     """
     first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
