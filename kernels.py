@@ -441,7 +441,8 @@ class _Replay:
         for area, tensor in enumerate(recording.areas):
             if area not in areas:
                 areas[area] = count + len(results), self.bytes
-                self.bytes += _cdiv(tensor.nbytes, 512) * 512
+                # Aligned as PyTorch does; an empty one, too, is somewhere.
+                self.bytes += max(_cdiv(tensor.nbytes, 512), 1) * 512
         self.launches = []
         for run, arguments, pointers in recording.launches if self.possible else ():
             addresses, others = [], []
