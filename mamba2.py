@@ -71,7 +71,7 @@ import sys
 import threading
 import warnings
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1150,7 +1150,7 @@ class Mamba2Cache:
         """The cache with `function` applied to each of its tensors."""
         states = tuple(Mamba2State(*map(function, state)) for state in self.states)
         seq_idx = None if self.seq_idx is None else function(self.seq_idx)
-        return replace(self, states=states, seq_idx=seq_idx)
+        return Mamba2Cache(states, self.length, seq_idx)
 
     def select(self, rows: Tensor) -> Mamba2Cache:
         """The rows of the batch that the integers `rows` name, in that order."""
@@ -1179,7 +1179,7 @@ class Mamba2Cache:
 
         states = tuple(move(state) for state in self.states)
         seq_idx = None if self.seq_idx is None else self.seq_idx.to(states[0].ssm.device)
-        return replace(self, states=states, seq_idx=seq_idx)
+        return Mamba2Cache(states, self.length, seq_idx)
 
     def save(self, path):
         """Write the cache to a safetensors file."""
@@ -1472,7 +1472,7 @@ def _go_on(past, seq_idx, mask):
         ended = (_first(seq_idx, mask, last) != last) & (last != NO_LABEL)  # (b)
         past = past.map(lambda t: t.masked_fill(ended.view(-1, *[1] * (t.dim() - 1)), 0))
     mask = None if mask is None else mask.flip(1)
-    return replace(past, seq_idx=_first(seq_idx.flip(1), mask, last))
+    return Mamba2Cache(past.states, past.length, _first(seq_idx.flip(1), mask, last))
 
 
 def _first(seq_idx, mask, default):
@@ -1937,7 +1937,7 @@ class RewindableCache:
             if output.hidden_states is not None:
                 output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
             first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
-            self.base = replace(first, length=self.base.length + m)
+            self.base = Mamba2Cache(first.states, self.base.length + m, first.seq_idx)
             self.since, self.tip = ids, second
         output.past_key_values = self
         return output
