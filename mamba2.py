@@ -1654,6 +1654,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """Summed loss, last hidden state, cache, and all hidden states of a segment."""
         if bar is not None:
             bar.update()
+            if bar.n == bar.total:
+                bar.close()  # which shows the last update, too
         output = self.backbone(
             ids, mask, inputs_embeds=embeds, seq_idx=seq_idx, return_dict=True, **options
         )
