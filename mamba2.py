@@ -1574,7 +1574,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         b, l = _batch_and_length(input_ids, inputs_embeds)
         mask = _as_mask(attention_mask, (b, l), getattr(past_key_values, "length", 0))
-        targets = None
         decoder = None if torch.compiler.is_compiling() else _decoding.get()
         if decoder is not None and decoder.model is self and l == 1:
             others = mask, inputs_embeds, labels, seq_idx
@@ -1589,7 +1588,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require_ids("labels", labels, self.config.vocab_size, -100)
 
         length = self._segment_length(segment_length, b, l, group)
-        count = max(1, -(-l // length))
+        count, targets = max(1, -(-l // length)), None
         if group is not None:
             x = input_ids if inputs_embeds is None else inputs_embeds
             given = dict(labels=labels is not None, items=num_items_in_batch is not None)
