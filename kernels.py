@@ -341,6 +341,14 @@ def _on_its_device(function, at):
     return run
 
 
+def _allows_tf32() -> bool:
+    """Whether the user lets PyTorch's own fp32 matrix products be tf32."""
+    switch = torch.backends.cuda.matmul
+    if hasattr(switch, "fp32_precision"):  # PyTorch 2.9; once it is set, the other raises
+        return switch.fp32_precision == "tf32"
+    return switch.allow_tf32
+
+
 # Triton's own of these two take the CPU ten times as long.
 
 
@@ -1196,7 +1204,7 @@ def _operands(*tensors):
     x, precision = tensors[0], "ieee"
     if x.dtype == torch.float16:
         tensors, precision = [t.float() for t in tensors], "tf32"
-    elif x.dtype == torch.float32 and x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+    elif x.dtype == torch.float32 and x.is_cuda and _allows_tf32():
         precision = "tf32"
     return *(_addressable(t) for t in tensors), precision
 
