@@ -71,7 +71,7 @@ import sys
 import threading
 import warnings
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1136,7 +1136,7 @@ class Mamba2Cache:
         """The cache with `function` applied to each of its tensors."""
         states = tuple(Mamba2State(*map(function, state)) for state in self.states)
         seq_idx = None if self.seq_idx is None else function(self.seq_idx)
-        return replace(self, states=states, seq_idx=seq_idx)
+        return Mamba2Cache(states, self.length, seq_idx)
 
     def select(self, rows: Tensor) -> Mamba2Cache:
         """The rows of the batch that the integers `rows` name, in that order."""
@@ -1165,7 +1165,7 @@ class Mamba2Cache:
 
         states = tuple(move(state) for state in self.states)
         seq_idx = None if self.seq_idx is None else self.seq_idx.to(states[0].ssm.device)
-        return replace(self, states=states, seq_idx=seq_idx)
+        return Mamba2Cache(states, self.length, seq_idx)
 
     def save(self, path):
         """Write the cache to a safetensors file."""
@@ -1459,7 +1459,7 @@ def _go_on(past, seq_idx, mask):
         ended = (_first(seq_idx, mask, last) != last) & (last != NO_LABEL)  # (b)
         past = past.map(lambda t: t.masked_fill(ended.view(-1, *[1] * (t.dim() - 1)), 0))
     mask = None if mask is None else mask.flip(1)
-    return replace(past, seq_idx=_first(seq_idx.flip(1), mask, last))
+    return Mamba2Cache(past.states, past.length, _first(seq_idx.flip(1), mask, last))
 
 
 def _first(seq_idx, mask, default):
@@ -1561,7 +1561,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         b, l = _batch_and_length(input_ids, inputs_embeds)
         mask = _as_mask(attention_mask, (b, l), getattr(past_key_values, "length", 0))
-        targets = None
         decoder = None if torch.compiler.is_compiling() else _decoding.get()
         if decoder is not None and decoder.model is self and l == 1:
             others = mask, inputs_embeds, labels, seq_idx
@@ -1576,7 +1575,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require_ids("labels", labels, self.config.vocab_size, -100)
 
         length = self._segment_length(segment_length, b, l, group)
-        count = max(1, -(-l // length))
+        count, targets = max(1, -(-l // length)), None
         if group is not None:
             x = input_ids if inputs_embeds is None else inputs_embeds
             given = dict(labels=labels is not None, items=num_items_in_batch is not None)
@@ -1641,6 +1640,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """Summed loss, last hidden state, cache, and all hidden states of a segment."""
         if bar is not None:
             bar.update()
+            if bar.n == bar.total:
+                bar.close()  # which shows the last update, too
         output = self.backbone(
             ids, mask, inputs_embeds=embeds, seq_idx=seq_idx, return_dict=True, **options
         )
@@ -1924,7 +1925,7 @@ class RewindableCache:
             if output.hidden_states is not None:
                 output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
             first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
-            self.base = replace(first, length=self.base.length + m)
+            self.base = Mamba2Cache(first.states, self.base.length + m, first.seq_idx)
             self.since, self.tip = ids, second
         output.past_key_values = self
         return output
