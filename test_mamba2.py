@@ -1415,6 +1415,13 @@ def test_a_cache_survives_a_file_that_runs_no_code(dtype, tmp_path):
     new = tokens(2, 3, seed=1)
     logits = [model(new, past_key_values=c).logits for c in (cache, back)]
     assert torch.equal(*logits)
+    spread = cache.map(lambda tensor: tensor.repeat_interleave(2, dim=-1)[..., ::2])
+    assert not spread.states[0].ssm.is_contiguous()
+    spread.save(path)
+    assert_same_state(Mamba2Cache.load(path), cache)
+    with torch.enable_grad():
+        model(new, past_key_values=cache).past_key_values.save(path)
+    assert Mamba2Cache.load(path).length == 12
     Mamba2Cache(cache.states, 3).save(path)
     assert Mamba2Cache.load(path).seq_idx is None
     with safe_open(path, framework="pt") as file:
@@ -2391,6 +2398,9 @@ def test_many_segments_in_autocast_cost_no_more_than_one():
     for segment_length in (0, 2):
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = model(ids, labels=ids, segment_length=segment_length).loss
+        with torch.autocast(DEVICE.type, torch.float16), torch.no_grad():  # is the caller's choice
+            state = model(ids, use_cache=True, segment_length=segment_length).past_key_values
+        assert state.states[0].conv.dtype == torch.float16
         found = model_gradients(model, loss)
         errors.append(
             {n: ((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected}
@@ -2640,6 +2650,11 @@ def test_saving_and_loading_keeps_weights_and_every_option(tmp_path):
     assert config.items() <= json.loads((tmp_path / "b" / "config.json").read_text()).items()
     assert_same_model(again, model)
     assert_same_model(twice, model)
+    assert mamba2._DEFAULTS.keys() <= config.keys()  # for others fill what is left out with theirs
+    given = dict(output_loading_info=True)
+    third, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "a", **given)
+    assert_same_model(third.to(DEVICE).eval(), model)
+    assert not info["missing_keys"] and third.config.model_type == model.config.model_type
     assert callable(model.push_to_hub)
 
 
