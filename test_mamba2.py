@@ -283,6 +283,7 @@ def test_every_dtype_costs_the_rounding_of_the_result_alone(form, dtype, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(mamba2, "kernels", None)
             y, state = form(**given)
+            assert form(**given | {"dt": given["dt"].double()})[1].dtype == wide  # x alone decides
         assert (y.dtype, state.dtype) == (dtype, wide)
         assert_close(state, exact_state, inner)
         assert_close(y, exact_y, inner, rounding=epsilon / 2)
@@ -313,6 +314,18 @@ def test_extreme_steps_and_decays_are_finite_and_right(form):
         # gradients are sums of such values, and of y.
         assert_close(found, expected, 1e-5)
         assert_close(gradients(found, single), gradients(expected, inputs), 1e-4, list(inputs))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_of_one_sequence_reaches_the_next_however_large_it_is(form):
+    inputs, first = ssd_inputs(2, 10, 4, 3, 2, 5), torch.arange(10, device=DEVICE) < 5
+    results = []
+    for factor in (1.0, 1e200):
+        large = inputs["x"] * torch.where(first, torch.tensor(factor, **DRAW), 1)[:, None, None]
+        given = inputs | dict(x=large, initial_state=inputs["initial_state"] * factor)
+        y, state = form(**given, seq_idx=first.int().expand(2, -1), chunk_size=4)
+        results.append((y[:, 5:], state))
+    assert identical(*results)
 
 
 @pytest.mark.parametrize("form", [ssd_quadratic, ssd])
@@ -479,6 +492,9 @@ def test_convolution_and_norm_cost_the_rounding_of_the_result_alone(dtype):
     norm = mamba2.RMSNorm(8, 1e-5, groups=2).to(DEVICE, dtype)
     y, state = mamba2.causal_conv1d(x, weight, weight[:, 0])
     found = y, norm(x, gate=z)
+    wide = mamba2.causal_conv1d(x, weight, initial_state=x[:, :3].double())[1], z.double()
+    assert wide[0].dtype == dtype and norm(wide[1], gate=z).dtype == norm(wide[1]).dtype == dtype
+    assert copy.deepcopy(norm).double()(x, gate=z).dtype == dtype
     x, z, weight, norm = x.double(), z.double(), weight.double(), copy.deepcopy(norm).double()
     expected = mamba2.causal_conv1d(x, weight, weight[:, 0])[0], norm(x, gate=z)
     assert found[0].dtype == found[1].dtype == dtype and identical(state, x[:, -3:].to(dtype))
@@ -691,11 +707,53 @@ def test_a_layer_in_half_precision_keeps_its_state_in_float32():
     half = copy.deepcopy(exact).bfloat16()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         cast = in_pieces(lambda piece, state: exact.step(u[:, piece], state), 100, None, [99])
+        assert_close(exact(u.bfloat16()), cast[0], 0.02)  # is cast as float32 is
     for y, state in (half.step(u.bfloat16()), cast):
         dtypes = [tensor.dtype for tensor in (y, *state)]
         assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
         # About ten roundings of 2^-9 (weights, input, projections, convolution, norm) in a row.
         assert_close(y, exact(u), 0.02)
+    conv, ssm = state
+    for mask in (None, torch.ones(2, 100, device=DEVICE)):  # the layer's dtypes, not the state's
+        _, after = half.step(u.bfloat16(), Mamba2State(conv.float(), ssm.double()), mask)
+        assert [tensor.dtype for tensor in after] == [torch.bfloat16, torch.float32]
+
+
+def test_steps_and_decays_of_a_layer_in_half_precision_have_the_digits_of_float32(monkeypatch):
+    layer = Mamba2(d_model=16, headdim=8).to(DEVICE, torch.bfloat16)
+    u, seen = torch.randn(2, 9, 16, device=DEVICE).bfloat16(), []
+
+    def watched(x, dt, A, *others, **options):
+        seen.extend([dt, A])
+        return ssd(x, dt, A, *others, **options)
+
+    monkeypatch.setattr(mamba2, "kernels", None)
+    monkeypatch.setattr(mamba2, "ssd", watched)
+    layer(u)
+    dt = layer.in_proj(u)[..., -4:].float() + layer.dt_bias.float()
+    assert identical(seen, [F.softplus(dt), -layer.A_log.float().exp()])
+
+
+def test_a_step_runs_the_hooks_of_the_layer():
+    layer, calls = make_layer(), []
+    layer.register_forward_hook(lambda *given: calls.append(1))
+    layer.step(layer_inputs(layer, 1, 3)[0])
+    assert calls == [1]
+
+
+def test_a_projection_may_hold_its_weights_in_another_dtype():
+    class Quantised(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = (16 * linear.weight).detach().round().to(torch.int8)
+
+        def forward(self, u):
+            return F.linear(u, self.weight.to(u.dtype) / 16)
+
+    layer = make_layer()
+    u, state = layer_inputs(layer, 2, 5)
+    layer.in_proj = Quantised(layer.in_proj)
+    assert_close(layer.step(u, state), layer_by_hand(layer, u, state))
 
 
 def test_a_decoded_token_costs_the_same_memory_after_ten_tokens_and_a_thousand():
@@ -1389,9 +1447,11 @@ def test_a_cache_can_be_forked_selected_moved_and_mapped():
     selected = cache.select(chosen)
     assert_same_state(selected, model(ids[chosen]).past_key_values, F32)
     assert selected.seq_idx.tolist() == [2, 1, 2] and selected.length == 9
+    assert identical(cache.select([1, 0, 1]).states, selected.states)
     assert cache.nbytes == 4 * sum(s.conv.numel() + s.ssm.numel() for s in cache.states)
     assert cache.repeat(3).nbytes == 3 * cache.nbytes
-    assert {t.device.type for s in cache.to("cpu").states for t in s} == {"cpu"}
+    moved = cache.to("cpu")
+    assert {t.device.type for t in (moved.seq_idx, *tensors(moved.states))} == {"cpu"}
     doubled = cache.map(lambda tensor: 2 * tensor)
     assert torch.equal(doubled.states[1].ssm, 2 * cache.states[1].ssm)
     assert torch.equal(doubled.seq_idx, 2 * cache.seq_idx)
@@ -1454,6 +1514,11 @@ def test_initial_states_are_honoured_and_can_be_trained():
     assert all(t.grad.abs().max() > 0 for s in states for t in s)
     with pytest.raises(ValueError, match="1 states for 2 layers"):
         model(ids, past_key_values=Mamba2Cache(states[:1]))
+    # A call of which all is masked begins no sequence, so that the states wait for the next.
+    zeros, start = torch.zeros_like(ids), Mamba2Cache(cache.states)
+    unread = model(ids, zeros, start, seq_idx=zeros).past_key_values
+    found = model(ids, past_key_values=unread, seq_idx=zeros + 1).logits
+    assert_close(found, model(ids, past_key_values=cache).logits, F32)
 
 
 @torch.no_grad()
@@ -1502,6 +1567,10 @@ def test_the_outputs_are_those_that_were_asked_for():
     assert len(model.backbone(ids, return_dict=False)) == 2
     model.config.use_cache = False
     assert model(ids).past_key_values is None
+    model.config.output_hidden_states, model.config.return_dict = True, False
+    for kind in (model, model.backbone):
+        first, hidden_states = kind(ids)
+        assert torch.is_tensor(first) and len(hidden_states) == 3
 
 
 @torch.no_grad()
@@ -1578,6 +1647,13 @@ def test_float64_is_honoured_inside():
             assert abs((at[0] - at[1]) / 2e-6 - slope) <= 1e-8 < slope.abs()
 
 
+def test_a_model_on_no_device_gives_shapes():
+    model, ids = tiny().to("meta"), tokens(2, 9).to("meta")
+    output = model(ids, ids, labels=ids, seq_idx=ids, segment_length=4, logits_to_keep=0)
+    assert output.logits.shape == (2, 9, VOCABULARY) and output.loss.shape == ()
+    assert output.logits.is_meta and output.past_key_values.length == 9
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
 def test_bfloat16_weights_keep_a_float32_residual_stream_and_state(residual_in_fp32):
@@ -1603,6 +1679,17 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
         width = layer.mixer.out_proj.in_features
         assert 0.95 < layer.mixer.out_proj.weight.abs().max() * (4 * width) ** 0.5 <= 1
     assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
+
+
+def test_a_model_that_is_made_on_no_device_is_initialised_later():
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(Mamba2Config(**TINY, use_bias=True, tie_word_embeddings=False))
+    model.to_empty(device=DEVICE)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    model.apply(model._init_weights)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert (model.backbone.norm_f.weight == 1).all()
 
 
 @torch.no_grad()
@@ -2656,6 +2743,19 @@ def test_saving_and_loading_keeps_weights_and_every_option(tmp_path):
     assert_same_model(third.to(DEVICE).eval(), model)
     assert not info["missing_keys"] and third.config.model_type == model.config.model_type
     assert callable(model.push_to_hub)
+
+
+@torch.no_grad()
+def test_the_embedding_can_be_resized_and_replaced():
+    for tied in (True, False):
+        model, ids = tiny(tie_word_embeddings=tied), tokens(2, 9)
+        before = model(ids).logits
+        model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+        assert_close(model(ids).logits[..., :VOCABULARY], before, F32)
+        assert model(ids + 8).logits.shape == (2, 9, VOCABULARY + 8)
+    other = nn.Embedding(VOCABULARY, TINY["hidden_size"]).to(DEVICE)
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is model.backbone.embeddings is other
 
 
 @pytest.mark.parametrize("form", ["whole", "sharded", "bin", "no architectures", "backbone"])
