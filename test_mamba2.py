@@ -375,6 +375,7 @@ def test_products_with_B_and_C_are_made_once_for_a_group():
 
 
 BAD_SSD = {
+    "x of one axis": dict(x=(2,)),
     "x of three axes": dict(x=(2, 5, 12)),
     "dt of other heads": dict(dt=(2, 5, 3)),
     "A of other heads": dict(A=(2,)),
@@ -407,11 +408,13 @@ def test_ssd_refuses_shapes_that_do_not_fit(form, case):
 def test_ssd_refuses_dtypes_that_mean_nothing(form, name):
     inputs = ssd_inputs(2, 5, 4, 3, 2, 6)
     bad = torch.zeros(2, 5) if name == "seq_idx" else inputs[name].detach().int()
-    with pytest.raises(TypeError, match=f"{name} is {bad.dtype}: it must"):
-        form(**inputs | {name: bad.to(DEVICE)})
+    cases = (bad, bad.dtype), (bad.cfloat(), "torch.complex64"), ([1.0], "a list")
+    for bad, found in cases:
+        with pytest.raises(TypeError, match=f"{name} is {found}: it must"):
+            form(**inputs | {name: bad if isinstance(bad, list) else bad.to(DEVICE)})
 
 
-@pytest.mark.parametrize("chunk_size", [0, -3, 2.5, None])
+@pytest.mark.parametrize("chunk_size", [0, -3, 2.5, None, True])
 def test_ssd_refuses_chunks_of_no_positions(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size = {chunk_size}: it must be"):
         ssd(**ssd_inputs(1, 5, 2, 2, 1, 2), chunk_size=chunk_size)
@@ -466,13 +469,17 @@ def test_the_gated_norm_is_one_norm_for_each_group(groups):
 def test_convolution_and_norm_refuse_what_does_not_fit():
     x, weight = torch.ones(2, 5, 6, device=DEVICE), torch.ones(6, 4, device=DEVICE)
     for error, message, arguments in (
-        (TypeError, "x is a list", ([1.0], weight)),
-        (TypeError, "x is torch.int64", (x.long(), weight)),
-        (ValueError, r"weight has shape \(4, 6\)", (x, weight.mT)),
-        (ValueError, r"bias has shape \(4,\)", (x, weight, weight[0])),
+        (TypeError, "x is a list", dict(x=[1.0])),
+        (TypeError, "x is torch.int64", dict(x=x.long())),
+        (ValueError, r"weight has shape \(4, 6\)", dict(weight=weight.mT)),
+        (ValueError, r"weight .* must be \(channels, taps\)", dict(weight=weight[:, None])),
+        (ValueError, r"bias has shape \(4,\)", dict(bias=weight[0])),
+        (ValueError, r"initial_state has shape \(2, 4, 6\)", dict(initial_state=x[:, 1:])),
+        (ValueError, r"seq_idx has shape \(2, 4\)", dict(seq_idx=x[:, 1:, 0].long())),
+        (TypeError, "seq_idx is torch.float32", dict(seq_idx=x[..., 0])),
     ):
         with pytest.raises(error, match=message):
-            mamba2.causal_conv1d(*arguments)
+            mamba2.causal_conv1d(**{"x": x, "weight": weight, **arguments})
     weight = weight[:, 0]
     for error, message, arguments in (
         (TypeError, "x is a list", dict(x=[1.0])),
@@ -481,6 +488,8 @@ def test_convolution_and_norm_refuse_what_does_not_fit():
         (ValueError, r"gate has shape \(5, 6\)", dict(gate=x[0])),
         (ValueError, r"weight has shape \(5,\)", dict(weight=weight[1:])),
         (ValueError, "groups = 4: it must divide", dict(groups=4)),
+        (ValueError, "groups = 0: it must divide", dict(groups=0)),
+        (ValueError, "groups = -2: it must divide", dict(groups=-2)),
     ):
         with pytest.raises(error, match=message):
             mamba2.rms_norm(**{"x": x, "weight": weight, "eps": 1e-5, **arguments})
@@ -916,6 +925,7 @@ def test_the_defaults_are_those_of_mamba2_130m():
     sizes |= dict(d_inner=1536, nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
     sizes |= dict(dt_limit=(0, math.inf), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4)
     sizes |= dict(norm_epsilon=1e-5, residual_in_fp32=True, tie_embeddings=True, use_cache=True)
+    sizes |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.02)
     assert {name: getattr(config, name) for name in sizes} == sizes
 
 
@@ -926,6 +936,7 @@ def test_a_layer_takes_options_or_a_config_of_any_sizes_that_fit():
         dict(d_model=3, expand=5, headdim=15, d_conv=1),
         dict(d_model=30, n_groups=3, head_dim=10, num_heads=6, chunk_size=7),
         dict(d_model=6, ngroups=4, headdim=1, nheads=12, d_conv=9),
+        dict(d_model=4, headdim=2, dt_min=0.1, dt_max=0.1, dt_limit=(0.1, 0.1)),
     ):
         layer, other = Mamba2(**options).to(DEVICE), Mamba2(Mamba2Config(**options)).to(DEVICE)
         other.load_state_dict(layer.state_dict())
@@ -943,11 +954,18 @@ IMPOSSIBLE = {
     "n_groups": [0, 5, 48],
     "conv_kernel": [0],
     "chunk_size": [0, 2.5],
-    "expand": [0, -2],
-    "num_heads": [23, 0],
+    "expand": [0, -2, math.inf, math.nan],
+    "num_heads": [23, 0, 24.0],
     "hidden_act": ["gelu"],
-    "time_step_limit": [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)],
+    "use_conv_bias": [1],
+    "residual_in_fp32": ["no"],
+    "tie_word_embeddings": [None],
+    "time_step_limit": [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
+    + [None, ("low", 1.0), ({}, 1.0)],
     "time_step_min": [0, -0.1, 0.5],
+    "time_step_floor": [-1e-4],
+    "layer_norm_epsilon": [-1e-5, math.nan],
+    "initializer_range": [-0.02],
 }
 
 
@@ -970,6 +988,9 @@ def test_options_that_do_not_fit_or_exist_are_errors():
         Mamba2Config(d_model=7, expand=1.5, headdim=2)
     with pytest.raises(TypeError, match="'d_modell'"):
         Mamba2Config(d_modell=64)
+    with pytest.raises(TypeError, match="'model_type'"):
+        Mamba2Config(model_type="llama")
+    assert Mamba2Config(attn_implementation="eager").d_model == 768  # which all models are asked
     with pytest.raises(TypeError, match="'use_mem_eff_path'"):
         Mamba2(d_model=64, headdim=8, use_mem_eff_path=True)
     config = Mamba2Config(d_model=64)
@@ -1364,6 +1385,7 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
     cache, layer, u = model.prefill(ids), model.backbone.layers[0].mixer, torch.randn(2, 9, 32)
     junk = tmp_path / "junk.safetensors"
     junk.write_text("not of safetensors")
+    save_file({"weight": u}, tmp_path / "weights.safetensors")
     for call, error, message in (
         (lambda: model(ids[0]), ValueError, r"input_ids has shape \(9,\): it must be \(batch, le"),
         (lambda: model([[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
@@ -1405,9 +1427,17 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
         (lambda: layer(u, mask=u[..., 0]), ValueError, "mask holds other numbers than 0 and 1"),
         (lambda: layer(u.double()), TypeError, "u is torch.float64, the weights torch.float32"),
         (lambda: layer.step(u, layer.step(u)), TypeError, "it must be step's second result, a M"),
+        (lambda: layer.step(u, (u, u, u)), TypeError, "state is a tuple: it must be step's second"),
+        (lambda: layer.step(u, u), TypeError, "state is a Tensor: it must be step's second result"),
         (lambda: model.stream("text"), TypeError, "input_ids is a str: it must be a tensor"),
         (lambda: cache.to(torch.int8), TypeError, "ssm is torch.int8"),
         (lambda: Mamba2Cache.load(junk), ValueError, "holds no cache: it must be a file that"),
+        (
+            lambda: Mamba2Cache.load(tmp_path / "weights.safetensors"),
+            ValueError,
+            "weights.safetensors' holds no cache",
+        ),
+        (lambda: Mamba2Cache.load(tmp_path / "nothing"), FileNotFoundError, "nothing"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -1621,6 +1651,8 @@ def test_arguments_that_do_not_fit_are_value_errors():
         model(ids, attention_mask=ids[:1])
     with pytest.raises(ValueError, match=r"seq_idx has shape \(2, 8\).*\(2, 9\)"):
         model(ids, seq_idx=ids[:, :8])
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 8\).*\(2, 9\)"):
+        model(ids, labels=ids[:, :8])
     with pytest.raises(ValueError, match=r"batch of 1, .* one of 2: cache\.repeat"):
         model(ids, past_key_values=model(ids[:1]).past_key_values)
 
@@ -2829,6 +2861,20 @@ def test_the_original_formats_options_are_understood(tmp_path):
     assert not loaded.config.tie_word_embeddings
 
 
+def test_what_the_original_format_leaves_out_is_what_mamba_ssm_takes_for_it():
+    ssm = dict(layer="Mamba2", d_state=16, headdim=8, conv_init=None, use_mem_eff_path=True)
+    given = dict(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=ssm | dict(rmsnorm=True))
+    before = copy.deepcopy(given)
+    config = Mamba2Config.from_dict(given)
+    assert given == before and config.vocab_size == 64  # a multiple of 8
+    assert config.residual_in_fp32 and config.tie_word_embeddings
+    for name, value in dict(rmsnorm=False, D_has_hdim=True).items():
+        with pytest.raises(ValueError, match=f"{name} = {value}: only .* is implemented"):
+            Mamba2Config.from_dict(given | dict(ssm_cfg=ssm | {name: value}))
+    config = Mamba2Config.from_dict(dict(d_model=64))  # no format at all: our options
+    assert (config.hidden_size, config.n_groups) == (64, 1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("infinity", ["Infinity", '{"__float__": "Infinity"}'])
 def test_codestral_in_miniature_loads(infinity, tmp_path):
@@ -3510,6 +3556,9 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     with pytest.raises(ValueError, match="num_hidden_layers = "):
         (other if odd else model)(**plain, group=group)
     with pytest.raises(ValueError, match="gradients = "), torch.set_grad_enabled(odd):
+        model(**plain, group=group)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=odd)
+    with pytest.raises(ValueError, match="autocast = "), cast:
         model(**plain, group=group)
     if odd:
         model.gradient_checkpointing_enable()
