@@ -2011,8 +2011,11 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
     cache = RewindableCache(model(ids[:, :5]).past_key_values)
     seen = 5
     for read, forget in ((6, 2), (1, 0), (3, 3), (4, 1), (2, -9)):
-        logits = model(ids[:, seen : seen + read], past_key_values=cache).logits
+        new, fork = ids[:, seen : seen + read], copy.copy(cache)
+        logits = model(new, past_key_values=cache).logits
         assert_close(logits, model(ids[:, : seen + read]).logits[:, seen:], F64)
+        last = model(new, past_key_values=fork, logits_to_keep=1).logits
+        assert_close(last, logits[:, -1:], F64)
         if forget >= 0:
             cache.crop(-forget)
             seen += read - forget
@@ -2020,11 +2023,20 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
             seen += read
             cache.crop(seen - 1)  # as transformers 5.5 counts
             seen -= 1
+        cache.crop(seen + 1)  # of no more tokens than there are
         assert cache.get_seq_length() == seen
     with pytest.raises(ValueError, match="were there to stay"):
         cache.crop(-5)
-    with pytest.raises(ValueError, match="reads input_ids alone"):
-        model(ids, labels=ids, past_key_values=cache)
+    embeddings = model.get_input_embeddings()(ids)
+    for given in (
+        dict(input_ids=ids, labels=ids),
+        dict(input_ids=ids, seq_idx=ids),
+        dict(input_ids=ids, segment_length=4),
+        dict(input_ids=ids, inputs_embeds=embeddings),
+        dict(inputs_embeds=embeddings),
+    ):
+        with pytest.raises(ValueError, match="reads input_ids alone"):
+            model(**given, past_key_values=cache)
 
 
 class StopRows(StoppingCriteria):
@@ -2046,6 +2058,7 @@ STREAMS = {
     "ended": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3),
     "a limit on rows": dict(stopping_criteria=[StopRows()], max_new_tokens=9, pad_token_id=0),
     "a limit of length": dict(stopping_criteria=[MaxLengthCriteria(17)]),
+    "a limit that was reached before": dict(stopping_criteria=[MaxLengthCriteria(3)]),
     "without a cache": dict(use_cache=False),
     "long enough": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3, min_new_tokens=6),
 }
@@ -2077,6 +2090,16 @@ def test_a_stream_yields_what_generate_appends(case):
     assert identical(cache.states, before.states)
 
 
+@torch.no_grad()
+def test_a_stream_of_a_bfloat16_model_samples_in_float32():
+    model, ids = tiny(dtype=torch.bfloat16), tokens(1, 12).expand(500, -1)
+    given = dict(GREEDY, do_sample=True, top_k=0, max_new_tokens=4)
+    torch.manual_seed(1)
+    expected = model.generate(ids, **given)
+    torch.manual_seed(1)
+    assert torch.equal(streamed(model, ids, **given), expected)
+
+
 def test_streams_of_one_model_do_not_disturb_each_other():
     model = tiny(dtype=torch.float64)
     given = dict(GREEDY, max_new_tokens=20)
@@ -2097,6 +2120,7 @@ def test_what_a_stream_cannot_mean_is_refused_at_once():
         ),
         (dict(assistant_model=model), "assistant_model is an option of generate"),
         (dict(streamer=Recorder()), "streamer is an option of generate"),
+        (dict(custom_generate="a/b"), "custom_generate is an option of generate"),
         (dict(tempratur=1.0), "tempratur"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -2139,6 +2163,16 @@ def test_a_prompt_is_read_once_and_gone_on_from_many_times(tmp_path):
     assert model(questions[:1], past_key_values=half).past_key_values.states[0].ssm.dtype == (
         torch.bfloat16
     )
+
+
+def test_prefill_reads_segments_and_makes_neither_logits_nor_gradients():
+    model, ids, segments, rows = tiny(), tokens(1, 30), [], []
+    model.backbone.register_forward_pre_hook(lambda *_: segments.append(1))
+    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:2]))
+    for options, count in (({}, 4), (dict(segment_length=7), 5), (dict(logits_to_keep=0), 4)):
+        segments.clear()
+        assert not any(t.requires_grad for t in tensors(model.prefill(ids, **options).states))
+        assert len(segments) == count and rows.pop() == (1, 1)
 
 
 def greedy_steps(model, ids, steps):
