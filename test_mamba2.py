@@ -2268,16 +2268,102 @@ def test_speculation_gives_hidden_states_to_who_asks():
     assert_close(hidden, whole, F64)
 
 
-def test_a_model_with_hooks_or_adapters_gets_no_graph():
+def test_a_model_with_hooks_or_adapters_gets_no_graph(monkeypatch):
     model = tiny()
     assert mamba2.DecodingGraph.weights(model) is not None
     handle = model.backbone.layers[1].mixer.register_forward_hook(lambda *given: None)
     assert mamba2.DecodingGraph.weights(model) is None
     handle.remove()
+    handle = model.lm_head.register_forward_pre_hook(lambda *given: None)
+    assert mamba2.DecodingGraph.weights(model) is None
+    handle.remove()
+    model.forward = functools.partial(model.forward)  # as accelerate wraps it
+    assert mamba2.DecodingGraph.weights(model) is None
+    del model.forward
     assert mamba2.DecodingGraph.weights(model) is not None
+    sharded = tiny()
+    sharded.lm_head.weight = type("Shard", (nn.Parameter,), {})(sharded.lm_head.weight)
+    assert mamba2.DecodingGraph.weights(sharded) is None
+    monkeypatch.setattr(mamba2.DecodingGraph, "enabled", False)
+    assert mamba2.DecodingGraph.weights(model) is None
+    monkeypatch.undo()
     lora = peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, lora)
     assert mamba2.DecodingGraph.weights(adapted.base_model.model) is None
+
+
+class PlainGraph:
+    """Stands in for a CUDA graph on any device: a plain step, whose logits lie in one place."""
+
+    def __init__(self, model, cache):
+        self.model, self.state, self.steps = model, cache, 0
+        self.logits = torch.empty(len(cache.states[0].ssm), VOCABULARY, **DRAW)
+
+    def __call__(self, ids):
+        outer = mamba2._decoding.set(None)
+        output = self.model(ids, past_key_values=self.state, use_cache=True)
+        mamba2._decoding.reset(outer)
+        self.state, self.steps = output.past_key_values, self.steps + 1
+        return self.logits.copy_(output.logits[:, -1])
+
+    def cache(self, length):
+        return Mamba2Cache(self.state.states, length)
+
+
+@torch.no_grad()
+def test_generate_gives_plain_steps_to_a_graph_and_all_others_to_the_model(monkeypatch):
+    model, other = tiny(dtype=torch.float64), tiny(dtype=torch.float64, num_hidden_layers=1)
+    ids, mask = prompts()
+    past, others = model(ids[:, :-1], mask[:, :-1]).past_key_values, other.prefill(ids)
+    token, zeros = ids[:, -1:], torch.zeros_like(ids[:, -1:])
+    plain = dict(input_ids=token, past_key_values=past, use_cache=True)
+    odd = [dict(attention_mask=zeros), dict(labels=token, num_items_in_batch=1)]
+    odd += [dict(seq_idx=zeros), dict(output_hidden_states=True), dict(use_cache=False)]
+    odd += [dict(input_ids=ids)]
+    calls = [(model, plain | given) for given in odd]
+    calls += [(other, plain | dict(past_key_values=others))]
+    text = dict(inputs=ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    texts = [{}, dict(output_logits=True), dict(output_hidden_states=True), dict(guidance_scale=2)]
+    expected = [call(**given) for call, given in calls]
+    expected_texts = [model.generate(**text, **given) for given in texts]
+    streamed_text = streamed(model, ids, attention_mask=mask, **GREEDY)
+
+    taken, given_back = [], []
+
+    def take(model, cache, weights):
+        if cache is None:
+            return None
+        taken.append(PlainGraph(model, cache))
+        return taken[-1]
+
+    monkeypatch.setattr(mamba2.DecodingGraph, "take", take)
+    monkeypatch.setattr(
+        mamba2.DecodingGraph, "give_back", lambda _, graph: given_back.append(graph)
+    )
+    outer = mamba2._decoding.set(mamba2._Decoder(model))
+    assert identical([call(**given) for call, given in calls], expected) and not taken
+    assert_close(model(**plain).logits, model(ids, mask).logits[:, -1:])
+    assert_same_state(model(**plain).past_key_values, model(ids, mask).past_key_values, F64)
+    assert len(taken) == 2  # the second begins where the first did
+    mamba2._decoding.reset(outer)
+
+    for given, right in zip(texts, expected_texts, strict=True):
+        taken.clear()
+        given_back.clear()
+        found = model.generate(**text, **given)
+        assert torch.equal(found.sequences, right.sequences)
+        assert_close(list(found.logits or ()), list(right.logits or ()))
+        assert_close(list(found.hidden_states or ()), list(right.hidden_states or ()))
+        assert_same_state(found.past_key_values, right.past_key_values, F64)
+        assert found.past_key_values.length == 23 and mamba2._decoding.get() is None
+        assert [graph for graph in given_back if graph] == taken
+        if "output_hidden_states" in given:
+            assert not taken
+        elif "guidance_scale" not in given:
+            assert [graph.steps for graph in taken] == [11]
+    taken.clear()
+    assert torch.equal(streamed(model, ids, attention_mask=mask, **GREEDY), streamed_text)
+    assert [graph.steps for graph in taken] == [11] and given_back[-1] is taken[0]
 
 
 class Recorder(BaseStreamer):
