@@ -296,10 +296,6 @@ class Mamba2Config(PreTrainedConfig):
         rule = f"must be at most time_step_max, {self.time_step_max}"
         require(self.time_step_min <= self.time_step_max, "time_step_min", rule)
 
-    def to_diff_dict(self):
-        """What `save_pretrained` writes: all options, for transformers' defaults are not ours."""
-        return {**{name: getattr(self, name) for name in _DEFAULTS}, **super().to_diff_dict()}
-
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Read the content of a `config.json`, in transformers' format or in the original one.
@@ -323,7 +319,7 @@ class Mamba2Config(PreTrainedConfig):
         # Whatever else is in the file is kept as an attribute, and means nothing here.
         given = {k: v for k, v in config_dict.items() if k in _DEFAULTS or _is_common_option(k)}
         config = super().from_dict(given, **kwargs)
-        handled = {*given, *cls.attribute_map, "model_type", "rescale_prenorm_residual"}
+        handled = {*given, "model_type", "rescale_prenorm_residual"}
         for name in config_dict.keys() - handled:
             setattr(config[0] if isinstance(config, tuple) else config, name, config_dict[name])
         return config
@@ -361,7 +357,7 @@ _DEFAULTS = {
 
 def _is_common_option(name: str) -> bool:
     """Whether `name` is an option of every transformers configuration."""
-    if transformers_missing is not None or name in {"model_type", *Mamba2Config.attribute_map}:
+    if transformers_missing is not None or name == "model_type":
         return False
     if name in {"attn_implementation", "experts_implementation"}:
         return True
@@ -1178,7 +1174,7 @@ class Mamba2Cache:
         }
         if self.seq_idx is not None:
             tensors["seq_idx"] = self.seq_idx
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_file(tensors, path, metadata={"length": str(self.length)})
 
     @classmethod
@@ -2109,7 +2105,7 @@ def _casting_anew(x):
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
-    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
+    return torch.autocast(device, cache_enabled=False)
 
 
 def register_with_transformers():

@@ -283,6 +283,7 @@ def test_every_dtype_costs_the_rounding_of_the_result_alone(form, dtype, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(mamba2, "kernels", None)
             y, state = form(**given)
+            assert form(**given | {"dt": given["dt"].double()})[1].dtype == wide  # x alone decides
         assert (y.dtype, state.dtype) == (dtype, wide)
         assert_close(state, exact_state, inner)
         assert_close(y, exact_y, inner, rounding=epsilon / 2)
@@ -313,6 +314,18 @@ def test_extreme_steps_and_decays_are_finite_and_right(form):
         # gradients are sums of such values, and of y.
         assert_close(found, expected, 1e-5)
         assert_close(gradients(found, single), gradients(expected, inputs), 1e-4, list(inputs))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_of_one_sequence_reaches_the_next_however_large_it_is(form):
+    inputs, first = ssd_inputs(2, 10, 4, 3, 2, 5), torch.arange(10, device=DEVICE) < 5
+    results = []
+    for factor in (1.0, 1e200):
+        large = inputs["x"] * torch.where(first, torch.tensor(factor, **DRAW), 1)[:, None, None]
+        given = inputs | dict(x=large, initial_state=inputs["initial_state"] * factor)
+        y, state = form(**given, seq_idx=first.int().expand(2, -1), chunk_size=4)
+        results.append((y[:, 5:], state))
+    assert identical(*results)
 
 
 @pytest.mark.parametrize("form", [ssd_quadratic, ssd])
@@ -362,6 +375,7 @@ def test_products_with_B_and_C_are_made_once_for_a_group():
 
 
 BAD_SSD = {
+    "x of one axis": dict(x=(2,)),
     "x of three axes": dict(x=(2, 5, 12)),
     "dt of other heads": dict(dt=(2, 5, 3)),
     "A of other heads": dict(A=(2,)),
@@ -394,11 +408,13 @@ def test_ssd_refuses_shapes_that_do_not_fit(form, case):
 def test_ssd_refuses_dtypes_that_mean_nothing(form, name):
     inputs = ssd_inputs(2, 5, 4, 3, 2, 6)
     bad = torch.zeros(2, 5) if name == "seq_idx" else inputs[name].detach().int()
-    with pytest.raises(TypeError, match=f"{name} is {bad.dtype}: it must"):
-        form(**inputs | {name: bad.to(DEVICE)})
+    cases = (bad, bad.dtype), (bad.cfloat(), "torch.complex64"), ([1.0], "a list")
+    for bad, found in cases:
+        with pytest.raises(TypeError, match=f"{name} is {found}: it must"):
+            form(**inputs | {name: bad if isinstance(bad, list) else bad.to(DEVICE)})
 
 
-@pytest.mark.parametrize("chunk_size", [0, -3, 2.5, None])
+@pytest.mark.parametrize("chunk_size", [0, -3, 2.5, None, True])
 def test_ssd_refuses_chunks_of_no_positions(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size = {chunk_size}: it must be"):
         ssd(**ssd_inputs(1, 5, 2, 2, 1, 2), chunk_size=chunk_size)
@@ -453,13 +469,17 @@ def test_the_gated_norm_is_one_norm_for_each_group(groups):
 def test_convolution_and_norm_refuse_what_does_not_fit():
     x, weight = torch.ones(2, 5, 6, device=DEVICE), torch.ones(6, 4, device=DEVICE)
     for error, message, arguments in (
-        (TypeError, "x is a list", ([1.0], weight)),
-        (TypeError, "x is torch.int64", (x.long(), weight)),
-        (ValueError, r"weight has shape \(4, 6\)", (x, weight.mT)),
-        (ValueError, r"bias has shape \(4,\)", (x, weight, weight[0])),
+        (TypeError, "x is a list", dict(x=[1.0])),
+        (TypeError, "x is torch.int64", dict(x=x.long())),
+        (ValueError, r"weight has shape \(4, 6\)", dict(weight=weight.mT)),
+        (ValueError, r"weight .* must be \(channels, taps\)", dict(weight=weight[:, None])),
+        (ValueError, r"bias has shape \(4,\)", dict(bias=weight[0])),
+        (ValueError, r"initial_state has shape \(2, 4, 6\)", dict(initial_state=x[:, 1:])),
+        (ValueError, r"seq_idx has shape \(2, 4\)", dict(seq_idx=x[:, 1:, 0].long())),
+        (TypeError, "seq_idx is torch.float32", dict(seq_idx=x[..., 0])),
     ):
         with pytest.raises(error, match=message):
-            mamba2.causal_conv1d(*arguments)
+            mamba2.causal_conv1d(**{"x": x, "weight": weight, **arguments})
     weight = weight[:, 0]
     for error, message, arguments in (
         (TypeError, "x is a list", dict(x=[1.0])),
@@ -468,6 +488,8 @@ def test_convolution_and_norm_refuse_what_does_not_fit():
         (ValueError, r"gate has shape \(5, 6\)", dict(gate=x[0])),
         (ValueError, r"weight has shape \(5,\)", dict(weight=weight[1:])),
         (ValueError, "groups = 4: it must divide", dict(groups=4)),
+        (ValueError, "groups = 0: it must divide", dict(groups=0)),
+        (ValueError, "groups = -2: it must divide", dict(groups=-2)),
     ):
         with pytest.raises(error, match=message):
             mamba2.rms_norm(**{"x": x, "weight": weight, "eps": 1e-5, **arguments})
@@ -479,6 +501,9 @@ def test_convolution_and_norm_cost_the_rounding_of_the_result_alone(dtype):
     norm = mamba2.RMSNorm(8, 1e-5, groups=2).to(DEVICE, dtype)
     y, state = mamba2.causal_conv1d(x, weight, weight[:, 0])
     found = y, norm(x, gate=z)
+    wide = mamba2.causal_conv1d(x, weight, initial_state=x[:, :3].double())[1], z.double()
+    assert wide[0].dtype == dtype and norm(wide[1], gate=z).dtype == norm(wide[1]).dtype == dtype
+    assert copy.deepcopy(norm).double()(x, gate=z).dtype == dtype
     x, z, weight, norm = x.double(), z.double(), weight.double(), copy.deepcopy(norm).double()
     expected = mamba2.causal_conv1d(x, weight, weight[:, 0])[0], norm(x, gate=z)
     assert found[0].dtype == found[1].dtype == dtype and identical(state, x[:, -3:].to(dtype))
@@ -691,11 +716,53 @@ def test_a_layer_in_half_precision_keeps_its_state_in_float32():
     half = copy.deepcopy(exact).bfloat16()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         cast = in_pieces(lambda piece, state: exact.step(u[:, piece], state), 100, None, [99])
+        assert_close(exact(u.bfloat16()), cast[0], 0.02)  # is cast as float32 is
     for y, state in (half.step(u.bfloat16()), cast):
         dtypes = [tensor.dtype for tensor in (y, *state)]
         assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
         # About ten roundings of 2^-9 (weights, input, projections, convolution, norm) in a row.
         assert_close(y, exact(u), 0.02)
+    conv, ssm = state
+    for mask in (None, torch.ones(2, 100, device=DEVICE)):  # the layer's dtypes, not the state's
+        _, after = half.step(u.bfloat16(), Mamba2State(conv.float(), ssm.double()), mask)
+        assert [tensor.dtype for tensor in after] == [torch.bfloat16, torch.float32]
+
+
+def test_steps_and_decays_of_a_layer_in_half_precision_have_the_digits_of_float32(monkeypatch):
+    layer = Mamba2(d_model=16, headdim=8).to(DEVICE, torch.bfloat16)
+    u, seen = torch.randn(2, 9, 16, device=DEVICE).bfloat16(), []
+
+    def watched(x, dt, A, *others, **options):
+        seen.extend([dt, A])
+        return ssd(x, dt, A, *others, **options)
+
+    monkeypatch.setattr(mamba2, "kernels", None)
+    monkeypatch.setattr(mamba2, "ssd", watched)
+    layer(u)
+    dt = layer.in_proj(u)[..., -4:].float() + layer.dt_bias.float()
+    assert identical(seen, [F.softplus(dt), -layer.A_log.float().exp()])
+
+
+def test_a_step_runs_the_hooks_of_the_layer():
+    layer, calls = make_layer(), []
+    layer.register_forward_hook(lambda *given: calls.append(1))
+    layer.step(layer_inputs(layer, 1, 3)[0])
+    assert calls == [1]
+
+
+def test_a_projection_may_hold_its_weights_in_another_dtype():
+    class Quantised(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = (16 * linear.weight).detach().round().to(torch.int8)
+
+        def forward(self, u):
+            return F.linear(u, self.weight.to(u.dtype) / 16)
+
+    layer = make_layer()
+    u, state = layer_inputs(layer, 2, 5)
+    layer.in_proj = Quantised(layer.in_proj)
+    assert_close(layer.step(u, state), layer_by_hand(layer, u, state))
 
 
 def test_a_decoded_token_costs_the_same_memory_after_ten_tokens_and_a_thousand():
@@ -858,6 +925,7 @@ def test_the_defaults_are_those_of_mamba2_130m():
     sizes |= dict(d_inner=1536, nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
     sizes |= dict(dt_limit=(0, math.inf), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4)
     sizes |= dict(norm_epsilon=1e-5, residual_in_fp32=True, tie_embeddings=True, use_cache=True)
+    sizes |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.02)
     assert {name: getattr(config, name) for name in sizes} == sizes
 
 
@@ -868,6 +936,7 @@ def test_a_layer_takes_options_or_a_config_of_any_sizes_that_fit():
         dict(d_model=3, expand=5, headdim=15, d_conv=1),
         dict(d_model=30, n_groups=3, head_dim=10, num_heads=6, chunk_size=7),
         dict(d_model=6, ngroups=4, headdim=1, nheads=12, d_conv=9),
+        dict(d_model=4, headdim=2, dt_min=0.1, dt_max=0.1, dt_limit=(0.1, 0.1)),
     ):
         layer, other = Mamba2(**options).to(DEVICE), Mamba2(Mamba2Config(**options)).to(DEVICE)
         other.load_state_dict(layer.state_dict())
@@ -885,11 +954,18 @@ IMPOSSIBLE = {
     "n_groups": [0, 5, 48],
     "conv_kernel": [0],
     "chunk_size": [0, 2.5],
-    "expand": [0, -2],
-    "num_heads": [23, 0],
+    "expand": [0, -2, math.inf, math.nan],
+    "num_heads": [23, 0, 24.0],
     "hidden_act": ["gelu"],
-    "time_step_limit": [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)],
+    "use_conv_bias": [1],
+    "residual_in_fp32": ["no"],
+    "tie_word_embeddings": [None],
+    "time_step_limit": [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
+    + [None, ("low", 1.0), ({}, 1.0)],
     "time_step_min": [0, -0.1, 0.5],
+    "time_step_floor": [-1e-4],
+    "layer_norm_epsilon": [-1e-5, math.nan],
+    "initializer_range": [-0.02],
 }
 
 
@@ -912,6 +988,9 @@ def test_options_that_do_not_fit_or_exist_are_errors():
         Mamba2Config(d_model=7, expand=1.5, headdim=2)
     with pytest.raises(TypeError, match="'d_modell'"):
         Mamba2Config(d_modell=64)
+    with pytest.raises(TypeError, match="'model_type'"):
+        Mamba2Config(model_type="llama")
+    assert Mamba2Config(attn_implementation="eager").d_model == 768  # which all models are asked
     with pytest.raises(TypeError, match="'use_mem_eff_path'"):
         Mamba2(d_model=64, headdim=8, use_mem_eff_path=True)
     config = Mamba2Config(d_model=64)
@@ -1306,6 +1385,7 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
     cache, layer, u = model.prefill(ids), model.backbone.layers[0].mixer, torch.randn(2, 9, 32)
     junk = tmp_path / "junk.safetensors"
     junk.write_text("not of safetensors")
+    save_file({"weight": u}, tmp_path / "weights.safetensors")
     for call, error, message in (
         (lambda: model(ids[0]), ValueError, r"input_ids has shape \(9,\): it must be \(batch, le"),
         (lambda: model([[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
@@ -1347,9 +1427,17 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
         (lambda: layer(u, mask=u[..., 0]), ValueError, "mask holds other numbers than 0 and 1"),
         (lambda: layer(u.double()), TypeError, "u is torch.float64, the weights torch.float32"),
         (lambda: layer.step(u, layer.step(u)), TypeError, "it must be step's second result, a M"),
+        (lambda: layer.step(u, (u, u, u)), TypeError, "state is a tuple: it must be step's second"),
+        (lambda: layer.step(u, u), TypeError, "state is a Tensor: it must be step's second result"),
         (lambda: model.stream("text"), TypeError, "input_ids is a str: it must be a tensor"),
         (lambda: cache.to(torch.int8), TypeError, "ssm is torch.int8"),
         (lambda: Mamba2Cache.load(junk), ValueError, "holds no cache: it must be a file that"),
+        (
+            lambda: Mamba2Cache.load(tmp_path / "weights.safetensors"),
+            ValueError,
+            "weights.safetensors' holds no cache",
+        ),
+        (lambda: Mamba2Cache.load(tmp_path / "nothing"), FileNotFoundError, "nothing"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -1389,9 +1477,11 @@ def test_a_cache_can_be_forked_selected_moved_and_mapped():
     selected = cache.select(chosen)
     assert_same_state(selected, model(ids[chosen]).past_key_values, F32)
     assert selected.seq_idx.tolist() == [2, 1, 2] and selected.length == 9
+    assert identical(cache.select([1, 0, 1]).states, selected.states)
     assert cache.nbytes == 4 * sum(s.conv.numel() + s.ssm.numel() for s in cache.states)
     assert cache.repeat(3).nbytes == 3 * cache.nbytes
-    assert {t.device.type for s in cache.to("cpu").states for t in s} == {"cpu"}
+    moved = cache.to("cpu")
+    assert {t.device.type for t in (moved.seq_idx, *tensors(moved.states))} == {"cpu"}
     doubled = cache.map(lambda tensor: 2 * tensor)
     assert torch.equal(doubled.states[1].ssm, 2 * cache.states[1].ssm)
     assert torch.equal(doubled.seq_idx, 2 * cache.seq_idx)
@@ -1415,6 +1505,13 @@ def test_a_cache_survives_a_file_that_runs_no_code(dtype, tmp_path):
     new = tokens(2, 3, seed=1)
     logits = [model(new, past_key_values=c).logits for c in (cache, back)]
     assert torch.equal(*logits)
+    spread = cache.map(lambda tensor: tensor.repeat_interleave(2, dim=-1)[..., ::2])
+    assert not spread.states[0].ssm.is_contiguous()
+    spread.save(path)
+    assert_same_state(Mamba2Cache.load(path), cache)
+    with torch.enable_grad():
+        model(new, past_key_values=cache).past_key_values.save(path)
+    assert Mamba2Cache.load(path).length == 12
     Mamba2Cache(cache.states, 3).save(path)
     assert Mamba2Cache.load(path).seq_idx is None
     with safe_open(path, framework="pt") as file:
@@ -1447,6 +1544,11 @@ def test_initial_states_are_honoured_and_can_be_trained():
     assert all(t.grad.abs().max() > 0 for s in states for t in s)
     with pytest.raises(ValueError, match="1 states for 2 layers"):
         model(ids, past_key_values=Mamba2Cache(states[:1]))
+    # A call of which all is masked begins no sequence, so that the states wait for the next.
+    zeros, start = torch.zeros_like(ids), Mamba2Cache(cache.states)
+    unread = model(ids, zeros, start, seq_idx=zeros).past_key_values
+    found = model(ids, past_key_values=unread, seq_idx=zeros + 1).logits
+    assert_close(found, model(ids, past_key_values=cache).logits, F32)
 
 
 @torch.no_grad()
@@ -1495,6 +1597,10 @@ def test_the_outputs_are_those_that_were_asked_for():
     assert len(model.backbone(ids, return_dict=False)) == 2
     model.config.use_cache = False
     assert model(ids).past_key_values is None
+    model.config.output_hidden_states, model.config.return_dict = True, False
+    for kind in (model, model.backbone):
+        first, hidden_states = kind(ids)
+        assert torch.is_tensor(first) and len(hidden_states) == 3
 
 
 @torch.no_grad()
@@ -1545,6 +1651,8 @@ def test_arguments_that_do_not_fit_are_value_errors():
         model(ids, attention_mask=ids[:1])
     with pytest.raises(ValueError, match=r"seq_idx has shape \(2, 8\).*\(2, 9\)"):
         model(ids, seq_idx=ids[:, :8])
+    with pytest.raises(ValueError, match=r"labels has shape \(2, 8\).*\(2, 9\)"):
+        model(ids, labels=ids[:, :8])
     with pytest.raises(ValueError, match=r"batch of 1, .* one of 2: cache\.repeat"):
         model(ids, past_key_values=model(ids[:1]).past_key_values)
 
@@ -1569,6 +1677,13 @@ def test_float64_is_honoured_inside():
             slope = (parameter.grad * direction).sum()
             # 1e-8 is ten times the rounding of a loss of 5 in float64, divided by 2e-6.
             assert abs((at[0] - at[1]) / 2e-6 - slope) <= 1e-8 < slope.abs()
+
+
+def test_a_model_on_no_device_gives_shapes():
+    model, ids = tiny().to("meta"), tokens(2, 9).to("meta")
+    output = model(ids, ids, labels=ids, seq_idx=ids, segment_length=4, logits_to_keep=0)
+    assert output.logits.shape == (2, 9, VOCABULARY) and output.loss.shape == ()
+    assert output.logits.is_meta and output.past_key_values.length == 9
 
 
 @torch.no_grad()
@@ -1596,6 +1711,17 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
         width = layer.mixer.out_proj.in_features
         assert 0.95 < layer.mixer.out_proj.weight.abs().max() * (4 * width) ** 0.5 <= 1
     assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
+
+
+def test_a_model_that_is_made_on_no_device_is_initialised_later():
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(Mamba2Config(**TINY, use_bias=True, tie_word_embeddings=False))
+    model.to_empty(device=DEVICE)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    model.apply(model._init_weights)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert (model.backbone.norm_f.weight == 1).all()
 
 
 @torch.no_grad()
@@ -1885,8 +2011,11 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
     cache = RewindableCache(model(ids[:, :5]).past_key_values)
     seen = 5
     for read, forget in ((6, 2), (1, 0), (3, 3), (4, 1), (2, -9)):
-        logits = model(ids[:, seen : seen + read], past_key_values=cache).logits
+        new, fork = ids[:, seen : seen + read], copy.copy(cache)
+        logits = model(new, past_key_values=cache).logits
         assert_close(logits, model(ids[:, : seen + read]).logits[:, seen:], F64)
+        last = model(new, past_key_values=fork, logits_to_keep=1).logits
+        assert_close(last, logits[:, -1:], F64)
         if forget >= 0:
             cache.crop(-forget)
             seen += read - forget
@@ -1894,11 +2023,20 @@ def test_a_rewindable_cache_forgets_what_may_be_forgotten_and_nothing_else():
             seen += read
             cache.crop(seen - 1)  # as transformers 5.5 counts
             seen -= 1
+        cache.crop(seen + 1)  # of no more tokens than there are
         assert cache.get_seq_length() == seen
     with pytest.raises(ValueError, match="were there to stay"):
         cache.crop(-5)
-    with pytest.raises(ValueError, match="reads input_ids alone"):
-        model(ids, labels=ids, past_key_values=cache)
+    embeddings = model.get_input_embeddings()(ids)
+    for given in (
+        dict(input_ids=ids, labels=ids),
+        dict(input_ids=ids, seq_idx=ids),
+        dict(input_ids=ids, segment_length=4),
+        dict(input_ids=ids, inputs_embeds=embeddings),
+        dict(inputs_embeds=embeddings),
+    ):
+        with pytest.raises(ValueError, match="reads input_ids alone"):
+            model(**given, past_key_values=cache)
 
 
 class StopRows(StoppingCriteria):
@@ -1920,6 +2058,7 @@ STREAMS = {
     "ended": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3),
     "a limit on rows": dict(stopping_criteria=[StopRows()], max_new_tokens=9, pad_token_id=0),
     "a limit of length": dict(stopping_criteria=[MaxLengthCriteria(17)]),
+    "a limit that was reached before": dict(stopping_criteria=[MaxLengthCriteria(3)]),
     "without a cache": dict(use_cache=False),
     "long enough": dict(eos_token_id=[46, 57, 51, 7], pad_token_id=3, min_new_tokens=6),
 }
@@ -1951,6 +2090,16 @@ def test_a_stream_yields_what_generate_appends(case):
     assert identical(cache.states, before.states)
 
 
+@torch.no_grad()
+def test_a_stream_of_a_bfloat16_model_samples_in_float32():
+    model, ids = tiny(dtype=torch.bfloat16), tokens(1, 12).expand(500, -1)
+    given = dict(GREEDY, do_sample=True, top_k=0, max_new_tokens=4)
+    torch.manual_seed(1)
+    expected = model.generate(ids, **given)
+    torch.manual_seed(1)
+    assert torch.equal(streamed(model, ids, **given), expected)
+
+
 def test_streams_of_one_model_do_not_disturb_each_other():
     model = tiny(dtype=torch.float64)
     given = dict(GREEDY, max_new_tokens=20)
@@ -1971,6 +2120,7 @@ def test_what_a_stream_cannot_mean_is_refused_at_once():
         ),
         (dict(assistant_model=model), "assistant_model is an option of generate"),
         (dict(streamer=Recorder()), "streamer is an option of generate"),
+        (dict(custom_generate="a/b"), "custom_generate is an option of generate"),
         (dict(tempratur=1.0), "tempratur"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -2013,6 +2163,16 @@ def test_a_prompt_is_read_once_and_gone_on_from_many_times(tmp_path):
     assert model(questions[:1], past_key_values=half).past_key_values.states[0].ssm.dtype == (
         torch.bfloat16
     )
+
+
+def test_prefill_reads_segments_and_makes_neither_logits_nor_gradients():
+    model, ids, segments, rows = tiny(), tokens(1, 30), [], []
+    model.backbone.register_forward_pre_hook(lambda *_: segments.append(1))
+    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:2]))
+    for options, count in (({}, 4), (dict(segment_length=7), 5), (dict(logits_to_keep=0), 4)):
+        segments.clear()
+        assert not any(t.requires_grad for t in tensors(model.prefill(ids, **options).states))
+        assert len(segments) == count and rows.pop() == (1, 1)
 
 
 def greedy_steps(model, ids, steps):
@@ -2108,16 +2268,102 @@ def test_speculation_gives_hidden_states_to_who_asks():
     assert_close(hidden, whole, F64)
 
 
-def test_a_model_with_hooks_or_adapters_gets_no_graph():
+def test_a_model_with_hooks_or_adapters_gets_no_graph(monkeypatch):
     model = tiny()
     assert mamba2.DecodingGraph.weights(model) is not None
     handle = model.backbone.layers[1].mixer.register_forward_hook(lambda *given: None)
     assert mamba2.DecodingGraph.weights(model) is None
     handle.remove()
+    handle = model.lm_head.register_forward_pre_hook(lambda *given: None)
+    assert mamba2.DecodingGraph.weights(model) is None
+    handle.remove()
+    model.forward = functools.partial(model.forward)  # as accelerate wraps it
+    assert mamba2.DecodingGraph.weights(model) is None
+    del model.forward
     assert mamba2.DecodingGraph.weights(model) is not None
+    sharded = tiny()
+    sharded.lm_head.weight = type("Shard", (nn.Parameter,), {})(sharded.lm_head.weight)
+    assert mamba2.DecodingGraph.weights(sharded) is None
+    monkeypatch.setattr(mamba2.DecodingGraph, "enabled", False)
+    assert mamba2.DecodingGraph.weights(model) is None
+    monkeypatch.undo()
     lora = peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, lora)
     assert mamba2.DecodingGraph.weights(adapted.base_model.model) is None
+
+
+class PlainGraph:
+    """Stands in for a CUDA graph on any device: a plain step, whose logits lie in one place."""
+
+    def __init__(self, model, cache):
+        self.model, self.state, self.steps = model, cache, 0
+        self.logits = torch.empty(len(cache.states[0].ssm), VOCABULARY, **DRAW)
+
+    def __call__(self, ids):
+        outer = mamba2._decoding.set(None)
+        output = self.model(ids, past_key_values=self.state, use_cache=True)
+        mamba2._decoding.reset(outer)
+        self.state, self.steps = output.past_key_values, self.steps + 1
+        return self.logits.copy_(output.logits[:, -1])
+
+    def cache(self, length):
+        return Mamba2Cache(self.state.states, length)
+
+
+@torch.no_grad()
+def test_generate_gives_plain_steps_to_a_graph_and_all_others_to_the_model(monkeypatch):
+    model, other = tiny(dtype=torch.float64), tiny(dtype=torch.float64, num_hidden_layers=1)
+    ids, mask = prompts()
+    past, others = model(ids[:, :-1], mask[:, :-1]).past_key_values, other.prefill(ids)
+    token, zeros = ids[:, -1:], torch.zeros_like(ids[:, -1:])
+    plain = dict(input_ids=token, past_key_values=past, use_cache=True)
+    odd = [dict(attention_mask=zeros), dict(labels=token, num_items_in_batch=1)]
+    odd += [dict(seq_idx=zeros), dict(output_hidden_states=True), dict(use_cache=False)]
+    odd += [dict(input_ids=ids)]
+    calls = [(model, plain | given) for given in odd]
+    calls += [(other, plain | dict(past_key_values=others))]
+    text = dict(inputs=ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    texts = [{}, dict(output_logits=True), dict(output_hidden_states=True), dict(guidance_scale=2)]
+    expected = [call(**given) for call, given in calls]
+    expected_texts = [model.generate(**text, **given) for given in texts]
+    streamed_text = streamed(model, ids, attention_mask=mask, **GREEDY)
+
+    taken, given_back = [], []
+
+    def take(model, cache, weights):
+        if cache is None:
+            return None
+        taken.append(PlainGraph(model, cache))
+        return taken[-1]
+
+    monkeypatch.setattr(mamba2.DecodingGraph, "take", take)
+    monkeypatch.setattr(
+        mamba2.DecodingGraph, "give_back", lambda _, graph: given_back.append(graph)
+    )
+    outer = mamba2._decoding.set(mamba2._Decoder(model))
+    assert identical([call(**given) for call, given in calls], expected) and not taken
+    assert_close(model(**plain).logits, model(ids, mask).logits[:, -1:])
+    assert_same_state(model(**plain).past_key_values, model(ids, mask).past_key_values, F64)
+    assert len(taken) == 2  # the second begins where the first did
+    mamba2._decoding.reset(outer)
+
+    for given, right in zip(texts, expected_texts, strict=True):
+        taken.clear()
+        given_back.clear()
+        found = model.generate(**text, **given)
+        assert torch.equal(found.sequences, right.sequences)
+        assert_close(list(found.logits or ()), list(right.logits or ()))
+        assert_close(list(found.hidden_states or ()), list(right.hidden_states or ()))
+        assert_same_state(found.past_key_values, right.past_key_values, F64)
+        assert found.past_key_values.length == 23 and mamba2._decoding.get() is None
+        assert [graph for graph in given_back if graph] == taken
+        if "output_hidden_states" in given:
+            assert not taken
+        elif "guidance_scale" not in given:
+            assert [graph.steps for graph in taken] == [11]
+    taken.clear()
+    assert torch.equal(streamed(model, ids, attention_mask=mask, **GREEDY), streamed_text)
+    assert [graph.steps for graph in taken] == [11] and given_back[-1] is taken[0]
 
 
 class Recorder(BaseStreamer):
@@ -2391,6 +2637,9 @@ def test_many_segments_in_autocast_cost_no_more_than_one():
     for segment_length in (0, 2):
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = model(ids, labels=ids, segment_length=segment_length).loss
+        with torch.autocast(DEVICE.type, torch.float16), torch.no_grad():  # is the caller's choice
+            state = model(ids, use_cache=True, segment_length=segment_length).past_key_values
+        assert state.states[0].conv.dtype == torch.float16
         found = model_gradients(model, loss)
         errors.append(
             {n: ((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected}
@@ -2640,7 +2889,25 @@ def test_saving_and_loading_keeps_weights_and_every_option(tmp_path):
     assert config.items() <= json.loads((tmp_path / "b" / "config.json").read_text()).items()
     assert_same_model(again, model)
     assert_same_model(twice, model)
+    assert mamba2._DEFAULTS.keys() <= config.keys()  # for others fill what is left out with theirs
+    given = dict(output_loading_info=True)
+    third, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "a", **given)
+    assert_same_model(third.to(DEVICE).eval(), model)
+    assert not info["missing_keys"] and third.config.model_type == model.config.model_type
     assert callable(model.push_to_hub)
+
+
+@torch.no_grad()
+def test_the_embedding_can_be_resized_and_replaced():
+    for tied in (True, False):
+        model, ids = tiny(tie_word_embeddings=tied), tokens(2, 9)
+        before = model(ids).logits
+        model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+        assert_close(model(ids).logits[..., :VOCABULARY], before, F32)
+        assert model(ids + 8).logits.shape == (2, 9, VOCABULARY + 8)
+    other = nn.Embedding(VOCABULARY, TINY["hidden_size"]).to(DEVICE)
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is model.backbone.embeddings is other
 
 
 @pytest.mark.parametrize("form", ["whole", "sharded", "bin", "no architectures", "backbone"])
@@ -2712,6 +2979,20 @@ def test_the_original_formats_options_are_understood(tmp_path):
     assert_same_model(loaded, model)
     assert loaded.config.time_step_limit == (0.01, 0.1) and not loaded.config.residual_in_fp32
     assert not loaded.config.tie_word_embeddings
+
+
+def test_what_the_original_format_leaves_out_is_what_mamba_ssm_takes_for_it():
+    ssm = dict(layer="Mamba2", d_state=16, headdim=8, conv_init=None, use_mem_eff_path=True)
+    given = dict(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=ssm | dict(rmsnorm=True))
+    before = copy.deepcopy(given)
+    config = Mamba2Config.from_dict(given)
+    assert given == before and config.vocab_size == 64  # a multiple of 8
+    assert config.residual_in_fp32 and config.tie_word_embeddings
+    for name, value in dict(rmsnorm=False, D_has_hdim=True).items():
+        with pytest.raises(ValueError, match=f"{name} = {value}: only .* is implemented"):
+            Mamba2Config.from_dict(given | dict(ssm_cfg=ssm | {name: value}))
+    config = Mamba2Config.from_dict(dict(d_model=64))  # no format at all: our options
+    assert (config.hidden_size, config.n_groups) == (64, 1)
 
 
 @torch.no_grad()
@@ -3395,6 +3676,9 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     with pytest.raises(ValueError, match="num_hidden_layers = "):
         (other if odd else model)(**plain, group=group)
     with pytest.raises(ValueError, match="gradients = "), torch.set_grad_enabled(odd):
+        model(**plain, group=group)
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=odd)
+    with pytest.raises(ValueError, match="autocast = "), cast:
         model(**plain, group=group)
     if odd:
         model.gradient_checkpointing_enable()
