@@ -2896,14 +2896,13 @@ def _norm_linear_forward(
     ob = 16 // rb
     while ob > 1 and _cdiv(outputs, ob) < 2 * _processors(x.device):  # that all take part
         ob //= 2
-    with torch.cuda.device_of(x):
-        _norm_linear_kernel[(_cdiv(outputs, ob),)](
-            x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous(),
-            residual_, out, x_row, gate_row, weight.stride(0), residual_row, outputs,
-            rows, outputs, eps,
-            SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None,
-            RESIDUAL=residual is not None, RB=rb, OB=ob, **config,
-        )  # fmt: skip
+    _norm_linear_kernel[(_cdiv(outputs, ob),)](
+        x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous(),
+        residual_, out, x_row, gate_row, weight.stride(0), residual_row, outputs,
+        rows, outputs, eps,
+        SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None,
+        RESIDUAL=residual is not None, RB=rb, OB=ob, **config,
+    )  # fmt: skip
     return out
 
 
