@@ -1426,18 +1426,17 @@ def _require_cache(cache, *kinds):
         )
 
 
-def _require_ids(name, ids, vocab_size, *others):
-    """Raise unless all are below vocab_size, or one of the others. A GPU would have to be awaited:
-    there it is a failed assertion."""
+def _require_ids(name, ids, vocab_size, ignored=None):
+    """Raise unless all are below vocab_size, or `ignored`. A GPU would have to be awaited: there it
+    is a failed assertion."""
     if ids.device.type == "cpu" and _can_ask(ids):
-        fits = (ids >= 0) & (ids < vocab_size)
-        for other in others:
-            fits |= ids == other
+        fits, rule = (ids >= 0) & (ids < vocab_size), f"0 to vocab_size - 1 = {vocab_size - 1}"
+        if ignored is not None:
+            fits, rule = fits | (ids == ignored), f"{rule} or {ignored}"
         if not fits.all():
-            found, allowed = ids[~fits][0].item(), " or ".join(map(str, ("", *others)))
+            found = ids[~fits][0].item()
             raise ValueError(
-                f"{name} holds {found}: it must hold 0 to vocab_size - 1 = {vocab_size - 1}"
-                f"{allowed}; is the tokenizer the model's?"
+                f"{name} holds {found}: it must hold {rule}; is the tokenizer the model's?"
             )
 
 
