@@ -3134,8 +3134,7 @@ def _norm_linear_forward(
     options = dict(SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None)
     options |= dict(RESIDUAL=residual is not None, RB=_power_of_2(rows), **config)
     grid = _cdiv(outputs, config["OB"]), 1, 1
-    with torch.cuda.device_of(x):
-        _launch((_norm_linear_kernel, grid, tensors, numbers, options))
+    _launch((_norm_linear_kernel, grid, tensors, numbers, options))
     return out
 
 

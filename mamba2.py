@@ -44,7 +44,7 @@ Glossary: the letters of shapes, and the paper's notation for them.
     k               taps of the short convolution, d_conv
     x      X        input of SSD, "values" in the language of attention
     dt     Δ        step size, one a head and position
-    A      A        decay rate, one negative number a head; a step decays the state by exp(dt A)
+    A               decay rate, one negative number a head; the paper's A_t is the decay, exp(dt A)
     B, C   B, C     "keys" and "queries": what is written to the state and read from it
     D      D        skip connection
     state  h_t      the state of a head, (p, n) numbers
@@ -152,9 +152,9 @@ kernels = _load_kernels()
 class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
 
-    Every option has the name that transformers gives it, which is also its name in `config.json`,
-    and most also answer to the name that the paper's code gives them; either can be passed, read
-    and set:
+    Every option has the name that transformers gives it (segment_length is ours), which is also its
+    name in `config.json`, and most also answer to the name that the paper's code gives them; either
+    can be passed, read and set:
 
         hidden_size           d_model         width of the model (768)
         num_hidden_layers     n_layer         number of layers (24)
@@ -416,7 +416,8 @@ def _translate_original_config(original: dict) -> dict:
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
 #     y_t     = state_t C_t + D x_t                             (p)
 #
-# where the paper's A_t is exp(dt_t A) and its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A).
+# where the paper's A_t is exp(dt_t A) and its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A);
+# D x, a skip connection, is not in (2).
 # They share one signature:
 #
 #     y, final_state = form(x, dt, A, B, C, D, initial_state=..., seq_idx=...)
@@ -557,6 +558,7 @@ def segsum(log_decay: Tensor) -> Tensor:
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
     terms = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~lower.tril(-1), 0)
+    # terms: log_decay_q where q > s, and 0 elsewhere. They are summed down each column s.
     return terms.cumsum(-2).masked_fill(~lower, -torch.inf)  # (..., q, s)
 
 
@@ -715,7 +717,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         _require("seq_idx", seq_idx, (b, l), kind="integers")
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    # 1 * and clone copy: views would keep the whole window, and its gradient, alive with a state.
+    # 1 * so that the gradient of the initial state is no view of the window's, clone so that the
+    # final state is none of the window: either would keep all of it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     final_state = window[:, l:].clone()
     if seq_idx is not None:  # number the sequences; what came before belongs to the first
@@ -793,6 +796,8 @@ class Mamba2(nn.Module):
         z, xBC, dt = in_proj(u);  x, B, C = conv1d(xBC), with its SiLU
         y = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
         output = out_proj(norm(y * silu(z)))
+
+    How dt and A are parametrised is Mamba-1's; dt is clamped to time_step_limit after softplus.
 
         layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
@@ -926,6 +931,7 @@ class Mamba2(nn.Module):
         weights = conv1d.weight, conv1d.bias, self.dt_bias, self.A_log, self.D, norm.weight
         given = zxbcdt, conv, ssm, seq_idx, *weights
         options = dict(groups=norm.groups, eps=norm.eps, dt_limit=self.config.time_step_limit)
+        # Only a DecodingGraph's own state, which it never hands out, has `out`: overwritten.
         options["out"] = getattr(state, "out", None)
         fused = kernels.layer_middle(*given, **options)
         return fused and (fused[0], Mamba2State(*fused[1:]))
@@ -964,6 +970,7 @@ class Mamba2(nn.Module):
         y = y.flatten(2)  # (b, l, h p)
         if mask is not None:
             y = _take(y, back)
+        # conv is after this slice, conv_after after the last one.
         return y, Mamba2State(conv if slices is None else conv_after, new_ssm)
 
     def _check(self, u, state, mask, seq_idx):
@@ -1068,7 +1075,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + layer(norm(h)). Arguments and results as `Mamba2.step`."""
+    """A residual block: h + layer(norm(h)). Arguments and results as `Mamba2.step`.
+
+    From here on, h (b, l, d) is the residual stream.
+    """
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -1206,7 +1216,7 @@ class Mamba2PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Mamba2Block"]
-    _is_stateful = False  # tells transformers that the cache can be cut back: see RewindableCache
+    _is_stateful = False  # or transformers would refuse assisted generation: see RewindableCache
 
     def _init_weights(self, module):
         if isinstance(module, Mamba2):
@@ -1315,7 +1325,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
             attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks
                 positions that do not exist, wherever they are. None is no such position.
             past_key_values: the Mamba2Cache of an earlier call, which is not changed; or one of
-                states to start from, such as trained ones: Mamba2Cache(a Mamba2State a layer).
+                states to start from, such as trained ones: Mamba2Cache(states), states a tuple of
+                one Mamba2State for each layer.
             use_cache: return a new cache; None is the config's choice, and no cache in training.
             output_hidden_states: also return the input of every block, and the final output.
             return_dict: False returns a tuple.
@@ -1413,18 +1424,17 @@ def _require_cache(cache, *kinds):
         )
 
 
-def _require_ids(name, ids, vocab_size, *others):
-    """Raise unless all are below vocab_size, or one of the others. A GPU would have to be awaited:
-    there it is a failed assertion."""
+def _require_ids(name, ids, vocab_size, ignored=None):
+    """Raise unless all are below vocab_size, or `ignored`. A GPU would have to be awaited: there it
+    is a failed assertion."""
     if ids.device.type == "cpu" and _can_ask(ids):
-        fits = (ids >= 0) & (ids < vocab_size)
-        for other in others:
-            fits |= ids == other
+        fits, rule = (ids >= 0) & (ids < vocab_size), f"0 to vocab_size - 1 = {vocab_size - 1}"
+        if ignored is not None:
+            fits, rule = fits | (ids == ignored), f"{rule} or {ignored}"
         if not fits.all():
-            found, allowed = ids[~fits][0].item(), " or ".join(map(str, ("", *others)))
+            found = ids[~fits][0].item()
             raise ValueError(
-                f"{name} holds {found}: it must hold 0 to vocab_size - 1 = {vocab_size - 1}"
-                f"{allowed}; is the tokenizer the model's?"
+                f"{name} holds {found}: it must hold {rule}; is the tokenizer the model's?"
             )
 
 
@@ -1516,11 +1526,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             model(ids, labels=ids, segment_length="auto").loss.backward()
 
         Results and gradients are the same, but nothing is as long as the sequence any more, except
-        integers. For the backward pass only the states between segments are kept; a segment is
-        computed again when its turn comes, which costs one more forward pass. So memory grows as
-        s + l / s with the length s of a segment, and as the square root of l with the best s. A
-        million tokens fit, in training and in evaluation. `gradient_checkpointing_enable()` does
-        the same to the layers inside a segment, for less memory and one more forward pass.
+        integers, and logits unless labels or logits_to_keep are given. For the backward pass only
+        the states between segments are kept; a segment is computed again when its turn comes, which
+        costs one more forward pass. So memory grows as s + l / s with the length s of a segment,
+        and as the square root of l with the best s. A million tokens fit, in training and in
+        evaluation. `gradient_checkpointing_enable()` does the same to the layers inside a segment,
+        for less memory and one more forward pass.
 
         Args:
             labels: (b, l) integers, the tokens themselves, which are shifted here: position t
@@ -1531,7 +1542,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 where logits_to_keep=0 returns them.
             group: a process group, if each of its ranks has a slice of the sequence, or of each
                 segment of it: see `Slices`. The loss is that of the whole sequence, on every rank.
-                Averaged over the ranks, as DDP and FSDP do, so are the gradients of parameters.
+                Gradients of parameters, averaged over the ranks as DDP and FSDP do, are one
+                process's.
             num_items_in_batch: divide the summed loss by this, not by the number of predictions.
             segment_length: positions in a segment, or "auto" for about the least memory that does
                 not leave a GPU idle, or 0 for the whole sequence at once. None is the config's
@@ -1557,6 +1569,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         b, l = _batch_and_length(input_ids, inputs_embeds)
         mask = _as_mask(attention_mask, (b, l), getattr(past_key_values, "length", 0))
+        # Where generate runs: its _Decoder, which has the step as a CUDA graph.
         decoder = None if torch.compiler.is_compiling() else _decoding.get()
         if decoder is not None and decoder.model is self and l == 1:
             others = mask, inputs_embeds, labels, seq_idx
@@ -1596,7 +1609,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         bar = _progress_bar(passes * count) if progress else None
         first = 0  # the first position whose logits are wanted
         if logits_to_keep is None and labels is not None and (self.training or count > 1):
-            first = l + 1
+            first = l + 1  # past the end: none
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = l - logits_to_keep
         losses, kept, end, cache = [], [], 0, past_key_values
@@ -1649,7 +1662,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
 
         The logits of a few rows at a time are made, used and let go, and made again for the
-        backward pass; those of so few rows in all are kept.
+        backward pass; if all rows are that few, their logits are kept for it.
         """
 
         def summed_loss(h, targets):
@@ -1873,7 +1886,7 @@ class RewindableCache:
 
         base    the Mamba2Cache after the tokens that are there to stay
         since   (1, m) tokens after these, which can be forgotten
-        tip     the Mamba2Cache after all of them; None after some were forgotten
+        tip     the Mamba2Cache after all of them; None once only some of them were forgotten
     """
 
     is_compileable = False
@@ -1889,7 +1902,10 @@ class RewindableCache:
         """Nothing to do: tokens are always remembered."""
 
     def crop(self, tokens: int):
-        """Forget the last -tokens tokens or, if positive, all but the first; the rest will stay."""
+        """Forget the last -tokens tokens or, if positive, all after the first `tokens`.
+
+        If that forgets nothing, all tokens are there to stay.
+        """
         length = self.get_seq_length()
         kept = min(tokens if tokens > 0 else length + tokens, length) - self.base.length
         if kept < 0:
@@ -2140,8 +2156,10 @@ class Slices:
       is the recurrence between chunks (step 3 of Listing 1) with slices for chunks. What it adds to
       the outputs is one matrix product.
 
-    Gradients take the same way back. Ranks' gradients of parameters, and of the states that were
-    passed, are of the sum of all ranks' losses: their sum is the whole. The loss of
+    In shapes here r is ranks, if not (g r), which is heads; s is segments.
+
+    Gradients take the same way back. Each rank gets its part of the gradients of parameters, and of
+    the states that were passed, of the sum of all ranks' losses: the parts add up. The loss of
     `Mamba2ForCausalLM` is the whole sequence's on every rank, R times in this sum; so it is their
     average that is one process's gradient, which is what DDP and FSDP compute.
 
@@ -2199,7 +2217,8 @@ class Slices:
         labels = _all_gather(torch.cat([first[:, None], last], dim=1), group)  # (r, b, 1+m)
         self.last_labels = rearrange(labels[:, :, 1:], "r b m -> b (r m)")
         labels = rearrange(labels, "r b m -> b (r m)")
-        self.whole = labels, labels != NO_LABEL, length  # for questions about the whole sequence
+        # The first and last positions of each slice: all that `_go_on` asks the whole sequence for.
+        self.whole = labels, labels != NO_LABEL, length
         # (b), whether this slice begins another sequence than the one before it.
         before = labels[:, : self.rank * (1 + self.m)].flip(1)
         before = _first(before, before != NO_LABEL, first)
@@ -2217,6 +2236,7 @@ class Slices:
 
         def state_after(slices):  # of all positions, the last ones of each slice are enough
             x, labels = last[:, : slices * self.m], self.last_labels[:, : slices * self.m]
+            # x stands in for dt too, which is not wanted; nor are outputs, hence no weight.
             x, before, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x, labels)
             return causal_conv1d(x, no_weight, initial_state=before, seq_idx=labels)[1]
 
