@@ -21,9 +21,13 @@ after it. The twins of these three are lines of the layer and of its block.
     launches     forward     conv, prep, [segment], scan, norm
                  backward    norm, prep, border, chunk, finish, conv, fold
 
+The first call for tensors of some shapes works out tiles, grids and numbers; the next ones replay
+its launches: see `_Recording`.
+
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
-writes into the state and t >= s the one that reads it. Tiles carry their axes as a suffix.
+writes into the state and t >= s the one that reads it. Tiles carry their axes as a suffix; strides
+are named tensor_s and an axis, as dt_sl.
 
 SSD
 ---
@@ -71,10 +75,11 @@ border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory o
 cache), all else 0.3 GB.
 
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
-of matrix products are in x's dtype (fp32 inputs: true fp32 products, unless PyTorch's own switch
-allows tf32; fp16 inputs: fp32 numbers in tf32 products, for the range, see `_operands`). No decay
-is split into factors that could overflow; differences are masked, or cut off at 0, and then exp2.
-With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
+of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
+forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
+With fp16 inputs they are tf32 products of fp32 numbers, for the range, see `_operands`. No decay is
+split into factors that could overflow; differences are masked, or cut off at 0, and then exp2. With
+dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
 
 Convolution, norm and the step of a token
 -----------------------------------------
@@ -107,6 +112,7 @@ import importlib.util
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -114,6 +120,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 try:
     import triton
@@ -165,9 +172,9 @@ if __name__ == "kernels":
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # run kernels as Python, on a CPU, for tests
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Triton compiles a kernel once more wherever a number is 1, or a multiple of 16. Of numbers that
-# change with batch and length it shall not: nothing is gained, and a prompt of another length would
-# wait for seconds.
+# Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
+# numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
+# another length would wait for seconds.
 VARYING = """L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots
     a_rows b_rows c_rows""".split()
 jit = functools.partial(triton.jit, do_not_specialize=VARYING)
@@ -271,22 +278,27 @@ def _operation(name, forward, backward, fake, count, kept=0):
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{name}"
     inputs_in_all = forward.__code__.co_argcount
-    forward = _on_its_device(forward, 0)
+
+    def answers(results):
+        return results[:-kept] if kept else results
+
+    whole = forward
+    forward = _replayed(whole, 0)
+    without_gradients = _replayed(lambda *inputs: answers(whole(*inputs)), 0)
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
     opaque.register_fake(fake)
 
     def call(*inputs):
         if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
-            results = opaque(*inputs)  # a FakeTensor, for one, has nothing for a kernel to read
-        elif backward is None or not torch.is_grad_enabled():
-            results = forward(*inputs)
-        else:
-            return eager.apply(*inputs)
-        return results[:-kept] if kept else results
+            # A FakeTensor, for one, has nothing for a kernel to read.
+            return answers(opaque(*inputs))
+        if backward is None or not torch.is_grad_enabled():
+            return without_gradients(*inputs)
+        return eager.apply(*inputs)
 
     if backward is None:
         return call
-    backward = _on_its_device(backward, -inputs_in_all)
+    backward = _replayed(backward, -inputs_in_all)
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
 
     def fake_backward(*arguments):
@@ -320,7 +332,7 @@ def _operation(name, forward, backward, fake, count, kept=0):
         def forward(ctx, *inputs):
             results = forward(*inputs)
             save(ctx, inputs, results)
-            return results[:-kept] if kept else results
+            return answers(results)
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -330,13 +342,185 @@ def _operation(name, forward, backward, fake, count, kept=0):
     return call
 
 
-def _on_its_device(function, at):
-    """The function, run with the device of its argument number `at` as the current one."""
+# What an operation launches depends only on its numbers and on the kind of its tensors: shapes,
+# strides, dtypes. Working it out, with views, tile sizes and grids, takes the CPU several times as
+# long as launching it, and a small model waits for that. So the first call for a kind of tensors is
+# recorded, and later ones launch the same, at other addresses. An operation need not know: it is a
+# function that allocates memory, takes views, and calls `_launch`. What does more is not replayed,
+# but called each time. What must not happen is that it decides by anything that is not in the key.
+
+
+class _Recording(TorchFunctionMode):
+    """Watches a call: the memory in which its tensors lie, and what it launches.
+
+    An area of memory is an input's, or was allocated during the call. What PyTorch computes is in
+    none of them; a call that launches a kernel on it, such as on a copy, cannot be repeated: it
+    `fails`, as does one that changes a tensor by PyTorch.
+
+        areas        the inputs, then what was allocated
+        area_of      by a tensor's id, in which of the areas it lies; None: in none
+        launches     what `launched` noted: (run, arguments, where each pointer points)
+    """
+
+    active = threading.local()  # .recording: the one of this thread
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.areas, self.tensors, self.launches = list(inputs), [], []
+        self.area_of = {id(tensor): area for area, tensor in enumerate(inputs)}
+        self.fails = len(self.area_of) < len(inputs)  # one is given twice: which of them is used?
+
+    def __enter__(self):
+        self.active.recording = self
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.active.recording = None
+        return super().__exit__(*exception)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        results, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
+        for tensor in results if isinstance(results, (tuple, list)) else (results,):
+            if not isinstance(tensor, Tensor) or id(tensor) in self.area_of:
+                continue
+            self.tensors.append(tensor)  # lives on, so that its id stays its own
+            if name in ("empty", "empty_like", "new_empty"):
+                self.area_of[id(tensor)] = len(self.areas)
+                self.areas.append(tensor)
+            else:
+                views = [t for t in args if isinstance(t, Tensor) and _share(t, tensor)]
+                self.area_of[id(tensor)] = self.area_of.get(id(views[0])) if views else None
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name == "__setitem__" or name.startswith("__i"):
+            self.fails = True
+        return results
+
+    def launched(self, run, tensors, values):
+        """Note run(*tensors, *values), with where each tensor, or a descriptor's, is in an area."""
+        pointers = []
+        for at, tensor in enumerate(tensors):
+            block = None
+            if isinstance(tensor, TensorDescriptor):
+                layout, block = (tensor.shape, tensor.strides), tensor.block_shape
+                tensor = tensor.base
+            elif tensor is not None:
+                layout = tensor.shape, tensor.stride()
+            if tensor is not None:
+                area = self.area_of.get(id(tensor))
+                self.fails = self.fails or area is None
+                offset = 0 if self.fails else tensor.data_ptr() - self.areas[area].data_ptr()
+                pointers.append((at, area, offset, tensor.dtype, layout, block))
+        self.launches.append((run, [None] * len(tensors) + list(values), pointers))
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    memory = one.untyped_storage().data_ptr()
+    return memory != 0 and memory == other.untyped_storage().data_ptr()
+
+
+class _Replay:
+    """Does what a recorded call did, with other inputs. `possible` says whether it can.
+
+    Results are allocated one by one. All other memory, which nobody sees, is one allocation: each
+    takes the CPU half as long as a launch. Kernels get addresses instead of tensors, which Triton
+    would ask for theirs, and the driver whether it is right.
+    """
+
+    def __init__(self, recording, count, results):
+        self.kind = type(results)
+        results = [results] if isinstance(results, Tensor) else results
+        self.outputs = [(t.shape, t.stride(), t.dtype) for t in results]
+        areas = {area: (area, 0) for area in range(count)}  # in which tensor of a replay, and where
+        self.possible = bool(recording.launches) and not recording.fails
+        for i, result in enumerate(results, count):
+            area = recording.area_of.get(id(result))
+            whole = area is not None and result.numel() == recording.areas[area].numel()
+            self.possible = self.possible and whole and area not in areas
+            areas[area] = i, 0
+        self.bytes = 0
+        for area, tensor in enumerate(recording.areas):
+            if area not in areas:
+                areas[area] = count + len(results), self.bytes
+                # Aligned as PyTorch does; an empty one, too, is somewhere.
+                self.bytes += max(_cdiv(tensor.nbytes, 512), 1) * 512
+        self.launches = []
+        for run, arguments, pointers in recording.launches if self.possible else ():
+            addresses, others = [], []
+            for at, area, offset, *what in pointers:
+                which, start = areas[area]
+                if what[-1] is None and not INTERPRET:
+                    addresses.append((at, which, start + offset))
+                else:
+                    others.append((at, which, start + offset, functools.partial(_argument, *what)))
+            self.launches.append((run, arguments, addresses, others))
+
+    def __call__(self, inputs, device):
+        tensors = [
+            *inputs,
+            *[torch.empty_strided(*layout, dtype=t, device=device) for *layout, t in self.outputs],
+        ]
+        outputs = tensors[len(inputs) :]
+        if self.bytes:
+            tensors.append(torch.empty(self.bytes, dtype=torch.uint8, device=device))
+        bases = [tensor.data_ptr() for tensor in tensors]
+        stream = {}
+        if not INTERPRET:
+            stream["stream"] = triton.runtime.driver.active.get_current_stream(device.index)
+        for run, arguments, addresses, others in self.launches:
+            arguments = arguments.copy()
+            for at, which, offset in addresses:
+                arguments[at] = bases[which] + offset
+            for at, which, offset, argument in others:
+                arguments[at] = argument(tensors[which], bases[which] + offset)
+            run(*arguments, **stream)
+        return outputs[0] if self.kind is Tensor else self.kind(outputs)
+
+
+class _Address(int):
+    """What a descriptor needs of a tensor."""
+
+    data_ptr = int.__int__
+
+
+def _argument(dtype, layout, block, memory, address):
+    """The tensor at the address, for the interpreter; or a descriptor of it, if it has blocks."""
+    if INTERPRET:
+        storage = memory.untyped_storage()
+        start = (address - storage.data_ptr()) // dtype.itemsize
+        base = torch.empty(0, dtype=dtype).set_(storage, start, *layout)
+    else:
+        base = _Address(address)
+    return base if block is None else _descriptor(base, *layout, block)
+
+
+_replays = {}
+
+
+def _replayed(function, at):
+    """The function, recorded and replayed, on the device of its argument number `at`."""
 
     @functools.wraps(function)
     def run(*arguments):
-        with torch.cuda.device_of(arguments[at]):
-            return function(*arguments)
+        x = arguments[at]
+        with torch.cuda.device_of(x):
+            tf32 = x.dtype == torch.float32 and _allows_tf32()
+            key = function, x.device, tf32, *[
+                (a.shape, a.stride(), a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a
+                for a in arguments
+            ]  # fmt: skip
+            replay = _replays.get(key)
+            if replay:
+                return replay([a for a in arguments if isinstance(a, Tensor)], x.device)
+            if replay is not None:
+                return function(*arguments)
+            inputs = [a for a in arguments if isinstance(a, Tensor)]
+            with _Recording(inputs) as recording:
+                results = function(*arguments)
+            if len(_replays) > 1000:  # inputs of ever new lengths
+                _replays.clear()
+            replay = _Replay(recording, len(inputs), results)
+            _replays[key] = replay if replay.possible else False
+            return results
 
     return run
 
@@ -362,6 +546,12 @@ def _power_of_2(a: int) -> int:
     return 1 << (a - 1).bit_length()
 
 
+def _descriptor(base, shape, strides, block):
+    tiles = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take longer
+    tiles.base, tiles.shape, tiles.strides, tiles.block_shape = base, shape, strides, block
+    return tiles
+
+
 _compiled = {}
 _known = set()
 
@@ -374,10 +564,20 @@ def _launch(*calls):
     it. So it is kept here, by all that a compilation may depend on: constants, numbers, dtypes, and
     whether an address is a multiple of 16.
     """
+    recording = getattr(_Recording.active, "recording", None)
+    for (run, values), (_, _, tensors, _, _) in zip(_runners(calls), calls, strict=True):
+        run(*tensors, *values)
+        if recording is not None:
+            recording.launched(run, tensors, values)
+
+
+def _runners(calls):
+    """What launches each call's kernel, and the numbers and constants that follow its tensors."""
     if INTERPRET:
-        for kernel, grid, tensors, numbers, options in calls:
-            kernel[grid](*tensors, *numbers, **options)
-        return
+        return [
+            (functools.partial(kernel[grid], **options), numbers)
+            for kernel, grid, _, numbers, options in calls
+        ]
     device = torch.cuda.current_device()
     keys = [_key(device, *call) for call in calls]
     found = [_compiled.get(key) for key in keys]
@@ -385,8 +585,10 @@ def _launch(*calls):
         new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
         new = _compile(device, new)
         found = [f or new[key] for key, f in zip(keys, found, strict=True)]
-    for (compiled, constants), (_, grid, tensors, numbers, _) in zip(found, calls, strict=True):
-        compiled[grid](*tensors, *numbers, *constants)
+    return [
+        (compiled[grid], (*numbers, *constants))
+        for (compiled, constants), (_, grid, _, numbers, _) in zip(found, calls, strict=True)
+    ]
 
 
 def _key(device, kernel, grid, tensors, numbers, options):
@@ -433,6 +635,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # A step that decays by 2^-40 leaves nothing of an fp32 state. Going no lower keeps the running sum
 # small, and with it the rounding error of its differences, when dt·A is -1e6.
 LOWEST = tl.constexpr(-40.0)
+
+# Names that the kernels of SSD share. Numbers: L positions, NC chunks, H heads, G groups of HPG
+# heads, BH = b·h, P and N the sizes of p and n, NPB tiles of PB rows in P. In the forward, NSEG
+# segments of CPS chunks; in the backward, NSPLIT shares of a group, of HPS heads each, PROGRAMS =
+# b·c·g·NSPLIT, and rows of SUMS partial sums, the first WIDE of them dD's. Constants: Q, PB, NB and
+# HB are the sizes of a tile along q, p, n and h, PREC the precision of products, STAGES the depth
+# of the pipeline. Indices: bh = b·H + h, and pb, nb the tiles of p and n.
+#
 # What there is one number of for each position and head: `series` is (which, b·h, l) in fp32, with
 # l padded to whole chunks. `prep_kernel` writes the first three. The others belong to the backward;
 # there is a set of five for each of the tiles in which a headdim above PB is taken.
@@ -1176,7 +1386,8 @@ def finish_kernel(
 
 
 def _config(x, n):
-    """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel.
+    """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel
+    but those of the fp32 forward, where PB is 32: see `_ssd_forward_from`.
 
     Q = 64 is the narrowest tile that Hopper's matrix instruction takes, and work inside a chunk
     grows with Q. PB is 64 even when the headdim is less: a padded tile costs little, while narrower
@@ -1252,9 +1463,7 @@ def _tiles(t, *block):
         shape, block = [b, h, l, w], (1, 1, *block)
         # The stride along an axis of size 1 may be anything, but has to be addressable.
         stride = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
-    tiles = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take longer
-    tiles.base, tiles.shape, tiles.strides, tiles.block_shape = t, shape, stride, block
-    return tiles
+    return _descriptor(t, shape, stride, block)
 
 
 def _strides(t, count):
@@ -1306,6 +1515,11 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
     x, B, C, precision = _operands(x, B, C)
     Q, PB, NB, warps = _config(x, n)
+    if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
+        # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
+        # registers than there are, and ten times as long. Of the state, too, only half the usual
+        # rows fit beside the parts of the factors.
+        precision, PB = "tf32x3", 32
     if initial_state is None and warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
@@ -2492,7 +2706,7 @@ def _unfit_middle(
         return "zxbcdt or weight do not have 3 dimensions, or dt_bias or norm_weight not 1"
     (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
     if zxbcdt.numel() == 0 or l == 1:
-        return "there are no positions, or only one, for which there is `layer_step`"
+        return "there are no positions, or only one, without a state"
     if h == 0 or hp % h or h % groups or d <= hp or (d - hp) % (2 * groups):
         return "the channels are not those of heads and groups"
     return _misshapen(
@@ -2523,9 +2737,9 @@ def _beyond_middle(
 
 def layer_middle(
     zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight,
-    *, groups, eps, dt_limit=(0.0, math.inf),
+    *, groups, eps, dt_limit=(0.0, math.inf), out=None,
 ):  # fmt: skip
-    """All between a layer's projections, for two positions or more; its twin is `mamba2.Mamba2`.
+    """All between a layer's projections; its twin is `mamba2.Mamba2`. One position is a step.
     None, if it cannot take these tensors: then it is the turn of the operations it consists of,
     which say what they cannot take. (To be asked before, as they are, would be one more check.)
 
@@ -2537,9 +2751,20 @@ def layer_middle(
     norm_weight         (h p)
     groups, eps         of SSD and norm; of the norm
     dt_limit            dt is clamped to it after softplus
+    out                 as for `layer_step`, where there is one position
     Returns norm(y · silu(z)) (b, l, h p) and the new conv in zxbcdt's dtype, and the new ssm in
     fp32, or in ssm's dtype if that is narrower. The gradients cannot be differentiated again.
     """
+    if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
+        if zxbcdt.shape[2] != norm_weight.shape[0] + weight.shape[0] + dt_bias.shape[0]:
+            return None
+        z, xBC, dt = _columns(zxbcdt, weight, dt_bias, norm_weight)
+        step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
+        norm, limits = (z, norm_weight, eps), dict(dt_limit=dt_limit, out=out)
+        if not (takes_rms_norm(*norm, gate=z, groups=groups) and takes_layer_step(*step, **limits)):
+            return None
+        y, conv, ssm = layer_step(*step, **limits)
+        return rms_norm(y, *norm[1:], gate=z, groups=groups), conv, ssm
     given = zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
     if _unfit_middle(*given) is not None or _beyond_middle(*given) is not None:
         return None
@@ -2639,6 +2864,10 @@ def _step_kernel(
     C_at = B_at + G * N
     B_u = _step_inputs(xBC_ptr, conv_ptr, B_at, mask_n, d, K)
     C_u = _step_inputs(xBC_ptr, conv_ptr, C_at, mask_n, d, K)
+    if tl.program_id(1) == 0:  # now, not later, so that nothing holds them in registers
+        for j in tl.static_range(1, K):
+            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
+            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
     B_n = _step_taps(B_u, weight_ptr, bias_ptr, B_at, mask_n, K, BIAS)
     C_n = _step_taps(C_u, weight_ptr, bias_ptr, C_at, mask_n, K, BIAS)
 
@@ -2652,7 +2881,8 @@ def _step_kernel(
         mask_pn = mask_p[:, None] & mask_n[None, :]
         at_p = (b * (G * HPG) + h) * P + p
         at_pn = at_p[:, None] * N + n[None, :]
-        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0).to(tl.float32)
+        state_pn = tl.load(ssm_ptr + at_pn, mask=mask_pn, other=0.0, eviction_policy="evict_first")
+        state_pn = state_pn.to(tl.float32)
         dt = tl.load(dt_ptr + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32)
         A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
         D = tl.load(D_ptr + h).to(tl.float32)
@@ -2666,14 +2896,10 @@ def _step_kernel(
         y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
 
         # store
-        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn)
+        tl.store(new_ssm_ptr + at_pn, state_pn, mask=mask_pn, eviction_policy="evict_first")
         tl.store(y_ptr + at_p, y_p, mask=mask_p)
         for j in tl.static_range(1, K):
             tl.store(new_conv_ptr + (j - 1) * d + x_at, x_u[j], mask=mask_p)
-    if tl.program_id(1) == 0:
-        for j in tl.static_range(1, K):
-            tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
-            tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
 
 
 def _step_into(
@@ -2780,7 +3006,7 @@ def takes_layer_step(
 def layer_step(
     xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
 ):
-    """One token in a layer, between its projections; its twin is `mamba2.Mamba2._mix`.
+    """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._mix`.
 
     xBC, dt             (b, 1, h p + 2 g n), (b, 1, h)   slices of the projection
     conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State, ssm in any dtype
@@ -2817,7 +3043,11 @@ def layer_step(
 # pass: the root is one number a row and group, and multiplies the finished sum. So a token of a
 # layer takes three launches: `layer_step` between two of these.
 NORM_LINEAR_ROWS = 4  # with more, a norm of its own and a product on tensor cores are faster
-NORM_LINEAR = dict(KB=512, num_warps=4)
+# While a tile is summed the next ones arrive, through STAGES buffers. One row without a gate leaves
+# so little to compute that single warps, which never wait for each other, are faster. OB is halved
+# until each multiprocessor has 4 warps.
+NORM_LINEAR = dict(OB=4, KB=512, STAGES=3, num_warps=4)
+NORM_LINEAR_ROW = dict(OB=8, KB=256, STAGES=3, num_warps=1)
 
 
 @triton.jit
@@ -2826,11 +3056,13 @@ def _norm_linear_kernel(
     x_row, gate_row, weight_row, residual_row, out_row, rows, outputs, eps,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, RB: tl.constexpr, OB: tl.constexpr, KB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The equation above, for OB outputs of all rows. Here k is a channel of x, o one of out.
 
     Grid (outputs / OB). Tile: RB rows x OB outputs x KB channels of a group.
 
+        out <- 0
         for each group:
             dot, square <- 0
             for each KB channels:
@@ -2849,7 +3081,7 @@ def _norm_linear_kernel(
     for g in tl.static_range(GROUPS):
         dot_rok = tl.zeros((RB, OB, KB), tl.float32)
         square_rk = tl.zeros((RB, KB), tl.float32)
-        for first in range(0, SIZE, KB):
+        for first in tl.range(0, SIZE, KB, num_stages=STAGES):
             # load
             k = first + tl.arange(0, KB)
             mask_k = k < SIZE
@@ -2890,19 +3122,19 @@ def _norm_linear_forward(
     x, x_row = _rows(x)
     gate_, gate_row = (x, 0) if gate is None else _rows(gate)
     residual_, residual_row = (x, 0) if residual is None else _rows(residual)
-    config = dict(NORM_LINEAR)
+    alone = rows == 1 and gate is None
+    config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR)
     config["KB"] = min(config["KB"], _power_of_2(size))
-    rb = _power_of_2(rows)
-    ob = 16 // rb
-    while ob > 1 and _cdiv(outputs, ob) < 2 * _processors(x.device):  # that all take part
-        ob //= 2
-    _norm_linear_kernel[(_cdiv(outputs, ob),)](
-        x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous(),
-        residual_, out, x_row, gate_row, weight.stride(0), residual_row, outputs,
-        rows, outputs, eps,
-        SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None,
-        RESIDUAL=residual is not None, RB=rb, OB=ob, **config,
-    )  # fmt: skip
+    warps = 4 * _processors(x.device)
+    while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
+        config["OB"] //= 2
+    tensors = x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous()
+    tensors += residual_, out
+    numbers = x_row, gate_row, weight.stride(0), residual_row, outputs, rows, outputs, eps
+    options = dict(SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None)
+    options |= dict(RESIDUAL=residual is not None, RB=_power_of_2(rows), **config)
+    grid = _cdiv(outputs, config["OB"]), 1, 1
+    _launch((_norm_linear_kernel, grid, tensors, numbers, options))
     return out
 
 
@@ -2965,7 +3197,49 @@ def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, 
     reason = _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual)
     reason = reason or _beyond_norm_linear(weight)
     _refuse("norm_linear", reason, twin="mamba2.Mamba2Block")
-    return _norm_linear(x, norm_weight, weight, bias, gate, residual, eps, groups)
+    return _norm_linear(x, norm_weight, weight, bias, gate, residual, float(eps), groups)
+
+
+# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
+ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
+
+
+def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
+        return False
+    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
+    return ADDS and halves and type(weight) is nn.Parameter and bias is None
+
+
+def block_step(h, state, norm, layer):
+    """A token in a residual block; its twin is `mamba2.Mamba2Block`. None, if it cannot be taken.
+
+    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
+    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
+
+    h (b, 1, d); state: a Mamba2State; norm, layer: the block's RMSNorm and Mamba2, as it makes them
+    Returns the new h, conv and ssm.
+    """
+    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
+    last = layer.norm.weight, layer.norm.eps, layer.out_proj.weight, layer.out_proj.bias
+    few = takes_norm_linear(*first) and _beyond_norm_linear(last[2]) is None
+    if not (few or _adds(h, *last[2:])):
+        return None
+    zxbcdt = norm_linear(*first) if few else layer.in_proj(norm(h))
+    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
+    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+    step = xBC, dt, *state, *weights
+    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
+    if not takes_layer_step(*step, **options):
+        return None
+    y, conv, ssm = layer_step(*step, **options)
+    if few:
+        h = norm_linear(y, *last, gate=z, groups=layer.norm.groups, residual=h)
+    else:
+        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
+        h = torch.addmm(h[:, 0], y, last[2].t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
+    return h, conv, ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3014,16 +3288,15 @@ class _Table:
         return do_bench(call, return_mode="median")
 
     def median_in_a_graph(self, calls) -> float:
-        stream = torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # from which a capture that fails does not return by itself
             for call in calls[:2]:
                 call()
+            with torch.cuda.graph(graph, stream=stream):
+                for call in calls:
+                    call()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
         return self.median(graph.replay) / len(calls)
 
     def fused(self, function):
@@ -3074,12 +3347,15 @@ class _Table:
                 try:
                     ms, moved, found = self.measure(part, side, side.inputs or inputs, dy, others)
                 except Exception as problem:  # out of memory, or a peer that does not run here
+                    problem = problem.__context__ or problem  # what came first, inside a capture
                     print(f"{name}, {part}, {side.who}: {repr(problem)[:90]}")
                     break
                 operations = flops * (("fwd" in part) + 2 * ("bwd" in part))
-                ratio = ms / ours.setdefault(part, ms)
+                if side.who == "ours":
+                    ours[part] = ms
+                ratio = f"{ms / ours[part]:7.1f}" if part in ours else f"{'-':>7}"
                 copied, matrix = moved / self.bandwidth / ms, operations / self.rate / ms
-                line = f"{name:26} {part:16} {side.who:10}{ms:9.4f}{ratio:7.1f}"
+                line = f"{name:26} {part:16} {side.who:10}{ms:9.4f}{ratio}"
                 line += f"{copied:6.0%}{matrix:7.0%}"
                 if side.inputs is None:
                     right = dwant if "bwd" in part else want
@@ -3105,10 +3381,15 @@ class _Table:
         def backward(y):
             return torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
 
-        y = forward()
-        call = functools.partial(backward, y) if part == "bwd" else lambda: backward(forward())
+        call = lambda: backward(forward())  # noqa: E731
+        found = call()[0]
+        moved = 2 * moved + forward().nbytes
+        if part == "bwd":
+            call = functools.partial(backward, forward())
+        # No y may live on while a graph is captured: its AccumulateGrad nodes would be used again,
+        # on the stream on which they were made.
         ms = self.median_in_a_graph([call]) if "graph" in part else self.median(call)
-        return ms, 2 * moved + y.nbytes, backward(y)[0]
+        return ms, moved, found
 
 
 def _tensors(outputs) -> list[Tensor]:
@@ -3247,9 +3528,13 @@ def _step_row(table, name, b, d_model, dtype):
 
         return call
 
+    def ours(xBC, dt, *state):
+        weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+        return table.ours.layer_step(xBC, dt, *state, *weights)
+
     given = inputs()  # as many as do not fit in the cache together
     others = [inputs() for _ in range(min(63, 300_000_000 // given[3].nbytes + 1))]
-    sides = [_Side("ours", table.fused(mix(layer))), _Side("plain", mix(layer))]
+    sides = [_Side("ours", ours), _Side("plain", mix(layer))]
     for (work, who), make in table.peers.items():
         if work == "step":
             sides.append(_Side(who, make(layer), inputs()))

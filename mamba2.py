@@ -931,23 +931,15 @@ class Mamba2(nn.Module):
         weights = conv1d.weight, conv1d.bias, self.dt_bias, self.A_log, self.D, norm.weight
         given = zxbcdt, conv, ssm, seq_idx, *weights
         options = dict(groups=norm.groups, eps=norm.eps, dt_limit=self.config.time_step_limit)
+        # Only a DecodingGraph's own state, which it never hands out, has `out`: overwritten.
+        options["out"] = getattr(state, "out", None)
         fused = kernels.layer_middle(*given, **options)
         return fused and (fused[0], Mamba2State(*fused[1:]))
 
     def _mix(self, xBC, dt, state, mask, seq_idx, slices=None):
         """Where positions meet: convolution and SSD. (b, l, h p) and the new state."""
         (h, p, g, n), limit = self.sizes, self.config.time_step_limit
-        conv, ssm = (None, None) if state is None else state
-        # A token is decoded by one kernel.
-        alone = mask is None and slices is None and _is(self.conv1d, CausalConv1d)
-        if kernels and alone and state is not None:
-            weights = (self.conv1d.weight, self.conv1d.bias, self.dt_bias, self.A_log, self.D)
-            token = (xBC, dt, conv, ssm, *weights)
-            # Only a DecodingGraph's own state, which it never hands out, has `out`: overwritten.
-            options = dict(dt_limit=limit, out=getattr(state, "out", None))
-            if kernels.takes_layer_step(*token, **options):
-                y, conv, ssm = kernels.layer_step(*token, **options)
-                return y, Mamba2State(conv, ssm)
+        conv, ssm = state or (None, None)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*limit)  # (b, l, h), in dtype
         if conv is None:
@@ -1021,9 +1013,10 @@ def _as_bool(name: str, mask: Tensor) -> Tensor:
 
 def _is(module: nn.Module, kind: type) -> bool:
     """Whether calling the module is calling kind.forward: no adapter in its place, no hooks."""
-    hooks = module._forward_hooks, module._forward_pre_hooks
-    hooks += module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not (hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -1093,30 +1086,23 @@ class Mamba2Block(nn.Module):
         self.mixer = Mamba2(config)
 
     def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
-        if kernels and mask is None and group is None and state is not None and h.shape[1] == 1:
-            token = self._token(h, state)
-            if token is not None:
-                return token
+        if mask is None and group is None and (fused := self._fused(h, state)):
+            return fused
         y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
         return h + y, state
 
-    def _token(self, h, state):
-        """The same for a token of few rows, in three kernels; None where they cannot do that."""
+    def _fused(self, h, state):
+        """The same for a token, by fewer kernels and roundings; None where that cannot be."""
         norm, mixer = self.norm, self.mixer
-        in_proj, out_proj, inner = mixer.in_proj, mixer.out_proj, mixer.norm
-        linear = _is(in_proj, nn.Linear) and _is(out_proj, nn.Linear)
-        if not (linear and all(_is(module, RMSNorm) for module in (norm, inner))):
+        if not (kernels and state is not None and h.shape[1] == 1 and _is(mixer, Mamba2)):
             return None
-        if not _is(mixer, Mamba2) or torch.is_autocast_enabled(h.device.type):
-            return None
-        first = h, norm.weight, norm.eps, in_proj.weight, in_proj.bias
-        if not kernels.takes_norm_linear(*first):
+        kinds = {mixer.in_proj: nn.Linear, mixer.out_proj: nn.Linear, mixer.conv1d: CausalConv1d}
+        kinds |= {norm: RMSNorm, mixer.norm: RMSNorm}
+        if torch.is_autocast_enabled(h.device.type) or not all(map(_is, kinds, kinds.values())):
             return None
         mixer._check(h, state, None, None)
-        z, xBC, dt = kernels.norm_linear(*first).split(mixer.widths, dim=-1)
-        y, state = mixer._mix(xBC, dt, state, None, None)
-        last = y, inner.weight, inner.eps, out_proj.weight, out_proj.bias
-        return kernels.norm_linear(*last, gate=z, groups=inner.groups, residual=h), state
+        fused = kernels.block_step(h, state, norm, mixer)
+        return fused and (fused[0], Mamba2State(*fused[1:]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1372,7 +1358,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
             return_dict = self.config.return_dict
 
         past = Mamba2Cache(()) if past_key_values is None else past_key_values
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer in self-speculative decoding
+        # Fewer in self-speculative decoding. A list, since a slice of modules is slow to make.
+        layers = list(self.layers)[: self.config.num_hidden_layers]
         if len(past.states) not in (0, len(layers)):
             raise ValueError(f"{len(past.states)} states for {len(layers)} layers: give one each")
         if inputs_embeds is None:
@@ -1964,7 +1951,9 @@ class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `cache` copies one out, so that caches stay values. Weights are read where they lie.
+    `cache` copies one out, so that caches stay values. Weights are read where they lie. All heads
+    read conv, so that none may write to it: there are two buffers, and two graphs, one from the
+    first to the second and one back, which take turns.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
@@ -2026,14 +2015,16 @@ class DecodingGraph:
             cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
-        self.made_for, self.states = key, []
+        self.made_for, self.states, self.others = key, [], []
         for conv, ssm in cache.states:
             state = _BufferedState(conv.clone(), ssm.clone())
-            state.out = torch.empty_like(state.conv), state.ssm  # not conv, which all heads read
+            other = _BufferedState(conv.clone(), state.ssm)
+            state.out, other.out = tuple(other), tuple(state)
             self.states.append(state)
+            self.others.append(other)
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
-        self.graph = torch.cuda.CUDAGraph()
+        self.turns, memory = [], torch.cuda.graph_pool_handle()
         outer = _decoding.set(None)  # it is the plain step that is captured
         try:
             with DecodingGraph.capturing, torch.cuda.device(device):
@@ -2044,9 +2035,12 @@ class DecodingGraph:
                         self.step(model)
                 torch.cuda.current_stream().wait_stream(stream)
                 # Other threads may go on using the GPU.
-                options = dict(stream=stream, capture_error_mode="thread_local")
-                with torch.cuda.graph(self.graph, **options):
-                    self.logits = self.step(model)
+                options = dict(pool=memory, stream=stream, capture_error_mode="thread_local")
+                for _ in range(2):
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, **options):
+                        logits = self.step(model)
+                    self.turns.append((graph, logits))
         finally:
             _decoding.reset(outer)
 
@@ -2054,6 +2048,7 @@ class DecodingGraph:
         """The step itself, from buffers to buffers."""
         cache = Mamba2Cache(tuple(self.states))
         output = model(self.token, past_key_values=cache, use_cache=True, return_dict=True)
+        self.states, self.others = self.others, self.states
         _copy(self.states, output.past_key_values.states)
         return output.logits[:, -1]
 
@@ -2071,8 +2066,11 @@ class DecodingGraph:
         """The logits (b, vocabulary) after ids (b, 1); until the next call."""
         with torch.cuda.device(ids.device):
             self.token.copy_(ids)
-            self.graph.replay()
-        return self.logits
+            graph, logits = self.turns[0]
+            graph.replay()
+        self.turns.reverse()
+        self.states, self.others = self.others, self.states
+        return logits
 
 
 def _copy(targets, sources):

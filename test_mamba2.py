@@ -3793,7 +3793,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 190
+PASSED_IN_THE_INTERPRETER = 196
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -3940,6 +3940,7 @@ KERNEL_SSD |= {
 @pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
 def test_kernel_ssd_is_its_twin_in_values_and_gradients(dtype, case, monkeypatch):
     options = dict(KERNEL_SSD[case])
+    monkeypatch.setattr(mamba2.kernels, "_replays", {})  # of a call that was not forced
     for name in ("segments", "split"):
         if name in options:
             forced = options.pop(name)
@@ -3995,6 +3996,7 @@ def test_kernel_convolution_is_its_twin_in_values_and_gradients(dtype, k, case):
 
 KERNEL_NORM_LINEAR = {  # rows, d, outputs, groups, features
     "one row": (1, 64, 100, 1, ""),
+    "one row, an odd width": (1, 700, 33, 1, ""),
     "groups and all else": (3, 96, 70, 2, "gate bias residual"),
     "four rows, an odd width": (4, 700, 33, 1, "residual"),
     "wide groups": (2, 1536, 20, 4, "gate bias"),
@@ -4247,7 +4249,8 @@ def kernel_middle_inputs(dtype, l, b=2, h=3, g=1, k=4, features=""):
 KERNEL_MIDDLE_REFUSED = {
     "float64": lambda i: {k: t.double() for k, t in i.items()},
     "on no device": lambda i: {k: t.to("meta") for k, t in i.items()},
-    "one position": lambda i: i | dict(zxbcdt=i["zxbcdt"][:, :1]),
+    "one position": lambda i: i | dict(zxbcdt=i["zxbcdt"][:, :1], conv=None, ssm=None),
+    "one position, too wide": lambda i: i | dict(zxbcdt=i["zxbcdt"][:, :1].repeat(1, 1, 2)),
     "no rows": lambda i: i | {k: i[k][:0] for k in ("zxbcdt", "conv", "ssm")},
     "no batch": lambda i: i | dict(zxbcdt=i["zxbcdt"][0]),
     "a wider projection": lambda i: i | dict(zxbcdt=i["zxbcdt"].repeat(1, 1, 2)),
@@ -4360,7 +4363,8 @@ def test_kernel_layer_calls_modules_that_are_more_than_their_kind(monkeypatch):
         with torch.no_grad():
             _, state = plain.step(u)
             plain.step(u[:, :1], state)
-            assert ran.pop() == "rms_norm" and ran.pop() == "layer_step"
+            assert ran[-3:] == ["layer_step", "rms_norm", "layer_middle"]
+            ran.clear()
             layer = copy.deepcopy(plain)
             layer.conv1d = Adapter(layer.conv1d)
             layer.step(u[:, :1], state)
@@ -4401,16 +4405,24 @@ def kernel_step_inputs(dtype, state_dtype, rows, options):
     return layer, exact, xBC, dt, state
 
 
+def kernel_step(layer, xBC, dt, state):
+    """What the layer has the kernel do."""
+    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+    limit = layer.config.time_step_limit
+    y, *new = mamba2.kernels.layer_step(xBC, dt, *state, *weights, dt_limit=limit)
+    return y, Mamba2State(*new)
+
+
 @needs_kernels
 @pytest.mark.parametrize("case", KERNEL_STEP)
 @pytest.mark.parametrize("state_dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
-def test_kernel_step_is_the_layer_in_float64_for_one_token(dtype, state_dtype, case, monkeypatch):
+def test_kernel_step_is_the_layer_in_float64_for_one_token(dtype, state_dtype, case):
     layer, exact, xBC, dt, state = kernel_step_inputs(dtype, state_dtype, *KERNEL_STEP[case])
     before = [t.clone() for t in state]
-    with torch.no_grad(), counted(monkeypatch) as ran, poisoned():
-        y, new = layer._mix(xBC, dt, state, None, None)
-    assert ran == ["layer_step"] and identical(state, before)
+    with torch.no_grad(), poisoned():
+        y, new = kernel_step(layer, xBC, dt, state)
+    assert identical(state, before)
     assert (y.dtype, new.conv.dtype, new.ssm.dtype) == (dtype, dtype, state_dtype)
     with torch.no_grad():
         wide = [t.double() for t in (xBC, dt, *state)]
@@ -4428,7 +4440,7 @@ def test_kernel_step_keeps_the_digits_of_small_steps():
     empty = Mamba2State(state.conv, torch.zeros_like(state.ssm))
     small = -8 - 8 * torch.rand_like(dt) - layer.dt_bias.detach()  # steps from 1e-7 to 3e-4
     with torch.no_grad():
-        _, new = layer._mix(xBC, small, empty, None, None)
+        _, new = kernel_step(layer, xBC, small, empty)
         wide = Mamba2State(*(t.double() for t in empty))
         _, want = exact._mix(xBC.double(), small.double(), wide, None, None)
     errors = (new.ssm - want.ssm).norm(dim=(2, 3)) / want.ssm.norm(dim=(2, 3))  # for each head
@@ -4536,8 +4548,9 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
             assert relative_error(new.ssm, exact_new.ssm) <= 1e-2
             return ran
 
-        three = ["norm_linear", "layer_step", "norm_linear"]
+        three, before = ["norm_linear", "layer_step", "norm_linear"], h.clone()
         assert run(1) == run(4) == three and "norm_linear" not in run(5)
+        assert torch.equal(h, before)
         seen = []
         handle = block.mixer.out_proj.register_forward_hook(lambda *given: seen.append(given))
         assert "norm_linear" not in run(1) and len(seen) == 1
@@ -4546,6 +4559,32 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
         with torch.autocast(DEVICE.type, HALF), counted(monkeypatch) as ran:
             block(h[:1], Mamba2State(*(t[:1] for t in state)))
         assert "norm_linear" not in ran
+        weight = block.mixer.out_proj.weight
+        weight.data = weight.t().contiguous().t()  # whose rows are not contiguous
+        assert "norm_linear" not in run(1)
+
+
+@needs_kernels
+def test_kernel_block_calls_whatever_stands_in_place_of_its_layer():
+    class Adapter(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **options):
+            return self.inner(*args, **options)
+
+    layer, _ = kernel_layer(HALF)
+    block = mamba2.Mamba2Block(layer.config).to(DEVICE, HALF)
+    adapted = copy.deepcopy(block)
+    adapted.mixer = Adapter(adapted.mixer)
+    h = torch.randn(2, 5, layer.config.d_model, device=DEVICE)
+    with torch.no_grad():
+        want, state = block(h)
+        found, new = adapted(h)
+        assert identical([found, *new], [want, *state])
+        found, want = adapted(h[:, :1], new)[0], block(h[:, :1], state)[0]
+        assert relative_error(found, want) <= 1e-2
 
 
 @needs_kernels
@@ -4610,6 +4649,66 @@ def test_kernel_results_have_the_same_bits_twice(dtype):
         ]
 
     assert identical(everything(), everything())
+
+
+@needs_kernels
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
+)
+def test_kernels_run_whichever_switch_of_tf32_is_set():
+    inputs, x = kernel_ssd_inputs(torch.float32, 40, p=16, n=16), torch.randn(2, 64, device=DEVICE)
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
+    try:
+        y, _ = mamba2.kernels.ssd(**inputs)
+        normed = mamba2.kernels.rms_norm(x, x[0], 1e-5)
+    finally:
+        switch.fp32_precision = before
+    assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-2
+    assert normed.isfinite().all()
+
+
+@needs_kernels
+def test_kernel_calls_that_are_replayed_have_the_bits_of_first_calls(monkeypatch):
+    dtype, l = (torch.bfloat16, 200) if CUDA else (torch.float32, 40)
+    x, gate = torch.randn(2, 2, 20, 96, device=DEVICE)
+    draw = functools.partial(kernel_ssd_inputs, dtype, l)
+    middle, options = kernel_middle_inputs(dtype, l, h=4, g=2, features="state seq limit")
+    replays = {}
+    monkeypatch.setattr(mamba2.kernels, "_replays", replays)
+
+    def run(name, inputs, static):
+        operation = getattr(mamba2.kernels, name)
+        with torch.no_grad():
+            alone = tensors(operation(**inputs, **static))
+        cotangents = [torch.ones_like(output) for output in alone]
+        return [*alone, *run_with_gradients(operation, inputs, cotangents, **static).values()]
+
+    for name, inputs, static in (
+        ("ssd", draw(h=4, g=2, state=True, seq=True, sliced=True), {}),
+        ("ssd", draw(sliced="odd"), {}),  # what is copied first cannot be replayed
+        ("causal_conv1d", dict(x=x, weight=torch.randn(96, 4, device=DEVICE)), {}),
+        ("rms_norm", dict(x=x, gate=gate, weight=x[0, 0].clone()), dict(eps=1e-5)),
+        ("layer_middle", middle, options),
+    ):
+        replays.clear()
+        run(name, inputs, static)
+        kinds = len(replays)
+        for tensor in tensors(inputs):
+            if tensor.is_floating_point():
+                tensor.mul_(1 + torch.rand(tensor.shape, device=DEVICE).to(tensor.dtype))
+        found = run(name, inputs, static)
+        assert len(replays) == kinds, f"{name}: of another kind"
+        replays.clear()
+        assert identical(found, run(name, inputs, static)), name
+
+    others = draw(p=16, n=16, h=2, g=2, state=True)
+    one = others | dict(B=others["x"], C=others["x"])  # which of them is it that a kernel reads?
+    replays.clear()
+    run("ssd", one, {})
+    found = run("ssd", others, {})
+    replays.clear()
+    assert identical(found, run("ssd", others, {}))
 
 
 @needs_kernels
@@ -4801,6 +4900,7 @@ def test_kernels_that_are_executed_again_leave_those_of_before_alone():
     inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16, state=True)
     expected = mamba2.kernels.ssd(**inputs)
     assert identical(again.ssd(**inputs), expected)
+    again._replays.clear()
     del again._prepare  # now the second one's operations fail, whose names are its own
     for module in (again, mamba2.kernels):
         torch._dynamo.reset()
