@@ -1381,7 +1381,7 @@ def test_whatever_is_masked_disturbs_no_gradient():
 
 
 def test_mistakes_of_newcomers_are_answered(tmp_path):
-    model, ids = tiny(), tokens(2, 9)
+    model, ids = tiny().cpu(), tokens(2, 9).cpu()  # a GPU is not asked which ids it was given
     cache, layer, u = model.prefill(ids), model.backbone.layers[0].mixer, torch.randn(2, 9, 32)
     junk = tmp_path / "junk.safetensors"
     junk.write_text("not of safetensors")
@@ -1508,7 +1508,7 @@ def test_a_cache_survives_a_file_that_runs_no_code(dtype, tmp_path):
     spread = cache.map(lambda tensor: tensor.repeat_interleave(2, dim=-1)[..., ::2])
     assert not spread.states[0].ssm.is_contiguous()
     spread.save(path)
-    assert_same_state(Mamba2Cache.load(path), cache)
+    assert_same_state(Mamba2Cache.load(path, DEVICE), cache)
     with torch.enable_grad():
         model(new, past_key_values=cache).past_key_values.save(path)
     assert Mamba2Cache.load(path).length == 12
@@ -2169,7 +2169,8 @@ def test_prefill_reads_segments_and_makes_neither_logits_nor_gradients():
     model, ids, segments, rows = tiny(), tokens(1, 30), [], []
     model.backbone.register_forward_pre_hook(lambda *_: segments.append(1))
     model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:2]))
-    for options, count in (({}, 4), (dict(segment_length=7), 5), (dict(logits_to_keep=0), 4)):
+    auto = 1 if CUDA else 4  # a GPU is not asked for so little at a time
+    for options, count in (({}, auto), (dict(segment_length=7), 5), (dict(logits_to_keep=0), auto)):
         segments.clear()
         assert not any(t.requires_grad for t in tensors(model.prefill(ids, **options).states))
         assert len(segments) == count and rows.pop() == (1, 1)
@@ -3761,6 +3762,7 @@ for name in ("DDP", "FSDP2") if FSDP2_RUNS else ("DDP",):
         assert all(isinstance(layer, sharded) for layer in model.backbone.layers)
 if accelerator.is_main_process:
     Path(sys.argv[1], f"{accelerator.num_processes}.json").write_text(json.dumps(found))
+accelerator.end_training()
 """
 
 
