@@ -3042,7 +3042,7 @@ def layer_step(
 # of reading the weight, so every program computes the norm again, from the L2 cache, in the same
 # pass: the root is one number a row and group, and multiplies the finished sum. So a token of a
 # layer takes three launches: `layer_step` between two of these.
-NORM_LINEAR_ROWS = 4  # with more, a norm of its own and a product on tensor cores are faster
+NORM_LINEAR_ROWS = 2  # with more, a norm of its own and a product on tensor cores are faster
 # While a tile is summed the next ones arrive, through STAGES buffers. One row without a gate leaves
 # so little to compute that single warps, which never wait for each other, are faster. OB is halved
 # until each multiprocessor has 4 warps.
