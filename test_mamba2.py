@@ -5114,12 +5114,19 @@ def benchmark_errors():
     forms["ssd"] = functools.partial(without_kernels, ssd)
     if CUDA and mamba2.kernels is not None:
         forms["kernels.ssd"] = mamba2.kernels.ssd
+    if CUDA and importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        forms["mamba_ssm"] = functools.partial(
+            mamba_chunk_scan_combined, chunk_size=256, return_final_states=True
+        )
     where = torch.cuda.get_device_name() if CUDA else "CPU"
     print(
         f"{where}, torch {torch.__version__}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are"
     )
     print("norms of differences over norms; state and sums are float32 at least in every form")
-    print(f"{'':16} {'':10} {'y':>9} {'state':>9}   largest of a gradient")
+    columns = "y", "state", *(f"d {name}" for name in inputs)
+    print(" " * 27, *(f"{column:>8}" for column in columns))
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         # As in a layer: x, B and C in the dtype, and all else in float32 at least. What is compared
         # with has the same rounded inputs.
@@ -5129,14 +5136,10 @@ def benchmark_errors():
         doubles = {k: t.double() for k, t in given.items()}
         exact = run_with_gradients(recurrence, doubles, [t.double() for t in rounded])
         for name, form in forms.items():
-            if name == "kernels.ssd" and dtype == torch.float64:
-                continue
-            found = run_with_gradients(form, given, rounded)
-            errors = {key: relative_error(found[key], exact[key]) for key in exact}
-            y, state = errors.pop("output 0"), errors.pop("output 1")
-            worst = max(errors, key=errors.get)
-            row = f"{name:16} {str(dtype)[6:]:10} {y:9.1e} {state:9.1e}"
-            print(row, f"{errors[worst]:9.1e} ({worst})", flush=True)
+            if name not in ("kernels.ssd", "mamba_ssm") or dtype != torch.float64:
+                found = run_with_gradients(form, given, rounded)
+                errors = [f"{relative_error(found[key], exact[key]):8.1e}" for key in exact]
+                print(f"{name:16} {str(dtype)[6:]:10}", *errors, flush=True)
 
 
 def without_kernels(form, *args, **options):
