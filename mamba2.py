@@ -55,7 +55,7 @@ this file departs on purpose from it, from the paper, or from transformers' Mamb
 
 Only torch and einops are needed for 1 to 3; the language model needs transformers. On CUDA the
 fused kernels of `kernels.py`, if it lies beside this file, step in where `kernels` is mentioned,
-and nowhere else; they do not know of changes made to the mathematics here, so whoever makes one sets
+and nowhere else. They do not know of changes made to the mathematics here: who makes one sets
 `kernels = None`. MIT licence: copy this file into your own work as you like.
 """
 
