@@ -220,7 +220,7 @@ class Mamba2Config(PreTrainedConfig):
         for name in options:
             if not _is_common_option(name):
                 known = [*_DEFAULTS, *self.attribute_map]
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
                 hint = f"did you mean {close[0]!r}?" if close else "see help(Mamba2Config)"
                 raise TypeError(f"Mamba2Config has no option {name!r}; {hint}")
 
@@ -314,8 +314,13 @@ class Mamba2Config(PreTrainedConfig):
                 )
             from transformers import Mamba2Config as TheirConfig
 
+            for name in ("rmsnorm", "rms_norm"):  # of other implementations
+                if not config_dict.get(name, True):
+                    raise ValueError(f"{name} = {config_dict[name]!r}: only True is implemented")
             # An option that a file in their format leaves out has their default, not ours.
             config_dict = {**TheirConfig().to_dict(), **config_dict}
+            if "norm_eps" in config_dict:  # flash-linear-attention's name
+                config_dict["layer_norm_epsilon"] = config_dict["norm_eps"]
         config_dict = {cls.attribute_map.get(k, k): v for k, v in config_dict.items()}
         # Whatever else is in the file is kept as an attribute, and means nothing here.
         given = {k: v for k, v in config_dict.items() if k in _DEFAULTS or _is_common_option(k)}
@@ -645,7 +650,6 @@ def _ssd_chunk(xdt, log_decay, B, C, state):
     xdt = rearrange(xdt, "b q (g r) p -> b g r q p", g=g)
     log_decay = rearrange(log_decay, "b q (g r) -> b g r q", g=g)
     B, C = (rearrange(t, "b q g n -> b g q n") for t in (B, C))
-    state = rearrange(state, "b (g r) p n -> b g (r p) n", g=g)
 
     L = segsum(log_decay).exp()  # (b, g, r, q, s): decay from position s to position q
     from_start = log_decay.cumsum(-1).exp()  # (b, g, r, q): decay from before the chunk to q
@@ -657,14 +661,13 @@ def _ssd_chunk(xdt, log_decay, B, C, state):
     # 2. From the inputs of the chunk to the state after it.
     written = rearrange(xdt * to_end[..., None], "b g r s p -> b g (r p) s") @ B  # (b, g, (r p), n)
     # 3. The recurrence, from the state before the chunk to the state after it.
-    decay = repeat(from_start[..., -1], "b g r -> b g (r p) 1", p=p)
-    new_state = decay * state + written  # (b, g, (r p), n)
+    decay = rearrange(from_start[..., -1], "b g r -> b (g r) 1 1")
+    new_state = decay * state + rearrange(written, "b g (r p) n -> b (g r) p n", p=p)
     # 4. From the state before the chunk to its outputs.
+    state = rearrange(state, "b (g r) p n -> b g (r p) n", g=g)
     read = rearrange(C @ state.mT, "b g q (r p) -> b g r q p", p=p)
     y = y + from_start[..., None] * read  # (b, g, r, q, p)
-
-    y = rearrange(y, "b g r q p -> b q (g r) p")
-    return y, rearrange(new_state, "b g (r p) n -> b (g r) p n", p=p)
+    return rearrange(y, "b g r q p -> b q (g r) p"), new_state
 
 
 # --------------------------------------------------------------------------------------------------
@@ -800,7 +803,8 @@ class Mamba2(nn.Module):
 
     How dt and A are parametrised is Mamba-1's; dt is clamped to time_step_limit after softplus.
 
-        layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config
+        layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config;
+                                             # device and dtype mean what they do in nn.Linear
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state after the last token
         y, state = layer.step(v, state)      # goes on from there, by any number of tokens
@@ -812,7 +816,7 @@ class Mamba2(nn.Module):
         TypeError, ValueError: as `Mamba2Config`.
     """
 
-    def __init__(self, config: Mamba2Config | None = None, **options):
+    def __init__(self, config: Mamba2Config | None = None, *, device=None, dtype=None, **options):
         super().__init__()
         if config is None:
             config = Mamba2Config(**options)
@@ -823,8 +827,8 @@ class Mamba2(nn.Module):
         elif not isinstance(config, Mamba2Config):
             raise TypeError(
                 f"config is a {type(config).__module__}.{type(config).__qualname__}: it must be "
-                "this file's Mamba2Config; Mamba2Config.from_dict(config.to_dict()) translates one "
-                "of transformers"
+                "this file's Mamba2Config, or left out where options are named, as d_model=256; "
+                "Mamba2Config.from_dict(config.to_dict()) translates one of transformers"
             )
         config.validate_architecture()
         self.config = config
@@ -839,6 +843,7 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
         self.reset_parameters()
+        self.to(device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
@@ -903,10 +908,9 @@ class Mamba2(nn.Module):
     def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         self._check(u, state, mask, seq_idx)
-        weight = self.in_proj.weight
-        if u.dtype != weight.dtype and _is(self.in_proj, nn.Linear):
+        if _is(self.in_proj, nn.Linear) and u.dtype != (dtype := self.in_proj.weight.dtype):
             if not torch.is_autocast_enabled(u.device.type):
-                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
+                raise TypeError(f"u is {u.dtype}, the weights {dtype}: make them the same")
         if mask is not None:
             mask = _as_bool("mask", mask)
             u = u.masked_fill(~mask[..., None], 0)  # whatever was there, even a NaN
@@ -1275,12 +1279,13 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         self, enable=True, gradient_checkpointing_func=checkpoint, **options
     ):
         keywords = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and keywords.get("use_reentrant", True):
+        if enable and keywords.get("use_reentrant"):
             raise ValueError(
-                f"gradient_checkpointing_kwargs = {keywords}: must have use_reentrant = False, as "
-                "without any; gradients would not reach the states of layers"
+                f"gradient_checkpointing_kwargs = {keywords}: use_reentrant must be False, or left "
+                "out; gradients would not reach the states of layers"
             )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+        run = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, run, **options)
 
     def _reorder_cache(self, past_key_values, beam_idx):
         return past_key_values.select(beam_idx)
@@ -1818,6 +1823,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         _require_cache(model_kwargs.get("past_key_values"), Mamba2Cache, RewindableCache)
         if model_kwargs.get("group") is not None:
             raise ValueError("group: read the prompt with it, and generate from the cache after it")
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, -1:].all():
+            raise ValueError(
+                "attention_mask leaves out the last position of a row, where its next token would "
+                "be read: pad on the left, tokenizer.padding_side = 'left'"
+            )
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_cache_for_generation(

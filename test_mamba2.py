@@ -763,6 +763,10 @@ def test_a_projection_may_hold_its_weights_in_another_dtype():
     u, state = layer_inputs(layer, 2, 5)
     layer.in_proj = Quantised(layer.in_proj)
     assert_close(layer.step(u, state), layer_by_hand(layer, u, state))
+    Quantised.weight = lambda self: None  # as torch.ao's quantised projections have it
+    weight = layer.in_proj.__dict__.pop("weight")
+    Quantised.forward = lambda self, u: F.linear(u, weight.to(u.dtype) / 16)
+    assert_close(layer.step(u, state), layer_by_hand(layer, u, state))
 
 
 def test_a_decoded_token_costs_the_same_memory_after_ten_tokens_and_a_thousand():
@@ -943,6 +947,14 @@ def test_a_layer_takes_options_or_a_config_of_any_sizes_that_fit():
         u = torch.randn(2, 5, options["d_model"], device=DEVICE)
         y = layer(u)
         assert y.shape == u.shape and y.isfinite().all() and torch.equal(y, other(u))
+
+
+def test_a_layer_is_made_on_a_device_and_in_a_dtype_as_any_other():
+    layer = Mamba2(d_model=32, headdim=8, device="meta", dtype=torch.bfloat16)
+    linear = nn.Linear(32, 32, device="meta", dtype=torch.bfloat16)
+    for parameter in layer.parameters():
+        assert (parameter.device, parameter.dtype) == (linear.weight.device, linear.weight.dtype)
+    assert Mamba2(d_model=32, headdim=8, dtype=torch.float64).A_log.dtype == torch.float64
 
 
 IMPOSSIBLE = {
@@ -1383,6 +1395,8 @@ def test_whatever_is_masked_disturbs_no_gradient():
 def test_mistakes_of_newcomers_are_answered(tmp_path):
     model, ids = tiny().cpu(), tokens(2, 9).cpu()  # a GPU is not asked which ids it was given
     cache, layer, u = model.prefill(ids), model.backbone.layers[0].mixer, torch.randn(2, 9, 32)
+    right = torch.ones(2, 9).long()
+    right[0, 7:] = 0
     junk = tmp_path / "junk.safetensors"
     junk.write_text("not of safetensors")
     save_file({"weight": u}, tmp_path / "weights.safetensors")
@@ -1404,6 +1418,10 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
         ),
         (lambda: model(ids[:1], past_key_values=cache), ValueError, "batch of 2, .* one of 1"),
         (lambda: Mamba2Config(n_layers=3), TypeError, "did you mean 'n_layer'"),
+        (lambda: Mamba2(d_model=64, layer_idx=3), TypeError, r"'layer_idx'; see help\(Mamba2C"),
+        (lambda: Mamba2(64), TypeError, "config is a builtins.int: .* named, as d_model=256"),
+        (lambda: model.generate(ids, attention_mask=right), ValueError, "pad on the left"),
+        (lambda: model.stream(ids, attention_mask=right), ValueError, "pad on the left"),
         (lambda: Mamba2Config(to_dict=3), TypeError, "no option 'to_dict'"),
         (lambda: Mamba2Config(use_bias="no"), ValueError, "use_bias = 'no': must be True or False"),
         (
@@ -2553,19 +2571,18 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
     given = dict(attention_mask=mask, seq_idx=seq_idx, labels=ids)
     expected = model_gradients(model, model(ids, **given).loss)
     assert len(calls) == 1
-    model.gradient_checkpointing_enable()
-    assert_same_gradients(model_gradients(model, model(ids, **given).loss), expected)
-    assert len(calls) == 3
+    for times, kwargs in enumerate((None, {}, dict(use_reentrant=False)), 1):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        assert_same_gradients(model_gradients(model, model(ids, **given).loss), expected)
+        assert len(calls) == 1 + 2 * times
     model.gradient_checkpointing_disable()
     assert_same_gradients(model_gradients(model, model(ids, **given).loss), expected)
-    assert len(calls) == 4
+    assert len(calls) == 8
 
 
 def test_reentrant_checkpoints_are_refused():
-    model = tiny()
-    for kwargs in (dict(use_reentrant=True), dict(preserve_rng_state=False)):
-        with pytest.raises(ValueError, match="must have use_reentrant = False"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    with pytest.raises(ValueError, match="use_reentrant must be False, or left out"):
+        tiny().gradient_checkpointing_enable(dict(use_reentrant=True))
 
 
 # --------------------------------------------------------------------------------- long sequences
@@ -3136,6 +3153,15 @@ def test_mamba1_in_transformers_format_is_refused(tmp_path):
     for kind in (Mamba2ForCausalLM, Mamba2Model, Mamba2Config):
         with pytest.raises(ValueError, match="model_type = 'mamba': not a Mamba-2 checkpoint"):
             kind.from_pretrained(tmp_path)
+
+
+def test_options_that_other_implementations_write_are_read_or_refused():
+    theirs = dict(model_type="mamba2", num_heads=128, norm_eps=1e-3)
+    assert Mamba2Config.from_dict(theirs).layer_norm_epsilon == 1e-3
+    for name in ("rmsnorm", "rms_norm"):
+        assert Mamba2Config.from_dict({**theirs, name: True})
+        with pytest.raises(ValueError, match=f"{name} = False: only True is implemented"):
+            Mamba2Config.from_dict({**theirs, name: False})
 
 
 # --------------------------------------------------------------------------- README and notebook
@@ -5407,8 +5433,8 @@ def figure_rows():
         return float(cells[mine]), float(cells[other])
 
     bars = {
-        "SSD, forward": times("SSD, batch 8", 2, 3),
-        "SSD, backward": times("… backward", 2, 3, "SSD, batch 8"),
+        "SSD, 2.7b: forward": times("SSD, batch 8", 2, 3),
+        "SSD, 2.7b: backward": times("… backward", 2, 3, "SSD, batch 8"),
         "a layer's training step": times("… forward and backward", 2, 3, "layer of mamba2-130m"),
         "a prompt of 8,192 tokens": times("prompt of 8,192 tokens", 2, 3),
         "a token": times("mamba2-130m | 1 |", 4, 6),
@@ -5455,10 +5481,12 @@ def command_line():
     commands.add_parser("errors", help="of every form of SSD in every dtype, against float64")
     commands.add_parser("figure", help="draw the README's figure from its tables")
     training = commands.add_parser("training", help="memory and speed on long sequences, on a GPU")
-    training.add_argument("shape", choices=SHAPES)
-    training.add_argument("lengths", type=lambda text: [int(n) for n in text.split(",")])
+    training.add_argument("shape", choices=SHAPES, help="of which published model")
+    lengths = dict(type=lambda text: [int(n) for n in text.split(",")])
+    training.add_argument("lengths", **lengths, help="of sequences, such as 8192,1048576")
     kinds = "plain,layers,segments,both"
-    training.add_argument("--methods", default=kinds, help=f"any of {kinds}", type=str)
+    methods = f"any of {kinds}: whole, checkpoints of layers, segments, both of these"
+    training.add_argument("--methods", default=kinds, help=methods)
     parallel = commands.add_parser("parallel", help="several GPUs against one, under torchrun")
     default = (
         PARALLEL if CUDA else [case.replace("130m:8:4096", "tiny:8:64") for case in PARALLEL[:1]]
@@ -5472,8 +5500,10 @@ def command_line():
     parallel.add_argument("--checkpoints", action="store_true", help="of layers, on one GPU too")
     generation = commands.add_parser("generation", help="time of a prompt, and of a token")
     generation.add_argument("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
-    for option, default in dict(batch=1, prompt=100, new=256).items():
-        generation.add_argument(f"--{option}", type=int, default=default)
+    counts = dict(batch=(1, "rows"), prompt=(100, "its tokens"), new=(256, "tokens after it"))
+    for option, (default, what) in counts.items():
+        help_ = f"{what} ({default})"
+        generation.add_argument(f"--{option}", type=int, default=default, help=help_)
     generation.add_argument("--contexts", default="", help="such as 100,1000,10000: is it flat?")
     generation.add_argument("--state-dtype", help="such as bfloat16; float32 unless given")
     for option, kind in GENERATION.items():
