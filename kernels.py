@@ -22,7 +22,7 @@ after it. The twins of these three are lines of the layer and of its block.
                  backward    norm, prep, border, chunk, finish, conv, fold
 
 The first call for tensors of some shapes works out tiles, grids and numbers; the next ones replay
-its launches: see `_Recording`.
+its launches, unless PyTorch computed something for them, as a copy or zeros: see `_Recording`.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -120,6 +120,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 try:
@@ -174,7 +176,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # run kernels as Python, 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
 # numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
-# another length would wait for seconds.
+# another length would wait for seconds. (NSEG, NSPLIT and HPS, of which there are few, are not.)
 VARYING = """L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots
     a_rows b_rows c_rows""".split()
 jit = functools.partial(triton.jit, do_not_specialize=VARYING)
@@ -186,18 +188,28 @@ _said = set()
 # the twin's turn to say so. `_beyond*` give the limits of a kernel, of which a user should hear.
 
 
+def _lies_elsewhere(tensor: Tensor) -> bool:
+    """Whether a kernel would not find its numbers at its address, as they are."""
+    kind = type(tensor)  # a subclass such as DTensor keeps them in other tensors
+    wraps = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind is not FakeTensor
+    return wraps or tensor.is_neg()
+
+
 def _unfit(required: dict, optional: dict) -> str | None:
     """Why no kernel is meant for these tensors, by name; None if one may be."""
     if not TRITON:
         return "triton is not installed, or too old"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active, which needs to see every operation"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return "torch.func or forward-mode AD is active, which needs to see every operation"
     device = None
     for name, tensor in (required | optional).items():
         if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             return f"{name} is not a tensor"
+        if not torch.compiler.is_compiling() and _lies_elsewhere(tensor):
+            return f"the numbers of {name} are not those at its address"
         if device is None:
             device = tensor.device
             if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
@@ -289,8 +301,9 @@ def _operation(name, forward, backward, fake, count, kept=0):
     opaque.register_fake(fake)
 
     def call(*inputs):
-        if torch.compiler.is_compiling() or type(inputs[0]) not in (Tensor, nn.Parameter):
-            # A FakeTensor, for one, has nothing for a kernel to read.
+        hidden = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if hidden or type(inputs[0]) not in (Tensor, nn.Parameter):
+            # A FakeTensor, for one, has nothing for a kernel to read; and modes see no launches.
             return answers(opaque(*inputs))
         if backward is None or not torch.is_grad_enabled():
             return without_gradients(*inputs)
@@ -337,7 +350,8 @@ def _operation(name, forward, backward, fake, count, kept=0):
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *given):
-            return gradients(backward, ctx, *given)
+            run = opaque_backward if torch.compiler.is_compiling() else backward
+            return gradients(run, ctx, *given)
 
     return call
 
@@ -368,7 +382,7 @@ class _Recording(TorchFunctionMode):
         super().__init__()
         self.areas, self.tensors, self.launches = list(inputs), [], []
         self.area_of = {id(tensor): area for area, tensor in enumerate(inputs)}
-        self.fails = len(self.area_of) < len(inputs)  # one is given twice: which of them is used?
+        self.fails = False
 
     def __enter__(self):
         self.active.recording = self
@@ -514,6 +528,8 @@ def _replayed(function, at):
             if replay is not None:
                 return function(*arguments)
             inputs = [a for a in arguments if isinstance(a, Tensor)]
+            if len({id(a) for a in inputs}) < len(inputs):  # which of them is used?
+                return function(*arguments)
             with _Recording(inputs) as recording:
                 results = function(*arguments)
             if len(_replays) > 1000:  # inputs of ever new lengths
@@ -1387,7 +1403,7 @@ def finish_kernel(
 
 def _config(x, n):
     """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel
-    but those of the fp32 forward, where PB is 32: see `_ssd_forward_from`.
+    but those of the fp32 forward without tf32, where PB is 32: see `_ssd_forward_from`.
 
     Q = 64 is the narrowest tile that Hopper's matrix instruction takes, and work inside a chunk
     grows with Q. PB is 64 even when the headdim is less: a padded tile costs little, while narrower
@@ -1517,8 +1533,8 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     Q, PB, NB, warps = _config(x, n)
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
-        # registers than there are, and ten times as long. Of the state, too, only half the usual
-        # rows fit beside the parts of the factors.
+        # registers than there are, and ten times as long. Of the state only 32 rows fit beside the
+        # parts of the factors, whatever d_state is.
         precision, PB = "tf32x3", 32
     if initial_state is None and warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
@@ -2221,6 +2237,7 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
         What `_fold` has to sum, and to where: into dweight and dbias, which is empty without a
         bias. And the gradient of the state.
     """
+    x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
     (b, l, d), k = x.shape, weight.shape[-1]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
@@ -2990,8 +3007,9 @@ def _beyond_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, 
             return "out does not have the dtypes of xBC and ssm"
         if not (out[0].is_contiguous() and out[1].is_contiguous()):
             return "out is not contiguous"
-        if out[0].data_ptr() == conv.data_ptr() and conv.numel() > 0:
-            return "out[0] is conv, which all heads read: it must have memory of its own"
+        apart = out[0].data_ptr() - conv.data_ptr()
+        if -out[0].nbytes < apart < conv.nbytes:
+            return "out[0] overlaps conv, which all heads read: it must have memory of its own"
     return None
 
 
@@ -3231,11 +3249,14 @@ def block_step(h, state, norm, layer):
     weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
     step = xBC, dt, *state, *weights
     options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
+    rest = dict(gate=z, groups=layer.norm.groups, residual=h)
+    if few and not takes_norm_linear(z, *last, **rest):  # z is as y will be
+        return None
     if not takes_layer_step(*step, **options):
         return None
     y, conv, ssm = layer_step(*step, **options)
     if few:
-        h = norm_linear(y, *last, gate=z, groups=layer.norm.groups, residual=h)
+        h = norm_linear(y, *last, **rest)
     else:
         y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
         h = torch.addmm(h[:, 0], y, last[2].t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)

@@ -81,13 +81,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 transformers_missing = None
 try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-    from transformers.generation import MaxLengthCriteria
+    from transformers.generation import MaxLengthCriteria, StopStringCriteria
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 except ImportError as error:
     if error.name != "transformers":  # neither missing nor too old, but broken: that must be seen
@@ -217,6 +218,10 @@ class Mamba2Config(PreTrainedConfig):
                 options[name] = options.pop(alias)
         for name, default in _DEFAULTS.items():
             setattr(self, name, options.pop(name, default))
+        beside = "rescale_prenorm_residual", "time_step_rank", "_name_or_path"  # in `to_dict`
+        options = {k: v for k, v in options.items() if k not in beside}
+        if options.get("model_type") == self.model_type:
+            del options["model_type"]
         for name in options:
             if not _is_common_option(name):
                 known = [*_DEFAULTS, *self.attribute_map]
@@ -843,11 +848,13 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
         self.reset_parameters()
-        self.to(device, dtype)
+        if (device, dtype) != (None, None):
+            self.to(device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
-        """Draw new weights as the original does; out_proj is scaled by depth, the layers in all.
+        """Draw new weights as the original does; out_proj is scaled by depth, the layers in all,
+        which a model passes.
 
         Projections and convolution keep PyTorch's default, uniform in +-1/sqrt(fan_in), for
         out_proj divided by sqrt(depth). Biases of projections are 0, as in the original's models.
@@ -1001,9 +1008,24 @@ class Mamba2(nn.Module):
 
 def _can_ask(x: Tensor) -> bool:
     """Whether the numbers in x can be looked at: not while a graph is traced or captured."""
-    if x.device.type == "meta" or torch.compiler.is_compiling():
+    if x.device.type == "meta" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if _is_transformed() or isinstance(x, FakeTensor):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _is_transformed() -> bool:
+    """Whether this runs within a transform of torch.func, such as vmap or grad."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _checkpointed(function):
+    """The function, which keeps nothing but its arguments and is computed again for the backward
+    pass; torch.func, which knows no such thing, gets it as it is."""
+    if _is_transformed():
+        return function
+    return functools.partial(checkpoint, function, use_reentrant=False)
 
 
 def _as_bool(name: str, mask: Tensor) -> Tensor:
@@ -1018,10 +1040,14 @@ def _as_bool(name: str, mask: Tensor) -> Tensor:
 
 def _is(module: nn.Module, kind: type) -> bool:
     """Whether calling the module is calling kind.forward: no adapter in its place, no hooks."""
-    if type(module) is not kind or "forward" in module.__dict__:
-        return False
+    return type(module) is kind and not _is_watched(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does something beside, or instead of, its class's forward."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return not (hooks or module._backward_hooks or module._backward_pre_hooks)
+    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -1213,6 +1239,10 @@ class Mamba2Cache:
         return cls(states, int(metadata["length"]), tensors.get("seq_idx"))
 
 
+# torch.load may make them: they hold nothing but tensors and numbers.
+torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])
+
+
 class Mamba2PreTrainedModel(PreTrainedModel):
     """What the two models below share: initialisation, and loading that tolerates no mistake."""
 
@@ -1232,6 +1262,8 @@ class Mamba2PreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
+        elif not isinstance(module, CausalConv1d):  # of which the Mamba2 around it takes care
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, name_or_path, *args, output_loading_info=False, **kwargs):
@@ -1269,7 +1301,8 @@ class Mamba2PreTrainedModel(PreTrainedModel):
             if info[kind]:
                 raise ValueError(
                     f"{str(name_or_path)!r} does not hold the weights of the {cls.__name__} that "
-                    f"its config describes: {kind} {sorted(info[kind])}"
+                    f"its config describes: {kind} {sorted(info[kind])}; a class of your own names "
+                    "what is new in it as _keys_to_ignore_on_load_missing, a list of patterns"
                 )
         # Or else `save_pretrained` would rename the weights back, as they were in the original.
         vars(model).pop("_weight_conversions", None)
@@ -1587,7 +1620,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require("seq_idx", seq_idx, (b, l), kind="integers")
         if labels is not None:
             _require("labels", labels, (b, l), kind="integers")
-            _require_ids("labels", labels, self.config.vocab_size, -100)
+            classes = getattr(self.lm_head, "out_features", self.config.vocab_size)
+            _require_ids("labels", labels, classes, -100)
 
         length = self._segment_length(segment_length, b, l, group)
         count, targets = max(1, -(-l // length)), None
@@ -1611,7 +1645,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         segments = zip(*map(cut, (targets, input_ids, mask, inputs_embeds, seq_idx)), strict=True)
         run, passes = self._segment, 1
         if count > 1 and torch.is_grad_enabled():
-            run, passes = functools.partial(checkpoint, run, use_reentrant=False), 2
+            run, passes = _checkpointed(run), 2
         bar = _progress_bar(passes * count) if progress else None
         first = 0  # the first position whose logits are wanted
         if logits_to_keep is None and labels is not None and (self.training or count > 1):
@@ -1681,7 +1715,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         rows = max(self.config.hidden_size, 2**16 // self.config.vocab_size)
         rows = max(rows, 4096 if h.is_cuda else 0)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
-        run = functools.partial(checkpoint, summed_loss, use_reentrant=False)
+        run = _checkpointed(summed_loss)
         return sum(summed_loss(*chunk) if len(chunks) == 1 else run(*chunk) for chunk in chunks)
 
     def _segment_length(self, length, b, l, group=None):
@@ -1745,6 +1779,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
         if input_ids is not None:
             _require("input_ids", input_ids, dims="batch, length", kind="integers")
+        if (strings := options.pop("stop_strings", None)) is not None:
+            # transformers loses the tokenizer on its way to a custom_generate that is a function.
+            if options.get("tokenizer") is None:
+                raise ValueError("stop_strings are looked for in text: pass the tokenizer, too")
+            stop = StopStringCriteria(options["tokenizer"], strings)
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), stop]
         return super().generate(input_ids, custom_generate=type(self)._stream, **options)
 
     def _stream(
@@ -1823,6 +1863,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         _require_cache(model_kwargs.get("past_key_values"), Mamba2Cache, RewindableCache)
         if model_kwargs.get("group") is not None:
             raise ValueError("group: read the prompt with it, and generate from the cache after it")
+        if model_kwargs.get("seq_idx") is not None:
+            raise ValueError("seq_idx: prefill the prompt with it, and generate from the cache")
         mask = model_kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, -1:].all():
             raise ValueError(
@@ -1848,6 +1890,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
+        for name in ("tokenizer", "assistant_tokenizer", "assistant_model"):
+            kwargs.pop(name, None)  # transformers hands on to the model what it needs itself
         # transformers takes ids that come with a cache for the whole sequence, unless a longer
         # attention_mask comes with them, and cuts off what the cache has seen.
         cache = kwargs.get("past_key_values")
@@ -1858,7 +1902,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen "
                 f"{cache.get_seq_length()}: give the whole sequence with at least one token that "
                 "the cache has not seen, or new tokens with an attention_mask that covers the "
-                "whole sequence"
+                "whole sequence; inputs_embeds must be of the whole sequence"
             )
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
@@ -1984,10 +2028,8 @@ class DecodingGraph:
         """Where the weights lie; None where a graph would not do all that the model does."""
         if not cls.enabled:
             return None
-        for module in model.modules():
-            hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-            if hooks or hasattr(module, "adapter_layer_names"):
-                return None
+        if any(_is_watched(m) or hasattr(m, "adapter_layer_names") for m in model.modules()):
+            return None
         weights = [*model.parameters()]
         if any(type(weight) is not nn.Parameter for weight in weights):  # sharded or quantised
             return None
@@ -2006,7 +2048,9 @@ class DecodingGraph:
         if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return None
         sizes = [(tensor.shape, tensor.dtype) for tensor in cache.states[0]]
-        key = weights, len(cache.states), *sizes, torch.is_inference_mode_enabled()
+        modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
+        modes += (None if kernels is None else kernels._allows_tf32(),)
+        key = weights, len(cache.states), *sizes, *modes
         if cls.failed.get(model) == key:
             return None
         graph = cls.idle.pop(model, None)
@@ -2018,12 +2062,14 @@ class DecodingGraph:
                 cls.failed[model] = key
                 warnings.warn(f"tokens are decoded without a CUDA graph: {error}", stacklevel=2)
                 return None
+        torch.cuda.current_stream(device).wait_event(graph.done)
         graph.load(cache)
         return graph
 
     @classmethod
     def give_back(cls, model, graph):
-        if graph is not None:
+        if graph is not None:  # whoever takes it next may use another stream
+            graph.done = torch.cuda.current_stream(graph.token.device).record_event()
             cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
@@ -2050,9 +2096,11 @@ class DecodingGraph:
                 options = dict(pool=memory, stream=stream, capture_error_mode="thread_local")
                 for _ in range(2):
                     graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, **options):
+                    # A capture that fails would leave its stream the current one.
+                    with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
                         logits = self.step(model)
                     self.turns.append((graph, logits))
+                self.done = stream.record_event()
         finally:
             _decoding.reset(outer)
 

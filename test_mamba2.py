@@ -1422,6 +1422,7 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
         (lambda: Mamba2(64), TypeError, "config is a builtins.int: .* named, as d_model=256"),
         (lambda: model.generate(ids, attention_mask=right), ValueError, "pad on the left"),
         (lambda: model.stream(ids, attention_mask=right), ValueError, "pad on the left"),
+        (lambda: model.generate(ids, seq_idx=ids), ValueError, "seq_idx: prefill the prompt with"),
         (lambda: Mamba2Config(to_dict=3), TypeError, "no option 'to_dict'"),
         (lambda: Mamba2Config(use_bias="no"), ValueError, "use_bias = 'no': must be True or False"),
         (
@@ -3164,6 +3165,94 @@ def test_options_that_other_implementations_write_are_read_or_refused():
             Mamba2Config.from_dict({**theirs, name: False})
 
 
+# ------------------------------------------------------------------------------ in other hands
+
+
+def test_a_stop_string_ends_a_text():
+    model, tokenizer = tiny(vocab_size=384), transformers.ByT5Tokenizer()
+    prompt = tokenizer("ab", return_tensors="pt").to(DEVICE)
+    ids = prompt.input_ids
+    plain = model.generate(**prompt, **GREEDY)
+    text = tokenizer.decode(plain[0, ids.shape[1] :])
+    given = dict(GREEDY, stop_strings=[text[1]], tokenizer=tokenizer)
+    ended = model.generate(**prompt, **given)
+    assert ids.shape[1] < ended.shape[1] < plain.shape[1]
+    assert torch.equal(ended, plain[:, : ended.shape[1]])
+    assert torch.equal(streamed(model, ids, attention_mask=prompt.attention_mask, **given), ended)
+    with pytest.raises(ValueError, match="pass the tokenizer, too"):
+        model.stream(ids, stop_strings=["a"])
+
+
+def test_a_model_is_transformed_by_torch_func():
+    model, ids = tiny(dtype=torch.float64, vocab_size=4096), tokens(3, 40, vocabulary=4096)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, ids, **options):
+        given = dict(labels=ids[None], attention_mask=ids[None] % 5 > 0, **options)
+        return torch.func.functional_call(model, parameters, (ids[None],), given).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+    for i, row in enumerate(ids):
+        expected = torch.autograd.grad(loss(parameters, row), [*parameters.values()])
+        assert_close([gradient[i] for gradient in each.values()], expected)
+        found = torch.func.grad(loss)(parameters, row, segment_length=16)
+        assert_close([*found.values()], expected)
+
+
+def test_a_traced_model_reads_each_mask():
+    model, ids = tiny(use_cache=False, return_dict=False), tokens(2, 12)
+    mask = torch.ones_like(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (ids, mask), check_trace=False)
+    mask[:, :5] = 0
+    assert_close(traced(ids, mask)[0], model(ids, mask)[0], 1e-5)
+
+
+def test_a_model_of_fake_tensors_knows_its_shapes():
+    with torch._subclasses.FakeTensorMode():
+        model = Mamba2ForCausalLM(Mamba2Config(**TINY))
+        ids = torch.ones(2, 5, dtype=torch.int64)
+        output = model(ids, attention_mask=ids, labels=ids)
+    assert output.logits is None and output.loss.shape == ()
+
+
+def test_states_are_loaded_with_a_checkpoint(tmp_path):
+    model, ids = tiny(), tokens(2, 7)
+    cache = model(ids).past_key_values
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"cache": cache, "state": cache.states[0]}, path)
+    loaded = torch.load(path, map_location=DEVICE)
+    assert_same_state(loaded["cache"], cache)
+    assert identical(loaded["state"], cache.states[0]) and loaded["cache"].length == 7
+
+
+def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_path):
+    class Judge(Mamba2ForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.judge = nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(32, 1))
+            self.post_init()
+
+    save(tiny().cpu(), tmp_path)
+    with pytest.raises(ValueError, match="names what is new in it as _keys_to_ignore_on_load_mis"):
+        Judge.from_pretrained(tmp_path)
+    Judge._keys_to_ignore_on_load_missing = ["^judge"]
+    norm, linear = Judge.from_pretrained(tmp_path).judge
+    assert (norm.weight == 1).all() and (norm.bias == 0).all()
+    assert 0 < linear.weight.abs().max() <= 32**-0.5
+
+    model = tiny(tie_word_embeddings=False)
+    model.lm_head = nn.Linear(32, 100).to(DEVICE)
+    ids = tokens(2, 9)
+    assert model(ids, labels=ids + 36).loss.isfinite()
+
+
+def test_a_config_is_made_again_of_what_it_writes():
+    config = Mamba2Config(**TINY)
+    assert Mamba2Config(**config.to_dict()).to_dict() == config.to_dict()
+
+
 # --------------------------------------------------------------------------- README and notebook
 
 FSDP2_RUNS = Version(torch.__version__) >= Version("2.7")  # on a CPU
@@ -3821,7 +3910,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 196
+PASSED_IN_THE_INTERPRETER = 203
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4497,7 +4586,7 @@ def test_kernel_step_goes_on_like_the_layer_and_writes_where_it_is_told_to(monke
         found = mamba2.kernels.layer_step(xBC, dt, *start, *weights, out=out)
         assert identical(found, expected) and found[1] is out[0] and found[2] is start.ssm
         for refused, reason in (
-            ((start.conv, start.ssm), "out.0. is conv"),
+            ((start.conv, start.ssm), "out.0. overlaps conv"),
             ((out[0].double(), start.ssm), "out.0. is not bfloat16"),
             ((out[0], start.ssm.to(HALF)), "dtypes"),
             ((out[0], start.ssm.mT.contiguous().mT), "contiguous"),
@@ -4613,6 +4702,151 @@ def test_kernel_block_calls_whatever_stands_in_place_of_its_layer():
         assert identical([found, *new], [want, *state])
         found, want = adapted(h[:, :1], new)[0], block(h[:, :1], state)[0]
         assert relative_error(found, want) <= 1e-2
+
+
+@needs_kernels
+def test_kernel_block_decodes_whichever_parameter_is_trained():
+    layer, _ = kernel_layer(torch.float32)
+    block = mamba2.Mamba2Block(layer.config).to(DEVICE).requires_grad_(False)
+    h = torch.randn(1, 1, layer.config.d_model, device=DEVICE)
+    _, state = block(h)
+    for parameter in block.parameters():
+        parameter.requires_grad_(True)
+        found = [block(h, state)[0], without_kernels(block, h, state)[0]]
+        gradients = [torch.autograd.grad(y.sum(), parameter)[0] for y in found]
+        assert relative_error(*gradients) <= 1e-4
+        parameter.requires_grad_(False)
+
+
+class Scaled(torch.Tensor):
+    """Eighths, kept as integers: at its address are none of its numbers."""
+
+    @staticmethod
+    def __new__(cls, eighths):
+        layout = dict(strides=eighths.stride(), dtype=torch.float32, device=eighths.device)
+        return torch.Tensor._make_wrapper_subclass(cls, eighths.shape, **layout)
+
+    def __init__(self, eighths):
+        self.eighths = eighths
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].eighths)
+        args = torch.utils._pytree.tree_map_only(cls, lambda t: t.eighths / 8, args)
+        return function(*args, **(kwargs or {}))
+
+
+@needs_kernels
+@torch.no_grad()
+def test_kernel_leaves_numbers_that_lie_elsewhere_to_its_twin():
+    layer, _ = kernel_layer(torch.float32)
+    block = mamba2.Mamba2Block(layer.config).to(DEVICE)
+    h = torch.randn(1, 1, layer.config.d_model, device=DEVICE)
+    _, state = block(h)
+    eighths = (8 * torch.randn_like(block.mixer.in_proj.weight)).round()
+    block.mixer.in_proj.weight = nn.Parameter(Scaled(eighths.to(torch.int8)), requires_grad=False)
+    wrapped = block(h, state)[0]
+    block.mixer.in_proj.weight = nn.Parameter(eighths / 8)
+    assert relative_error(wrapped, block(h, state)[0]) <= 1e-5
+
+    x, w = torch.randn(3, 32, device=DEVICE), torch.randn(32, device=DEVICE)
+    negated = torch.complex(x, -x).conj().imag  # a sign that is applied when it is read
+    assert negated.is_neg() and torch.equal(negated, x)
+    found = mamba2.rms_norm(negated, w, 1e-5)
+    assert relative_error(found, mamba2.rms_norm(x, w, 1e-5)) <= 1e-6
+
+
+@needs_kernels
+def test_kernel_steps_aside_for_what_has_to_see_every_operation():
+    ad = torch.autograd.forward_ad
+    layer, _ = kernel_layer(torch.float32)
+    layer.requires_grad_(False)
+    w, options = torch.randn(32, device=DEVICE), layer.config.d_model
+    given = {"norm": (3, 32), "layer": (1, 5, options), "step": (1, 1, options)}
+    state = layer.step(torch.randn(1, 3, options, device=DEVICE))[1]
+    calls = {
+        "norm": lambda x: mamba2.rms_norm(x, w, 1e-5),
+        "layer": layer,
+        "step": lambda x: layer.step(x, state)[0],
+    }
+    for name, call in calls.items():
+        x = torch.randn(given[name], device=DEVICE)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), ad.dual_level():
+                dual = ad.make_dual(x, torch.ones_like(x))
+                found = ad.unpack_dual(call(dual)).tangent
+                want = ad.unpack_dual(without_kernels(call, dual)).tangent
+                assert relative_error(found, want) <= 1e-5
+
+
+@needs_kernels
+@torch.no_grad()
+def test_kernel_is_one_operation_for_modes_that_watch():
+    x, w, seen = torch.randn(3, 32, device=DEVICE), torch.ones(32, device=DEVICE), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for _ in range(2):  # recorded, and replayed
+        mamba2.rms_norm(x, w, 1e-5)
+        seen.clear()
+        with Watch():
+            mamba2.rms_norm(x, w, 1e-5)
+        assert "rms_norm" in seen[0]
+
+
+@needs_kernels
+@torch.no_grad()
+def test_kernel_sees_hooks_of_all_modules():
+    layer, _ = kernel_layer(HALF)
+    block = mamba2.Mamba2Block(layer.config).to(DEVICE, HALF)
+    h, seen = torch.randn(1, 3, layer.config.d_model, device=DEVICE), []
+    _, state = block(h)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    try:
+        for given in ((h,), (h[:, :1], state)):
+            seen.clear()
+            block(*given)
+            assert set(seen) == set(block.modules())
+    finally:
+        handle.remove()
+
+
+@needs_kernels
+def test_kernel_call_with_one_tensor_twice_does_not_stop_others_from_being_replayed():
+    x, w, replays = torch.randn(3, 32, device=DEVICE), torch.ones(32, device=DEVICE), []
+    mamba2.kernels._replays.clear()
+    with torch.no_grad():
+        twice = mamba2.rms_norm(x, w, 1e-5, gate=x)
+        for _ in range(2):
+            assert torch.equal(mamba2.rms_norm(x, w, 1e-5, gate=x.clone()), twice)
+        replays = [*mamba2.kernels._replays.values()]
+    assert len(replays) == 1 and replays[0]
+
+
+@needs_kernels
+def test_kernel_of_the_convolution_takes_what_a_hook_of_saved_tensors_returns():
+    x, w = torch.randn(1, 9, 16, device=DEVICE), torch.randn(16, 4, device=DEVICE)
+
+    def gradients():
+        leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+        y = mamba2.causal_conv1d(*leaves)[0]
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    def pack(tensor):
+        return tensor.transpose(-1, -2).contiguous() if tensor.dim() == 3 else tensor
+
+    def unpack(tensor):
+        return tensor.transpose(-1, -2) if tensor.dim() == 3 else tensor
+
+    want = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        assert identical(gradients(), want)
 
 
 @needs_kernels
