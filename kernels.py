@@ -200,8 +200,9 @@ def _unfit(required: dict, optional: dict) -> str | None:
     if not TRITON:
         return "triton is not installed, or too old"
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return "torch.func or forward-mode AD is active, which needs to see every operation"
+        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        if transformed or forward_ad._current_level >= 0:
+            return "a transform is active, which needs to see every operation"
     device = None
     for name, tensor in (required | optional).items():
         if tensor is None and name in optional:
