@@ -1045,9 +1045,12 @@ def _is(module: nn.Module, kind: type) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether calling the module does something beside, or instead of, its class's forward."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
+    of_all = nn.modules.module
+    hooks = of_all._global_forward_hooks or of_all._global_forward_pre_hooks
+    hooks = hooks or of_all._global_backward_hooks or of_all._global_backward_pre_hooks
+    hooks = hooks or module._forward_hooks or module._forward_pre_hooks
     hooks = hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -1127,9 +1130,9 @@ class Mamba2Block(nn.Module):
         norm, mixer = self.norm, self.mixer
         if not (kernels and state is not None and h.shape[1] == 1 and _is(mixer, Mamba2)):
             return None
-        kinds = {mixer.in_proj: nn.Linear, mixer.out_proj: nn.Linear, mixer.conv1d: CausalConv1d}
-        kinds |= {norm: RMSNorm, mixer.norm: RMSNorm}
-        if torch.is_autocast_enabled(h.device.type) or not all(map(_is, kinds, kinds.values())):
+        parts = [(mixer.in_proj, nn.Linear), (mixer.out_proj, nn.Linear), (norm, RMSNorm)]
+        parts += [(mixer.conv1d, CausalConv1d), (mixer.norm, RMSNorm)]
+        if torch.is_autocast_enabled(h.device.type) or not all([_is(*part) for part in parts]):
             return None
         mixer._check(h, state, None, None)
         fused = kernels.block_step(h, state, norm, mixer)
