@@ -182,7 +182,9 @@ class Mamba2Config(PreTrainedConfig):
         tie_word_embeddings   tie_embeddings  the head uses the embedding's weights (True)
         bos_token_id, eos_token_id, pad_token_id (all 0), use_cache (True): as everywhere
 
-    Options that all transformers configurations have (`dtype`, `id2label`, ...) are accepted too.
+    Options that all transformers configurations have (`dtype`, `id2label`, ...) are accepted too;
+    so are `rescale_prenorm_residual`, `time_step_rank` and `_name_or_path`, which `to_dict` writes,
+    and which mean nothing here: out_proj is always drawn for the model's depth.
 
     Raises:
         TypeError: an unknown option, or one that is given under both of its names.
@@ -218,7 +220,7 @@ class Mamba2Config(PreTrainedConfig):
                 options[name] = options.pop(alias)
         for name, default in _DEFAULTS.items():
             setattr(self, name, options.pop(name, default))
-        beside = "rescale_prenorm_residual", "time_step_rank", "_name_or_path"  # in `to_dict`
+        beside = "rescale_prenorm_residual", "time_step_rank", "_name_or_path"
         options = {k: v for k, v in options.items() if k not in beside}
         if options.get("model_type") == self.model_type:
             del options["model_type"]
@@ -319,13 +321,16 @@ class Mamba2Config(PreTrainedConfig):
                 )
             from transformers import Mamba2Config as TheirConfig
 
-            for name in ("rmsnorm", "rms_norm"):  # of other implementations
-                if not config_dict.get(name, True):
-                    raise ValueError(f"{name} = {config_dict[name]!r}: only True is implemented")
+            name = "rms_norm" if "norm_eps" in config_dict else "rmsnorm"  # of fla, of mamba_ssm
+            if not config_dict.get(name, True):
+                raise ValueError(
+                    f"{name} = {config_dict[name]!r}: only True is implemented; the checkpoint has "
+                    "no mixer.norm.weight, unless this is a mistake"
+                )
             # An option that a file in their format leaves out has their default, not ours.
             config_dict = {**TheirConfig().to_dict(), **config_dict}
             if "norm_eps" in config_dict:  # flash-linear-attention's name
-                config_dict["layer_norm_epsilon"] = config_dict["norm_eps"]
+                config_dict["layer_norm_epsilon"] = config_dict.pop("norm_eps")
         config_dict = {cls.attribute_map.get(k, k): v for k, v in config_dict.items()}
         # Whatever else is in the file is kept as an attribute, and means nothing here.
         given = {k: v for k, v in config_dict.items() if k in _DEFAULTS or _is_common_option(k)}
@@ -1007,7 +1012,8 @@ class Mamba2(nn.Module):
 
 
 def _can_ask(x: Tensor) -> bool:
-    """Whether the numbers in x can be looked at: not while a graph is traced or captured."""
+    """Whether the numbers in x can be looked at: not while a graph is traced by torch.compile or
+    torch.jit, or captured, nor within torch.func, nor if it is a FakeTensor."""
     if x.device.type == "meta" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if _is_transformed() or isinstance(x, FakeTensor):
@@ -1470,7 +1476,7 @@ def _require_ids(name, ids, vocab_size, ignored=None):
     """Raise unless all are below vocab_size, or `ignored`. A GPU would have to be awaited: there it
     is a failed assertion."""
     if ids.device.type == "cpu" and _can_ask(ids):
-        fits, rule = (ids >= 0) & (ids < vocab_size), f"0 to vocab_size - 1 = {vocab_size - 1}"
+        fits, rule = (ids >= 0) & (ids < vocab_size), f"0 to {vocab_size - 1}"
         if ignored is not None:
             fits, rule = fits | (ids == ignored), f"{rule} or {ignored}"
         if not fits.all():
@@ -1782,8 +1788,14 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
         if input_ids is not None:
             _require("input_ids", input_ids, dims="batch, length", kind="integers")
+        # transformers loses the tokenizer on its way to a custom_generate that is a function.
+        config = options.get("generation_config") or self.generation_config
+        if config.stop_strings is not None:
+            raise ValueError(
+                f"generation_config.stop_strings = {config.stop_strings!r}: set it to None, and "
+                "pass stop_strings= and tokenizer= to stream"
+            )
         if (strings := options.pop("stop_strings", None)) is not None:
-            # transformers loses the tokenizer on its way to a custom_generate that is a function.
             if options.get("tokenizer") is None:
                 raise ValueError("stop_strings are looked for in text: pass the tokenizer, too")
             stop = StopStringCriteria(options["tokenizer"], strings)
@@ -1866,13 +1878,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         _require_cache(model_kwargs.get("past_key_values"), Mamba2Cache, RewindableCache)
         if model_kwargs.get("group") is not None:
             raise ValueError("group: read the prompt with it, and generate from the cache after it")
-        if model_kwargs.get("seq_idx") is not None:
-            raise ValueError("seq_idx: prefill the prompt with it, and generate from the cache")
         mask = model_kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not mask[:, -1:].all():
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not (exists := mask[:, -1:] != 0).all():
             raise ValueError(
-                "attention_mask leaves out the last position of a row, where its next token would "
-                "be read: pad on the left, tokenizer.padding_side = 'left'"
+                f"attention_mask[{exists.long().argmin()}] ends in 0, where the row's next token "
+                "would be read: pad on the left, tokenizer.padding_side = 'left'; every row needs "
+                "a token"
             )
         super()._validate_model_kwargs(model_kwargs)
 
@@ -1890,11 +1901,17 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         elif generation_config.prefill_chunk_size is not None:
             model_kwargs["past_key_values"] = cache
 
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **options):
+        # What is generated goes on with the prompt's last sequence; a cache knows that by itself.
+        seq_idx = model_kwargs.pop("seq_idx", None)
+        if seq_idx is not None and not model_kwargs.get("use_cache", True):
+            model_kwargs["seq_idx"] = torch.cat([seq_idx, seq_idx[:, -1:]], dim=1)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **options)
+
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
-        for name in ("tokenizer", "assistant_tokenizer", "assistant_model"):
-            kwargs.pop(name, None)  # transformers hands on to the model what it needs itself
+        kwargs.pop("tokenizer", None)  # of stop_strings: transformers hands it on to the model
         # transformers takes ids that come with a cache for the whole sequence, unless a longer
         # attention_mask comes with them, and cuts off what the cache has seen.
         cache = kwargs.get("past_key_values")

@@ -1420,9 +1420,12 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
         (lambda: Mamba2Config(n_layers=3), TypeError, "did you mean 'n_layer'"),
         (lambda: Mamba2(d_model=64, layer_idx=3), TypeError, r"'layer_idx'; see help\(Mamba2C"),
         (lambda: Mamba2(64), TypeError, "config is a builtins.int: .* named, as d_model=256"),
-        (lambda: model.generate(ids, attention_mask=right), ValueError, "pad on the left"),
+        (
+            lambda: model.generate(ids, attention_mask=right),
+            ValueError,
+            r"mask\[0\] ends in 0.*left",
+        ),
         (lambda: model.stream(ids, attention_mask=right), ValueError, "pad on the left"),
-        (lambda: model.generate(ids, seq_idx=ids), ValueError, "seq_idx: prefill the prompt with"),
         (lambda: Mamba2Config(to_dict=3), TypeError, "no option 'to_dict'"),
         (lambda: Mamba2Config(use_bias="no"), ValueError, "use_bias = 'no': must be True or False"),
         (
@@ -1440,8 +1443,12 @@ def test_mistakes_of_newcomers_are_answered(tmp_path):
             ValueError,
             "groups = 3: it must divide the last axis of x, 8",
         ),
-        (lambda: model(ids + 64), ValueError, "input_ids holds .*: it must hold 0 to .* = 63; is"),
-        (lambda: model(ids, labels=ids - 64), ValueError, "labels holds -.* = 63 or -100; is the"),
+        (lambda: model(ids + 64), ValueError, "input_ids holds .*: it must hold 0 to 63; is"),
+        (
+            lambda: model(ids, labels=ids - 64),
+            ValueError,
+            "labels holds -.*0 to 63 or -100; is the",
+        ),
         (lambda: model(ids, ids - 1.0), ValueError, "other numbers than 0 and 1: .* == 0"),
         (lambda: layer(u, mask=u[..., 0]), ValueError, "mask holds other numbers than 0 and 1"),
         (lambda: layer(u.double()), TypeError, "u is torch.float64, the weights torch.float32"),
@@ -3159,10 +3166,14 @@ def test_mamba1_in_transformers_format_is_refused(tmp_path):
 def test_options_that_other_implementations_write_are_read_or_refused():
     theirs = dict(model_type="mamba2", num_heads=128, norm_eps=1e-3)
     assert Mamba2Config.from_dict(theirs).layer_norm_epsilon == 1e-3
-    for name in ("rmsnorm", "rms_norm"):
-        assert Mamba2Config.from_dict({**theirs, name: True})
+    config = Mamba2Config.from_dict(theirs)
+    config.layer_norm_epsilon = 1e-6
+    assert Mamba2Config.from_dict(config.to_dict()).layer_norm_epsilon == 1e-6
+    original = dict(model_type="mamba2", num_heads=128)
+    for given, name in ((theirs, "rms_norm"), (original, "rmsnorm")):
+        assert Mamba2Config.from_dict({**given, name: True})
         with pytest.raises(ValueError, match=f"{name} = False: only True is implemented"):
-            Mamba2Config.from_dict({**theirs, name: False})
+            Mamba2Config.from_dict({**given, name: False})
 
 
 # ------------------------------------------------------------------------------ in other hands
@@ -3181,6 +3192,19 @@ def test_a_stop_string_ends_a_text():
     assert torch.equal(streamed(model, ids, attention_mask=prompt.attention_mask, **given), ended)
     with pytest.raises(ValueError, match="pass the tokenizer, too"):
         model.stream(ids, stop_strings=["a"])
+    model.generation_config.stop_strings = ["a"]
+    with pytest.raises(ValueError, match=r"stop_strings = \['a'\]: set it to None, and pass"):
+        model.stream(ids, tokenizer=tokenizer)
+
+
+def test_a_packed_prompt_goes_on_with_its_last_sequence():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 7)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2, device=DEVICE)
+    expected = model.generate(ids[:, 3:], **GREEDY)[:, 4:]
+    for options in ({}, dict(use_cache=False)):
+        found = model.generate(ids, seq_idx=seq_idx, **options, **GREEDY)
+        assert torch.equal(found[:, 7:], expected)
+    assert torch.equal(streamed(model, ids, seq_idx=seq_idx, **GREEDY)[:, 7:], expected)
 
 
 def test_a_model_is_transformed_by_torch_func():
@@ -3248,7 +3272,7 @@ def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_pat
     assert model(ids, labels=ids + 36).loss.isfinite()
 
 
-def test_a_config_is_made_again_of_what_it_writes():
+def test_a_config_is_made_again_of_its_own_dictionary():
     config = Mamba2Config(**TINY)
     assert Mamba2Config(**config.to_dict()).to_dict() == config.to_dict()
 
