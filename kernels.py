@@ -199,7 +199,8 @@ def _unfit(required: dict, optional: dict) -> str | None:
     """Why no kernel is meant for these tensors, by name; None if one may be."""
     if not TRITON:
         return "triton is not installed, or too old"
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
         if transformed or forward_ad._current_level >= 0:
             return "a transform is active, which needs to see every operation"
@@ -209,7 +210,7 @@ def _unfit(required: dict, optional: dict) -> str | None:
             continue
         if not isinstance(tensor, Tensor):
             return f"{name} is not a tensor"
-        if not torch.compiler.is_compiling() and _lies_elsewhere(tensor):
+        if not compiling and _lies_elsewhere(tensor):
             return f"the numbers of {name} are not those at its address"
         if device is None:
             device = tensor.device
