@@ -55,8 +55,8 @@ this file departs on purpose from it, from the paper, or from transformers' Mamb
 
 Only torch and einops are needed for 1 to 3; the language model needs transformers. On CUDA the
 fused kernels of `kernels.py`, if it lies beside this file, step in where `kernels` is mentioned,
-and nowhere else. They do not know of changes made to the mathematics here: who makes one sets
-`kernels = None`. MIT licence: copy this file into your own work as you like.
+and nowhere else. If you change the mathematics in this file, set `kernels = None`: they would go on
+computing the original. MIT licence: copy this file into your own work as you like.
 """
 
 from __future__ import annotations
@@ -634,7 +634,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] <= 1:
         return ssd_recurrent(x, dt, A, B, C, D, **options)
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
-    # split, because the gradient of so many slices would each time be as long as the sequence
+    # split, not t[:, i:j], each of which would make a gradient of the whole length, mostly zeros
     chunks = zip(*(t.split(chunk_size, dim=1) for t in (x, dt, log_decay, B, C)), strict=True)
     ys = []
     for xs, dts, log_decays, Bs, Cs in chunks:
@@ -948,7 +948,8 @@ class Mamba2(nn.Module):
         weights = conv1d.weight, conv1d.bias, self.dt_bias, self.A_log, self.D, norm.weight
         given = zxbcdt, conv, ssm, seq_idx, *weights
         options = dict(groups=norm.groups, eps=norm.eps, dt_limit=self.config.time_step_limit)
-        # Only a DecodingGraph's own state, which it never hands out, has `out`: overwritten.
+        # The one exception to "never changed in place": a DecodingGraph (section 4) keeps states of
+        # its own, with buffers named `out`, into which the kernel writes the new state.
         options["out"] = getattr(state, "out", None)
         fused = kernels.layer_middle(*given, **options)
         return fused and (fused[0], Mamba2State(*fused[1:]))
@@ -1814,6 +1815,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 "token by token; use generate"
             )
         model_kwargs["use_cache"] = True  # whatever the config says
+        # GenerationMixin's, not `prefill`: it reads the prompt and gives the model's output.
         output = self._prefill(input_ids, generation_config, model_kwargs)
         return self._tokens(
             input_ids, output, logits_processor, stopping_criteria, generation_config
@@ -2312,11 +2314,13 @@ class Slices:
     def states_of_convolution(self, xBC, state):
         """The state (b, k-1, d) of the convolution before this slice, and after the last one."""
         last = rearrange(_all_gather(self.last(xBC), self.group), "r b m d -> b (r m) d")
+        # causal_conv1d is called for its final state alone: with outputs that nobody reads, its
+        # weights may be zeros.
         no_weight = last.new_zeros(last.shape[2], 1 + state.shape[1])
 
         def state_after(slices):  # of all positions, the last ones of each slice are enough
             x, labels = last[:, : slices * self.m], self.last_labels[:, : slices * self.m]
-            # x stands in for dt too, which is not wanted; nor are outputs, hence no weight.
+            # _pass_over wants a dt, too: any (b, l, ...) will do, for its result is dropped.
             x, before, _, labels, _ = _pass_over(labels != NO_LABEL, x, state, x, labels)
             return causal_conv1d(x, no_weight, initial_state=before, seq_idx=labels)[1]
 
