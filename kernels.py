@@ -114,6 +114,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
@@ -3263,6 +3264,230 @@ def block_step(h, state, norm, layer):
         y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
         h = torch.addmm(h[:, 0], y, last[2].t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
     return h, conv, ssm
+
+
+# --------------------------------------------------------------------------------------------------
+# What mamba2.py asks for: a layer, a block, the decoding of a model
+# --------------------------------------------------------------------------------------------------
+#
+# Each answers None where plain PyTorch has to go on: a module that is watched by hooks, or replaced
+# by an adapter, has to be called.
+
+_kinds = {}
+
+
+def register(**kinds):
+    """Make the classes of mamba2.py known, by name: only these may be passed over in favour of a
+    fused operation."""
+    _kinds.update(kinds)
+
+
+def _is(module: nn.Module, kind: str) -> bool:
+    """Whether calling the module is calling that kind's forward: no adapter in its place, no hooks."""
+    return type(module) is _kinds.get(kind) and not _is_watched(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does something beside, or instead of, its class's forward."""
+    of_all = nn.modules.module
+    hooks = of_all._global_forward_hooks or of_all._global_forward_pre_hooks
+    hooks = hooks or of_all._global_backward_hooks or of_all._global_backward_pre_hooks
+    hooks = hooks or module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def layer(layer, zxbcdt, state, seq_idx):
+    """All between the projections of a Mamba2, as `layer_middle`: y, conv and ssm; or None."""
+    conv1d, norm, (conv, ssm) = layer.conv1d, layer.norm, state or (None, None)
+    if not (_is(conv1d, "CausalConv1d") and _is(norm, "RMSNorm")):
+        return None
+    weights = conv1d.weight, conv1d.bias, layer.dt_bias, layer.A_log, layer.D, norm.weight
+    options = dict(groups=norm.groups, eps=norm.eps, dt_limit=layer.config.time_step_limit)
+    # A DecodingGraph keeps states of its own, with buffers named `out` for the new state.
+    options["out"] = getattr(state, "out", None)
+    return layer_middle(zxbcdt, conv, ssm, seq_idx, *weights, **options)
+
+
+def block(block, h, state):
+    """One token in a Mamba2Block, as `block_step`: h, conv and ssm; or None."""
+    if state is None or h.shape[1] != 1 or not _is(block.mixer, "Mamba2"):
+        return None
+    norm, mixer = block.norm, block.mixer
+    parts = [(mixer.in_proj, "Linear"), (mixer.out_proj, "Linear"), (norm, "RMSNorm")]
+    parts += [(mixer.conv1d, "CausalConv1d"), (mixer.norm, "RMSNorm")]
+    if torch.is_autocast_enabled(h.device.type) or not all([_is(*part) for part in parts]):
+        return None
+    mixer._check(h, state, None, None)
+    return block_step(h, state, norm, mixer)
+
+
+def decoder(model, cache):
+    """A Decoder of the model, a Mamba2ForCausalLM, that resumes from the cache; or None."""
+    if cache.states[0].ssm.device.type != "cuda":
+        return None
+    graph = DecodingGraph.take(model, cache, DecodingGraph.weights(model))
+    return None if graph is None else Decoder(model, graph)
+
+
+class Decoder:
+    """Decodes tokens with a DecodingGraph, until it is closed."""
+
+    def __init__(self, model, graph):
+        self.model, self.graph = model, graph
+
+    def __call__(self, ids):
+        """Logits (b, 1, vocabulary) after ids (b, 1)."""
+        return self.graph(ids)[:, None].clone()
+
+    def states(self):
+        """Copies of conv and ssm of each layer, after the last token."""
+        return self.graph.copies()
+
+    def load(self, cache):
+        """Resume from another cache of the same sizes."""
+        self.graph.load(cache)
+
+    def close(self):
+        """Leave the graph to the model's next text."""
+        DecodingGraph.give_back(self.model, self.graph)
+
+
+class _BufferedState(tuple):
+    """A state (conv, ssm) in buffers of a CUDA graph; `out` is where the next one is written."""
+
+
+class DecodingGraph:
+    """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
+
+    The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
+    `copies` copies one out, so that caches are never changed. Weights are read where they lie. All
+    heads read conv, so that none may write to it: there are two buffers, and two graphs, one from
+    the first to the second and one back, which take turns.
+
+    A model's last graph is kept, with buffers as large as the cache, for the next text of the same
+    batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
+    does without graphs. There is none for a model with hooks or adapters, which a graph would not
+    see change, nor with weights that are spread over several devices. While one is made, other
+    threads must not draw random numbers on that GPU.
+    """
+
+    enabled = True
+    capturing = threading.Lock()  # PyTorch can make one graph at a time
+    idle = weakref.WeakKeyDictionary()  # model: the graph that it used last
+    failed = weakref.WeakKeyDictionary()  # model: what no graph could be made for
+
+    @classmethod
+    def weights(cls, model):
+        """Where the weights lie; None where a graph would not do all that the model does."""
+        if not cls.enabled:
+            return None
+        if any(_is_watched(m) or hasattr(m, "adapter_layer_names") for m in model.modules()):
+            return None
+        weights = [*model.parameters()]
+        if any(type(weight) is not nn.Parameter for weight in weights):  # sharded or quantised
+            return None
+        return tuple((weight.device, weight.data_ptr()) for weight in weights)
+
+    @classmethod
+    def take(cls, model, cache, weights):
+        """A graph of the model for nobody else, loaded with the cache; None where it cannot be."""
+        if weights is None or not cache.states:
+            return None
+        device = cache.states[0].ssm.device
+        if device.type != "cuda" or any(weight[0] != device for weight in weights):
+            return None
+        if cache.seq_idx is not None or torch.is_autocast_enabled("cuda"):
+            return None
+        if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+            return None
+        sizes = [(tensor.shape, tensor.dtype) for tensor in cache.states[0]]
+        modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
+        key = weights, len(cache.states), *sizes, *modes, _allows_tf32()
+        if cls.failed.get(model) == key:
+            return None
+        graph = cls.idle.pop(model, None)
+        if graph is None or graph.made_for != key:
+            graph = None  # whose memory is free before the next takes its own
+            try:
+                graph = cls(model, cache, key)
+            except RuntimeError as error:
+                cls.failed[model] = key
+                warnings.warn(f"tokens are decoded without a CUDA graph: {error}", stacklevel=2)
+                return None
+        torch.cuda.current_stream(device).wait_event(graph.done)
+        graph.load(cache)
+        return graph
+
+    @classmethod
+    def give_back(cls, model, graph):
+        if graph is not None:  # whoever takes it next may use another stream
+            graph.done = torch.cuda.current_stream(graph.token.device).record_event()
+            cls.idle[model] = graph
+
+    def __init__(self, model, cache, key):
+        self.made_for, self.states, self.others = key, [], []
+        for conv, ssm in cache.states:
+            state = _BufferedState((conv.clone(), ssm.clone()))
+            other = _BufferedState((conv.clone(), state[1]))
+            state.out, other.out = tuple(other), tuple(state)
+            self.states.append(state)
+            self.others.append(other)
+        b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
+        self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
+        self.turns, memory, kind = [], torch.cuda.graph_pool_handle(), type(cache)
+        with DecodingGraph.capturing, torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # for what is done once, such as compiling kernels
+                for _ in range(2):
+                    self.step(model, kind)
+            torch.cuda.current_stream().wait_stream(stream)
+            # Other threads may go on using the GPU.
+            options = dict(pool=memory, stream=stream, capture_error_mode="thread_local")
+            for _ in range(2):
+                graph = torch.cuda.CUDAGraph()
+                # A capture that fails would leave its stream the current one.
+                with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
+                    logits = self.step(model, kind)
+                self.turns.append((graph, logits))
+            self.done = stream.record_event()
+
+    def step(self, model, kind):
+        """The step itself, from buffers to buffers; `kind` is the class of caches."""
+        cache = kind(tuple(self.states))
+        output = model(self.token, cache=cache, use_cache=True, return_dict=True)
+        self.states, self.others = self.others, self.states
+        _copy(self.states, output.cache.states)
+        return output.logits[:, -1]
+
+    def load(self, cache):
+        """Go on from this cache."""
+        _copy(self.states, cache.states)
+
+    def copies(self):
+        """The states after the last token, copied."""
+        states = [tuple(map(torch.empty_like, state)) for state in self.states]
+        _copy(states, self.states)
+        return states
+
+    def __call__(self, ids):
+        """The logits (b, vocabulary) after ids (b, 1); until the next call."""
+        with torch.cuda.device(ids.device):
+            self.token.copy_(ids)
+            graph, logits = self.turns[0]
+            graph.replay()
+        self.turns.reverse()
+        self.states, self.others = self.others, self.states
+        return logits
+
+
+def _copy(targets, sources):
+    """Copy states into others, unless they are these: one kernel for conv, and one for ssm."""
+    for into, out_of in zip(zip(*targets, strict=True), zip(*sources, strict=True), strict=True):
+        pairs = [(to, of) for to, of in zip(into, out_of, strict=True) if to is not of]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------

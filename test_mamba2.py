@@ -77,7 +77,6 @@ from mamba2 import (
     Mamba2ForCausalLM,
     Mamba2Model,
     Mamba2State,
-    RewindableCache,
     parameter_groups,
     ssd,
     ssd_quadratic,
@@ -2222,7 +2221,7 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
         plain = greedy_steps(model, ids, 1000)
         assert torch.equal(streamed(model, ids, **given), plain)
         assert torch.equal(model.generate(ids, **given), plain)
-    assert model in mamba2.DecodingGraph.idle
+    assert model in mamba2.kernels.DecodingGraph.idle
     with torch.no_grad():  # new weights in the old place
         model.backbone.layers[0].mixer.in_proj.weight.mul_(1.5)
     changed = greedy_steps(model, ids, 1000)
@@ -2231,7 +2230,7 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
     model.to(torch.bfloat16)  # and in another
     changed = greedy_steps(model, ids, 100)
     assert torch.equal(streamed(model, ids, **{**given, "max_new_tokens": 100}), changed)
-    graph = weakref.ref(mamba2.DecodingGraph.idle[model])
+    graph = weakref.ref(mamba2.kernels.DecodingGraph.idle[model])
     del model
     gc.collect()
     assert graph() is None  # freed with its model
@@ -2297,26 +2296,26 @@ def test_speculation_gives_hidden_states_to_who_asks():
 
 def test_a_model_with_hooks_or_adapters_gets_no_graph(monkeypatch):
     model = tiny()
-    assert mamba2.DecodingGraph.weights(model) is not None
+    assert mamba2.kernels.DecodingGraph.weights(model) is not None
     handle = model.backbone.layers[1].mixer.register_forward_hook(lambda *given: None)
-    assert mamba2.DecodingGraph.weights(model) is None
+    assert mamba2.kernels.DecodingGraph.weights(model) is None
     handle.remove()
     handle = model.lm_head.register_forward_pre_hook(lambda *given: None)
-    assert mamba2.DecodingGraph.weights(model) is None
+    assert mamba2.kernels.DecodingGraph.weights(model) is None
     handle.remove()
     model.forward = functools.partial(model.forward)  # as accelerate wraps it
-    assert mamba2.DecodingGraph.weights(model) is None
+    assert mamba2.kernels.DecodingGraph.weights(model) is None
     del model.forward
-    assert mamba2.DecodingGraph.weights(model) is not None
+    assert mamba2.kernels.DecodingGraph.weights(model) is not None
     sharded = tiny()
     sharded.lm_head.weight = type("Shard", (nn.Parameter,), {})(sharded.lm_head.weight)
-    assert mamba2.DecodingGraph.weights(sharded) is None
-    monkeypatch.setattr(mamba2.DecodingGraph, "enabled", False)
-    assert mamba2.DecodingGraph.weights(model) is None
+    assert mamba2.kernels.DecodingGraph.weights(sharded) is None
+    monkeypatch.setattr(mamba2.kernels.DecodingGraph, "enabled", False)
+    assert mamba2.kernels.DecodingGraph.weights(model) is None
     monkeypatch.undo()
     lora = peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, lora)
-    assert mamba2.DecodingGraph.weights(adapted.base_model.model) is None
+    assert mamba2.kernels.DecodingGraph.weights(adapted.base_model.model) is None
 
 
 class PlainGraph:
@@ -2363,9 +2362,9 @@ def test_generate_gives_plain_steps_to_a_graph_and_all_others_to_the_model(monke
         taken.append(PlainGraph(model, cache))
         return taken[-1]
 
-    monkeypatch.setattr(mamba2.DecodingGraph, "take", take)
+    monkeypatch.setattr(mamba2.kernels.DecodingGraph, "take", take)
     monkeypatch.setattr(
-        mamba2.DecodingGraph, "give_back", lambda _, graph: given_back.append(graph)
+        mamba2.kernels.DecodingGraph, "give_back", lambda _, graph: given_back.append(graph)
     )
     outer = mamba2._decoding.set(mamba2._Decoder(model))
     assert identical([call(**given) for call, given in calls], expected) and not taken
