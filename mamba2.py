@@ -93,7 +93,8 @@ try:
 except ImportError as error:
     if error.name != "transformers":  # neither missing nor too old, but broken: that must be seen
         raise
-    transformers_missing = "this needs transformers: pip install 'transformers>=5.5'"
+    transformers_missing = "this needs transformers: pip install 'transformers>=5.17,<5.25'"
+    BaseModelOutputWithPast = CausalLMOutputWithPast = object
 
     class PreTrainedConfig:
         """Stands in for transformers' class, so that configuration and layer work without."""
@@ -193,7 +194,7 @@ class Mamba2Config(PreTrainedConfig):
     """
 
     model_type = "mamba2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "d_model": "hidden_size",
         "n_layer": "num_hidden_layers",
@@ -1150,9 +1151,8 @@ class Mamba2Block(nn.Module):
 class Mamba2Cache:
     """The state of a whole model after some tokens, and a value: nothing changes it.
 
-    A forward pass takes one as `past_key_values` and returns a new one; the old one can be used
-    again, to go on from the same prompt in another way. Its size does not depend on how many tokens
-    it has seen.
+    A forward pass takes one as `cache` and returns a new one; the old one can be used again, to go
+    on from the same prompt in another way. Its size does not depend on how many tokens it has seen.
 
         states    a Mamba2State for each layer
         length    tokens seen, masked ones included
@@ -1165,6 +1165,7 @@ class Mamba2Cache:
     # What transformers' generation asks of a cache:
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # or it would not cut off, of a whole sequence, what the cache has seen
 
     def __repr__(self) -> str:
         kinds = {f"{tuple(state.ssm.shape)} {state.ssm.dtype}" for state in self.states}
@@ -1252,6 +1253,36 @@ class Mamba2Cache:
 # torch.load may make them: they hold nothing but tensors and numbers.
 torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])
 
+# What transformers calls the cache: "cache" since 5.24, "past_key_values" before. Here, both names
+# mean the same in calls and in outputs. This is the one that transformers' own code must be given.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+
+
+def _of_two_names(cache, past_key_values):
+    """The cache, which a caller passed under one of its names."""
+    if cache is not None and past_key_values is not None:
+        raise TypeError("cache and past_key_values are two names of one argument: give one of them")
+    return cache if past_key_values is None else past_key_values
+
+
+class _TwoNames:
+    """The name of an output's cache that is not CACHE, and so no field of transformers' class."""
+
+    if CACHE == "cache":
+        past_key_values = property(lambda output: output.cache)
+    else:
+        cache = property(lambda output: output.past_key_values)
+
+
+@dataclass
+class Mamba2Output(_TwoNames, BaseModelOutputWithPast):
+    """last_hidden_state (b, l, d), cache, which is also past_key_values, and hidden_states."""
+
+
+@dataclass
+class Mamba2CausalLMOutput(_TwoNames, CausalLMOutputWithPast):
+    """loss, logits (b, l, vocabulary), cache, which is also past_key_values, and hidden_states."""
+
 
 class Mamba2PreTrainedModel(PreTrainedModel):
     """What the two models below share: initialisation, and loading that tolerates no mistake."""
@@ -1330,8 +1361,8 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         run = functools.partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, run, **options)
 
-    def _reorder_cache(self, past_key_values, beam_idx):
-        return past_key_values.select(beam_idx)
+    def _reorder_cache(self, cache, beam_idx):
+        return cache.select(beam_idx)
 
 
 class Mamba2Model(Mamba2PreTrainedModel):
@@ -1357,12 +1388,13 @@ class Mamba2Model(Mamba2PreTrainedModel):
         self,
         input_ids=None,
         attention_mask=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
         return_dict=None,
         *,
+        past_key_values=None,
         seq_idx=None,
         group=None,
         output_attentions=None,
@@ -1373,9 +1405,9 @@ class Mamba2Model(Mamba2PreTrainedModel):
             input_ids: (b, l) integers, or inputs_embeds: (b, l, d). Exactly one of them.
             attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks
                 positions that do not exist, wherever they are. None is no such position.
-            past_key_values: the Mamba2Cache of an earlier call, which is not changed; or one of
-                states to start from, such as trained ones: Mamba2Cache(states), states a tuple of
-                one Mamba2State for each layer.
+            cache: the Mamba2Cache of an earlier call, which is not changed; or one of states to
+                start from, such as trained ones: Mamba2Cache(states), states a tuple of one
+                Mamba2State for each layer. `past_key_values` is another name for it.
             use_cache: return a new cache; None is the config's choice, and no cache in training.
             output_hidden_states: also return the input of every block, and the final output.
             return_dict: False returns a tuple.
@@ -1388,7 +1420,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             output_attentions: accepted for transformers' sake; there are none.
 
         Returns:
-            BaseModelOutputWithPast: last_hidden_state (b, l, d), past_key_values, hidden_states.
+            Mamba2Output: last_hidden_state (b, l, d), cache, hidden_states.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, or that are not in this list.
@@ -1398,7 +1430,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
             _require("inputs_embeds", inputs_embeds, (*shape, self.config.hidden_size))
         if output_attentions:
             raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
-        _require_cache(past_key_values, Mamba2Cache)
+        cache = _of_two_names(cache, past_key_values)
+        _require_cache(cache, Mamba2Cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
@@ -1406,7 +1439,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
 
-        past = Mamba2Cache(()) if past_key_values is None else past_key_values
+        past = Mamba2Cache(()) if cache is None else cache
         # Fewer in self-speculative decoding. A list, since a slice of modules is slow to make.
         layers = list(self.layers)[: self.config.num_hidden_layers]
         if len(past.states) not in (0, len(layers)):
@@ -1416,7 +1449,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
         h = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (b, l, d)
         if past.states and len(past.states[0].ssm) != len(h):
             raise ValueError(
-                f"past_key_values has a batch of {len(past.states[0].ssm)}, and the input one of "
+                f"the cache has a batch of {len(past.states[0].ssm)}, and the input one of "
                 f"{len(h)}: cache.repeat(times) or cache.select(rows) makes them fit"
             )
         if self.config.residual_in_fp32:
@@ -1447,10 +1480,10 @@ class Mamba2Model(Mamba2PreTrainedModel):
         cache = None
         if use_cache:
             cache = Mamba2Cache(tuple(new_states), past.length + length, past.seq_idx)
-        output = BaseModelOutputWithPast(
+        output = Mamba2Output(
             last_hidden_state=h,
-            past_key_values=cache,
             hidden_states=(*hidden_states, h) if output_hidden_states else None,
+            **{CACHE: cache},
         )
         return output if return_dict else output.to_tuple()
 
@@ -1468,7 +1501,7 @@ def _batch_and_length(input_ids, inputs_embeds):
 def _require_cache(cache, *kinds):
     if cache is not None and not isinstance(cache, kinds):
         raise TypeError(
-            f"past_key_values is a {type(cache).__name__}: it must be the Mamba2Cache that an "
+            f"the cache is a {type(cache).__name__}: it must be the Mamba2Cache that an "
             "earlier call of this model returned"
         )
 
@@ -1532,8 +1565,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
         ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
 
-    `generate(ids, past_key_values=cache)` goes on from a cache. As always in transformers, ids are
-    the whole sequence, or new tokens alone with an attention_mask that covers the whole sequence.
+    `generate(ids, cache=cache)` goes on from a cache. As always in transformers, ids are the whole
+    sequence, or new tokens alone with an attention_mask that covers the whole sequence.
     """
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
@@ -1553,7 +1586,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         self,
         input_ids=None,
         attention_mask=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         use_cache=None,
@@ -1561,6 +1594,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         return_dict=None,
         *,
+        past_key_values=None,
         seq_idx=None,
         group=None,
         num_items_in_batch=None,
@@ -1600,30 +1634,29 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             progress: show a progress bar over the segments, forward and backward.
 
         Returns:
-            CausalLMOutputWithPast: loss, logits (b, l, vocabulary), past_key_values, hidden_states.
+            Mamba2CausalLMOutput: loss, logits (b, l, vocabulary), cache, hidden_states.
         """
-        if isinstance(past_key_values, RewindableCache):
+        cache = _of_two_names(cache, past_key_values)
+        if isinstance(cache, RewindableCache):
             others = inputs_embeds, labels, seq_idx, segment_length, group
             if input_ids is None or any(other is not None for other in others):
                 raise ValueError(
                     "a RewindableCache reads input_ids alone: leave out inputs_embeds, labels, "
                     "seq_idx, segment_length and group"
                 )
-            return past_key_values.read(
-                self, input_ids, attention_mask, logits_to_keep, output_hidden_states
-            )
+            return cache.read(self, input_ids, attention_mask, logits_to_keep, output_hidden_states)
         if return_dict is None:
             return_dict = self.config.return_dict
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         b, l = _batch_and_length(input_ids, inputs_embeds)
-        mask = _as_mask(attention_mask, (b, l), getattr(past_key_values, "length", 0))
+        mask = _as_mask(attention_mask, (b, l), getattr(cache, "length", 0))
         # Where generate runs: its _Decoder, which has the step as a CUDA graph.
         decoder = None if torch.compiler.is_compiling() else _decoding.get()
         if decoder is not None and decoder.model is self and l == 1:
             others = mask, inputs_embeds, labels, seq_idx
             if all(other is None for other in others) and not output_hidden_states and use_cache:
-                output = decoder(input_ids, past_key_values)
+                output = decoder(input_ids, cache)
                 if output is not None:
                     return output
         if seq_idx is not None:
@@ -1662,13 +1695,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             first = l + 1  # past the end: none
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = l - logits_to_keep
-        losses, kept, end, cache = [], [], 0, past_key_values
+        losses, kept, end = [], [], 0
         with _casting_anew(input_ids if inputs_embeds is None else inputs_embeds):
             for segment in segments:
                 loss, h, cache, hidden_states = run(
                     *segment,
                     bar,
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=use_cache if end + length >= l else True,
                     output_hidden_states=output_hidden_states,
                     group=group,
@@ -1690,8 +1723,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             if not torch.is_tensor(keep):
                 keep = slice(-(keep or 0), None)
             logits = self.lm_head(torch.cat(kept, dim=1)[:, keep])
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden_states
+        output = Mamba2CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=hidden_states, **{CACHE: cache}
         )
         return output if return_dict else output.to_tuple()
 
@@ -1704,9 +1737,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         output = self.backbone(
             ids, mask, inputs_embeds=embeds, seq_idx=seq_idx, return_dict=True, **options
         )
-        h = output.last_hidden_state
+        h, cache = output.last_hidden_state, getattr(output, CACHE)  # torch.compile follows fields
         loss = None if targets is None else self._summed_loss(h, targets)
-        return loss, h, output.past_key_values, output.hidden_states
+        return loss, h, cache, output.hidden_states
 
     def _summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
@@ -1751,7 +1784,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return length or max(1, l)
 
     @torch.no_grad()
-    def prefill(self, input_ids, attention_mask=None, past_key_values=None, **options):
+    def prefill(self, input_ids, attention_mask=None, cache=None, **options):
         """The Mamba2Cache after a prompt, which can be kept, and gone on from any number of times.
 
         Read in segments, a prompt of any length takes the memory of one. Arguments: see `forward`;
@@ -1759,14 +1792,14 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """
         options = {"segment_length": "auto", **options, "logits_to_keep": 1}
         options |= dict(use_cache=True, return_dict=True)
-        return self(input_ids, attention_mask, past_key_values, **options).past_key_values
+        return self(input_ids, attention_mask, cache, **options).cache
 
     def generate(self, *args, **kwargs):
         """As in all of transformers; on CUDA, a step of the model by one token is a CUDA graph."""
         decoder = _Decoder(self)
         outer = _decoding.set(decoder)
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **self._arguments(kwargs))
         finally:
             _decoding.reset(outer)
             decoder.close()
@@ -1801,6 +1834,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 raise ValueError("stop_strings are looked for in text: pass the tokenizer, too")
             stop = StopStringCriteria(options["tokenizer"], strings)
             options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), stop]
+        options = self._arguments(options)
         return super().generate(input_ids, custom_generate=type(self)._stream, **options)
 
     def _stream(
@@ -1832,7 +1866,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         unfinished = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
         every = 8 if ids.is_cuda else 1
         tokens, overs = [], []
-        logits, cache = output.logits[:, -1], output.past_key_values
+        logits, cache = output.logits[:, -1], output.cache
         graph = DecodingGraph.take(self, cache, DecodingGraph.weights(self)) if count > 1 else None
         try:
             for left in reversed(range(count)):
@@ -1865,43 +1899,46 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 if graph is not None:
                     logits = graph(last)
                 else:
-                    output = self(last, past_key_values=cache, use_cache=True, return_dict=True)
-                    logits, cache = output.logits[:, -1], output.past_key_values
+                    output = self(last, cache=cache, use_cache=True, return_dict=True)
+                    logits, cache = output.logits[:, -1], output.cache
         finally:
             DecodingGraph.give_back(self, graph)
 
-    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, Mamba2Cache) and expand_size > 1:
-            kwargs["past_key_values"] = cache.repeat(expand_size)
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-
-    def _validate_model_kwargs(self, model_kwargs):
-        _require_cache(model_kwargs.get("past_key_values"), Mamba2Cache, RewindableCache)
-        if model_kwargs.get("group") is not None:
+    def _arguments(self, given):
+        """What generate was given by name, with the cache as CACHE; raises for what cannot be."""
+        cache = _of_two_names(given.pop("cache", None), given.pop("past_key_values", None))
+        _require_cache(cache, Mamba2Cache, RewindableCache)
+        if cache is not None:
+            given[CACHE] = cache
+        if given.get("group") is not None:
             raise ValueError("group: read the prompt with it, and generate from the cache after it")
-        mask = model_kwargs.get("attention_mask")
+        mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not (exists := mask[:, -1:] != 0).all():
             raise ValueError(
                 f"attention_mask[{exists.long().argmin()}] ends in 0, where the row's next token "
                 "would be read: pad on the left, tokenizer.padding_side = 'left'; every row needs "
                 "a token"
             )
-        super()._validate_model_kwargs(model_kwargs)
+        return given
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, *args
     ):
+        # transformers would write to a cache that it finds here, to mark it as the user's.
+        cache = model_kwargs.pop(CACHE, None)
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, *args
         )
-        cache = model_kwargs.get("past_key_values") or Mamba2Cache(())
-        if isinstance(cache, RewindableCache):
-            return
-        if generation_config.is_assistant or generation_mode == "assisted_generation":
-            model_kwargs["past_key_values"] = RewindableCache(cache)
-        elif generation_config.prefill_chunk_size is not None:
-            model_kwargs["past_key_values"] = cache
+        speculates = generation_config.is_assistant or generation_mode == "assisted_generation"
+        if cache is None and (speculates or generation_config.prefill_chunk_size is not None):
+            cache = Mamba2Cache(())
+        if isinstance(cache, Mamba2Cache):
+            # Ids have been repeated before, for samples or beams.
+            times = max(generation_config.num_beams, generation_config.num_return_sequences)
+            cache = cache.repeat(times) if times > 1 else cache
+            cache = RewindableCache(cache) if speculates else cache
+        if cache is not None:
+            model_kwargs[CACHE] = cache
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **options):
         # What is generated goes on with the prompt's last sequence; a cache knows that by itself.
@@ -1916,7 +1953,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         kwargs.pop("tokenizer", None)  # of stop_strings: transformers hands it on to the model
         # transformers takes ids that come with a cache for the whole sequence, unless a longer
         # attention_mask comes with them, and cuts off what the cache has seen.
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if isinstance(cache, RewindableCache) and input_ids.shape[1] > cache.get_seq_length():
             next_sequence_length = input_ids.shape[1] - cache.get_seq_length()
         if next_sequence_length is not None and next_sequence_length <= 0:
@@ -1969,6 +2006,7 @@ class RewindableCache:
 
     is_compileable = False
     is_croppable = True
+    is_linear = (False,)
 
     def __init__(self, base: Mamba2Cache):
         self.base, self.since, self.tip = base, None, base
@@ -2003,7 +2041,7 @@ class RewindableCache:
         if self.tip is not None:
             output = model(ids, mask, self.tip, logits_to_keep=logits_to_keep, **options)
             self.since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
-            self.tip = output.past_key_values
+            self.tip = output.cache
         else:  # One pass with two rows: the first ends after `since`, and is the new base.
             m, l = self.since.shape[1], ids.shape[1]
             rows = torch.cat([self.since, ids], dim=1).expand(2, -1)
@@ -2014,10 +2052,10 @@ class RewindableCache:
             output.logits = output.logits[1:]
             if output.hidden_states is not None:
                 output.hidden_states = tuple(h[1:, m:] for h in output.hidden_states)
-            first, second = (output.past_key_values.select(torch.tensor([row])) for row in range(2))
+            first, second = (output.cache.select(torch.tensor([row])) for row in range(2))
             self.base = Mamba2Cache(first.states, self.base.length + m, first.seq_idx)
             self.since, self.tip = ids, second
-        output.past_key_values = self
+        output[CACHE] = self
         return output
 
 
@@ -2129,9 +2167,9 @@ class DecodingGraph:
     def step(self, model):
         """The step itself, from buffers to buffers."""
         cache = Mamba2Cache(tuple(self.states))
-        output = model(self.token, past_key_values=cache, use_cache=True, return_dict=True)
+        output = model(self.token, cache=cache, use_cache=True, return_dict=True)
         self.states, self.others = self.others, self.states
-        _copy(self.states, output.past_key_values.states)
+        _copy(self.states, output.cache.states)
         return output.logits[:, -1]
 
     def load(self, cache):
@@ -2179,7 +2217,7 @@ class _Decoder:
             return None
         logits = self.graph(ids)[:, None].clone()
         self.cache = self.graph.cache(cache.length + 1)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
+        return Mamba2CausalLMOutput(logits=logits, **{CACHE: self.cache})
 
     def close(self):
         DecodingGraph.give_back(self.model, self.graph)

@@ -54,7 +54,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import (
@@ -1261,6 +1261,8 @@ def edit_weights(folder, **changes):
 
 # ---------------------------------------------------------- the same as transformers' own Mamba-2
 
+THEIR_CACHE = "cache" if mamba2.CACHE == "cache" else "cache_params"  # since transformers 5.24
+
 their_groups_are_right = Version(transformers.__version__) > Version("5.20.2")
 needs_groups = pytest.mark.skipif(
     not their_groups_are_right, reason="transformers <= 5.20.2 ignores groups in its gated norm"
@@ -1289,11 +1291,11 @@ def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, length,
 
     if "time_step_limit" in options:
         return  # theirs forgets the limit after the prompt
-    past, their_past = mine.past_key_values, theirs(ids, use_cache=True).cache_params
+    past, their_past = mine.cache, theirs(ids, use_cache=True)[THEIR_CACHE]
     for step in range(3):
         new = tokens(2, 1, seed=step)
         mine = ours(new, past_key_values=past)
-        past, reference = mine.past_key_values, theirs(new, cache_params=their_past)
+        past, reference = mine.cache, theirs(new, **{THEIR_CACHE: their_past})
         assert_close(mine.logits, reference.logits, F32)
 
     if not options.get("use_bias"):  # theirs lets a bias through the padding
@@ -1343,6 +1345,38 @@ def test_one_call_and_any_split_into_calls_with_a_cache_give_the_same():
             assert_close(torch.cat(logits, 1)[exists], whole.logits[exists], F64)
             assert_same_state(past, whole.past_key_values, F64)
             assert past.get_seq_length() == 20
+
+
+# Of one thing: transformers' name since 5.24, and the one before.
+CACHE_NAMES = ["cache", "past_key_values"]
+
+
+@torch.no_grad()
+def test_cache_and_past_key_values_are_two_names_of_one_thing():
+    model, ids, new = tiny(), tokens(2, 9), tokens(2, 3, seed=1)
+    longer = torch.cat([ids, new], 1)
+    for kind in (model, model.backbone):
+        output = kind(ids)
+        assert output.cache is output.past_key_values and output.cache.length == 9
+        assert (
+            kind(ids, use_cache=False).cache is None is kind(ids, use_cache=False).past_key_values
+        )
+        calls = [kind(new, **{name: output.cache}) for name in CACHE_NAMES]
+        calls.append(kind(new, None, output.cache))
+        assert all(torch.equal(call[0], calls[0][0]) for call in calls)
+        assert not torch.equal(calls[0][0], kind(new)[0])
+        back = copy.deepcopy(output)  # and made again of its fields, as by engines that cast them
+        back = tree_map(lambda x: x, back)
+        assert type(back) is type(output) and back.cache is back.past_key_values is not None
+    cache = model(ids).cache
+    for name in CACHE_NAMES:
+        assert_same_state(model.prefill(new, **{name: cache}), calls[0].cache, F32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            text = model.generate(longer, **{name: cache}, **GREEDY)
+        assert torch.equal(text, model.generate(longer, **GREEDY))
+        stream = streamed(model, longer, **{name: cache}, **GREEDY)
+        assert torch.equal(stream, text)
 
 
 @torch.no_grad()
@@ -1651,8 +1685,9 @@ BAD_ARGUMENTS = [
     ("unexpected.*cu_seqlens", dict(cu_seqlens=tokens(2))),
     ("unexpected.*cache_params", dict(cache_params=None)),
     ("unexpected.*atention_mask", dict(atention_mask=tokens(2, 9))),
-    ("past_key_values is a tuple", dict(past_key_values=((1, 2), (3, 4)))),
-    ("past_key_values is a DynamicCache", dict(past_key_values=transformers.DynamicCache())),
+    ("cache is a tuple", dict(past_key_values=((1, 2), (3, 4)))),
+    ("cache is a DynamicCache", dict(cache=transformers.DynamicCache())),
+    ("two names of one argument", dict(cache=Mamba2Cache(()), past_key_values=Mamba2Cache(()))),
 ]
 
 
@@ -1966,6 +2001,31 @@ def test_generate_goes_on_from_a_cache_with_all_tokens_or_with_the_new_ones(hist
         output = model.generate(given, **options, **GREEDY)
         assert torch.equal(output.sequences[:, given.shape[1] :], expected[:, 12:])
         assert_same_state(output.past_key_values, state, F64)  # the text alone could be chance
+
+
+class MyLM(Mamba2ForCausalLM):
+    """By whose name transformers before 5.24 does not know a Mamba."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Mamba2ForCausalLM, MyLM])
+def test_all_tokens_with_a_cache_give_text_and_logits_of_all_tokens_without(kind):
+    model, ids = tiny(kind, dtype=torch.float64), tokens(2, 12)
+    given = dict(**GREEDY, return_dict_in_generate=True, output_logits=True)
+    expected = model.generate(ids, **given)
+    at_once = model(expected.sequences).logits[:, 11:-1]
+    lengths = []
+    model.backbone.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
+    for history in (1, 6, 11):
+        cache = model.prefill(ids[:, :history])
+        before = cache.map(torch.clone)
+        lengths.clear()
+        found = model.generate(ids, cache=cache, **given)
+        assert lengths == [12 - history] + 11 * [1]  # no token is read again
+        assert torch.equal(found.sequences, expected.sequences)
+        assert_close(torch.stack(found.logits, 1).double(), at_once, 1e-6)  # they are in float32
+        assert_same_state(found.past_key_values, expected.past_key_values, F64)
+        assert_same_state(cache, before)
 
 
 @torch.no_grad()
@@ -2446,12 +2506,18 @@ def test_what_generate_cannot_do_right_is_refused():
     model, ids = tiny(), tokens(1, 12)
     with pytest.raises(ValueError, match="tempratur"):
         model.generate(ids, tempratur=1.0, **GREEDY)
-    for given in (dict(position_ids=ids), dict(cache_params=model(ids).past_key_values)):
-        with pytest.raises((TypeError, ValueError), match=next(iter(given))):
-            model.generate(ids, **given, **GREEDY)
-    for bad in ({}, ((1, 2),), transformers.DynamicCache()):
-        with pytest.raises(TypeError, match="past_key_values is a"):
-            model.generate(ids, past_key_values=bad, **GREEDY)
+    with pytest.raises((TypeError, ValueError), match="position_ids"):
+        model.generate(ids, position_ids=ids, **GREEDY)
+    for name, bad in itertools.product(CACHE_NAMES, ({}, ((1, 2),), transformers.DynamicCache())):
+        with pytest.raises(TypeError, match="the cache is a"):
+            model.generate(ids, **{name: bad}, **GREEDY)
+    cache = model(ids).cache
+    for write in (model.generate, model.stream):
+        with pytest.raises(TypeError, match="two names of one argument"):
+            write(ids, cache=cache, past_key_values=cache, **GREEDY)
+        if mamba2.CACHE != "cache":  # since 5.24 transformers itself takes it for another name
+            with pytest.raises(ValueError, match="cache_params"):
+                write(ids, cache_params=cache, **GREEDY)
 
 
 # ------------------------------------------------------------------------ Trainer, PEFT, pipelines
@@ -5360,9 +5426,9 @@ def benchmark():
     with torch.no_grad():
         token = torch.tensor([[17]])
         cache = model(token, use_cache=True).past_key_values
-        their_cache = their_model(token, use_cache=True).cache_params
+        their_cache = their_model(token, use_cache=True)[THEIR_CACHE]
         theirs, ours = (
-            lambda: their_model(token, cache_params=their_cache),
+            lambda: their_model(token, **{THEIR_CACHE: their_cache}),
             lambda: model(token, past_key_values=cache),
         )
         report("decoding a token, 24 layers", *milliseconds((theirs, ours), repeats=21))
