@@ -1114,6 +1114,38 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 # 4. The language model
 # --------------------------------------------------------------------------------------------------
+#
+# It needs names that no documentation promises, so that requirements.txt bounds the versions, and
+# `test_transformers_still_has_the_private_names_that_this_file_uses` looks for each of them. Those
+# of transformers, which calls or reads them in a model:
+#
+#     _init_weights                            draws the weights of a module
+#     _is_hf_initialized                       of a parameter: loaded, not to be drawn
+#     _tied_weights_keys                       the head's weight, which is the embedding's
+#     _keys_to_ignore_on_load_missing          weights that a checkpoint may lack
+#     _keys_to_ignore_on_load_unexpected       ... or have in excess
+#     _weight_conversions                      how the names of weights were changed in loading
+#     _no_split_modules                        what device_map keeps on one device
+#     _set_gradient_checkpointing              refuses reentrant checkpoints, and hands each module
+#     _gradient_checkpointing_func             the function that checkpoints
+#     _supports_default_dynamic_cache          whether generate makes the cache
+#     _prepare_cache_for_generation            makes ours, where the first forward pass needs one
+#     _is_user_defined                         of a cache: lives on after generate
+#     _update_model_kwargs_for_generation      after each forward pass; ends seq_idx
+#     _reorder_cache                           the states of the beams that are gone on with
+#     _prefill                                 the first forward pass of generate, for stream too
+#     _pad_token_tensor                        of the generation config: what follows an ended text
+#
+# of PEFT, adapter_layer_names, by which a module is known as adapted; and of torch, in this file
+# and in kernels.py:
+#
+#     _forward_hooks, _forward_pre_hooks       of a module, and those of all modules, whose names
+#     _backward_hooks, _backward_pre_hooks     begin with global: whether a call does more than
+#                                              the class's forward
+#     torch._C._are_functorch_transforms_active, torch.autograd.forward_ad._current_level,
+#     torch._C._len_torch_dispatch_stack, torch._subclasses.fake_tensor.FakeTensor
+#                                              whether numbers are there, and nobody else watches
+#     torch._foreach_copy_                     copies all states by one kernel
 
 
 class Mamba2Block(nn.Module):
@@ -1292,7 +1324,6 @@ class Mamba2PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Mamba2Block"]
-    _is_stateful = False  # or transformers would refuse assisted generation: see RewindableCache
 
     def _init_weights(self, module):
         if isinstance(module, Mamba2):
@@ -2007,6 +2038,8 @@ class RewindableCache:
     is_compileable = False
     is_croppable = True
     is_linear = (False,)
+    layers = ()  # none of them records a past of its own
+    _is_user_defined = True  # it changes in place, so that a token too many has to be taken back
 
     def __init__(self, base: Mamba2Cache):
         self.base, self.since, self.tip = base, None, base

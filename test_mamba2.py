@@ -13,6 +13,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -1259,6 +1260,41 @@ def edit_weights(folder, **changes):
     save_file({k: v for k, v in weights.items() if v is not None}, path, metadata={"format": "pt"})
 
 
+def test_transformers_still_has_the_private_names_that_this_file_uses():
+    """The first of the language model: what a new version lacks is named before it fails elsewhere.
+
+    The names are those of a comment in mamba2.py, which lists all that it uses.
+    """
+    code, private = Path(mamba2.__file__).read_text(), r"(?<!\w)_[a-z]\w+"
+    comment = code[code.index("# 4. The language model") :].split("\n\n")[0]
+    of_torch = re.findall(r"torch\.[\w.]*\w", comment)
+    listed = set(re.findall(private, comment))
+    hooks = {name for name in listed if name.endswith("_hooks")}
+
+    parts = transformers.modeling_utils, transformers.modeling_layers, transformers.generation.utils
+    there = set(re.findall(r"\w+", " ".join([*map(inspect.getsource, parts), *of_torch])))
+    gone = [f"transformers {transformers.__version__}: {name}" for name in listed - hooks - there]
+    of_torch += [f"torch.nn.Module().{name}" for name in hooks]
+    of_torch += [f"torch.nn.modules.module._global{name}" for name in hooks]
+    for name in of_torch:
+        try:
+            eval(name)
+        except AttributeError:
+            gone.append(f"torch {torch.__version__}: {name}")
+    if not hasattr(peft.tuners.tuners_utils.BaseTunerLayer, "adapter_layer_names"):
+        gone.append(f"peft {peft.__version__}: adapter_layer_names")
+    assert not gone, "what mamba2.py uses is gone from " + ", from ".join(sorted(gone))
+
+    used = set(re.findall(private, code.replace(comment, "")))
+    own = set(re.findall(r"(?:^|def |class |self\.)(_[a-z]\w+)(?:\(|:| = )", code, re.M))
+    bases = transformers.PreTrainedModel, transformers.GenerationMixin, nn.Module
+    own = {name for name in own if not any(hasattr(base, name) for base in bases)}
+    # Of NamedTuple, kernels.py, config.json and the original; parts of names.
+    own |= {"_asdict", "_fields", "_allows_tf32", "_name_or_path", "_no_weight_decay"}
+    own |= {f"_global{name}" for name in hooks} | {"_kernels", "_max"}
+    assert used - own <= listed, f"a comment in mamba2.py does not list {used - own - listed}"
+
+
 # ---------------------------------------------------------- the same as transformers' own Mamba-2
 
 THEIR_CACHE = "cache" if mamba2.CACHE == "cache" else "cache_params"  # since transformers 5.24
@@ -2026,6 +2062,42 @@ def test_all_tokens_with_a_cache_give_text_and_logits_of_all_tokens_without(kind
         assert_close(torch.stack(found.logits, 1).double(), at_once, 1e-6)  # they are in float32
         assert_same_state(found.past_key_values, expected.past_key_values, F64)
         assert_same_state(cache, before)
+
+
+class LateStop(transformers.generation.utils.DeferredStopCheck):
+    """What transformers does on MPS, where it hears of the end one forward pass late."""
+
+    is_supported = staticmethod(
+        lambda device, cache, returned, is_assistant: (
+            not is_assistant and (cache is None or cache.is_croppable or not returned)
+        )
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Mamba2Cache, RewindableCache])
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_token_that_is_read_after_the_end_leaves_nothing_in_a_cache(kind, returned, monkeypatch):
+    model, ids, late = tiny(dtype=torch.float64), tokens(1, 12), []
+    given = {**GREEDY, "return_dict_in_generate": returned}
+    given["eos_token_id"] = model.generate(ids, **GREEDY)[0, 18].item()
+
+    def run():
+        before = model.prefill(ids[:, :5])
+        cache = RewindableCache(before) if kind is RewindableCache else before
+        output = model.generate(ids, cache=cache, **given)
+        found = [output.sequences, output.past_key_values] if returned else [output, cache]
+        return found[0], found[1].get_seq_length(), model(ids[:, :3], cache=found[1]).logits
+
+    expected = run()
+    event = type("Event", (), dict(record=lambda _: late.append(1), synchronize=lambda _: None))
+    monkeypatch.setattr(torch, "Event", lambda **_: event())
+    monkeypatch.setattr(transformers.generation.utils, "DeferredStopCheck", LateStop)
+    text, length, logits = run()
+    assert torch.equal(text, expected[0]) and text.shape[1] < 24
+    assert length == expected[1]
+    assert_close(logits, expected[2], F64)
+    assert bool(late) == (kind is RewindableCache or not returned)
 
 
 @torch.no_grad()
