@@ -13,6 +13,7 @@ import functools
 import gc
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -54,7 +55,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import (
@@ -1258,7 +1259,44 @@ def edit_weights(folder, **changes):
     save_file({k: v for k, v in weights.items() if v is not None}, path, metadata={"format": "pt"})
 
 
+def test_transformers_still_has_the_private_names_that_this_file_uses():
+    """The first of the language model: what a new version lacks is named before it fails elsewhere.
+
+    The names are those of a comment in mamba2.py, which lists all that it uses.
+    """
+    code, private = Path(mamba2.__file__).read_text(), r"(?<!\w)_[a-z]\w+"
+    comment = code[code.index("# 4. The language model") :].split("\n\n")[0]
+    of_torch = re.findall(r"torch\.[\w.]*\w", comment)
+    listed = set(re.findall(private, comment))
+    hooks = {name for name in listed if name.endswith("_hooks")}
+
+    parts = transformers.modeling_utils, transformers.modeling_layers, transformers.generation.utils
+    there = set(re.findall(r"\w+", " ".join([*map(inspect.getsource, parts), *of_torch])))
+    gone = [f"transformers {transformers.__version__}: {name}" for name in listed - hooks - there]
+    of_torch += [f"torch.nn.Module().{name}" for name in hooks]
+    of_torch += [f"torch.nn.modules.module._global{name}" for name in hooks]
+    for name in of_torch:
+        try:
+            eval(name)
+        except AttributeError:
+            gone.append(f"torch {torch.__version__}: {name}")
+    if not hasattr(peft.tuners.tuners_utils.BaseTunerLayer, "adapter_layer_names"):
+        gone.append(f"peft {peft.__version__}: adapter_layer_names")
+    assert not gone, "what mamba2.py uses is gone from " + ", from ".join(sorted(gone))
+
+    used = set(re.findall(private, code.replace(comment, "")))
+    own = set(re.findall(r"(?:^|def |class |self\.)(_[a-z]\w+)(?:\(|:| = )", code, re.M))
+    bases = transformers.PreTrainedModel, transformers.GenerationMixin, nn.Module
+    own = {name for name in own if not any(hasattr(base, name) for base in bases)}
+    # Of NamedTuple, kernels.py, config.json and the original; parts of names.
+    own |= {"_asdict", "_fields", "_allows_tf32", "_name_or_path", "_no_weight_decay"}
+    own |= {f"_global{name}" for name in hooks} | {"_kernels", "_max"}
+    assert used - own <= listed, f"a comment in mamba2.py does not list {used - own - listed}"
+
+
 # ---------------------------------------------------------- the same as transformers' own Mamba-2
+
+THEIR_CACHE = "cache" if mamba2.CACHE == "cache" else "cache_params"  # since transformers 5.24
 
 their_groups_are_right = Version(transformers.__version__) > Version("5.20.2")
 needs_groups = pytest.mark.skipif(
@@ -1288,11 +1326,11 @@ def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, length,
 
     if "time_step_limit" in options:
         return  # theirs forgets the limit after the prompt
-    past, their_past = mine.past_key_values, theirs(ids, use_cache=True).cache_params
+    past, their_past = mine.cache, theirs(ids, use_cache=True)[THEIR_CACHE]
     for step in range(3):
         new = tokens(2, 1, seed=step)
         mine = ours(new, past_key_values=past)
-        past, reference = mine.past_key_values, theirs(new, cache_params=their_past)
+        past, reference = mine.cache, theirs(new, **{THEIR_CACHE: their_past})
         assert_close(mine.logits, reference.logits, F32)
 
     if not options.get("use_bias"):  # theirs lets a bias through the padding
@@ -1342,6 +1380,38 @@ def test_one_call_and_any_split_into_calls_with_a_cache_give_the_same():
             assert_close(torch.cat(logits, 1)[exists], whole.logits[exists], F64)
             assert_same_state(past, whole.past_key_values, F64)
             assert past.get_seq_length() == 20
+
+
+# Of one thing: transformers' name since 5.24, and the one before.
+CACHE_NAMES = ["cache", "past_key_values"]
+
+
+@torch.no_grad()
+def test_cache_and_past_key_values_are_two_names_of_one_thing():
+    model, ids, new = tiny(), tokens(2, 9), tokens(2, 3, seed=1)
+    longer = torch.cat([ids, new], 1)
+    for kind in (model, model.backbone):
+        output = kind(ids)
+        assert output.cache is output.past_key_values and output.cache.length == 9
+        assert (
+            kind(ids, use_cache=False).cache is None is kind(ids, use_cache=False).past_key_values
+        )
+        calls = [kind(new, **{name: output.cache}) for name in CACHE_NAMES]
+        calls.append(kind(new, None, output.cache))
+        assert all(torch.equal(call[0], calls[0][0]) for call in calls)
+        assert not torch.equal(calls[0][0], kind(new)[0])
+        back = copy.deepcopy(output)  # and made again of its fields, as by engines that cast them
+        back = tree_map(lambda x: x, back)
+        assert type(back) is type(output) and back.cache is back.past_key_values is not None
+    cache = model(ids).cache
+    for name in CACHE_NAMES:
+        assert_same_state(model.prefill(new, **{name: cache}), calls[0].cache, F32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            text = model.generate(longer, **{name: cache}, **GREEDY)
+        assert torch.equal(text, model.generate(longer, **GREEDY))
+        stream = streamed(model, longer, **{name: cache}, **GREEDY)
+        assert torch.equal(stream, text)
 
 
 @torch.no_grad()
@@ -1650,8 +1720,9 @@ BAD_ARGUMENTS = [
     ("unexpected.*cu_seqlens", dict(cu_seqlens=tokens(2))),
     ("unexpected.*cache_params", dict(cache_params=None)),
     ("unexpected.*atention_mask", dict(atention_mask=tokens(2, 9))),
-    ("past_key_values is a tuple", dict(past_key_values=((1, 2), (3, 4)))),
-    ("past_key_values is a DynamicCache", dict(past_key_values=transformers.DynamicCache())),
+    ("cache is a tuple", dict(past_key_values=((1, 2), (3, 4)))),
+    ("cache is a DynamicCache", dict(cache=transformers.DynamicCache())),
+    ("two names of one argument", dict(cache=Mamba2Cache(()), past_key_values=Mamba2Cache(()))),
 ]
 
 
@@ -1965,6 +2036,67 @@ def test_generate_goes_on_from_a_cache_with_all_tokens_or_with_the_new_ones(hist
         output = model.generate(given, **options, **GREEDY)
         assert torch.equal(output.sequences[:, given.shape[1] :], expected[:, 12:])
         assert_same_state(output.past_key_values, state, F64)  # the text alone could be chance
+
+
+class MyLM(Mamba2ForCausalLM):
+    """By whose name transformers before 5.24 does not know a Mamba."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Mamba2ForCausalLM, MyLM])
+def test_all_tokens_with_a_cache_give_text_and_logits_of_all_tokens_without(kind):
+    model, ids = tiny(kind, dtype=torch.float64), tokens(2, 12)
+    given = dict(**GREEDY, return_dict_in_generate=True, output_logits=True)
+    expected = model.generate(ids, **given)
+    at_once = model(expected.sequences).logits[:, 11:-1]
+    lengths = []
+    model.backbone.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
+    for history in (1, 6, 11):
+        cache = model.prefill(ids[:, :history])
+        before = cache.map(torch.clone)
+        lengths.clear()
+        found = model.generate(ids, cache=cache, **given)
+        assert lengths == [12 - history] + 11 * [1]  # no token is read again
+        assert torch.equal(found.sequences, expected.sequences)
+        assert_close(torch.stack(found.logits, 1).double(), at_once, 1e-6)  # they are in float32
+        assert_same_state(found.past_key_values, expected.past_key_values, F64)
+        assert_same_state(cache, before)
+
+
+class LateStop(transformers.generation.utils.DeferredStopCheck):
+    """What transformers does on MPS, where it hears of the end one forward pass late."""
+
+    is_supported = staticmethod(
+        lambda device, cache, returned, is_assistant: (
+            not is_assistant and (cache is None or cache.is_croppable or not returned)
+        )
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Mamba2Cache, RewindableCache])
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_token_that_is_read_after_the_end_leaves_nothing_in_a_cache(kind, returned, monkeypatch):
+    model, ids, late = tiny(dtype=torch.float64), tokens(1, 12), []
+    given = {**GREEDY, "return_dict_in_generate": returned}
+    given["eos_token_id"] = model.generate(ids, **GREEDY)[0, 18].item()
+
+    def run():
+        before = model.prefill(ids[:, :5])
+        cache = RewindableCache(before) if kind is RewindableCache else before
+        output = model.generate(ids, cache=cache, **given)
+        found = [output.sequences, output.past_key_values] if returned else [output, cache]
+        return found[0], found[1].get_seq_length(), model(ids[:, :3], cache=found[1]).logits
+
+    expected = run()
+    event = type("Event", (), dict(record=lambda _: late.append(1), synchronize=lambda _: None))
+    monkeypatch.setattr(torch, "Event", lambda **_: event())
+    monkeypatch.setattr(transformers.generation.utils, "DeferredStopCheck", LateStop)
+    text, length, logits = run()
+    assert torch.equal(text, expected[0]) and text.shape[1] < 24
+    assert length == expected[1]
+    assert_close(logits, expected[2], F64)
+    assert bool(late) == (kind is RewindableCache or not returned)
 
 
 @torch.no_grad()
@@ -2445,12 +2577,18 @@ def test_what_generate_cannot_do_right_is_refused():
     model, ids = tiny(), tokens(1, 12)
     with pytest.raises(ValueError, match="tempratur"):
         model.generate(ids, tempratur=1.0, **GREEDY)
-    for given in (dict(position_ids=ids), dict(cache_params=model(ids).past_key_values)):
-        with pytest.raises((TypeError, ValueError), match=next(iter(given))):
-            model.generate(ids, **given, **GREEDY)
-    for bad in ({}, ((1, 2),), transformers.DynamicCache()):
-        with pytest.raises(TypeError, match="past_key_values is a"):
-            model.generate(ids, past_key_values=bad, **GREEDY)
+    with pytest.raises((TypeError, ValueError), match="position_ids"):
+        model.generate(ids, position_ids=ids, **GREEDY)
+    for name, bad in itertools.product(CACHE_NAMES, ({}, ((1, 2),), transformers.DynamicCache())):
+        with pytest.raises(TypeError, match="the cache is a"):
+            model.generate(ids, **{name: bad}, **GREEDY)
+    cache = model(ids).cache
+    for write in (model.generate, model.stream):
+        with pytest.raises(TypeError, match="two names of one argument"):
+            write(ids, cache=cache, past_key_values=cache, **GREEDY)
+        if mamba2.CACHE != "cache":  # since 5.24 transformers itself takes it for another name
+            with pytest.raises(ValueError, match="cache_params"):
+                write(ids, cache_params=cache, **GREEDY)
 
 
 # ------------------------------------------------------------------------ Trainer, PEFT, pipelines
@@ -5359,9 +5497,9 @@ def benchmark():
     with torch.no_grad():
         token = torch.tensor([[17]])
         cache = model(token, use_cache=True).past_key_values
-        their_cache = their_model(token, use_cache=True).cache_params
+        their_cache = their_model(token, use_cache=True)[THEIR_CACHE]
         theirs, ours = (
-            lambda: their_model(token, cache_params=their_cache),
+            lambda: their_model(token, **{THEIR_CACHE: their_cache}),
             lambda: model(token, past_key_values=cache),
         )
         report("decoding a token, 24 layers", *milliseconds((theirs, ours), repeats=21))
