@@ -3318,7 +3318,6 @@ def block(block, h, state):
     parts += [(mixer.conv1d, "CausalConv1d"), (mixer.norm, "RMSNorm")]
     if torch.is_autocast_enabled(h.device.type) or not all([_is(*part) for part in parts]):
         return None
-    mixer._check(h, state, None, None)
     return block_step(h, state, norm, mixer)
 
 

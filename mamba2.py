@@ -241,7 +241,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
     b, l, h, _ = x.shape
     full, rest = divmod(l, chunk_size)
-    slab = max(1, min(full, SLAB[x.device.type == "cuda"] // (b * h * chunk_size**2)))
+    slab = SLAB[x.device.type == "cuda"] // max(1, b * h * chunk_size**2)
+    slab = max(1, min(full, slab))
     sizes = [slab * chunk_size] * (full // slab) + [full % slab * chunk_size, rest]
     sizes = [size for size in sizes if size > 0]  # a few slabs of many chunks, then what is left
     ys = []
@@ -321,7 +322,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     _require("B", B, "b l g n", sizes)
     _require("C", C, "b l g n", sizes)
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        raise ValueError(f"B has {sizes['g']} groups: they must divide the {sizes['h']} heads of x")
+        g, h = sizes["g"], sizes["h"]
+        raise ValueError(f"B has {g} groups: it must be a divisor of the number of heads, {h}")
     if D is not None:
         _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
     if initial_state is not None:
@@ -708,8 +710,12 @@ class Mamba2(nn.Module):
         if state is not None:
             if not isinstance(state, tuple) or len(state) != 2:
                 found = type(state).__name__
-                raise TypeError(f"state is a {found}: it must be step's second result, a Mamba2State")
-            _require("state.conv", state[0], "b k-1 c", {**sizes, "k-1": self.config.conv_kernel - 1})
+                raise TypeError(
+                    f"state is a {found}: it must be step's second result, a Mamba2State"
+                )
+            _require(
+                "state.conv", state[0], "b k-1 c", {**sizes, "k-1": self.config.conv_kernel - 1}
+            )
             _require("state.ssm", state[1], "b h p n", sizes)
 
 
@@ -760,9 +766,9 @@ def _as_bool(name: str, mask: Tensor) -> Tensor:
 
 
 def _is_eager(x: Tensor) -> bool:
-    """Whether x's values can be read now, which waits for a GPU: not while torch.compile traces,
-    while a CUDA graph is captured, or on the meta device."""
-    if x.is_meta or torch.compiler.is_compiling():
+    """Whether x's values can be read now, which waits for a GPU: not while torch.compile traces, in
+    transforms of torch.func, while a CUDA graph is captured, or on the meta device."""
+    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -834,8 +840,8 @@ def run_blocks(blocks, h, states=None, *arguments, call=lambda block, *given: bl
 class Mamba2LM(nn.Module):
     """The language model (Section 9.2), and nothing else.
 
-        logits, states = model(ids)                # ids (b, l), logits (b, l, vocabulary)
-        logits, states = model(next_ids, states)   # resumes there, with any number of tokens
+    logits, states = model(ids)                # ids (b, l), logits (b, l, vocabulary)
+    logits, states = model(next_ids, states)   # resumes there, with any number of tokens
     """
 
     def __init__(self, config: Mamba2Config):
@@ -876,7 +882,12 @@ OPTIONS = [
     ("num_heads", "nheads", None, "h; None: expand * hidden_size / head_dim"),
     ("conv_kernel", "d_conv", 4, "k, taps of the short convolution"),
     ("chunk_size", None, 256, "chunk length; above 64 means 64; speed only"),
-    ("segment_length", None, 0, 'positions read at a time, "auto", or 0: all; memory and speed only'),
+    (
+        "segment_length",
+        None,
+        0,
+        'positions read at a time, "auto", or 0: all; memory and speed only',
+    ),
     ("hidden_act", None, "silu", "of convolution and gate; no other is implemented"),
     ("use_bias", "bias", False, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, "bias in the convolution"),
@@ -1036,8 +1047,8 @@ def _require_segment_length(length):
 def _refuse_options(options: dict, required: dict):
     """Take options that change the mathematics out of `options`, and raise unless as required."""
     for name, value in required.items():
-        if options.pop(name, value) != value:
-            raise ValueError(f"{name} must be {value!r}: nothing else is implemented")
+        if (found := options.pop(name, value)) != value:
+            raise ValueError(f"{name} = {found!r}: only {value} is implemented")
 
 
 def _from_transformers_format(options: dict) -> dict:
@@ -1062,9 +1073,9 @@ def _from_original_format(original: dict) -> dict:
     ssm = dict(original["ssm_cfg"])
     if (layer := ssm.pop("layer", "Mamba1")) != "Mamba2":
         raise ValueError(f"ssm_cfg.layer = {layer!r}: only 'Mamba2' checkpoints can be loaded")
-    for name in ("attn_layer_idx", "d_intermediate"):
+    for name, what in {"attn_layer_idx": "attention", "d_intermediate": "MLP"}.items():
         if original.get(name):
-            raise ValueError(f"{name} = {original[name]!r}: hybrids are not implemented")
+            raise ValueError(f"{name} = {original[name]!r}: {what} layers are not implemented")
     _refuse_options(original, {"rms_norm": True})
     _refuse_options(ssm, {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False})
     for name in ("A_init_range", "conv_init", "use_mem_eff_path"):  # no effect on loaded weights
@@ -1089,19 +1100,39 @@ def _from_original_format(original: dict) -> dict:
 # 5. transformers: cache, loss, segments, loading, generation
 # --------------------------------------------------------------------------------------------------
 #
-# Private names of transformers that are used here. Hooks that it calls: _no_split_modules (for
-# device_map), _keys_to_ignore_on_load_unexpected, _tied_weights_keys, _init_weights (draws what is
-# not loaded), _is_stateful (False allows speculative decoding), _supports_default_dynamic_cache
-# (False: it makes no cache of its own), _expand_inputs_for_generation (several samples or beams per
-# prompt), _get_stopping_criteria (which rows have ended). Called: _prefill (by `stream`).
-# Attributes: _is_hf_initialized of loaded parameters, _weight_conversions of loaded models. Of
-# PyTorch: _is_replica of DataParallel's replicas, _version of tensors.
+# Names that no documentation promises. A test
+# (`test_transformers_still_has_the_private_names_that_this_file_uses`)
+# looks for each. Those of transformers, which calls or reads them in a model:
+#
+#     _init_weights                         draws the weights of a module
+#     _is_hf_initialized                    of a parameter: loaded, not to be drawn
+#     _tied_weights_keys                    the head's weight, which is the embedding's
+#     _keys_to_ignore_on_load_missing       weights that a checkpoint may lack
+#     _keys_to_ignore_on_load_unexpected    ... or have in excess
+#     _weight_conversions                   how the names of weights were changed in loading
+#     _no_split_modules                     what device_map keeps on one device
+#     _is_stateful                          False allows speculative decoding
+#     _supports_default_dynamic_cache       False: generate makes no cache of its own
+#     _expand_inputs_for_generation         several samples or beams for a prompt
+#     _get_stopping_criteria                tell which rows have ended
+#     _prefill                              the first forward pass of generate, for stream too
+#
+# and of torch, here and in kernels.py:
+#
+#     _is_replica                           of a model in torch.nn.DataParallel
+#     torch.Tensor._version                 counts changes in place
+#     torch._C._are_functorch_transforms_active, torch.autograd.forward_ad._current_level,
+#     torch._C._len_torch_dispatch_stack, torch._subclasses.fake_tensor.FakeTensor
+#                                           whether values can be read, and nobody else watches
 
 # Outputs and generation call the cache so; before 5.24 it was "past_key_values". Callers of this
 # file may use either name, with any version.
-_CACHE = "past_key_values"
-if transformers is not None and "past_key_values" not in CausalLMOutputWithPast.__dataclass_fields__:
-    _CACHE = "cache"
+CACHE = "past_key_values"
+if (
+    transformers is not None
+    and "past_key_values" not in CausalLMOutputWithPast.__dataclass_fields__
+):
+    CACHE = "cache"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1180,7 +1211,9 @@ class Mamba2Cache:
         ssm = [state.ssm.to(*args, **kwargs) for state in self.states]
         if not all(tensor.is_floating_point() for tensor in ssm):
             raise TypeError(f"ssm would be {ssm[0].dtype}: it must hold floating-point numbers")
-        conv = [state.conv.to(tensor.device) for state, tensor in zip(self.states, ssm, strict=True)]
+        conv = [
+            state.conv.to(tensor.device) for state, tensor in zip(self.states, ssm, strict=True)
+        ]
         seq_idx = None if self.seq_idx is None else self.seq_idx.to(ssm[0].device)
         return Mamba2Cache(tuple(map(Mamba2State, conv, ssm)), self.length, seq_idx)
 
@@ -1356,6 +1389,8 @@ class Mamba2Model(Mamba2PreTrainedModel):
         seq_idx = _packing(x, seq_idx, mask, past, others)
         if past.states and len(past.states) != len(self.layers):
             raise ValueError(f"{len(past.states)} states for {len(self.layers)} layers: one each")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache is None:  # DataParallel cannot gather caches
             use_cache = self.config.use_cache and not self.training
             use_cache = use_cache and not hasattr(self, "_is_replica")
@@ -1372,7 +1407,9 @@ class Mamba2Model(Mamba2PreTrainedModel):
         slices = Slices.of(group, self.config, h, lengths, seq_idx, **options)
         length = past.length + (h.shape[1] if slices is None else slices.length)
         if seq_idx is not None:
-            exists = torch.ones_like(seq_idx, dtype=torch.bool) if order is None else order.sort(mask)
+            exists = (
+                torch.ones_like(seq_idx, dtype=torch.bool) if order is None else order.sort(mask)
+            )
             past = _follow_labels(past, *((seq_idx, exists) if slices is None else slices.ends))
 
         hidden_states = []
@@ -1381,21 +1418,27 @@ class Mamba2Model(Mamba2PreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(h)
             if checkpoints:
-                return checkpoint(block, h, *arguments, use_reentrant=False)
-            return block(h, *arguments)
+                h, state = checkpoint(block, h, *arguments, use_reentrant=False)
+            else:
+                h, state = block(h, *arguments)
+            return h, state if use_cache else None  # it would only take memory
 
         given = lengths, seq_idx, slices
         h, states = run_blocks(self.layers, h, past.states, *given, call=call)
         hidden_states.append(self.norm_f(h))
         if order is not None:
-            hidden_states = [order.restore(h).masked_fill(~mask[..., None], 0) for h in hidden_states]
+            hidden_states = [
+                order.restore(h).masked_fill(~mask[..., None], 0) for h in hidden_states
+            ]
         if use_cache and not isinstance(length, Tensor):
             length = torch.full((), length, device=h.device)
         cache = Mamba2Cache(states, length, past.seq_idx) if use_cache else None
-        output = BaseModelOutputWithPast(last_hidden_state=hidden_states[-1], **{_CACHE: cache})
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states[-1],
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            **{CACHE: cache},
+        )
         output.cache = cache
-        if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
-            output.hidden_states = tuple(hidden_states)
         return output
 
 
@@ -1427,11 +1470,11 @@ def _as_mask(attention_mask, x):
     """(b, l) bool from transformers' attention_mask, or None where nothing is masked."""
     if attention_mask is None:
         return None
-    sizes = {"b": x.shape[0]}
+    b, l = x.shape[:2]
+    longer = attention_mask.dim() == 2 and attention_mask.shape[1] > l  # covers the cache too
+    sizes = dict(b=b) if longer else dict(b=b, l=l)
     _require("attention_mask", attention_mask, "b l", sizes, "a mask")
-    if sizes["l"] < x.shape[1]:
-        _require("attention_mask", attention_mask, "b l", {"l": x.shape[1]}, "a mask")
-    mask = _as_bool("attention_mask", attention_mask[:, sizes["l"] - x.shape[1] :])
+    mask = _as_bool("attention_mask", attention_mask[:, sizes["l"] - l :])
     # Nothing masked is the common case, and worth asking for.
     return None if _is_eager(mask) and bool(mask.all()) else mask
 
@@ -1545,10 +1588,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _require("labels", labels, "b l", dict(b=b, l=l), "integers")
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
         if count > 1 and output_hidden_states:
-            raise ValueError("output_hidden_states = True: leave it out, or take segment_length=0")
+            raise ValueError(
+                f"output_hidden_states = True, segment_length = {length}: segments are there so "
+                "that nothing of this size is held; leave one of the two out"
+            )
         first = 0  # the first position whose logits are wanted
         if logits_to_keep is None and labels is not None and (self.training or count > 1):
-            first = l  # none
+            first = l + 1  # none
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         options = dict(use_cache=use_cache, output_hidden_states=output_hidden_states, group=group)
@@ -1560,12 +1606,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             if group is not None:
                 loss, items = (_all_gather(t[None], group).sum() for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
-        logits = None
-        if first < l or labels is None:
-            keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(None)
-            logits = self.lm_head(h[:, keep])
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: output.cache})
-        result.cache, result.hidden_states = output.cache, output.hidden_states
+        keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(None)
+        logits = None if h is None else self.lm_head(h[:, keep])
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: output.cache}
+        )
+        result.cache = output.cache
         return result
 
     def summed_loss(self, h, targets):
@@ -1641,12 +1687,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         cache.recording |= bool(config.is_assistant)  # its tokens may be rejected
         outer = _generating.set(cache)
         try:
-            output = super().generate(inputs, generation_config, **options, **{_CACHE: cache})
+            output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
         finally:
             _generating.reset(outer)
             cache.close()
         if isinstance(output, dict) and not config.is_assistant:  # an assistant goes on with it
-            setattr(output, _CACHE, cache.value())
+            setattr(output, CACHE, cache.value())
             output.cache = cache.value()
         return output
 
@@ -1681,13 +1727,15 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         chunked, packed = option("prefill_chunk_size"), options.get("seq_idx") is not None
         for wrong, message in {
-            "group": (options.get("group"), "read the prompt with `prefill`, generate from its cache"),
+            "group": (
+                options.get("group"),
+                "read the prompt with `prefill`, generate from its cache",
+            ),
             "cache_implementation": (option("cache_implementation"), "a state needs none"),
             "prefill_chunk_size": (
                 chunked and (packed or options.get("inputs_embeds") is not None),
                 "with seq_idx or inputs_embeds, read the prompt with `prefill`, generate from its cache",
             ),
-            "use_cache": (packed and option("use_cache") is False, "seq_idx needs use_cache=True"),
         }.items():
             if message[0]:
                 raise ValueError(f"{wrong} = {option(wrong)!r}: leave it out; {message[1]}")
@@ -1709,12 +1757,17 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return _WatchedCriteria(criteria, cache)
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, *, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         kwargs.pop("tokenizer", None)  # of stop_strings: transformers hands it on to the model
         # transformers takes ids that come with a cache for the whole sequence, unless a longer
         # attention_mask comes with them, and cuts off what the cache has seen.
-        cache, seen = kwargs.get(_CACHE), 0
+        cache, seen = kwargs.get(CACHE), 0
         if isinstance(cache, GenerationCache):
             seen = cache.get_seq_length()
             if cache.recording and input_ids.shape[1] > seen:
@@ -1726,13 +1779,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 "with an attention_mask that covers the whole sequence; inputs_embeds must be of the "
                 "whole sequence"
             )
-        # What is generated belongs to the prompt's last sequence, as the cache knows.
-        seq_idx = kwargs.pop("seq_idx", None)
+        seq_idx, length = kwargs.pop("seq_idx", None), input_ids.shape[1]
+        given = dict(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, next_sequence_length, **given, **kwargs
         )
-        if seq_idx is not None and is_first_iteration:
-            inputs["seq_idx"] = seq_idx[:, -(next_sequence_length or input_ids.shape[1]) :]
+        # What is generated belongs to the prompt's last sequence, as a cache knows.
+        if seq_idx is not None and (cache is None or is_first_iteration):
+            more = seq_idx[:, -1:].expand(-1, length - seq_idx.shape[1])
+            seq_idx = torch.cat([seq_idx, more], dim=1)
+            inputs["seq_idx"] = seq_idx[:, -(next_sequence_length or length) :]
         return inputs
 
     def stream(self, input_ids, **options):
@@ -1801,7 +1857,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 else:
                     token = scores.argmax(-1)
                 if ends:  # rows that have ended are filled up
-                    pad = ends[0].flatten()[0] if config.pad_token_id is None else config.pad_token_id
+                    pad = (
+                        ends[0].flatten()[0] if config.pad_token_id is None else config.pad_token_id
+                    )
                     token = token.masked_fill(~unfinished, int(pad))
                 if length == text.shape[1]:  # double the buffer: appending stays O(1) amortised
                     text = F.pad(text, (0, length))
@@ -1889,8 +1947,9 @@ class GenerationCache:
 
     def rows_have_ended(self, done):
         """Note which rows (b) ended with the token that was just chosen."""
-        self.ended_before = self.ended
-        self.ended = done if self.ended is None else self.ended | done
+        if not self.recording:  # in speculative decoding the token may be rejected
+            self.ended_before = self.ended
+            self.ended = done if self.ended is None else self.ended | done
 
     def read(self, options):
         """The model's output for more tokens; options are those of its forward."""
@@ -1906,7 +1965,7 @@ class GenerationCache:
             output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
             self.current = output.cache
         self.length += length
-        output[_CACHE] = output.cache = self
+        output[CACHE] = output.cache = self
         return output
 
     def _decode(self, ids, options):
@@ -1932,6 +1991,7 @@ class GenerationCache:
         If that forgets nothing, all tokens are there to stay.
         """
         start, length = self.base.get_seq_length(), self.length
+        tokens = int(tokens)
         kept = min(tokens if tokens > 0 else length + tokens, length)
         if kept < start:
             raise ValueError(f"crop({tokens}): {start - kept} of these tokens were there to stay")
@@ -1944,7 +2004,10 @@ class GenerationCache:
 
     def _read_again(self, options):
         """The output for ids (1, l) after the tokens that were not forgotten."""
-        ids, mask, l = options["input_ids"], options["attention_mask"], options["input_ids"].shape[1]
+        ids, mask = options["input_ids"], options["attention_mask"]
+        if ids is None:
+            raise ValueError("speculative decoding reads input_ids alone: leave out inputs_embeds")
+        l = ids.shape[1]
         if self.current is None and self.since.shape[1] > 32:  # too many to read each time
             seen = None if mask is None else mask[:, : self.length]
             self.replace(self.model.prefill(self.since, seen, cache=self.base))
@@ -1988,7 +2051,8 @@ def read_in_segments(model, whole, cache, length, first, progress, options):
         h = output.last_hidden_state
         return None if targets is None else model.summed_loss(h, targets), output
 
-    count = max(1, -(-whole[0].shape[1] // length))
+    total = whole[0].shape[1]
+    count = max(1, -(-total // length))
     run = segment
     if count > 1 and torch.is_grad_enabled():
         run = functools.partial(recomputed, model, segment)
@@ -2004,8 +2068,11 @@ def read_in_segments(model, whole, cache, length, first, progress, options):
             loss, output = run(*piece, cache, i == count - 1)
             losses.append(loss)
             cache, h = output.cache, output.last_hidden_state
-            kept.append(h[:, max(0, first - i * length) :])
-    return None if losses[0] is None else sum(losses), torch.cat(kept, dim=1), output
+            end = min((i + 1) * length, total)
+            if first < end or first == end == total:  # else the slice would keep all of h alive
+                kept.append(h[:, max(0, first - i * length) :])
+    h = torch.cat(kept, dim=1) if kept else None
+    return None if losses[0] is None else sum(losses), h, output
 
 
 def _without_weight_cache(x):
@@ -2138,9 +2205,10 @@ class Slices:
         labels, exist = rearrange(ends, "r two b m -> two b (r m)")
         self.ends = labels, exist.bool()  # all that `_follow_labels` needs of the whole sequence
         # (b), whether this slice begins another sequence than the one before it.
-        first, any_exist = _first_label(labels[:, self.rank * (1 + self.m) :], exist.bool()[:, self.rank * (1 + self.m) :])
-        before = [t[:, : self.rank * (1 + self.m)].flip(1) for t in self.ends]
-        before, any_before = _first_label(*before)
+        cut = self.rank * (1 + self.m)
+        own = [t[:, cut : cut + 1 + self.m] for t in self.ends]
+        first, any_exist = _first_label(*own)
+        before, any_before = _first_label(*(t[:, :cut].flip(1) for t in self.ends))
         self.begins = any_before & any_exist & (first != before)
 
     def states_of_convolution(self, xBC, state):
