@@ -376,6 +376,9 @@ class _Recording(TorchFunctionMode):
         areas        the inputs, then what was allocated
         area_of      by a tensor's id, in which of the areas it lies; None: in none
         launches     what `launched` noted: (run, arguments, where each pointer points)
+
+    Another operation may run within the call, in a signal handler or a finaliser. It is recorded by
+    itself, and the call around it, of which it is no part, is `interrupted`: recorded next time.
     """
 
     active = threading.local()  # .recording: the one of this thread
@@ -384,14 +387,16 @@ class _Recording(TorchFunctionMode):
         super().__init__()
         self.areas, self.tensors, self.launches = list(inputs), [], []
         self.area_of = {id(tensor): area for area, tensor in enumerate(inputs)}
-        self.fails = False
+        self.fails = self.interrupted = False
+        self.outer = None
 
     def __enter__(self):
+        self.outer = getattr(self.active, "recording", None)
         self.active.recording = self
         return super().__enter__()
 
     def __exit__(self, *exception):
-        self.active.recording = None
+        self.active.recording = self.outer
         return super().__exit__(*exception)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -518,6 +523,9 @@ def _replayed(function, at):
     @functools.wraps(function)
     def run(*arguments):
         x = arguments[at]
+        outer = getattr(_Recording.active, "recording", None)
+        if outer is not None:
+            outer.interrupted = True
         with torch.cuda.device_of(x):
             tf32 = x.dtype == torch.float32 and _allows_tf32()
             key = function, x.device, tf32, *[
@@ -534,6 +542,8 @@ def _replayed(function, at):
                 return function(*arguments)
             with _Recording(inputs) as recording:
                 results = function(*arguments)
+            if recording.interrupted:
+                return results
             if len(_replays) > 1000:  # inputs of ever new lengths
                 _replays.clear()
             replay = _Replay(recording, len(inputs), results)

@@ -3935,7 +3935,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 203
+PASSED_IN_THE_INTERPRETER = 204
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4852,6 +4852,36 @@ def test_kernel_call_with_one_tensor_twice_does_not_stop_others_from_being_repla
             assert torch.equal(mamba2.rms_norm(x, w, 1e-5, gate=x.clone()), twice)
         replays = [*mamba2.kernels._replays.values()]
     assert len(replays) == 1 and replays[0]
+
+
+@needs_kernels
+def test_kernel_call_within_another_leaves_both_right(monkeypatch):
+    """As from a signal handler or a finaliser, which run wherever Python happens to be."""
+    inputs, static = kernel_middle_inputs(torch.float32, 20, b=1, h=4, features="state")
+    x, w = torch.randn(3, 32, device=DEVICE), torch.randn(32, device=DEVICE)
+    kernels, launch, calls = mamba2.kernels, mamba2.kernels._launch, []
+    cotangents = [torch.ones_like(t) for t in kernels.layer_middle(**inputs, **static)]
+
+    def interrupted(*given):
+        launch(*given)
+        calls.append(given)
+        if len(calls) == at:
+            inner.append(kernels.rms_norm(x, w, 1e-5))
+
+    run = lambda: run_with_gradients(kernels.layer_middle, inputs, cotangents, **static)
+    want, normed = run(), kernels.rms_norm(x, w, 1e-5)
+    monkeypatch.setattr(kernels, "_launch", interrupted)
+    for at in (2, 5):  # after one of the launches, of which three are forward, four backward
+        monkeypatch.setattr(kernels, "_replays", {})
+        calls, inner = [None] * at, []
+        if at % 2:
+            kernels.rms_norm(x, w, 1e-5)  # so that the one within is replayed
+        calls.clear()
+        for _ in range(3):
+            with poisoned():
+                assert identical(run(), want)
+        assert len(inner) == 1 and torch.equal(inner[0], normed)
+        assert len(kernels._replays) >= 3 and all(kernels._replays.values())
 
 
 @needs_kernels
