@@ -352,8 +352,12 @@ def _operation(name, forward, backward, fake, count, kept=0):
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *given):
-            run = opaque_backward if torch.compiler.is_compiling() else backward
-            return gradients(run, ctx, *given)
+            # Inputs were checked by `_unfit`. A gradient may be of any kind, and to be read at its
+            # address it must be there as it is: with its sign, and not in a subclass's own tensors.
+            given = [g if g is None else g.resolve_neg() for g in given]
+            hidden = torch.compiler.is_compiling()
+            hidden = hidden or any(g is not None and _lies_elsewhere(g) for g in given)
+            return gradients(opaque_backward if hidden else backward, ctx, *given)
 
     return call
 

@@ -3935,7 +3935,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 204
+PASSED_IN_THE_INTERPRETER = 205
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4782,6 +4782,30 @@ def test_kernel_leaves_numbers_that_lie_elsewhere_to_its_twin():
     assert negated.is_neg() and torch.equal(negated, x)
     found = mamba2.rms_norm(negated, w, 1e-5)
     assert relative_error(found, mamba2.rms_norm(x, w, 1e-5)) <= 1e-6
+
+
+@needs_kernels
+def test_kernel_gradients_may_be_lazily_negated_or_lie_elsewhere():
+    x, w = torch.randn(2, 7, 16, device=DEVICE), torch.randn(16, 4, device=DEVICE)
+    middle, static = kernel_middle_inputs(torch.float32, 7, features="state")
+    operations = mamba2.kernels.ssd, mamba2.kernels.causal_conv1d, mamba2.kernels.layer_middle
+    norm = lambda **given: mamba2.kernels.rms_norm(**given, eps=1e-5)
+    for operation, inputs in (
+        (operations[0], kernel_ssd_inputs(torch.float32, 7, p=16, n=16, state=True)),
+        (operations[1], dict(x=x, weight=w)),
+        (functools.partial(operations[2], **static), middle),
+        (norm, dict(x=x, weight=w[:, 0].clone(), gate=x + 1)),
+    ):
+        outputs = operation(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        eighths = [(8 * torch.randn_like(output)).round() for output in outputs]
+        want = run_with_gradients(operation, inputs, [e / 8 for e in eighths])
+        negated = [torch.complex(e / 8, -e / 8).conj().imag for e in eighths]
+        assert all(gradient.is_neg() for gradient in negated)
+        scaled = [Scaled(e.to(torch.int8)) for e in eighths]
+        for kind in (negated, scaled):
+            for _ in range(2):
+                assert identical(run_with_gradients(operation, inputs, kind), want)
 
 
 @needs_kernels
