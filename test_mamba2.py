@@ -3935,7 +3935,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 205
+PASSED_IN_THE_INTERPRETER = 206
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4809,6 +4809,27 @@ def test_kernel_gradients_may_be_lazily_negated_or_lie_elsewhere():
 
 
 @needs_kernels
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels are right in bfloat16")
+def test_kernel_in_the_interpreter_leaves_bfloat16_to_plain_pytorch(monkeypatch):
+    layer, exact = kernel_layer(torch.bfloat16)
+    u = torch.randn(2, 40, layer.config.d_model, device=DEVICE).bfloat16()
+    weight = layer.conv1d.weight.squeeze(1)
+    with counted(monkeypatch) as ran:
+        y, state = layer.step(u)
+        gradient = torch.autograd.grad(y.float().square().sum(), layer.in_proj.weight)[0]
+        with torch.no_grad():
+            token, _ = layer.step(u[:, :1], state)
+            block = mamba2.Mamba2Block(layer.config).to(DEVICE, torch.bfloat16)
+            block(u[:1, :1].float(), Mamba2State(*(t[:1] for t in state)))
+            mamba2.causal_conv1d(u.repeat(1, 1, 8)[..., : len(weight)], weight)
+    assert set(ran) == {"refused"}
+    want, exact_state = exact.step(u.double())
+    want_gradient = torch.autograd.grad(want.square().sum(), exact.in_proj.weight)[0]
+    assert relative_error(y, want) <= 2e-2 and relative_error(gradient, want_gradient) <= 4e-2
+    assert relative_error(token, exact.step(u[:, :1].double(), exact_state)[0]) <= 3e-2
+
+
+@needs_kernels
 def test_kernel_steps_aside_for_what_has_to_see_every_operation():
     ad = torch.autograd.forward_ad
     layer, _ = kernel_layer(torch.float32)
@@ -5128,7 +5149,7 @@ KERNEL_SILENT = {
 KERNEL_LOUD = {
     "headdim is 12": lambda i: i | dict(x=i["x"][..., :12], initial_state=None),
     "d_state is 10": lambda i: i | {k: i[k][..., :10] for k in ("B", "C", "initial_state")},
-    "one dtype": lambda i: i | dict(B=i["B"].bfloat16()),
+    "one dtype": lambda i: i | dict(B=i["B"].to(HALF)),
     "seq_idx is torch.int16": lambda i: i | dict(seq_idx=(i["dt"][:, :, 0] < 0.01).short()),
 }
 
