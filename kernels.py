@@ -78,8 +78,9 @@ Precision: decays, cumulative sums, the state in registers and all accumulators 
 of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
 forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
 With fp16 inputs they are tf32 products of fp32 numbers, for the range, see `_operands`. No decay is
-split into factors that could overflow; differences are masked, or cut off at 0, and then exp2. With
-dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
+split into factors that could overflow; differences are masked, or cut off, and then exp2. With
+dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do. NaN
+in an input makes NaN of all that depends on it, as in PyTorch: no minimum or maximum swallows it.
 
 Convolution, norm and the step of a token
 -----------------------------------------
@@ -672,6 +673,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # small, and with it the rounding error of its differences, when dt·A is -1e6.
 LOWEST = tl.constexpr(-40.0)
 
+# tl.minimum and tl.maximum take NaN for a missing number, and return the other one, unless they are
+# told to return NaN, as PyTorch does. (It is one instruction either way, from sm_80 on.)
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
 # Names that the kernels of SSD share. Numbers: L positions, NC chunks, H heads, G groups of HPG
 # heads, BH = b·h, P and N the sizes of p and n, NPB tiles of PB rows in P. In the forward, NSEG
 # segments of CPS chunks; in the backward, NSPLIT shares of a group, of HPS heads each, PROGRAMS =
@@ -726,8 +731,9 @@ def operand(tile, dtype: tl.constexpr, PREC: tl.constexpr):
     """An fp32 tile as a factor of a matrix product: in dtype, or rounded to the 10 bits of tf32,
     of which the hardware drops the rest."""
     if PREC == "tf32":
-        bits = (tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        tile = bits.to(tl.float32, bitcast=True)
+        # NaN, as GPUs compute it, has all bits but the sign's, which rounding must not carry into.
+        bits = tl.minimum(tile.to(tl.int32, bitcast=True), 0x7FFFEFFF)
+        tile = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tile.to(dtype)
 
 
@@ -741,10 +747,15 @@ def load_state(ptr, sp, sn, p, n, mask_pn):
 @triton.jit
 def softplus(v):
     """log(1 + e), e = exp(v), where 1 must not swallow the digits of a small e."""
-    e = tl.exp(tl.minimum(v, 20.0))
+    e = tl.exp(tl.minimum(v, 20.0, propagate_nan=NAN))
     u = 1.0 + e
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(v > 20.0, v, log1p)
+
+
+@triton.jit
+def clamp(v, low, high):
+    return tl.minimum(tl.maximum(v, low, propagate_nan=NAN), high, propagate_nan=NAN)
 
 
 @jit
@@ -767,7 +778,8 @@ def prep_kernel(
         store a, a - log2 dt, dt (padded to whole chunks), sum of da
         run <- cumulative sum of seq_idx[l] != seq_idx[l-1], from 0 in every chunk
 
-    Masked: positions past l read dt = 0, so they neither decay nor add (their e is +inf).
+    Masked: positions past l have dt = 0, so that they do not add (their e is +inf), and da = 0,
+    whatever A is: 0 · A would be NaN for an infinite one.
     """
     bc = tl.program_id(0).to(tl.int64)
     b = bc // NC
@@ -784,11 +796,11 @@ def prep_kernel(
     A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
     if RAW:
         dt_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        dt_qh = tl.minimum(tl.maximum(softplus(dt_qh), low), high)
-        dt_qh = tl.where(mask_qh, dt_qh, 0.0)
+        dt_qh = tl.where(mask_qh, clamp(softplus(dt_qh), low, high), 0.0)
         A_h = -tl.exp(A_h)
     # decay
-    da_qh = tl.maximum(dt_qh * (A_h * LOG2E)[None, :], LOWEST)
+    da_qh = tl.maximum(dt_qh * (A_h * LOG2E)[None, :], LOWEST, propagate_nan=NAN)
+    da_qh = tl.where(mask_qh, da_qh, 0.0)
     a_qh = tl.cumsum(da_qh, axis=0)
     # store
     bh = b * H + h
@@ -1112,7 +1124,7 @@ def dx_part(
         out_q = tl.exp2(a_end - a_q)
         if HAS_SEQ:
             out_q = tl.where(run_q == run_end, out_q, 0.0)
-        L_st = tl.exp2(tl.minimum(a_q[None, :] - a_q[:, None], 0.0))
+        L_st = tl.exp2(tl.minimum(a_q[None, :] - a_q[:, None], 0.0, propagate_nan=NAN))
         # dot: through the state at the chunk's end
         v_sp = tl.dot(B_sn, tl.trans(dH_pn), input_precision=PREC)
         v_sp *= out_q[:, None]
@@ -1378,9 +1390,9 @@ def chain_part(
     if RAW:
         raw_qh = tl.load(dt_ptr + at_qh, mask=mask_qh, other=0.0).to(tl.float32)
         raw_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        uncut_qh = softplus(raw_qh)
-        uncut_qh = (uncut_qh >= low) & (uncut_qh <= high) & mask_qh
-        ddt_qh = tl.where(uncut_qh, ddt_qh * tl.sigmoid(raw_qh), 0.0)
+        step_qh = softplus(raw_qh)
+        cut_qh = (step_qh < low) | (step_qh > high)  # not where it is NaN, as is the gradient then
+        ddt_qh = tl.where(mask_qh & ~cut_qh, ddt_qh * tl.sigmoid(raw_qh), 0.0)
         dA_h *= A_h
         tl.store(sums_ptr + WIDE + H + h, tl.sum(ddt_qh, axis=0), mask=mask_h)
     tl.store(ddt_ptr + at_qh, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
@@ -2928,7 +2940,7 @@ def _step_kernel(
         x_p = _step_taps(x_u, weight_ptr, bias_ptr, x_at, mask_p, K, BIAS)
 
         # decay
-        dt = tl.minimum(tl.maximum(softplus(dt), low), high)
+        dt = clamp(softplus(dt), low, high)
         state_pn = tl.exp(dt * A) * state_pn + x_p[:, None] * (dt * B_n)[None, :]
         y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
 

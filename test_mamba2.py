@@ -3935,7 +3935,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 206
+PASSED_IN_THE_INTERPRETER = 233
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4827,6 +4827,77 @@ def test_kernel_in_the_interpreter_leaves_bfloat16_to_plain_pytorch(monkeypatch)
     want_gradient = torch.autograd.grad(want.square().sum(), exact.in_proj.weight)[0]
     assert relative_error(y, want) <= 2e-2 and relative_error(gradient, want_gradient) <= 4e-2
     assert relative_error(token, exact.step(u[:, :1].double(), exact_state)[0]) <= 3e-2
+
+
+# NaN as GPUs make it: all bits but the sign. Rounding it must not carry into the sign.
+NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+
+
+def assert_nan_is_not_swallowed(found, due):
+    for key, values in due.items():
+        assert not (values.isnan() & ~found[key].isnan()).any(), key
+
+
+def assert_nan_is_not_spread(found, allowed):
+    for i, (f, a) in enumerate(zip(found, allowed, strict=True)):
+        assert not (f.isnan() & ~a.isnan()).any(), f"output {i}"
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["dt", "A", "x", "B", "C", "D", "initial_state"])
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
+def test_kernel_ssd_is_nan_where_its_twin_is(dtype, name):
+    """NaN is due where the recurrence has it; its twin, in chunks, spreads it further."""
+    l, sizes = 150 if CUDA else 40, dict(b=1, h=4, g=2, p=16, n=16)
+    inputs = kernel_ssd_inputs(dtype, l, state=True, **sizes)
+    tensor = inputs[name] = inputs[name].clone()
+    tensor[(0, 9 if name in ("dt", "x", "B", "C") else 0, 0, 0)[: tensor.dim()]] = NAN
+    cotangents = [torch.randn_like(inputs["x"]), torch.randn_like(inputs["initial_state"])]
+    due = run_with_gradients(ssd_recurrent, inputs, cotangents)
+    assert due["output 0"].isnan().any() and not due["output 0"].isnan().all()
+    found = run_with_gradients(mamba2.kernels.ssd, inputs, cotangents)
+    assert_nan_is_not_swallowed(found, due)
+    for seq_idx in (None, (torch.arange(l, device=DEVICE) >= l // 2)[None].long()):
+        inputs["seq_idx"] = seq_idx
+        found = mamba2.kernels.ssd(**inputs)
+        assert_nan_is_not_spread(found, without_kernels(mamba2.ssd, **inputs))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["dt_bias", "A_log", "D", "norm_weight", "zxbcdt", "ssm"])
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
+def test_kernel_middle_and_step_are_nan_where_the_layer_is(dtype, name):
+    """Each head is a group, so that NaN in one does not reach the other by way of the norm."""
+    for l in (1, 70 if CUDA else 35):
+        inputs, static = kernel_middle_inputs(dtype, l, b=1, h=2, g=2, features="state limit")
+        tensor = inputs[name] = inputs[name].clone()
+        tensor[(0, 0, -1) if name == "zxbcdt" else 0] = NAN  # of the last head's step
+        out = torch.randn(1, l, len(inputs["norm_weight"]), device=DEVICE)
+        cotangents = out, torch.randn_like(inputs["conv"]), torch.randn_like(inputs["ssm"])
+        given = inputs, cotangents
+        plain = without_kernels(run_with_gradients, layer_middle, *given, **static)
+        assert any(values.isnan().any() for values in plain.values())
+        with torch.no_grad():  # one position is a step, which has no gradients
+            found = mamba2.kernels.layer_middle(**inputs, **static)
+        assert_nan_is_not_spread(found, [plain[f"output {i}"] for i in range(3)])
+        if l > 1:
+            found = run_with_gradients(mamba2.kernels.layer_middle, *given, **static)
+        else:
+            plain = {f"output {i}": plain[f"output {i}"] for i in range(3)}
+            found = dict(zip(plain, found, strict=True))
+        assert_nan_is_not_swallowed(found, plain)
+
+
+@needs_kernels
+def test_kernel_ssd_takes_a_decay_of_zero_at_once():
+    """A = -inf: nothing is left of the state after one step, but all after the last position."""
+    inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16, state=True)
+    inputs["A"][0] = -torch.inf
+    draws = torch.randn_like(inputs["x"]), torch.randn_like(inputs["initial_state"])
+    found = run_with_gradients(mamba2.kernels.ssd, inputs, draws)
+    want = run_with_gradients(ssd_recurrent, inputs, draws)
+    for key in want.keys() - {"d A", "d dt"}:  # which are multiples of A, or 0 · A
+        assert relative_error(found[key], want[key]) <= 1e-5, key
 
 
 @needs_kernels
