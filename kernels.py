@@ -772,6 +772,7 @@ def prep_kernel(
     positions adjacent. RAW: dt and A are made here, as a layer does.
 
         dt <- load (Q, HB)           RAW: softplus(dt + bias), cut off at low and high
+                                     else: NaN where it is below 0
         A  <- load (HB)              RAW: -exp(A)
         da <- max(dt · A · log2 e, -40)
         a  <- cumulative sum of da along q
@@ -798,6 +799,8 @@ def prep_kernel(
         dt_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
         dt_qh = tl.where(mask_qh, clamp(softplus(dt_qh), low, high), 0.0)
         A_h = -tl.exp(A_h)
+    else:
+        dt_qh = tl.where(dt_qh < 0.0, float("nan"), dt_qh)  # e holds its logarithm, without a sign
     # decay
     da_qh = tl.maximum(dt_qh * (A_h * LOG2E)[None, :], LOWEST, propagate_nan=NAN)
     da_qh = tl.where(mask_qh, da_qh, 0.0)
@@ -1086,12 +1089,13 @@ def dx_part(
         S <- B C^T
         for each head:
             v <- (B dH^T) · o_s;                 out <- rows of x ∘ v
-            T <- (x dy^T) ∘ L;                   row, col <- sums of T ∘ S
-            W += T · dt_s
+            T <- x dy^T;                         row, col <- sums of T ∘ (S ∘ L)
+            W += (T ∘ L) · dt_s
             dx <- (v + (S ∘ L) dy) · dt_s + D dy
 
-    Masked: s > t, and pairs in different runs of seq_idx, in S and at the end in W. What L and T
-    are there does not matter, as long as L is at most 1.
+    Masked: s > t, and pairs in different runs of seq_idx, in S and at the end in W. What L is there
+    does not matter as long as it is finite, so that S ∘ L is 0: its exponents are cut off at 127.
+    Other exponents are that large only if A > 0 and the state grows by 2^127 within a chunk.
     """
     k = pid % NSPLIT
     g = (pid // NSPLIT) % G
@@ -1124,7 +1128,7 @@ def dx_part(
         out_q = tl.exp2(a_end - a_q)
         if HAS_SEQ:
             out_q = tl.where(run_q == run_end, out_q, 0.0)
-        L_st = tl.exp2(tl.minimum(a_q[None, :] - a_q[:, None], 0.0, propagate_nan=NAN))
+        L_st = tl.exp2(tl.minimum(a_q[None, :] - a_q[:, None], 127.0, propagate_nan=NAN))
         # dot: through the state at the chunk's end
         v_sp = tl.dot(B_sn, tl.trans(dH_pn), input_precision=PREC)
         v_sp *= out_q[:, None]
@@ -1133,12 +1137,12 @@ def dx_part(
         T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
         if not D_VECTOR:
             xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
-        T_st *= L_st
-        W_st += T_st * dt_q[:, None]
-        M_st = T_st * S_st
+        SL_st = S_st * L_st
+        W_st += T_st * L_st * dt_q[:, None]
+        M_st = T_st * SL_st
         col_s = tl.sum(M_st, axis=1)
         row_t = tl.sum(M_st * dt_q[:, None], axis=0)
-        G_st = operand(S_st * L_st, x_sp.dtype, PREC)
+        G_st = operand(SL_st, x_sp.dtype, PREC)
         v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
         dx_sp = v_sp * dt_q[:, None]
         if D_VECTOR:
@@ -1765,6 +1769,12 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
     (h, p); initial_state (b, h, p, n); seq_idx (b, l), integers: where it changes, the state starts
     again from zero. Returns y (b, l, h, p) in x's dtype and the final state (b, h, p, n) in fp32.
     `chunk_size` is accepted for the twin's sake: the tile size is the kernels' own.
+
+    A may be positive: results and gradients are right unless a state grows by 2^127 or more within
+    64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
+    NaN, for results and gradients: y is NaN from that position on, and so is the final state. (The
+    twin computes with such a dt. Looking for one would synchronise with the GPU in every call, and
+    applying its sign would cost every call one more product per pair of positions.)
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
     16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The

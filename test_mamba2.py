@@ -3935,7 +3935,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 SSD_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 SMALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 233
+PASSED_IN_THE_INTERPRETER = 238
 
 needs_kernels = pytest.mark.skipif(
     not getattr(mamba2.kernels, "TRITON", False) or not (CUDA or INTERPRETED),
@@ -4017,8 +4017,8 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), **features)
     """Arguments of SSD as in a layer: x, B, C in dtype, all else in float32.
 
     features: state, seq: there is an initial state, there are sequences; sliced: x, B and C are
-    slices of one tensor, "odd" where rows begin at odd addresses; steps: "extreme" or "zero"; low:
-    all is in dtype.
+    slices of one tensor, "odd" where rows begin at odd addresses; steps: "extreme", "zero" or
+    "growing"; low: all is in dtype.
     """
     p, n = p or (64 if CUDA else 16), n or (128 if CUDA else 16)
     draw, sliced, steps = dict(device=DEVICE), features.get("sliced"), features.get("steps")
@@ -4033,6 +4033,8 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), **features)
         A = -(10 ** (6 * torch.rand(h, **draw) - 3))
     elif steps == "zero":  # as at masked positions
         dt = dt * (torch.rand(b, l, 1, **draw) < 0.5)
+    elif steps == "growing":  # the first head's state grows by some 4 % per step, others decay
+        dt, A = 0.05 + dt / 2, torch.where(torch.arange(h, device=DEVICE) == 0, 0.7, A)
     D = None if D is None else torch.randn(h, *((p,) if D else ()), **draw)
     state = torch.randn(b, h, p, n, **draw) if features.get("state") else None
     if features.get("low"):
@@ -4057,6 +4059,7 @@ KERNEL_SSD = {
     "sequences": dict(l=(3, 7), seq=True, state=True, D=(1,)),
     "extreme steps and decays": dict(l=(3, 7), steps="extreme", state=True),
     "steps of zero": dict(l=(3, 7), steps="zero", state=True, seq=True),
+    "a state that grows": dict(l=(2, 7), steps="growing", state=True, seq=True),
     "gradient of y alone": dict(l=(1, 5), only=0, seq=True),
     "gradient of the final state alone": dict(l=(1, 5), only=1, state=True),
     "segments": dict(l=(9, 5), segments=4, state=True, seq=True),
@@ -4898,6 +4901,31 @@ def test_kernel_ssd_takes_a_decay_of_zero_at_once():
     want = run_with_gradients(ssd_recurrent, inputs, draws)
     for key in want.keys() - {"d A", "d dt"}:  # which are multiples of A, or 0 · A
         assert relative_error(found[key], want[key]) <= 1e-5, key
+
+
+@needs_kernels
+def test_kernel_ssd_is_right_where_a_state_grows_by_two_to_the_110_in_a_chunk():
+    inputs = kernel_ssd_inputs(torch.float32, 31, h=2, state=True)
+    inputs |= dict(dt=torch.full_like(inputs["dt"], 2.5), A=torch.tensor([1.0, -1], device=DEVICE))
+    # Exponents of 110, of 24 bits, are right to 2^-17, and so are powers of 2 to 2^-17.5.
+    assert_kernel_right("ssd", inputs, 3e-5, "growth")
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", SSD_DTYPES, ids=str)
+def test_kernel_ssd_takes_a_step_below_zero_for_nan(dtype):
+    inputs = kernel_ssd_inputs(dtype, 70, state=True)
+    draws = torch.randn_like(inputs["x"]), torch.randn_like(inputs["initial_state"])
+    results = []
+    for value in (-0.05, torch.nan):
+        dt = inputs["dt"].clone()
+        dt[0, 20, 0] = value
+        results.append(run_with_gradients(mamba2.kernels.ssd, inputs | dict(dt=dt), draws))
+    found, want = results
+    assert want["output 0"][0, 20:, 0].isnan().all() and want["output 1"][0, 0].isnan().all()
+    assert want["output 0"].isnan().sum() == want["output 0"][0, 20:, 0].numel()
+    for key in want:
+        assert torch.equal(found[key].nan_to_num(7), want[key].nan_to_num(7)), key
 
 
 @needs_kernels
