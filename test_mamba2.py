@@ -473,7 +473,7 @@ def test_convolution_and_norm_refuse_what_does_not_fit():
         (TypeError, "x is a list", dict(x=[1.0])),
         (TypeError, "x is torch.int64", dict(x=x.long())),
         (ValueError, r"weight has shape \(4, 6\)", dict(weight=weight.mT)),
-        (ValueError, r"weight .* must be \(channels, taps\)", dict(weight=weight[:, None])),
+        (ValueError, r"weight .* must be \(6, k\)", dict(weight=weight[:, None])),
         (ValueError, r"bias has shape \(4,\)", dict(bias=weight[0])),
         (ValueError, r"initial_state has shape \(2, 4, 6\)", dict(initial_state=x[:, 1:])),
         (ValueError, r"seq_idx has shape \(2, 4\)", dict(seq_idx=x[:, 1:, 0].long())),
