@@ -87,10 +87,21 @@ except ImportError as error:
     if error.name != "transformers":  # transformers is there, but broken: show that
         raise
     transformers, can_return_tuple = None, lambda function: function
-    PreTrainedConfig = GenerationMixin = StoppingCriteriaList = object
+    GenerationMixin = StoppingCriteriaList = object
+
+    class PreTrainedConfig:
+        """Takes the place of transformers' class, so that the layer works without it."""
+
+        def __getattr__(self, name):
+            if name in type(self).attribute_map:
+                return getattr(self, type(self).attribute_map[name])
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def __setattr__(self, name, value):
+            super().__setattr__(type(self).attribute_map.get(name, name), value)
 
     class PreTrainedModel(nn.Module):
-        """Takes the place of transformers' class, so that this file can be imported without."""
+        """Takes the place of transformers' class, so that this file can be imported without it."""
 
         def __init__(self, *args, **kwargs):
             raise ImportError("this class needs transformers: pip install 'transformers>=5.17'")
@@ -274,7 +285,9 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     (p, g), dtype = (x.shape[3], B.shape[2]), x.dtype
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     axes = dict(c=chunks, g=g)
-    x, xdt = (rearrange(t, "b (c q) (g r) p -> b c g r q p", **axes) for t in (x, x * dt[..., None]))
+    x, xdt = (
+        rearrange(t, "b (c q) (g r) p -> b c g r q p", **axes) for t in (x, x * dt[..., None])
+    )
     xdt = xdt.contiguous()  # else each product would copy it, and keep the copy for its gradient
     log_decay = rearrange(log_decay, "b (c q) (g r) -> b c g r q", **axes)
     B, C = (rearrange(t, "b (c q) g n -> b c g q n", c=chunks) for t in (B, C))
@@ -325,7 +338,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
         g, h = sizes["g"], sizes["h"]
         shape = tuple(B.shape)
-        raise ValueError(f"B has shape {shape}: its groups, {g}, must divide the heads of x, {h}")
+        raise ValueError(f"B has shape {shape}: its groups, {g}, must be a divisor of {h} heads")
     if D is not None:
         _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
     if initial_state is not None:
@@ -352,12 +365,14 @@ def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
     letters, shape = axes.split(), tensor.shape
+    if letters[0] == "..." and tensor.dim() > 0:
+        letters, shape = letters[-1:], shape[-1:]
     fits = len(letters) == len(shape)
     for letter, size in zip(letters, shape, strict=False):
         fits = fits and sizes.get(letter, size) == size
     if not fits:
-        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
-        raise ValueError(f"{name} has shape {tuple(shape)}: it must be ({wanted})")
+        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in axes.split())
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
     sizes.update(zip(letters, shape, strict=True))
     found = "floating-point numbers" if tensor.is_floating_point() else "integers"
     found = "complex numbers" if tensor.is_complex() else found
@@ -465,12 +480,13 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
-    axes = " ".join(f"axis{i}" for i in range(x.dim() - 1)) + " d"
     sizes = {}
-    _require("x", x, axes, sizes)
+    _require("x", x, "... d", sizes)
     _require("weight", weight, "d", sizes)
     if gate is not None:
-        _require("gate", gate, axes, sizes)
+        _require("gate", gate, "... d", sizes)
+        if gate.shape != x.shape:
+            raise ValueError(f"gate has shape {tuple(gate.shape)}: it must be {tuple(x.shape)}")
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups = {groups}: it must divide the last axis of x, {x.shape[-1]}")
     dtype = _at_least_float32(x.dtype)
@@ -948,11 +964,6 @@ class Mamba2Config(PreTrainedConfig):
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
         self.validate_architecture()
-
-    def __getattr__(self, name):  # the paper's names, where transformers does not see to them
-        if transformers is None and name in type(self).attribute_map:
-            return getattr(self, type(self).attribute_map[name])
-        raise AttributeError(f"Mamba2Config has no option {name!r}")
 
     @property
     def d_inner(self) -> int:
