@@ -252,7 +252,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
     b, l, h, _ = x.shape
     full, rest = divmod(l, chunk_size)
-    slab = SLAB[x.device.type == "cuda"] // max(1, b * h * chunk_size**2)
+    slab = (SLAB_ON_GPU if x.is_cuda else SLAB) // max(1, b * h * chunk_size**2)
     slab = max(1, min(full, slab))
     sizes = [slab * chunk_size] * (full // slab) + [full % slab * chunk_size, rest]
     sizes = [size for size in sizes if size > 0]  # a few slabs of many chunks, then what is left
@@ -264,9 +264,9 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
-# Numbers in the matrix L of the chunks that are computed at once, on a CPU and on a GPU: enough for
-# the operations to be large, and few enough for a cache or a fraction of the memory.
-SLAB = 2**19, 2**24
+# Numbers in the matrices L of the chunks that are computed at once, the slab: enough for large
+# operations; few enough for a CPU's cache, or for a small part of a GPU's memory.
+SLAB, SLAB_ON_GPU = 2**19, 2**24
 
 
 def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):

@@ -351,7 +351,8 @@ def test_a_weak_decay_after_a_strong_one_keeps_its_digits(form):
 
 def test_the_chunked_form_holds_no_matrix_of_the_sequence(monkeypatch):
     b, l, h, p, g, n, q = 1, 1024, 8, 16, 2, 16, 64
-    monkeypatch.setattr(mamba2, "SLAB", 2 * [2 * h * q * q])  # two chunks at once
+    for name in ("SLAB", "SLAB_ON_GPU"):
+        monkeypatch.setattr(mamba2, name, 2 * h * q * q)  # two chunks at once
     inputs = ssd_inputs(b, l, h, p, g, n, state=False)  # float64: no kernel, 8 bytes a number
     x_bytes, given = 8 * b * l * h * p, sum(8 * t.numel() for t in inputs.values())
     with torch.no_grad(), Bytes() as forward:
@@ -2825,7 +2826,7 @@ def grid_loss(model, ids, group, length):
             segments[j], states = checkpoint(cell, layers, h, states, use_reentrant=False)
     h = backbone.norm_f(torch.cat(segments, dim=1))
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)
-    return model._summed_loss(h, targets) / (ids.shape[1] - 1)
+    return model.summed_loss(h, targets) / (ids.shape[1] - 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -4671,7 +4672,7 @@ def test_kernel_step_is_the_layer_in_float64_for_one_token(dtype, state_dtype, c
     assert (y.dtype, new.conv.dtype, new.ssm.dtype) == (dtype, dtype, state_dtype)
     with torch.no_grad():
         wide = [t.double() for t in (xBC, dt, *state)]
-        want, exact_new = exact._mix(*wide[:2], Mamba2State(*wide[2:]), None, None)
+        want, exact_new = exact._convolve_and_scan(*wide[:2], Mamba2State(*wide[2:]), *4 * [None])
     # x, B and C are rounded to the dtype after the convolution, y once more, the state to its own.
     limit = 4 * KERNEL_SMALL[dtype]
     assert relative_error(y, want) <= limit
@@ -4687,7 +4688,7 @@ def test_kernel_step_keeps_the_digits_of_small_steps():
     with torch.no_grad():
         _, new = kernel_step(layer, xBC, small, empty)
         wide = Mamba2State(*(t.double() for t in empty))
-        _, want = exact._mix(xBC.double(), small.double(), wide, None, None)
+        _, want = exact._convolve_and_scan(xBC.double(), small.double(), wide, *4 * [None])
     errors = (new.ssm - want.ssm).norm(dim=(2, 3)) / want.ssm.norm(dim=(2, 3))  # for each head
     assert errors.max() <= 1e-5
 
