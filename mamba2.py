@@ -1983,7 +1983,10 @@ class GenerationCache:
 
     def _decode(self, ids, options):
         """The output for one token (b, 1) with a CUDA graph, or None where that is impossible."""
+        mask = options["attention_mask"]
         if not kernels or ids is None or ids.shape[1] != 1 or options["output_hidden_states"]:
+            return None
+        if mask is not None and not mask[:, -1].all():  # of a prompt that is read token by token
             return None
         if self.decoder is None and self.current.states:
             self.decoder = kernels.decoder(self.model, self.current) or False
