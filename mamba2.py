@@ -2311,4 +2311,7 @@ if kernels:
         CausalConv1d=CausalConv1d,
         RMSNorm=RMSNorm,
         Mamba2=Mamba2,
+        Mamba2Block=Mamba2Block,
+        Mamba2Model=Mamba2Model,
+        Mamba2ForCausalLM=Mamba2ForCausalLM,
     )
