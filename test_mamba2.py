@@ -1267,7 +1267,7 @@ def test_transformers_still_has_the_private_names_that_this_file_uses():
     The names are those of a comment in mamba2.py, which lists all that it uses.
     """
     code, private = Path(mamba2.__file__).read_text(), r"(?<!\w)_[a-z]\w+"
-    comment = code[code.index("# 5. transformers") :].split("\n\n")[0]
+    comment = code[code.index("# 6. transformers") :].split("\n\n")[0]
     of_torch = re.findall(r"torch\.[\w.]*\w", comment)
     listed = set(re.findall(private, comment))
     hooks = {name for name in listed if name.endswith("_hooks")}
