@@ -6,29 +6,26 @@
 
 In reading order:
 
-    1. SSD             the sequence transformation in three forms that agree up to rounding:
-                       ssd_recurrent, ssd_quadratic (masked attention) and ssd (chunked)
-    2. Mamba2          the layer: projections, short convolution, SSD, gated norm
-    3. Mamba2LM        the language model: embedding, residual blocks, head
-    4. Mamba2Config    sizes and options, under the paper's and under transformers' names
-    5. Mamba2ForCausalLM   the same model native to Hugging Face transformers: loading, cache,
-                       generation, loss, and training on long sequences in bounded memory
-    6. Slices          one sequence on several GPUs
+    1. ssd_recurrent, ssd_quadratic, ssd   the sequence transformation in three forms
+    2. Mamba2              the layer: projections, short convolution, SSD, gated norm
+    3. Mamba2LM            the language model: embedding, residual blocks, head
+    4. helpers of 1 to 3   checks, masks
+    5. Mamba2Config        sizes and options, under the paper's and under transformers' names
+    6. Mamba2ForCausalLM   the model in transformers: cache, loss, loading, generation
+    7. Slices              one sequence on several GPUs
 
 One idea carries all of it: a layer is a pure function of its input and its state,
 
     y, state = layer.step(u, state)
 
-for any number of tokens. One call prefills, resumes, decodes one token in constant time, or forks a
-prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to rounding,
-the result of one call.
-
-Glossary: the letters of shapes, and the paper's notation.
+for any number of positions. One call prefills, resumes, decodes one token in constant time, or
+forks a prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to
+rounding, the result of one call.
 
     code   paper    meaning
     b               batch
     l      T        length of the sequence
-    c               chunks that are computed at once
+    c               chunks
     q, s   Q        positions in a chunk: of the output (q) and of the input (s)
     d               width of the model, or any number of channels
     h      H        heads
@@ -44,16 +41,13 @@ Glossary: the letters of shapes, and the paper's notation.
     state  h_t      the state of a head, (p, n) numbers
     L      L        the decays between positions, a 1-semiseparable matrix
 
-Two words: sequences are "packed" if several lie one after another in the same row; masked positions
-are skipped, wherever they occur in a row.
+Sequences are "packed" if several lie one after another in the same row; masked positions are
+skipped, wherever they occur. "The original" is the authors' package mamba_ssm. "Differs:" marks
+where this file departs on purpose from it, from the paper or from transformers' Mamba-2, and why.
 
-"The original" is the authors' package mamba_ssm. "Differs:" marks where this file departs on
-purpose from it, from the paper or from transformers' Mamba-2, and says why.
-
-Sections 1 to 4 need torch and einops only; section 5 needs transformers. On CUDA, the fused kernels
-of `kernels.py` (if it lies beside this file) take over where `kernels` is mentioned, and nowhere
-else. Set `kernels = None` if you change the mathematics here: the kernels would go on computing the
-original. MIT licence: copy this file into your own work as you like.
+Sections 1 to 5 need torch and einops only. On CUDA, the fused kernels of `kernels.py` (if it lies
+beside this file) take over where `kernels` is mentioned, and nowhere else: set `kernels = None` if
+you change the mathematics here. MIT licence: copy this file into your own work as you like.
 """
 
 from __future__ import annotations
@@ -87,10 +81,21 @@ except ImportError as error:
     if error.name != "transformers":  # transformers is there, but broken: show that
         raise
     transformers, can_return_tuple = None, lambda function: function
-    PreTrainedConfig = GenerationMixin = StoppingCriteriaList = object
+    GenerationMixin = StoppingCriteriaList = object
+
+    class PreTrainedConfig:
+        """Takes the place of transformers' class, so that the layer works without it."""
+
+        def __getattr__(self, name):
+            if name in type(self).attribute_map:
+                return getattr(self, type(self).attribute_map[name])
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def __setattr__(self, name, value):
+            super().__setattr__(type(self).attribute_map.get(name, name), value)
 
     class PreTrainedModel(nn.Module):
-        """Takes the place of transformers' class, so that this file can be imported without."""
+        """Takes the place of transformers' class, so that this file can be imported without it."""
 
         def __init__(self, *args, **kwargs):
             raise ImportError("this class needs transformers: pip install 'transformers>=5.17'")
@@ -210,10 +215,10 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     section. chunk_size has no effect; it is accepted so that the forms are interchangeable.
     """
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
-    dtype = x.dtype
-    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
-    y, state = _quadratic_in_chunks(x * dt[..., None], log_decay, B, C, state, chunks=1)
-    return (y if D is None else y + D * x).to(dtype), state
+    if x.shape[1] == 0:
+        return torch.zeros_like(x), state
+    y, state = _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks=1)
+    return y[0], state
 
 
 @_without_autocast
@@ -241,65 +246,68 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
     b, l, h, _ = x.shape
     full, rest = divmod(l, chunk_size)
-    slab = SLAB[x.device.type == "cuda"] // max(1, b * h * chunk_size**2)
+    slab = (SLAB_ON_GPU if x.is_cuda else SLAB) // max(1, b * h * chunk_size**2)
     slab = max(1, min(full, slab))
     sizes = [slab * chunk_size] * (full // slab) + [full % slab * chunk_size, rest]
     sizes = [size for size in sizes if size > 0]  # a few slabs of many chunks, then what is left
     ys = []
-    for xs, dts, log_decays, Bs, Cs in zip(
-        *(t.split(sizes, dim=1) for t in (x, dt, log_decay, B, C)), strict=True
-    ):
-        xs, dts, Bs, Cs = (t.to(state.dtype) for t in (xs, dts, Bs, Cs))
-        chunks = max(1, xs.shape[1] // chunk_size)
-        y, state = _quadratic_in_chunks(xs * dts[..., None], log_decays, Bs, Cs, state, chunks)
-        ys.append((y if D is None else y + D * xs).to(x.dtype))
+    for piece in zip(*(t.split(sizes, dim=1) for t in (x, dt, log_decay, B, C)), strict=True):
+        chunks = max(1, piece[0].shape[1] // chunk_size)
+        y, state = _quadratic_in_chunks(*piece, D, state, chunks)
+        ys += y
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
-# Numbers in the matrix L of the chunks that are computed at once, on a CPU and on a GPU: enough for
-# the operations to be large, and few enough for a cache or a fraction of the memory.
-SLAB = 2**20, 2**24
+# Numbers in the matrices L of the chunks that are computed at once, the slab: enough for large
+# operations; few enough for a CPU's cache, or for a small part of a GPU's memory.
+SLAB, SLAB_ON_GPU = 2**19, 2**24
 
 
-def _quadratic_in_chunks(xdt, log_decay, B, C, state, chunks):
+def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     """The quadratic form inside each of `chunks` equal chunks, the recurrence between them.
 
     The numbers are the steps of Listing 1. Products involving only B and C are computed once per
     group of heads; (r p) are all channels of a group.
 
     Args:
-        xdt: (b, l, h, p), x dt.  log_decay: (b, l, h).  B, C: (b, l, g, n).  state: (b, h, p, n).
+        x: (b, l, h, p).  dt, log_decay: (b, l, h).  B, C: (b, l, g, n).  D: (h, 1 or p) or None.
+        state: (b, h, p, n), before the first chunk.
 
     Returns:
-        y without the skip connection: (b, l, h, p).  state: (b, h, p, n).
+        y of each chunk, a list of (b, q, h, p).  state: (b, h, p, n), after the last chunk.
     """
-    if xdt.shape[1] == 0:
-        return xdt, state
-    axes = dict(c=chunks, g=B.shape[2])
-    xdt = rearrange(xdt, "b (c q) (g r) p -> b c g r q p", **axes)
+    (p, g), dtype = (x.shape[3], B.shape[2]), x.dtype
+    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
+    axes = dict(c=chunks, g=g)
+    x, xdt = (
+        rearrange(t, "b (c q) (g r) p -> b c g r q p", **axes) for t in (x, x * dt[..., None])
+    )
+    xdt = xdt.contiguous()  # else each product would copy it, and keep the copy for its gradient
     log_decay = rearrange(log_decay, "b (c q) (g r) -> b c g r q", **axes)
     B, C = (rearrange(t, "b (c q) g n -> b c g q n", c=chunks) for t in (B, C))
 
     L = segsum(log_decay).exp()  # (b, c, g, r, q, s): decay from position s to position q
-    from_start = log_decay.cumsum(-1).exp()  # (b, c, g, r, q): decay from before the chunk to q
-    to_end = L[..., -1, :]  # (b, c, g, r, s): decay from s to the chunk's last position
+    from_start = log_decay.cumsum(-1).exp()[..., None]  # (b, c, g, r, q, 1): from before the chunk
+    to_end = L[..., -1, :, None]  # (b, c, g, r, s, 1): to the chunk's last position
 
     # 1. Diagonal blocks: from the inputs of a chunk to its outputs, as attention.
     scores = C @ B.mT  # (b, c, g, q, s)
-    y = (scores[:, :, :, None] * L) @ xdt  # (b, c, g, r, q, p)
+    inside = (scores[:, :, :, None] * L) @ xdt  # (b, c, g, r, q, p)
+    if D is not None:
+        inside = torch.addcmul(inside, rearrange(D, "(g r) p -> g r 1 p", g=g), x)
     # 2. From the inputs of a chunk to what it adds to the state.
-    written = rearrange(xdt * to_end[..., None], "b c g r s p -> b c g (r p) s") @ B
-    # 3. The recurrence between chunks: the state before each, and after the last.
-    decay = rearrange(from_start[..., -1], "b c g r -> c b (g r) 1 1")
-    written = rearrange(written, "b c g (r p) n -> c b (g r) p n", r=xdt.shape[3])
-    states = [state]
-    for decay_c, written_c in zip(decay, written, strict=True):
-        states.append(torch.addcmul(written_c, decay_c, states[-1]))  # (b, h, p, n)
-    # 4. From the state before each chunk to its outputs.
-    before = rearrange(torch.stack(states[:-1]), "c b (g r) p n -> b c g (r p) n", g=B.shape[2])
-    read = rearrange(C @ before.mT, "b c g q (r p) -> b c g r q p", r=xdt.shape[3])
-    y = torch.addcmul(y, from_start[..., None], read)
-    return rearrange(y, "b c g r q p -> b (c q) (g r) p"), states[-1]
+    written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
+    written = written.unflatten(3, (-1, p))  # (b, c, g, r, p, n)
+    # From the state before each chunk: 4. to its outputs, and 3. to the state after it.
+    state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=g), []
+    each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
+    for C_c, inside_c, written_c, from_start_c in each:
+        read = C_c @ state.flatten(2, 3).mT  # (b, g, q, (r p))
+        read = rearrange(read, "b g q (r p) -> b g r q p", p=p)
+        y = torch.addcmul(inside_c, from_start_c, read)  # (b, g, r, q, p)
+        ys.append(rearrange(y, "b g r q p -> b q (g r) p").to(dtype))
+        state = torch.addcmul(written_c, from_start_c[..., -1:, :], state)
+    return ys, state.flatten(1, 2)
 
 
 def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -310,27 +318,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
             sequence begins, so that nothing of the one before is left (Section 8.3).
         D: (h, 1) or (h, p), or None.
         state: (b, h, p, n), the initial one.
-
-    Raises:
-        TypeError: not a tensor, or integers where there must be floating-point numbers.
-        ValueError: shapes that do not fit together.
     """
-    sizes = {}
-    _require("x", x, "b l h p", sizes)
-    _require("dt", dt, "b l h", sizes)
-    _require("A", A, "h", sizes)
-    _require("B", B, "b l g n", sizes)
-    _require("C", C, "b l g n", sizes)
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        g, h = sizes["g"], sizes["h"]
-        raise ValueError(f"B has {g} groups: it must be a divisor of the number of heads, {h}")
-    if D is not None:
-        _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
-    if initial_state is not None:
-        _require("initial_state", initial_state, "b h p n", sizes)
-    if seq_idx is not None:
-        _require("seq_idx", seq_idx, "b l", sizes, "integers")
-
+    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype = _at_least_float32(x.dtype)
     log_decay = dt.to(dtype) * A.to(dtype)
     if seq_idx is not None:
@@ -338,38 +327,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     if D is not None:
         D = (D if D.dim() == 2 else D[:, None]).to(dtype)
     if initial_state is None:
-        initial_state = x.new_zeros([sizes[axis] for axis in "bhpn"])
+        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
     return log_decay, D, initial_state.to(dtype)
-
-
-def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
-    """Raise unless `tensor` has these axes and holds numbers of that kind.
-
-    axes: letters, as in "b l h". sizes: the known size of a letter, to which this tensor's are added.
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
-    letters, shape = axes.split(), tensor.shape
-    fits = len(letters) == len(shape)
-    for letter, size in zip(letters, shape, strict=False):
-        fits = fits and sizes.get(letter, size) == size
-    if not fits:
-        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
-        raise ValueError(f"{name} has shape {tuple(shape)}: it must be ({wanted})")
-    sizes.update(zip(letters, shape, strict=True))
-    found = "floating-point numbers" if tensor.is_floating_point() else "integers"
-    found = "complex numbers" if tensor.is_complex() else found
-    if found != kind and not (kind == "a mask" and found != "complex numbers"):
-        raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _borders(seq_idx: Tensor) -> Tensor:
-    """(b, l) bool: whether another sequence begins at this position. The first is no border."""
-    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -463,12 +422,13 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
-    axes = " ".join(f"axis{i}" for i in range(x.dim() - 1)) + " d"
     sizes = {}
-    _require("x", x, axes, sizes)
+    _require("x", x, "... d", sizes)
     _require("weight", weight, "d", sizes)
     if gate is not None:
-        _require("gate", gate, axes, sizes)
+        _require("gate", gate, "... d", sizes)
+        if gate.shape != x.shape:
+            raise ValueError(f"gate has shape {tuple(gate.shape)}: it must be {tuple(x.shape)}")
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups = {groups}: it must divide the last axis of x, {x.shape[-1]}")
     dtype = _at_least_float32(x.dtype)
@@ -544,11 +504,11 @@ class Mamba2(nn.Module):
         if config is None:
             config = Mamba2Config(**options)
         elif options or not isinstance(config, Mamba2Config):
+            found = f"{type(config).__module__}.{type(config).__qualname__}"
             raise TypeError(
-                f"config is a {type(config).__module__}.{type(config).__qualname__}, beside the "
-                f"options {sorted(options)}: pass this file's Mamba2Config, or options by name as "
-                "in Mamba2(d_model=256); Mamba2Config.from_dict(config.to_dict()) translates "
-                "transformers' class"
+                f"config is a {found}, with options {sorted(options)}: pass this file's "
+                "Mamba2Config, or options by name alone, as in Mamba2(d_model=256); "
+                "Mamba2Config.from_dict(config.to_dict()) translates transformers' class"
             )
         config.validate_architecture()
         self.config = config
@@ -574,32 +534,27 @@ class Mamba2(nn.Module):
         sqrt(depth) for out_proj. Biases of projections are 0, as in the original's models.
         """
 
+        config = self.config
+
         def uniform(parameter, fan_in):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
-        def copy(parameter, value):
-            # transformers marks the parameters that it has loaded. It guards nn.init's functions
-            # against writing to them, but not this one.
-            if not getattr(parameter, "_is_hf_initialized", False):
-                parameter.copy_(value)
-
-        config = self.config
         uniform(self.in_proj.weight, config.hidden_size)
         uniform(self.out_proj.weight, self.widths[0] * depth)
         uniform(self.conv1d.weight, config.conv_kernel)
+        if config.use_conv_bias:
+            uniform(self.conv1d.bias, config.conv_kernel)
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
-        if config.use_conv_bias:
-            uniform(self.conv1d.bias, config.conv_kernel)
         nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)
         # A is uniform in [-16, -1]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
-        copy(self.A_log, A.log())
+        self.A_log.copy_(A.log())
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         dt = torch.empty_like(A).uniform_(low, high).exp().clamp(min=config.time_step_floor)
-        copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def step(self, u, state=None, mask=None, seq_idx=None, group=None):
         """The layer on some positions, from a state: prefill, resuming and decoding are this call.
@@ -629,7 +584,7 @@ class Mamba2(nn.Module):
 
     def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
-        self._check(u, state, mask, seq_idx)
+        _check_layer(self, u, state, mask, seq_idx)
         order = None
         if mask is not None and mask.dim() == 2:
             order = Order(_as_bool("mask", mask))
@@ -692,101 +647,6 @@ class Mamba2(nn.Module):
         if ssm is not None:
             new_ssm = new_ssm.to(ssm.dtype)
         return y.flatten(2), Mamba2State(new_conv, new_ssm)
-
-    def _check(self, u, state, mask, seq_idx):
-        h, p, _, n = self.sizes
-        sizes = {"d": self.config.hidden_size, "h": h, "p": p, "n": n, "c": self.widths[1]}
-        _require("u", u, "b l d", sizes)
-        weight = getattr(self.in_proj, "weight", u)  # an adapter may have none, or take any dtype
-        if type(self.in_proj) is nn.Linear and u.dtype != weight.dtype:
-            if not torch.is_autocast_enabled(u.device.type):
-                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
-        if isinstance(mask, Tensor) and mask.dim() == 1:
-            _require("mask", mask, "b", sizes, "integers")
-        elif mask is not None:
-            _require("mask", mask, "b l", sizes, "a mask")
-        if seq_idx is not None:
-            _require("seq_idx", seq_idx, "b l", sizes, "integers")
-        if state is not None:
-            if not isinstance(state, tuple) or len(state) != 2:
-                found = type(state).__name__
-                raise TypeError(
-                    f"state is a {found}: it must be step's second result, a Mamba2State"
-                )
-            _require(
-                "state.conv", state[0], "b k-1 c", {**sizes, "k-1": self.config.conv_kernel - 1}
-            )
-            _require("state.ssm", state[1], "b h p n", sizes)
-
-
-class Order:
-    """Masked positions moved to the end of each row; all others keep their order.
-
-        mask     1 0 0 1 1        positions   a b c d e
-        sorted   a d e b c        lengths     3
-
-    So the convolution meets only inputs that exist, and SSD passes over the rest with dt = 0.
-    """
-
-    def __init__(self, mask: Tensor):  # (b, l) bool
-        self.lengths = mask.sum(1)  # (b)
-        after = self.lengths[:, None] + (~mask).cumsum(1)
-        self.place = torch.where(mask, mask.cumsum(1), after) - 1  # (b, l), where each one goes
-        position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        self.index = torch.empty_like(self.place).scatter(1, self.place, position)  # the inverse
-
-    def sort(self, x):
-        return None if x is None else _take(x, self.index)
-
-    def sort_labels(self, seq_idx):
-        """Like `sort`, but masked positions get the label of the last one that exists."""
-        if seq_idx is None or seq_idx.shape[1] == 0:
-            return seq_idx
-        position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-        last = (self.lengths[:, None] - 1).clamp(min=0)  # (b, 1)
-        return self.sort(seq_idx).gather(1, torch.minimum(position, last))
-
-    def restore(self, x):
-        return _take(x, self.place)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
-
-
-def _as_bool(name: str, mask: Tensor) -> Tensor:
-    """The mask as bool; a float one is checked not to be meant for adding to attention scores."""
-    if mask.is_floating_point() and _is_eager(mask) and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"{name} holds other numbers than 0 and 1: it must be 1 where a position is read, 0 "
-            f"where not; instead of one that is added to attention scores, pass {name} == 0"
-        )
-    return mask.bool()
-
-
-def _is_eager(x: Tensor) -> bool:
-    """Whether x's values can be read now, which waits for a GPU: not while torch.compile traces, in
-    transforms of torch.func, while a CUDA graph is captured, or on the meta device."""
-    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
-
-    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
-    do not.
-
-    Differs: the original marks the latter with an attribute; copying a parameter loses that
-    attribute but not the shape, so we test for one dimension.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -863,11 +723,161 @@ class Mamba2LM(nn.Module):
         return self.lm_head(self.backbone["norm_f"](h)), states
 
 
-# This is the whole model. What follows makes it usable: configuration, transformers, several GPUs.
+# This is the whole model. What follows makes it usable: checks, configuration, transformers, GPUs.
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Configuration
+# 4. Helpers of sections 1 to 3
+# --------------------------------------------------------------------------------------------------
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _borders(seq_idx: Tensor) -> Tensor:
+    """(b, l) bool: whether another sequence begins at this position. The first is no border."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+class Order:
+    """Masked positions moved to the end of each row; all others keep their order.
+
+        mask     1 0 0 1 1        positions   a b c d e
+        sorted   a d e b c        lengths     3
+
+    So the convolution meets only inputs that exist, and SSD passes over the rest with dt = 0.
+    """
+
+    def __init__(self, mask: Tensor):  # (b, l) bool
+        self.lengths = mask.sum(1)  # (b)
+        after = self.lengths[:, None] + (~mask).cumsum(1)
+        self.place = torch.where(mask, mask.cumsum(1), after) - 1  # (b, l), where each one goes
+        position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        self.index = torch.empty_like(self.place).scatter(1, self.place, position)  # the inverse
+
+    def sort(self, x):
+        return None if x is None else _take(x, self.index)
+
+    def sort_labels(self, seq_idx):
+        """Like `sort`, but masked positions get the label of the last one that exists."""
+        if seq_idx is None or seq_idx.shape[1] == 0:
+            return seq_idx
+        position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+        last = (self.lengths[:, None] - 1).clamp(min=0)  # (b, 1)
+        return self.sort(seq_idx).gather(1, torch.minimum(position, last))
+
+    def restore(self, x):
+        return _take(x, self.place)
+
+
+def _as_bool(name: str, mask: Tensor) -> Tensor:
+    """The mask as bool; a float one is checked not to be meant for adding to attention scores."""
+    if mask.is_floating_point() and _is_eager(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"{name} holds other numbers than 0 and 1: it must be 1 where a position is read, 0 "
+            f"where not; instead of one that is added to attention scores, pass {name} == 0"
+        )
+    return mask.bool()
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether x's values can be read now, which waits for a GPU: not while torch.compile traces, in
+    transforms of torch.func, while a CUDA graph is captured, or on the meta device."""
+    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
+    """Raise unless `tensor` has these axes and holds numbers of that kind.
+
+    axes: letters, as in "b l h". sizes: the known size of a letter, to which this tensor's are added.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
+    letters, shape = axes.split(), tensor.shape
+    if letters[0] == "..." and tensor.dim() > 0:
+        letters, shape = letters[-1:], shape[-1:]
+    fits = len(letters) == len(shape)
+    for letter, size in zip(letters, shape, strict=False):
+        fits = fits and sizes.get(letter, size) == size
+    if not fits:
+        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in axes.split())
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
+    sizes.update(zip(letters, shape, strict=True))
+    found = "floating-point numbers" if tensor.is_floating_point() else "integers"
+    found = "complex numbers" if tensor.is_complex() else found
+    if found != kind and not (kind == "a mask" and found != "complex numbers"):
+        raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
+
+
+def _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx):
+    """Raise a TypeError or ValueError unless these are what all forms of SSD take."""
+    sizes = {}
+    _require("x", x, "b l h p", sizes)
+    _require("dt", dt, "b l h", sizes)
+    _require("A", A, "h", sizes)
+    _require("B", B, "b l g n", sizes)
+    _require("C", C, "b l g n", sizes)
+    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
+        g, h = sizes["g"], sizes["h"]
+        shape = tuple(B.shape)
+        raise ValueError(f"B has shape {shape}: its groups, {g}, must be a divisor of {h} heads")
+    if D is not None:
+        _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
+    if initial_state is not None:
+        _require("initial_state", initial_state, "b h p n", sizes)
+    if seq_idx is not None:
+        _require("seq_idx", seq_idx, "b l", sizes, "integers")
+
+
+def _check_layer(layer, u, state, mask, seq_idx):
+    """Raise a TypeError or ValueError unless these are what `Mamba2.step` takes."""
+    h, p, _, n = layer.sizes
+    sizes = {"d": layer.config.hidden_size, "h": h, "p": p, "n": n, "c": layer.widths[1]}
+    _require("u", u, "b l d", sizes)
+    weight = getattr(layer.in_proj, "weight", u)  # an adapter may have none, or take any dtype
+    if type(layer.in_proj) is nn.Linear and u.dtype != weight.dtype:
+        if not torch.is_autocast_enabled(u.device.type):
+            raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
+    if isinstance(mask, Tensor) and mask.dim() == 1:
+        _require("mask", mask, "b", sizes, "integers")
+    elif mask is not None:
+        _require("mask", mask, "b l", sizes, "a mask")
+    if seq_idx is not None:
+        _require("seq_idx", seq_idx, "b l", sizes, "integers")
+    if state is not None:
+        if not isinstance(state, tuple) or len(state) != 2:
+            found = type(state).__name__
+            raise TypeError(f"state is a {found}: it must be step's second result, a Mamba2State")
+        _require("state.conv", state[0], "b k-1 c", {**sizes, "k-1": layer.config.conv_kernel - 1})
+        _require("state.ssm", state[1], "b h p n", sizes)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
+
+    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
+    do not.
+
+    Differs: the original marks the latter with an attribute; copying a parameter loses that
+    attribute but not the shape, so we test for one dimension.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Configuration
 # --------------------------------------------------------------------------------------------------
 
 # name in transformers     in the paper's code  default  meaning
@@ -946,11 +956,6 @@ class Mamba2Config(PreTrainedConfig):
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
         self.validate_architecture()
-
-    def __getattr__(self, name):  # the paper's names, where transformers does not see to them
-        if transformers is None and name in type(self).attribute_map:
-            return getattr(self, type(self).attribute_map[name])
-        raise AttributeError(f"Mamba2Config has no option {name!r}")
 
     @property
     def d_inner(self) -> int:
@@ -1097,7 +1102,7 @@ def _from_original_format(original: dict) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. transformers: cache, loss, segments, loading, generation
+# 6. transformers: cache, loss, segments, loading, generation
 # --------------------------------------------------------------------------------------------------
 #
 # Names that no documentation promises. A test
@@ -1970,7 +1975,10 @@ class GenerationCache:
 
     def _decode(self, ids, options):
         """The output for one token (b, 1) with a CUDA graph, or None where that is impossible."""
+        mask = options["attention_mask"]
         if not kernels or ids is None or ids.shape[1] != 1 or options["output_hidden_states"]:
+            return None
+        if mask is not None and not mask[:, -1].all():  # of a prompt that is read token by token
             return None
         if self.decoder is None and self.current.states:
             self.decoder = kernels.decoder(self.model, self.current) or False
@@ -2137,7 +2145,7 @@ def register_with_transformers():
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. One sequence on several GPUs
+# 7. One sequence on several GPUs
 # --------------------------------------------------------------------------------------------------
 
 
