@@ -929,7 +929,7 @@ def test_the_defaults_are_those_of_mamba2_130m():
         "out_proj.weight": (768, 1536),
     }
     sizes = dict(n_layer=24, vocab_size=50288, d_state=128, headdim=64, ngroups=1, expand=2)
-    sizes |= dict(d_inner=1536, nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
+    sizes |= dict(nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
     sizes |= dict(dt_limit=(0, math.inf), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4)
     sizes |= dict(norm_epsilon=1e-5, residual_in_fp32=True, tie_embeddings=True, use_cache=True)
     sizes |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.02)
@@ -961,25 +961,25 @@ def test_a_layer_is_made_on_a_device_and_in_a_dtype_as_any_other():
 
 
 IMPOSSIBLE = {
-    "hidden_size": [0, -1, 2.5, True],
+    "hidden_size": [0, -1, 2.5, True, "768", [768]],
     "num_hidden_layers": [0],
     "vocab_size": [0, 1.0],
     "state_size": [0, -4],
     "head_dim": [0, 2.0],
-    "n_groups": [0, 5, 48],
+    "n_groups": [0, 5, 48, "2"],
     "conv_kernel": [0],
     "chunk_size": [0, 2.5],
-    "expand": [0, -2, math.inf, math.nan],
-    "num_heads": [23, 0, 24.0],
-    "hidden_act": ["gelu"],
+    "expand": [0, -2, math.inf, math.nan, "2"],
+    "num_heads": [23, 0, 24.0, "24"],
+    "hidden_act": ["gelu", "relu", None],
     "use_conv_bias": [1],
     "residual_in_fp32": ["no"],
     "tie_word_embeddings": [None],
     "time_step_limit": [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
-    + [None, ("low", 1.0), ({}, 1.0)],
-    "time_step_min": [0, -0.1, 0.5],
+    + [None, 5, "12", ("low", 1.0), ({}, 1.0), ("0.0", "1.0"), (False, True)],
+    "time_step_min": [0, -0.1, 0.5, "0.001"],
     "time_step_floor": [-1e-4],
-    "layer_norm_epsilon": [-1e-5, math.nan],
+    "layer_norm_epsilon": [0, -1e-5, math.nan],
     "initializer_range": [-0.02],
 }
 
@@ -1012,6 +1012,78 @@ def test_options_that_do_not_fit_or_exist_are_errors():
     for arguments, options in (((64,), {}), ((config,), dict(d_model=64)), (({},), {})):
         with pytest.raises(TypeError, match="Mamba2Config"):
             Mamba2(*arguments, **options)
+
+
+NO_CONFIG = {
+    r"config = \[64\]: must be a dict": [64],
+    "d_inner = 512: only None is implemented": dict(d_model=64, d_inner=512),
+    "ssm_cfg = 'Mamba2': must be a dict": dict(ssm_cfg="Mamba2"),
+    "d_model = None: must be an integer": dict(ssm_cfg=dict(layer="Mamba2")),
+    "vocab_size = '61': must be an integer": dict(vocab_size="61"),
+    "n_layer = '2': must be an integer": dict(n_layer="2"),
+    "pad_vocab_size_multiple = 0: must be an integer": dict(pad_vocab_size_multiple=0),
+    "pad_vocab_size_multiple = '8': must be an integer": dict(pad_vocab_size_multiple="8"),
+    "state_size = '16': must be an integer": dict(ssm_cfg=dict(layer="Mamba2", d_state="16")),
+}
+
+
+@pytest.mark.parametrize("message", NO_CONFIG)
+def test_a_file_that_holds_no_configuration_is_an_error_that_says_so(message):
+    given = NO_CONFIG[message]
+    original = dict(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=dict(layer="Mamba2", headdim=8))
+    whole = isinstance(given, list) or "d_inner" in given or given.keys() == {"ssm_cfg"}
+    if not whole or "state_size" in message:
+        given = original | given
+    with pytest.raises(ValueError, match=message):
+        Mamba2Config.from_dict(given)
+
+
+# What flash-linear-attention writes, in short.
+FLA = dict(model_type="mamba2", num_heads=24, head_dim=64, hidden_size=768, n_groups=1)
+FLA |= dict(norm_eps=1e-3, rmsnorm=True, norm_before_gate=False, D_has_hdim=False, fuse_norm=True)
+FLA |= dict(dt_limit=[0.0, 0.5], A_init_range=[1, 16], tie_word_embeddings=False)
+CHANGES = dict(rms_norm=[False], rmsnorm=[False, None], norm_before_gate=[True])
+CHANGES |= dict(D_has_hdim=[True], activation=["gelu"], hidden_act=["gelu", "relu"], d_ssm=[32])
+CHANGES |= dict(attn=[dict(layers=[1])], attn_layer_idx=[[1]], d_intermediate=[64], layer=["S4"])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_option_that_changes_the_results_is_refused_by_name_in_every_format(name):
+    config = Mamba2Config.from_dict(FLA)
+    assert (config.layer_norm_epsilon, config.time_step_limit) == (1e-3, (0.0, 0.5))
+    assert not config.tie_word_embeddings and config.num_heads == 24
+    of_transformers = dict(model_type="mamba2", num_heads=24, hidden_size=768)
+    of_original = dict(d_model=768, n_layer=2, vocab_size=61)
+    for value in CHANGES[name]:
+        given = {name: value}
+        formats = [
+            {**FLA, **given},
+            given,
+            {**of_original, "ssm_cfg": dict(layer="Mamba2") | given},
+        ]
+        formats += [{**of_original, "ssm_cfg": dict(layer="Mamba2")} | given]
+        if name != "norm_before_gate":  # which transformers' Mamba-2 writes, and never reads
+            formats += [of_transformers | given]
+        if name == "layer":  # is an option of ssm_cfg only, where it comes first
+            formats = formats[:3]
+        if name == "hidden_act":  # is an option of all but ssm_cfg
+            formats.pop(2)
+        for options in formats:
+            with pytest.raises(ValueError, match=f"{name} = .*only .* is implemented"):
+                Mamba2Config.from_dict(options)
+
+
+def test_options_that_say_the_same_in_other_words_are_read():
+    assert Mamba2Config(hidden_act="swish").num_heads == 24
+    for given in (dict(use_bias=True), dict(bias=True), dict(use_bias=False), dict(bias=False)):
+        for more in ({}, dict(model_type="mamba2", num_heads=24, hidden_size=768)):
+            assert Mamba2Config.from_dict(given | more).use_bias == [*given.values()][0]
+    assert Mamba2Config.from_dict(
+        dict(attn=None, d_ssm=None, attn_layer_idx=None, d_intermediate=0)
+    )
+    for given in (dict(d_model=64, hidden_size=128), {**FLA, "layer_norm_epsilon": 1e-6}):
+        with pytest.raises(TypeError, match="are one option"):
+            Mamba2Config.from_dict(given)
 
 
 # ---- Importing, in interpreters of its own -------------------------------------------------------
@@ -3145,7 +3217,8 @@ def test_what_the_original_format_leaves_out_is_what_mamba_ssm_takes_for_it():
 def test_codestral_in_miniature_loads(infinity, tmp_path):
     model = tiny(n_groups=8, head_dim=4, tie_word_embeddings=False)
     path = save(model, tmp_path) / "config.json"
-    edit_json(path, norm_before_gate=True, time_step_limit=[0.0, "LIMIT"], architectures=None)
+    without_effect = dict(norm_before_gate=True, rms_norm=True, time_step_rank=2)
+    edit_json(path, **without_effect, time_step_limit=[0.0, "LIMIT"], architectures=None)
     path.write_text(path.read_text().replace('"LIMIT"', infinity))
     loaded = load(tmp_path)
     assert loaded.config.time_step_limit == (0.0, math.inf)
@@ -3254,10 +3327,30 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not Path("it-ran").exists()
 
 
+def test_what_mamba2_torch_converts_loads(tmp_path):
+    """Its config knows no groups, leaves out what is tied, and has the 130m model's num_heads."""
+    model = tiny()
+    names = dict(hidden_size=32, num_hidden_layers=2, state_size=16, head_dim=8, chunk_size=8)
+    config = dict(model_type="mamba2", vocab_size=VOCABULARY, num_heads=24, expand=2, **names)
+    config |= dict(conv_kernel=4, layer_norm_epsilon=1e-5, use_bias=False, use_conv_bias=True)
+    config |= dict(emb_initializer_range=0.02, conv_initializer_range=None, hidden_act="silu")
+    config |= dict(A_initializer_range=[1, 16], tie_embedding_weights=True, tie_embeddings=True)
+    config |= dict(use_triton_kernels=True, intermediate_size=64, output_last_ssm_states=False)
+    config |= dict(time_step_limit=[0.0, math.inf], residual_in_fp32=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(tmp_path)
+    assert_same_model(loaded, model)
+    assert (loaded.config.n_groups, loaded.config.tie_word_embeddings) == (1, True)
+    assert_same_model(load(save(loaded, tmp_path / "again")), model)
+
+
 OTHERS = {
     "layer = 'Mamba1'": dict(ssm_cfg={}),
-    "attn_layer_idx = .9.: attention": dict(attn_layer_idx=[9]),
-    "d_intermediate = 64: .*MLP": dict(d_intermediate=64),
+    r"attn_layer_idx = \[9\]: only \[\] is implemented": dict(attn_layer_idx=[9]),
+    "d_intermediate = 64: only 0 is implemented": dict(d_intermediate=64),
     "ssm_cfg.gate_rank = 3: .*not implemented": dict(
         ssm_cfg=dict(layer="Mamba2", d_state=16, headdim=8, gate_rank=3)
     ),
