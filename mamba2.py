@@ -1064,7 +1064,6 @@ def _from_original(ssm_cfg, pad_vocab_size_multiple=8, model_type=None, **option
 #     _tied_weights_keys                    the head's weight, which is the embedding's
 #     _keys_to_ignore_on_load_missing       weights that a checkpoint may lack
 #     _keys_to_ignore_on_load_unexpected    ... or have in excess
-#     _weight_conversions                   how the names of weights were changed in loading
 #     _no_split_modules                     what device_map keeps on one device
 #     _is_stateful                          False allows speculative decoding
 #     _supports_default_dynamic_cache       False: generate makes no cache of its own
@@ -1278,9 +1277,16 @@ class Mamba2PreTrainedModel(PreTrainedModel):
                     f"describes: {kind} {sorted(info[kind])}; a class of your own names what is new "
                     "in it as _keys_to_ignore_on_load_missing, a list of patterns"
                 )
-        # Without this, save_pretrained would rename the weights back, as they were in the original.
-        vars(model).pop("_weight_conversions", None)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As in transformers, but always under the standard names, and without leaving the single
+        file of an earlier save beside shards: it would be loaded in their place."""
+        kwargs = {"save_original_format": False, **kwargs}
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        folder = Path(save_directory)
+        if is_main_process and any(folder.glob("model-*-of-*.safetensors")):
+            (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 class Mamba2Model(Mamba2PreTrainedModel):

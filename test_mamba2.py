@@ -3327,6 +3327,17 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not Path("it-ran").exists()
 
 
+def test_what_was_saved_last_is_what_loads(tmp_path):
+    """In shards or as one file, over one that was saved the other way."""
+    for size in ("5KB", "5GB", "5KB", "5KB", "5GB", "5GB"):
+        model = tiny(dtype=torch.float64)
+        with torch.no_grad():
+            model.backbone.norm_f.weight.copy_(torch.rand(32))
+        loaded = load(save(model, tmp_path, max_shard_size=size), dtype=torch.float64)
+        assert_same_model(loaded, model, F64)
+        assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
+
+
 def test_what_mamba2_torch_converts_loads(tmp_path):
     """Its config knows no groups, leaves out what is tied, and has the 130m model's num_heads."""
     model = tiny()
