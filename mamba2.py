@@ -76,6 +76,7 @@ try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.generation import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.modeling_utils import load_state_dict
     from transformers.utils import can_return_tuple
 except ImportError as error:
     if error.name != "transformers":  # transformers is there, but broken: show that
@@ -1064,6 +1065,7 @@ def _from_original(ssm_cfg, pad_vocab_size_multiple=8, model_type=None, **option
 #     _tied_weights_keys                    the head's weight, which is the embedding's
 #     _keys_to_ignore_on_load_missing       weights that a checkpoint may lack
 #     _keys_to_ignore_on_load_unexpected    ... or have in excess
+#     _load_pretrained_model                loads files into a model that has no memory yet
 #     _no_split_modules                     what device_map keeps on one device
 #     _is_stateful                          False allows speculative decoding
 #     _supports_default_dynamic_cache       False: generate makes no cache of its own
@@ -1258,26 +1260,53 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         mamba_ssm format, in transformers' format, or Codestral-Mamba's.
 
         Raises:
-            ValueError: the checkpoint's weights are not exactly those of the model that its config
-                describes, or it is of another architecture. Nothing is ever filled up with random
-                weights, even if `ignore_mismatched_sizes` asks for it.
+            OSError, ValueError: the checkpoint or a file of it is not there, is damaged, of another
+                architecture, or its weights are not exactly those of the model that its config
+                describes. Nothing is ever filled up with random weights, even if
+                `ignore_mismatched_sizes` asks for it.
         """
         name = pretrained_model_name_or_path
-        options = {
-            "key_mapping": {r"backbone\.embedding\.": "backbone.embeddings."},  # original format
-            **kwargs,
-            "ignore_mismatched_sizes": True,  # reported below, by name
-            "output_loading_info": True,
-        }
-        model, info = super().from_pretrained(name, *args, **options)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
+        kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            if model.all_tied_weights_keys != model.get_expanded_tied_weights_keys(True):
                 raise ValueError(
-                    f"{str(name)!r} does not hold the weights of the {cls.__name__} that its config "
-                    f"describes: {kind} {sorted(info[kind])}; a class of your own names what is new "
-                    "in it as _keys_to_ignore_on_load_missing, a list of patterns"
+                    "tie_word_embeddings = True, but lm_head.weight differs from the embedding: "
+                    "pass tie_word_embeddings=False to load both"
                 )
+            for kind in ("missing_keys", "unexpected_keys"):
+                if info[kind]:
+                    raise ValueError(
+                        f"{kind} {sorted(info[kind])}; a class of your own names what is new in it "
+                        "as _keys_to_ignore_on_load_missing, a list of patterns"
+                    )
+        except Exception as error:  # of any library, and any length
+            raise (OSError if isinstance(error, OSError) else ValueError)(
+                f"{str(name)!r} cannot be loaded as the {cls.__name__} that its config describes: "
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            ) from error
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args):
+        """Refuse what transformers would cast, overwrite, or fetch from elsewhere in silence."""
+        shards = (load_config.sharded_metadata or {}).get("weight_map", {}).values()
+        if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
+            raise ValueError(f"shard {elsewhere[0]!r} is not a file beside the index")
+        weights = dict(state_dict or {})
+        for file in (state_dict is None and checkpoint_files) or ():
+            weights.update(load_state_dict(file))  # mapped, not read
+        for name, weight in weights.items():
+            if not (weight.is_floating_point() or load_config.hf_quantizer):
+                raise ValueError(f"{name} is of {weight.dtype}, and must be floating-point")
+            if (other := name.replace("embedding.", "embeddings.")) != name and other in weights:
+                raise ValueError(f"{name} and {other} are one weight: leave one out")
+        info, index = super()._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args
+        )
+        if info.mismatched_keys:  # nothing has been allocated for these yet
+            raise ValueError(f"mismatched_keys {sorted(info.mismatched_keys)}")
+        return info, index
 
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         """As in transformers, but always under the standard names, and without leaving the single

@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -3287,8 +3288,45 @@ WRONG_SIZES = {"num_hidden_layers": 3, "state_size": 8, "vocab_size": 48, "use_b
 @pytest.mark.parametrize("name", WRONG_SIZES)
 def test_a_config_that_does_not_fit_the_weights_is_an_error(name, tmp_path):
     edit_json(save(tiny(), tmp_path) / "config.json", **{name: WRONG_SIZES[name]})
-    with pytest.raises(ValueError, match="does not hold the weights"):
+    with pytest.raises(ValueError, match="mismatched_keys|missing_keys|unexpected_keys"):
         Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_sizes_far_beyond_the_weights_are_refused_before_anything_is_allocated(tmp_path):
+    edit_json(save(tiny(), tmp_path) / "config.json", vocab_size=10**12)
+    with pytest.raises(ValueError, match="mismatched_keys.*embeddings.weight.*1000000000000"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_that_is_not_the_embedding_makes_no_tied_model(tmp_path):
+    model = tiny(tie_word_embeddings=False)
+    edit_json(save(model, tmp_path) / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="tie_word_embeddings = True, but lm_head.weight differs"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+    assert_same_model(load(tmp_path, tie_word_embeddings=False), model)
+    edit_weights(tmp_path, **{"lm_head.weight": model.backbone.embeddings.weight.clone()})
+    loaded = load(tmp_path)
+    assert loaded.lm_head.weight is loaded.backbone.embeddings.weight
+
+
+def test_an_embedding_under_two_names_is_refused(tmp_path):
+    other = {"backbone.embedding.weight": torch.zeros(VOCABULARY, 32)}
+    edit_weights(save(tiny(), tmp_path), **other)
+    for kind in (Mamba2ForCausalLM, Mamba2Model):
+        with pytest.raises(ValueError, match="embedding.weight and backbone.embeddings.weight are"):
+            kind.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused_and_not_cast(dtype, tmp_path):
+    path = original(tmp_path) / "pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    weights[NAMES["D"]] = torch.ones(8, dtype=dtype)
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=f"{NAMES['D']} is of {dtype}"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{NAMES['D']} is of {dtype}"):
+        Mamba2ForCausalLM.from_pretrained(None, config=tiny().config, state_dict=weights)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -3298,7 +3336,7 @@ def test_a_truncated_file_is_an_error_that_names_the_checkpoint(file, kept, tmp_
     save(tiny(), folder) if file == "model.safetensors" else original(folder)
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: int(kept * len(content))])
-    with pytest.raises((ValueError, OSError), match="truncated"):
+    with pytest.raises((ValueError, OSError), match="truncated' cannot be loaded"):
         Mamba2ForCausalLM.from_pretrained(folder)
 
 
@@ -3325,6 +3363,71 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     with pytest.raises(Exception, match="(?i)weights.only"):
         Mamba2ForCausalLM.from_pretrained(tmp_path)
     assert not Path("it-ran").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", ["folder", "random", "pickle", "list", "numbers"])
+def test_a_file_that_holds_no_weights_is_an_error_that_names_the_checkpoint(
+    file, content, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = save(tiny(), tmp_path / "damaged")
+    (folder / "model.safetensors").unlink()
+    path = folder / file
+    if content == "folder":
+        path.mkdir()
+    elif content == "random":
+        path.write_bytes(random.randbytes(5000))
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    else:
+        torch.save([1, 2] if content == "list" else dict(a=1), path)
+    with pytest.raises((ValueError, OSError), match="damaged' cannot be loaded"):
+        Mamba2ForCausalLM.from_pretrained(folder)
+    assert not Path("it-ran").exists()
+
+
+NO_INDEX = {
+    "no map": dict(weight_map=None),
+    "no metadata": dict(metadata=None),
+    "a list for a map": dict(weight_map=[1]),
+    "a number for a shard": dict(weight_map={NAMES["D"]: 3}),
+    "a shard that is missing": dict(weight_map={NAMES["D"]: "gone.safetensors"}),
+    "a shard that is absolute": dict(weight_map={NAMES["D"]: "ELSEWHERE"}),
+    "a shard that is above": dict(weight_map={NAMES["D"]: "../elsewhere.safetensors"}),
+}
+
+
+@pytest.mark.parametrize("what", NO_INDEX)
+def test_an_index_that_is_damaged_is_an_error_that_names_the_checkpoint(what, tmp_path):
+    folder = save(tiny(), tmp_path / "damaged", max_shard_size="5KB")
+    path, elsewhere = folder / "model.safetensors.index.json", tmp_path / "elsewhere.safetensors"
+    shards = json.loads(path.read_text())["weight_map"]
+    (folder / shards[NAMES["D"]]).rename(elsewhere)  # so that it is whole, if others are read
+    changes = copy.deepcopy(NO_INDEX[what])
+    if isinstance(changes.get("weight_map"), dict):
+        [value] = changes["weight_map"].values()
+        value = str(elsewhere) if value == "ELSEWHERE" else value
+        gone = shards[NAMES["D"]]
+        changes["weight_map"] = {k: value if v == gone else v for k, v in shards.items()}
+    edit_json(path, **changes)
+    with pytest.raises((ValueError, OSError), match="damaged' cannot be loaded"):
+        Mamba2ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "3"])
+def test_a_config_that_is_no_config_is_an_error_that_names_the_checkpoint(content, tmp_path):
+    folder = save(tiny(), tmp_path / "damaged")
+    (folder / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match="damaged' cannot be loaded"):
+        Mamba2ForCausalLM.from_pretrained(folder)
+
+
+def test_the_checkpoint_can_be_passed_by_its_name_in_transformers(tmp_path):
+    model = tiny()
+    path = save(model, tmp_path)
+    loaded = Mamba2ForCausalLM.from_pretrained(pretrained_model_name_or_path=path)
+    assert_same_model(loaded.to(DEVICE), model)
 
 
 def test_what_was_saved_last_is_what_loads(tmp_path):
