@@ -928,9 +928,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("use_cache", None, True, ANY, "return a cache, unless the model is training"),
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
-# Options of every transformers configuration, and two of its Mamba-2 that have no effect here.
+# Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
 _COMMON = {*dir(PreTrainedConfig), "attn_implementation", "experts_implementation"} - {"model_type"}
-_COMMON |= {"rescale_prenorm_residual", "time_step_rank"}
+_COMMON |= {"rescale_prenorm_residual", "time_step_rank", "_name_or_path"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
@@ -967,6 +967,8 @@ class Mamba2Config(PreTrainedConfig):
         for name, default in _DEFAULTS.items():
             setattr(self, name, options.pop(name, default))
         common = {name: options.pop(name) for name in options.keys() & _COMMON}
+        if options.get("model_type") == self.model_type:  # of a config.to_dict()
+            del options["model_type"]
         for name in options:
             raise TypeError(f"Mamba2Config has no option {name!r}: see mamba2.OPTIONS")
         if transformers is not None:
@@ -1270,16 +1272,12 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         try:
             model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
             if model.all_tied_weights_keys != model.get_expanded_tied_weights_keys(True):
-                raise ValueError(
-                    "tie_word_embeddings = True, but lm_head.weight differs from the embedding: "
-                    "pass tie_word_embeddings=False to load both"
-                )
-            for kind in ("missing_keys", "unexpected_keys"):
-                if info[kind]:
-                    raise ValueError(
-                        f"{kind} {sorted(info[kind])}; a class of your own names what is new in it "
-                        "as _keys_to_ignore_on_load_missing, a list of patterns"
-                    )
+                hint = "pass tie_word_embeddings=False to load both"
+                raise ValueError(f"the file's lm_head.weight differs from its embedding: {hint}")
+            wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys") if info[k]}
+            if wrong:
+                hint = "names what is new in it as _keys_to_ignore_on_load_missing"
+                raise ValueError(f"{wrong}; a class of your own {hint}, a list of patterns")
         except Exception as error:  # of any library, and any length
             raise (OSError if isinstance(error, OSError) else ValueError)(
                 f"{str(name)!r} cannot be loaded as the {cls.__name__} that its config describes: "
@@ -1288,22 +1286,20 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args):
+    def _load_pretrained_model(cls, model, state_dict, files, load_config, *args):
         """Refuse what transformers would cast, overwrite, or fetch from elsewhere in silence."""
         shards = (load_config.sharded_metadata or {}).get("weight_map", {}).values()
         if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
             raise ValueError(f"shard {elsewhere[0]!r} is not a file beside the index")
         weights = dict(state_dict or {})
-        for file in (state_dict is None and checkpoint_files) or ():
+        for file in (state_dict is None and files) or ():
             weights.update(load_state_dict(file))  # mapped, not read
         for name, weight in weights.items():
             if not (weight.is_floating_point() or load_config.hf_quantizer):
                 raise ValueError(f"{name} is of {weight.dtype}, and must be floating-point")
             if (other := name.replace("embedding.", "embeddings.")) != name and other in weights:
                 raise ValueError(f"{name} and {other} are one weight: leave one out")
-        info, index = super()._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args
-        )
+        info, index = super()._load_pretrained_model(model, state_dict, files, load_config, *args)
         if info.mismatched_keys:  # nothing has been allocated for these yet
             raise ValueError(f"mismatched_keys {sorted(info.mismatched_keys)}")
         return info, index
