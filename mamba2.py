@@ -130,7 +130,7 @@ kernels = _load_kernels()
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
 #     y_t     = state_t C_t + D x_t                             (p)
 #
-# where the paper's A_t is exp(dt_t A) and its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A), and
+# where the paper's A_t is exp(dt_t A), its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A), and
 # D x is a skip connection. They share one signature:
 #
 #     y, final_state = form(x, dt, A, B, C, D, initial_state=..., seq_idx=...)
@@ -141,16 +141,16 @@ kernels = _load_kernels()
 #     B, C            (b, l, g, n)       input and output projections; g divides h
 #     D               (h), (h, p), None  skip connection
 #     initial_state   (b, h, p, n)       the state before the first position; None is zero
-#     seq_idx         (b, l) integers    labels of packed sequences: where the label changes, another
-#                                        sequence begins, from a zero state; None is one sequence.
-#                                        The initial state belongs to the first position's sequence.
+#     seq_idx         (b, l) integers    labels of packed sequences, or None. Where the label
+#                                        changes, another sequence begins, from a zero state. The
+#                                        initial state belongs to the first position's sequence.
 #     y               (b, l, h, p)       in x's dtype
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
 # l may be 0, and gradients reach every floating-point input. Inside, everything is float32 (float64
-# if x is), autocast or not: states and decay sums accumulate over many steps and need this precision.
-# (The fused kernel keeps states and sums in float32 too, but rounds the operands of its products to
-# x's dtype.) Shapes or dtypes that do not fit are a ValueError or a TypeError, see `_prepare`.
+# if x is), autocast or not: states and decay sums accumulate over many steps and need this
+# precision. (The fused kernel keeps states and sums in float32 too, but rounds the operands of its
+# products to x's dtype.) Shapes or dtypes that do not fit are a ValueError or a TypeError.
 
 
 def _without_autocast(function):
@@ -170,10 +170,9 @@ def _without_autocast(function):
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1.
 
-    Time O(l p n) per head; memory O(p n) for the state, or O(l p n) if gradients are wanted. This is
-    how a token is decoded, and the definition that the other forms are compared with. Arguments and
-    results: at the head of this section. chunk_size has no effect; it is accepted so that the forms
-    are interchangeable.
+    Time O(l p n) per head; memory O(p n), or O(l p n) if gradients are wanted. This is how a token
+    is decoded, and the definition that the other forms are compared with. Arguments and results: at
+    the head of this section. chunk_size has no effect: the forms are interchangeable.
     """
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype, r = x.dtype, x.shape[2] // B.shape[2]
@@ -213,7 +212,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 
     C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax.
     Time O(l^2 (n + p)) and memory O(l^2) per head. Arguments and results: at the head of this
-    section. chunk_size has no effect; it is accepted so that the forms are interchangeable.
+    section. chunk_size has no effect: the forms are interchangeable.
     """
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     if x.shape[1] == 0:
@@ -226,10 +225,10 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
     """SSD in chunks (Section 6, Listing 1): quadratic inside a chunk, recurrent between chunks.
 
-    With q = chunk_size positions in a chunk: time O(l (q n / r + q p + p n)) per head, nearly all of
-    it in matrix products; memory, beside the arguments, O(l p + p n), or O(l (p + q + p n / q)) if
-    gradients are wanted. chunk_size changes speed, not results. Arguments and results: at the head
-    of this section. A fused kernel takes over where it can.
+    With q = chunk_size positions in a chunk: time O(l (q n / r + q p + p n)) per head, nearly all
+    of it in matrix products; memory, beside the arguments, O(l p + p n), or O(l (p + q + p n / q))
+    if gradients are wanted. chunk_size changes speed, not results. Arguments and results: at the
+    head of this section. A fused kernel takes over where it can.
 
     Differs: Listing 1 takes all chunks at once, and the recurrence between them as one more matrix
     product. Here the recurrence is a loop, and chunks are taken in slabs of bounded size.
@@ -798,7 +797,7 @@ def _is_eager(x: Tensor) -> bool:
 def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
     """Raise unless `tensor` has these axes and holds numbers of that kind.
 
-    axes: letters, as in "b l h". sizes: the known size of a letter, to which this tensor's are added.
+    axes: letters, as in "b l h". sizes: known sizes by letter, to which the tensor's are added.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
@@ -2098,8 +2097,8 @@ def recomputed(module, function, *arguments):
 def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
     """(b, l), for each position the label that it has to predict; -100 where there is none.
 
-    That is the label of the next position that is not masked, unless it is of another sequence. With
-    a group: for this rank's slices, of `length` positions in each segment.
+    That is the label of the next position that is not masked, unless it is of another sequence.
+    With a group: for this rank's slices, of `length` positions in each segment.
     """
     if group is not None:
         return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
@@ -2146,20 +2145,20 @@ class Slices:
       recurrence between chunks (step 3 of Listing 1) with slices for chunks. What it adds to the
       outputs is one matrix product.
 
-    Bytes that a rank sends per layer and forward pass to each of the R-1 others, whatever the length
-    (e: bytes of a number of the projections; 8 instead of 4 in a float64 layer):
+    Bytes that a rank sends per layer and forward pass to each of the R-1 others, whatever the
+    length (e: bytes of a number of the projections; 8 instead of 4 in a float64 layer):
 
         b (4 h (p n + 1) + e (k-1) (h p + 2 g n))
 
-    the same again backward, and whenever a layer is computed again; all of it for each segment. For
-    one row of mamba2-2.7b in bfloat16 this is 2.65 MB.
+    The backward pass, recomputation and each further segment send the same again. For one row of
+    mamba2-2.7b in bfloat16 this is 2.65 MB.
 
     Gradients flow back along the same path: each rank gets its part of the gradients, and the parts
     add up. The loss of `Mamba2ForCausalLM` is the whole sequence's on every rank, so the average of
     its gradients over the ranks is one process's gradient, which is what DDP and FSDP compute.
 
-    With segment_length, each segment is cut in slices, and a rank has its slices of all segments one
-    after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1) of ids (b, l).
+    With segment_length, each segment is cut in slices, and a rank has its slices of all segments
+    one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
 
     In shapes here r is ranks, if not (g r), which is heads; s is segments.
 
