@@ -78,8 +78,9 @@ Precision: decays, cumulative sums, the state in registers and all accumulators 
 of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
 forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
 With fp16 inputs they are tf32 products of fp32 numbers, for the range, see `_operands`. No decay is
-split into factors that could overflow; differences are masked, or cut off at 0, and then exp2. With
-dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do.
+split into factors that could overflow; differences are masked, or cut off, and then exp2. With
+dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do. NaN
+in an input makes NaN of all that depends on it, as in PyTorch: no minimum or maximum swallows it.
 
 Convolution, norm and the step of a token
 -----------------------------------------
@@ -173,7 +174,9 @@ if __name__ == "kernels":
 # Shared by all operations: what is refused, and how PyTorch gets to know a kernel
 # --------------------------------------------------------------------------------------------------
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # run kernels as Python, on a CPU, for tests
+# Run kernels as Python, on a CPU, for tests. The interpreter's matrix products are wrong in
+# bfloat16, which is left to plain PyTorch.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
 # numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
@@ -224,6 +227,8 @@ def _unfit(required: dict, optional: dict) -> str | None:
                 return "seq_idx does not hold integers"
         elif tensor.dtype not in DTYPES:
             return f"{name} is not bfloat16, float16 or float32"
+        elif INTERPRET and tensor.dtype == torch.bfloat16:
+            return f"{name} is bfloat16, which the interpreter gets wrong"
     return None
 
 
@@ -353,8 +358,12 @@ def _operation(name, forward, backward, fake, count, kept=0):
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *given):
-            run = opaque_backward if torch.compiler.is_compiling() else backward
-            return gradients(run, ctx, *given)
+            # Inputs were checked by `_unfit`. A gradient may be of any kind, and to be read at its
+            # address it must be there as it is: with its sign, and not in a subclass's own tensors.
+            given = [g if g is None else g.resolve_neg() for g in given]
+            hidden = torch.compiler.is_compiling()
+            hidden = hidden or any(g is not None and _lies_elsewhere(g) for g in given)
+            return gradients(opaque_backward if hidden else backward, ctx, *given)
 
     return call
 
@@ -377,6 +386,9 @@ class _Recording(TorchFunctionMode):
         areas        the inputs, then what was allocated
         area_of      by a tensor's id, in which of the areas it lies; None: in none
         launches     what `launched` noted: (run, arguments, where each pointer points)
+
+    Another operation may run within the call, in a signal handler or a finaliser. It is recorded by
+    itself, and the call around it, of which it is no part, is `interrupted`: recorded next time.
     """
 
     active = threading.local()  # .recording: the one of this thread
@@ -385,14 +397,16 @@ class _Recording(TorchFunctionMode):
         super().__init__()
         self.areas, self.tensors, self.launches = list(inputs), [], []
         self.area_of = {id(tensor): area for area, tensor in enumerate(inputs)}
-        self.fails = False
+        self.fails = self.interrupted = False
+        self.outer = None
 
     def __enter__(self):
+        self.outer = getattr(self.active, "recording", None)
         self.active.recording = self
         return super().__enter__()
 
     def __exit__(self, *exception):
-        self.active.recording = None
+        self.active.recording = self.outer
         return super().__exit__(*exception)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -519,6 +533,9 @@ def _replayed(function, at):
     @functools.wraps(function)
     def run(*arguments):
         x = arguments[at]
+        outer = getattr(_Recording.active, "recording", None)
+        if outer is not None:
+            outer.interrupted = True
         with torch.cuda.device_of(x):
             tf32 = x.dtype == torch.float32 and _allows_tf32()
             key = function, x.device, tf32, *[
@@ -535,6 +552,8 @@ def _replayed(function, at):
                 return function(*arguments)
             with _Recording(inputs) as recording:
                 results = function(*arguments)
+            if recording.interrupted:
+                return results
             if len(_replays) > 1000:  # inputs of ever new lengths
                 _replays.clear()
             replay = _Replay(recording, len(inputs), results)
@@ -655,6 +674,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # small, and with it the rounding error of its differences, when dt·A is -1e6.
 LOWEST = tl.constexpr(-40.0)
 
+# tl.minimum and tl.maximum take NaN for a missing number, and return the other one, unless they are
+# told to return NaN, as PyTorch does. (It is one instruction either way, from sm_80 on.)
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
 # Names that the kernels of SSD share. Numbers: L positions, NC chunks, H heads, G groups of HPG
 # heads, BH = b·h, P and N the sizes of p and n, NPB tiles of PB rows in P. In the forward, NSEG
 # segments of CPS chunks; in the backward, NSPLIT shares of a group, of HPS heads each, PROGRAMS =
@@ -709,8 +732,9 @@ def operand(tile, dtype: tl.constexpr, PREC: tl.constexpr):
     """An fp32 tile as a factor of a matrix product: in dtype, or rounded to the 10 bits of tf32,
     of which the hardware drops the rest."""
     if PREC == "tf32":
-        bits = (tile.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        tile = bits.to(tl.float32, bitcast=True)
+        # NaN, as GPUs compute it, has all bits but the sign's, which rounding must not carry into.
+        bits = tl.minimum(tile.to(tl.int32, bitcast=True), 0x7FFFEFFF)
+        tile = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tile.to(dtype)
 
 
@@ -724,10 +748,15 @@ def load_state(ptr, sp, sn, p, n, mask_pn):
 @triton.jit
 def softplus(v):
     """log(1 + e), e = exp(v), where 1 must not swallow the digits of a small e."""
-    e = tl.exp(tl.minimum(v, 20.0))
+    e = tl.exp(tl.minimum(v, 20.0, propagate_nan=NAN))
     u = 1.0 + e
     log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(v > 20.0, v, log1p)
+
+
+@triton.jit
+def clamp(v, low, high):
+    return tl.minimum(tl.maximum(v, low, propagate_nan=NAN), high, propagate_nan=NAN)
 
 
 @jit
@@ -744,13 +773,15 @@ def prep_kernel(
     positions adjacent. RAW: dt and A are made here, as a layer does.
 
         dt <- load (Q, HB)           RAW: softplus(dt + bias), cut off at low and high
+                                     else: NaN where it is below 0
         A  <- load (HB)              RAW: -exp(A)
         da <- max(dt · A · log2 e, -40)
         a  <- cumulative sum of da along q
         store a, a - log2 dt, dt (padded to whole chunks), sum of da
         run <- cumulative sum of seq_idx[l] != seq_idx[l-1], from 0 in every chunk
 
-    Masked: positions past l read dt = 0, so they neither decay nor add (their e is +inf).
+    Masked: positions past l have dt = 0, so that they do not add (their e is +inf), and da = 0,
+    whatever A is: 0 · A would be NaN for an infinite one.
     """
     bc = tl.program_id(0).to(tl.int64)
     b = bc // NC
@@ -767,11 +798,13 @@ def prep_kernel(
     A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
     if RAW:
         dt_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        dt_qh = tl.minimum(tl.maximum(softplus(dt_qh), low), high)
-        dt_qh = tl.where(mask_qh, dt_qh, 0.0)
+        dt_qh = tl.where(mask_qh, clamp(softplus(dt_qh), low, high), 0.0)
         A_h = -tl.exp(A_h)
+    else:
+        dt_qh = tl.where(dt_qh < 0.0, float("nan"), dt_qh)  # e holds its logarithm, without a sign
     # decay
-    da_qh = tl.maximum(dt_qh * (A_h * LOG2E)[None, :], LOWEST)
+    da_qh = tl.maximum(dt_qh * (A_h * LOG2E)[None, :], LOWEST, propagate_nan=NAN)
+    da_qh = tl.where(mask_qh, da_qh, 0.0)
     a_qh = tl.cumsum(da_qh, axis=0)
     # store
     bh = b * H + h
@@ -1057,12 +1090,13 @@ def dx_part(
         S <- B C^T
         for each head:
             v <- (B dH^T) · o_s;                 out <- rows of x ∘ v
-            T <- (x dy^T) ∘ L;                   row, col <- sums of T ∘ S
-            W += T · dt_s
+            T <- x dy^T;                         row, col <- sums of T ∘ (S ∘ L)
+            W += (T ∘ L) · dt_s
             dx <- (v + (S ∘ L) dy) · dt_s + D dy
 
-    Masked: s > t, and pairs in different runs of seq_idx, in S and at the end in W. What L and T
-    are there does not matter, as long as L is at most 1.
+    Masked: s > t, and pairs in different runs of seq_idx, in S and at the end in W. What L is there
+    does not matter as long as it is finite, so that S ∘ L is 0: its exponents are cut off at 127.
+    Other exponents are that large only if A > 0 and the state grows by 2^127 within a chunk.
     """
     k = pid % NSPLIT
     g = (pid // NSPLIT) % G
@@ -1095,7 +1129,7 @@ def dx_part(
         out_q = tl.exp2(a_end - a_q)
         if HAS_SEQ:
             out_q = tl.where(run_q == run_end, out_q, 0.0)
-        L_st = tl.exp2(tl.minimum(a_q[None, :] - a_q[:, None], 0.0))
+        L_st = tl.exp2(tl.minimum(a_q[None, :] - a_q[:, None], 127.0, propagate_nan=NAN))
         # dot: through the state at the chunk's end
         v_sp = tl.dot(B_sn, tl.trans(dH_pn), input_precision=PREC)
         v_sp *= out_q[:, None]
@@ -1104,12 +1138,12 @@ def dx_part(
         T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
         if not D_VECTOR:
             xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
-        T_st *= L_st
-        W_st += T_st * dt_q[:, None]
-        M_st = T_st * S_st
+        SL_st = S_st * L_st
+        W_st += T_st * L_st * dt_q[:, None]
+        M_st = T_st * SL_st
         col_s = tl.sum(M_st, axis=1)
         row_t = tl.sum(M_st * dt_q[:, None], axis=0)
-        G_st = operand(S_st * L_st, x_sp.dtype, PREC)
+        G_st = operand(SL_st, x_sp.dtype, PREC)
         v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
         dx_sp = v_sp * dt_q[:, None]
         if D_VECTOR:
@@ -1361,9 +1395,9 @@ def chain_part(
     if RAW:
         raw_qh = tl.load(dt_ptr + at_qh, mask=mask_qh, other=0.0).to(tl.float32)
         raw_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
-        uncut_qh = softplus(raw_qh)
-        uncut_qh = (uncut_qh >= low) & (uncut_qh <= high) & mask_qh
-        ddt_qh = tl.where(uncut_qh, ddt_qh * tl.sigmoid(raw_qh), 0.0)
+        step_qh = softplus(raw_qh)
+        cut_qh = (step_qh < low) | (step_qh > high)  # not where it is NaN, as is the gradient then
+        ddt_qh = tl.where(mask_qh & ~cut_qh, ddt_qh * tl.sigmoid(raw_qh), 0.0)
         dA_h *= A_h
         tl.store(sums_ptr + WIDE + H + h, tl.sum(ddt_qh, axis=0), mask=mask_h)
     tl.store(ddt_ptr + at_qh, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
@@ -1736,6 +1770,12 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
     (h, p); initial_state (b, h, p, n); seq_idx (b, l), integers: where it changes, the state starts
     again from zero. Returns y (b, l, h, p) in x's dtype and the final state (b, h, p, n) in fp32.
     `chunk_size` is accepted for the twin's sake: the tile size is the kernels' own.
+
+    A may be positive: results and gradients are right unless a state grows by 2^127 or more within
+    64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
+    NaN, for results and gradients: y is NaN from that position on, and so is the final state. (The
+    twin computes with such a dt. Looking for one would synchronise with the GPU in every call, and
+    applying its sign would cost every call one more product per pair of positions.)
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
     16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The
@@ -2911,7 +2951,7 @@ def _step_kernel(
         x_p = _step_taps(x_u, weight_ptr, bias_ptr, x_at, mask_p, K, BIAS)
 
         # decay
-        dt = tl.minimum(tl.maximum(softplus(dt), low), high)
+        dt = clamp(softplus(dt), low, high)
         state_pn = tl.exp(dt * A) * state_pn + x_p[:, None] * (dt * B_n)[None, :]
         y_p = tl.sum(state_pn * C_n[None, :], axis=1) + D * x_p
 

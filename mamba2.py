@@ -87,10 +87,21 @@ except ImportError as error:
     if error.name != "transformers":  # transformers is there, but broken: show that
         raise
     transformers, can_return_tuple = None, lambda function: function
-    PreTrainedConfig = GenerationMixin = StoppingCriteriaList = object
+    GenerationMixin = StoppingCriteriaList = object
+
+    class PreTrainedConfig:
+        """Takes the place of transformers' class, so that the layer works without it."""
+
+        def __getattr__(self, name):
+            if name in type(self).attribute_map:
+                return getattr(self, type(self).attribute_map[name])
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+        def __setattr__(self, name, value):
+            super().__setattr__(type(self).attribute_map.get(name, name), value)
 
     class PreTrainedModel(nn.Module):
-        """Takes the place of transformers' class, so that this file can be imported without."""
+        """Takes the place of transformers' class, so that this file can be imported without it."""
 
         def __init__(self, *args, **kwargs):
             raise ImportError("this class needs transformers: pip install 'transformers>=5.17'")
@@ -210,10 +221,10 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     section. chunk_size has no effect; it is accepted so that the forms are interchangeable.
     """
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
-    dtype = x.dtype
-    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
-    y, state = _quadratic_in_chunks(x * dt[..., None], log_decay, B, C, state, chunks=1)
-    return (y if D is None else y + D * x).to(dtype), state
+    if x.shape[1] == 0:
+        return torch.zeros_like(x), state
+    y, state = _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks=1)
+    return y[0], state
 
 
 @_without_autocast
@@ -241,65 +252,68 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
     b, l, h, _ = x.shape
     full, rest = divmod(l, chunk_size)
-    slab = SLAB[x.device.type == "cuda"] // max(1, b * h * chunk_size**2)
+    slab = (SLAB_ON_GPU if x.is_cuda else SLAB) // max(1, b * h * chunk_size**2)
     slab = max(1, min(full, slab))
     sizes = [slab * chunk_size] * (full // slab) + [full % slab * chunk_size, rest]
     sizes = [size for size in sizes if size > 0]  # a few slabs of many chunks, then what is left
     ys = []
-    for xs, dts, log_decays, Bs, Cs in zip(
-        *(t.split(sizes, dim=1) for t in (x, dt, log_decay, B, C)), strict=True
-    ):
-        xs, dts, Bs, Cs = (t.to(state.dtype) for t in (xs, dts, Bs, Cs))
-        chunks = max(1, xs.shape[1] // chunk_size)
-        y, state = _quadratic_in_chunks(xs * dts[..., None], log_decays, Bs, Cs, state, chunks)
-        ys.append((y if D is None else y + D * xs).to(x.dtype))
+    for piece in zip(*(t.split(sizes, dim=1) for t in (x, dt, log_decay, B, C)), strict=True):
+        chunks = max(1, piece[0].shape[1] // chunk_size)
+        y, state = _quadratic_in_chunks(*piece, D, state, chunks)
+        ys += y
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
-# Numbers in the matrix L of the chunks that are computed at once, on a CPU and on a GPU: enough for
-# the operations to be large, and few enough for a cache or a fraction of the memory.
-SLAB = 2**20, 2**24
+# Numbers in the matrices L of the chunks that are computed at once, the slab: enough for large
+# operations; few enough for a CPU's cache, or for a small part of a GPU's memory.
+SLAB, SLAB_ON_GPU = 2**19, 2**24
 
 
-def _quadratic_in_chunks(xdt, log_decay, B, C, state, chunks):
+def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     """The quadratic form inside each of `chunks` equal chunks, the recurrence between them.
 
     The numbers are the steps of Listing 1. Products involving only B and C are computed once per
     group of heads; (r p) are all channels of a group.
 
     Args:
-        xdt: (b, l, h, p), x dt.  log_decay: (b, l, h).  B, C: (b, l, g, n).  state: (b, h, p, n).
+        x: (b, l, h, p).  dt, log_decay: (b, l, h).  B, C: (b, l, g, n).  D: (h, 1 or p) or None.
+        state: (b, h, p, n), before the first chunk.
 
     Returns:
-        y without the skip connection: (b, l, h, p).  state: (b, h, p, n).
+        y of each chunk, a list of (b, q, h, p).  state: (b, h, p, n), after the last chunk.
     """
-    if xdt.shape[1] == 0:
-        return xdt, state
-    axes = dict(c=chunks, g=B.shape[2])
-    xdt = rearrange(xdt, "b (c q) (g r) p -> b c g r q p", **axes)
+    (p, g), dtype = (x.shape[3], B.shape[2]), x.dtype
+    x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
+    axes = dict(c=chunks, g=g)
+    x, xdt = (
+        rearrange(t, "b (c q) (g r) p -> b c g r q p", **axes) for t in (x, x * dt[..., None])
+    )
+    xdt = xdt.contiguous()  # else each product would copy it, and keep the copy for its gradient
     log_decay = rearrange(log_decay, "b (c q) (g r) -> b c g r q", **axes)
     B, C = (rearrange(t, "b (c q) g n -> b c g q n", c=chunks) for t in (B, C))
 
     L = segsum(log_decay).exp()  # (b, c, g, r, q, s): decay from position s to position q
-    from_start = log_decay.cumsum(-1).exp()  # (b, c, g, r, q): decay from before the chunk to q
-    to_end = L[..., -1, :]  # (b, c, g, r, s): decay from s to the chunk's last position
+    from_start = log_decay.cumsum(-1).exp()[..., None]  # (b, c, g, r, q, 1): from before the chunk
+    to_end = L[..., -1, :, None]  # (b, c, g, r, s, 1): to the chunk's last position
 
     # 1. Diagonal blocks: from the inputs of a chunk to its outputs, as attention.
     scores = C @ B.mT  # (b, c, g, q, s)
-    y = (scores[:, :, :, None] * L) @ xdt  # (b, c, g, r, q, p)
+    inside = (scores[:, :, :, None] * L) @ xdt  # (b, c, g, r, q, p)
+    if D is not None:
+        inside = torch.addcmul(inside, rearrange(D, "(g r) p -> g r 1 p", g=g), x)
     # 2. From the inputs of a chunk to what it adds to the state.
-    written = rearrange(xdt * to_end[..., None], "b c g r s p -> b c g (r p) s") @ B
-    # 3. The recurrence between chunks: the state before each, and after the last.
-    decay = rearrange(from_start[..., -1], "b c g r -> c b (g r) 1 1")
-    written = rearrange(written, "b c g (r p) n -> c b (g r) p n", r=xdt.shape[3])
-    states = [state]
-    for decay_c, written_c in zip(decay, written, strict=True):
-        states.append(torch.addcmul(written_c, decay_c, states[-1]))  # (b, h, p, n)
-    # 4. From the state before each chunk to its outputs.
-    before = rearrange(torch.stack(states[:-1]), "c b (g r) p n -> b c g (r p) n", g=B.shape[2])
-    read = rearrange(C @ before.mT, "b c g q (r p) -> b c g r q p", r=xdt.shape[3])
-    y = torch.addcmul(y, from_start[..., None], read)
-    return rearrange(y, "b c g r q p -> b (c q) (g r) p"), states[-1]
+    written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
+    written = written.unflatten(3, (-1, p))  # (b, c, g, r, p, n)
+    # From the state before each chunk: 4. to its outputs, and 3. to the state after it.
+    state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=g), []
+    each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
+    for C_c, inside_c, written_c, from_start_c in each:
+        read = C_c @ state.flatten(2, 3).mT  # (b, g, q, (r p))
+        read = rearrange(read, "b g q (r p) -> b g r q p", p=p)
+        y = torch.addcmul(inside_c, from_start_c, read)  # (b, g, r, q, p)
+        ys.append(rearrange(y, "b g r q p -> b q (g r) p").to(dtype))
+        state = torch.addcmul(written_c, from_start_c[..., -1:, :], state)
+    return ys, state.flatten(1, 2)
 
 
 def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -323,7 +337,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     _require("C", C, "b l g n", sizes)
     if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
         g, h = sizes["g"], sizes["h"]
-        raise ValueError(f"B has {g} groups: it must be a divisor of the number of heads, {h}")
+        shape = tuple(B.shape)
+        raise ValueError(f"B has shape {shape}: its groups, {g}, must be a divisor of {h} heads")
     if D is not None:
         _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
     if initial_state is not None:
@@ -350,12 +365,14 @@ def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
     letters, shape = axes.split(), tensor.shape
+    if letters[0] == "..." and tensor.dim() > 0:
+        letters, shape = letters[-1:], shape[-1:]
     fits = len(letters) == len(shape)
     for letter, size in zip(letters, shape, strict=False):
         fits = fits and sizes.get(letter, size) == size
     if not fits:
-        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
-        raise ValueError(f"{name} has shape {tuple(shape)}: it must be ({wanted})")
+        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in axes.split())
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
     sizes.update(zip(letters, shape, strict=True))
     found = "floating-point numbers" if tensor.is_floating_point() else "integers"
     found = "complex numbers" if tensor.is_complex() else found
@@ -464,12 +481,13 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
-    axes = " ".join(f"axis{i}" for i in range(x.dim() - 1)) + " d"
     sizes = {}
-    _require("x", x, axes, sizes)
+    _require("x", x, "... d", sizes)
     _require("weight", weight, "d", sizes)
     if gate is not None:
-        _require("gate", gate, axes, sizes)
+        _require("gate", gate, "... d", sizes)
+        if gate.shape != x.shape:
+            raise ValueError(f"gate has shape {tuple(gate.shape)}: it must be {tuple(x.shape)}")
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups = {groups}: it must divide the last axis of x, {x.shape[-1]}")
     dtype = _at_least_float32(x.dtype)
@@ -948,11 +966,6 @@ class Mamba2Config(PreTrainedConfig):
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
         self.validate_architecture()
-
-    def __getattr__(self, name):  # the paper's names, where transformers does not see to them
-        if transformers is None and name in type(self).attribute_map:
-            return getattr(self, type(self).attribute_map[name])
-        raise AttributeError(f"Mamba2Config has no option {name!r}")
 
     @property
     def d_inner(self) -> int:
@@ -1985,7 +1998,10 @@ class GenerationCache:
 
     def _decode(self, ids, options):
         """The output for one token (b, 1) with a CUDA graph, or None where that is impossible."""
+        mask = options["attention_mask"]
         if not kernels or ids is None or ids.shape[1] != 1 or options["output_hidden_states"]:
+            return None
+        if mask is not None and not mask[:, -1].all():  # of a prompt that is read token by token
             return None
         if self.decoder is None and self.current.states:
             self.decoder = kernels.decoder(self.model, self.current) or False
