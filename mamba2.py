@@ -1525,7 +1525,11 @@ def _packing(x, seq_idx, mask, past, others):
         _require("position_ids", positions, "b l", sizes, "integers")
         begins = positions == 0
         continues = F.pad(positions[:, 1:] - positions[:, :-1] == 1, (1, 0))
-        fits = begins | continues if mask is None else begins | continues | ~mask
+        fits = begins | continues
+        if seq_idx is not None:  # then both must say the same
+            _require("seq_idx", seq_idx, "b l", sizes, "integers")
+            fits &= F.pad(begins[:, 1:], (1, 0)) == _borders(seq_idx)
+        fits = fits if mask is None else fits | ~mask
         if past.states or (_is_eager(x) and not fits.all()):
             raise ValueError(
                 "position_ids must count up from 0 in each packed sequence, and come without a "
