@@ -110,7 +110,9 @@ import concurrent.futures
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
 import math
+import operator
 import os
 import sys
 import threading
@@ -3310,25 +3312,25 @@ def block_step(h, state, norm, layer):
 # What mamba2.py asks for: a layer, a block, the decoding of a model
 # --------------------------------------------------------------------------------------------------
 #
-# Each answers None where plain PyTorch has to go on: a module that is watched by hooks, or replaced
-# by an adapter, has to be called.
+# Each returns None where plain PyTorch must run: a module with hooks, or an adapter in its place,
+# must be called.
 
 _kinds = {}
 
 
 def register(**kinds):
-    """Make the classes of mamba2.py known, by name: only these may be passed over in favour of a
-    fused operation."""
+    """Make the classes of a model known, by name: a fused operation or a CUDA graph may take the
+    place of a call of these, and of no others."""
     _kinds.update(kinds)
 
 
 def _is(module: nn.Module, kind: str) -> bool:
-    """Whether calling the module is calling that kind's forward: no adapter in its place, no hooks."""
+    """Whether a call of the module is that kind's forward: no adapter in its place, no hooks."""
     return type(module) is _kinds.get(kind) and not _is_watched(module)
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether calling the module does something beside, or instead of, its class's forward."""
+    """Whether a call of the module runs hooks, or another function than its class's forward."""
     of_all = nn.modules.module
     hooks = of_all._global_forward_hooks or of_all._global_forward_pre_hooks
     hooks = hooks or of_all._global_backward_hooks or of_all._global_backward_pre_hooks
@@ -3363,33 +3365,106 @@ def block(block, h, state):
 
 def decoder(model, cache):
     """A Decoder of the model, a Mamba2ForCausalLM, that resumes from the cache; or None."""
-    if cache.states[0].ssm.device.type != "cuda":
-        return None
-    graph = DecodingGraph.take(model, cache, DecodingGraph.weights(model))
-    return None if graph is None else Decoder(model, graph)
+    graph = DecodingGraph.take(model, cache)
+    return None if graph is None else Decoder(model, graph, type(cache))
 
 
 class Decoder:
-    """Decodes tokens with a DecodingGraph, until it is closed."""
+    """Decodes a text with a DecodingGraph, until it is closed.
 
-    def __init__(self, model, graph):
-        self.model, self.graph = model, graph
+    If modules or weights have been replaced or moved since the last token, or PyTorch's switches
+    have changed, it frees the graph, and decodes the rest of the text by calling the model.
+    """
+
+    def __init__(self, model, graph, kind):
+        self.model, self.kind = model, kind
+        self.graph, self.modes, self.cache = graph, _modes(), None
+        parts = [part for m in model.modules() for part in (m._modules, m._parameters) if part]
+        self.views = [part.values() for part in parts]  # these follow later assignments
+        self.objects = [*itertools.chain.from_iterable(self.views)]
+        self.parameters = [o for o in self.objects if isinstance(o, Tensor)]
+        self.addresses = [*map(Tensor.data_ptr, self.parameters)]
+        self.memory = [*map(Tensor.untyped_storage, self.parameters)]  # which the graph may read
+
+    def _replays(self):
+        """Whether the graph does what calling the model would do; if not, free it."""
+        objects = itertools.chain.from_iterable(self.views)
+        valid = self.graph is not None and _modes() == self.modes
+        valid = valid and all(map(operator.is_, objects, self.objects))
+        valid = valid and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
+        if self.graph is not None and not valid:
+            self.cache, self.graph, self.memory = self.kind(tuple(self.states())), None, None
+        return valid
 
     def __call__(self, ids):
         """Logits (b, 1, vocabulary) after ids (b, 1)."""
-        return self.graph(ids)[:, None].clone()
+        if self._replays():
+            return self.graph(ids)[:, None].clone()
+        output = self.model(ids, cache=self.cache, use_cache=True, return_dict=True)
+        self.cache = output.cache
+        return output.logits
 
     def states(self):
-        """Copies of conv and ssm of each layer, after the last token."""
-        return self.graph.copies()
+        """conv and ssm of each layer after the last token; copies, if a graph wrote them."""
+        return self.cache.states if self.graph is None else self.graph.copies()
 
     def load(self, cache):
         """Resume from another cache of the same sizes."""
-        self.graph.load(cache)
+        if self._replays():
+            self.graph.load(cache)
+        else:
+            self.cache = cache
 
     def close(self):
         """Leave the graph to the model's next text."""
-        DecodingGraph.give_back(self.model, self.graph)
+        if self.graph is not None:
+            DecodingGraph.give_back(self.model, self.graph)
+
+
+# Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
+# made for (1 ms for 24 layers on a slow CPU). Before each token (40 us), only `_modes`, and whether
+# modules and parameters are the same objects at the same addresses: a hook, an attribute, an option
+# or another layout of the same memory that is set between two tokens takes effect in the next text.
+
+
+def _fingerprint(model, device) -> list | None:
+    """What a step depends on, to be compared with ==; None if a graph would not do all of it.
+
+    None for a model in training mode; for a module of any class but the model's own (adapters and
+    other heads may depend on anything), or one that is compiled, or has hooks or buffers; for
+    weights that are sharded, quantised, or not on the device. Values of weights are not named,
+    because a graph reads them where they lie.
+    """
+    if model.training:
+        return None
+    known = {nn.Embedding, nn.ModuleList, *_kinds.values()}
+    skipped, configs, parts = {"config", "generation_config"}, {}, []
+    for module in model.modules():
+        foreign = type(module) not in known or module._buffers or module._compiled_call_impl
+        if foreign or _is_watched(module):
+            return None
+        own, config = vars(module), vars(module).get("config")
+        if config is not None and id(config) not in configs:
+            configs[id(config)] = repr(vars(config))
+        options = [(key, own[key]) for key in own if key[0] != "_" and key not in skipped]
+        children = [(name, id(child)) for name, child in module._modules.items()]
+        parts += [type(module), configs.get(id(config)), repr(options), children]
+        weights = [(name, w) for name, w in module._parameters.items() if w is not None]
+        if any(type(w) is not nn.Parameter or w.device != device for _, w in weights):
+            return None
+        for name, w in weights:
+            parts.append((name, w.data_ptr(), w.shape, w.stride(), w.dtype, w.is_neg()))
+    return parts
+
+
+def _modes() -> tuple | None:
+    """PyTorch's switches that a step depends on; None if a graph cannot stand in for it."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return None
+    names = "bf16_reduced_precision_reduction fp16_reduced_precision_reduction fp16_accumulation"
+    matmul = [getattr(torch.backends.cuda.matmul, f"allow_{name}", None) for name in names.split()]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return torch.is_inference_mode_enabled(), deterministic, _allows_tf32(), *matmul
 
 
 class _BufferedState(tuple):
@@ -3400,69 +3475,54 @@ class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `copies` copies one out, so that caches are never changed. Weights are read where they lie. All
-    heads read conv, so that none may write to it: there are two buffers, and two graphs, one from
-    the first to the second and one back, which take turns.
+    `copies` copies one out, so caches are never modified. Weights are read where they lie. Programs
+    of all heads read conv, so none may overwrite it: there are two buffers for it, and two graphs,
+    one from the first to the second and one back, which take turns.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
-    does without graphs. There is none for a model with hooks or adapters, which a graph would not
-    see change, nor with weights that are spread over several devices. While one is made, other
-    threads must not draw random numbers on that GPU.
+    does without graphs. There is none if `_fingerprint` or `_modes` is None. While one is made,
+    other threads must not draw random numbers on that GPU. Decode a text on one stream throughout.
     """
 
     enabled = True
     capturing = threading.Lock()  # PyTorch can make one graph at a time
     idle = weakref.WeakKeyDictionary()  # model: the graph that it used last
-    failed = weakref.WeakKeyDictionary()  # model: what no graph could be made for
 
     @classmethod
-    def weights(cls, model):
-        """Where the weights lie; None where a graph would not do all that the model does."""
-        if not cls.enabled:
+    def take(cls, model, cache):
+        """A graph of the model for one text, loaded with the cache; None if there can be none."""
+        tensors = [tensor for state in cache.states for tensor in state]
+        if not cls.enabled or not tensors or tensors[0].device.type != "cuda":
             return None
-        if any(_is_watched(m) or hasattr(m, "adapter_layer_names") for m in model.modules()):
+        device = tensors[0].device
+        if any(tensor.device != device for tensor in tensors) or cache.seq_idx is not None:
             return None
-        weights = [*model.parameters()]
-        if any(type(weight) is not nn.Parameter for weight in weights):  # sharded or quantised
+        modes, fingerprint = _modes(), _fingerprint(model, device)
+        if modes is None or fingerprint is None or torch.cuda.is_current_stream_capturing():
             return None
-        return tuple((weight.device, weight.data_ptr()) for weight in weights)
-
-    @classmethod
-    def take(cls, model, cache, weights):
-        """A graph of the model for nobody else, loaded with the cache; None where it cannot be."""
-        if weights is None or not cache.states:
-            return None
-        device = cache.states[0].ssm.device
-        if device.type != "cuda" or any(weight[0] != device for weight in weights):
-            return None
-        if cache.seq_idx is not None or torch.is_autocast_enabled("cuda"):
-            return None
-        if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
-            return None
-        sizes = [(tensor.shape, tensor.dtype) for tensor in cache.states[0]]
-        modes = torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()
-        key = weights, len(cache.states), *sizes, *modes, _allows_tf32()
-        if cls.failed.get(model) == key:
-            return None
+        key = fingerprint, modes, type(cache), [(tensor.shape, tensor.dtype) for tensor in tensors]
         graph = cls.idle.pop(model, None)
         if graph is None or graph.made_for != key:
             graph = None  # whose memory is free before the next takes its own
             try:
                 graph = cls(model, cache, key)
-            except RuntimeError as error:
-                cls.failed[model] = key
-                warnings.warn(f"tokens are decoded without a CUDA graph: {error}", stacklevel=2)
+            except RuntimeError as error:  # such as too little memory: the next text tries again
+                warnings.warn(f"this text is decoded without a CUDA graph: {error}", stacklevel=2)
                 return None
-        torch.cuda.current_stream(device).wait_event(graph.done)
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(graph.done)
+        # Buffers may come from another stream: it must not reuse their memory before this is done.
+        for buffer in {graph.token, *itertools.chain(*graph.states, *graph.others)}:
+            buffer.record_stream(stream)
         graph.load(cache)
         return graph
 
     @classmethod
     def give_back(cls, model, graph):
-        if graph is not None:  # whoever takes it next may use another stream
-            graph.done = torch.cuda.current_stream(graph.token.device).record_event()
-            cls.idle[model] = graph
+        """Keep the graph for the model's next text, which may be decoded on another stream."""
+        graph.done = torch.cuda.current_stream(graph.token.device).record_event()
+        cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
         self.made_for, self.states, self.others = key, [], []
@@ -3501,7 +3561,7 @@ class DecodingGraph:
         return output.logits[:, -1]
 
     def load(self, cache):
-        """Go on from this cache."""
+        """Resume from this cache."""
         _copy(self.states, cache.states)
 
     def copies(self):

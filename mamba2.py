@@ -6,29 +6,26 @@
 
 In reading order:
 
-    1. SSD             the sequence transformation in three forms that agree up to rounding:
-                       ssd_recurrent, ssd_quadratic (masked attention) and ssd (chunked)
-    2. Mamba2          the layer: projections, short convolution, SSD, gated norm
-    3. Mamba2LM        the language model: embedding, residual blocks, head
-    4. Mamba2Config    sizes and options, under the paper's and under transformers' names
-    5. Mamba2ForCausalLM   the same model native to Hugging Face transformers: loading, cache,
-                       generation, loss, and training on long sequences in bounded memory
-    6. Slices          one sequence on several GPUs
+    1. ssd_recurrent, ssd_quadratic, ssd   the sequence transformation in three forms
+    2. Mamba2              the layer: projections, short convolution, SSD, gated norm
+    3. Mamba2LM            the language model: embedding, residual blocks, head
+    4. helpers of 1 to 3   checks, masks
+    5. Mamba2Config        sizes and options, under the paper's and under transformers' names
+    6. Mamba2ForCausalLM   the model in transformers: cache, loss, loading, generation
+    7. Slices              one sequence on several GPUs
 
 One idea carries all of it: a layer is a pure function of its input and its state,
 
     y, state = layer.step(u, state)
 
-for any number of tokens. One call prefills, resumes, decodes one token in constant time, or forks a
-prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to rounding,
-the result of one call.
-
-Glossary: the letters of shapes, and the paper's notation.
+for any number of positions. One call prefills, resumes, decodes one token in constant time, or
+forks a prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to
+rounding, the result of one call.
 
     code   paper    meaning
     b               batch
     l      T        length of the sequence
-    c               chunks that are computed at once
+    c               chunks
     q, s   Q        positions in a chunk: of the output (q) and of the input (s)
     d               width of the model, or any number of channels
     h      H        heads
@@ -44,16 +41,13 @@ Glossary: the letters of shapes, and the paper's notation.
     state  h_t      the state of a head, (p, n) numbers
     L      L        the decays between positions, a 1-semiseparable matrix
 
-Two words: sequences are "packed" if several lie one after another in the same row; masked positions
-are skipped, wherever they occur in a row.
+Sequences are "packed" if several lie one after another in the same row; masked positions are
+skipped, wherever they occur. "The original" is the authors' package mamba_ssm. "Differs:" marks
+where this file departs on purpose from it, from the paper or from transformers' Mamba-2, and why.
 
-"The original" is the authors' package mamba_ssm. "Differs:" marks where this file departs on
-purpose from it, from the paper or from transformers' Mamba-2, and says why.
-
-Sections 1 to 4 need torch and einops only; section 5 needs transformers. On CUDA, the fused kernels
-of `kernels.py` (if it lies beside this file) take over where `kernels` is mentioned, and nowhere
-else. Set `kernels = None` if you change the mathematics here: the kernels would go on computing the
-original. MIT licence: copy this file into your own work as you like.
+Sections 1 to 5 need torch and einops only. On CUDA, the fused kernels of `kernels.py` (if it lies
+beside this file) take over where `kernels` is mentioned, and nowhere else: set `kernels = None` if
+you change the mathematics here. MIT licence: copy this file into your own work as you like.
 """
 
 from __future__ import annotations
@@ -324,28 +318,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
             sequence begins, so that nothing of the one before is left (Section 8.3).
         D: (h, 1) or (h, p), or None.
         state: (b, h, p, n), the initial one.
-
-    Raises:
-        TypeError: not a tensor, or integers where there must be floating-point numbers.
-        ValueError: shapes that do not fit together.
     """
-    sizes = {}
-    _require("x", x, "b l h p", sizes)
-    _require("dt", dt, "b l h", sizes)
-    _require("A", A, "h", sizes)
-    _require("B", B, "b l g n", sizes)
-    _require("C", C, "b l g n", sizes)
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        g, h = sizes["g"], sizes["h"]
-        shape = tuple(B.shape)
-        raise ValueError(f"B has shape {shape}: its groups, {g}, must be a divisor of {h} heads")
-    if D is not None:
-        _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
-    if initial_state is not None:
-        _require("initial_state", initial_state, "b h p n", sizes)
-    if seq_idx is not None:
-        _require("seq_idx", seq_idx, "b l", sizes, "integers")
-
+    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype = _at_least_float32(x.dtype)
     log_decay = dt.to(dtype) * A.to(dtype)
     if seq_idx is not None:
@@ -353,41 +327,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     if D is not None:
         D = (D if D.dim() == 2 else D[:, None]).to(dtype)
     if initial_state is None:
-        initial_state = x.new_zeros([sizes[axis] for axis in "bhpn"])
+        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
     return log_decay, D, initial_state.to(dtype)
-
-
-def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
-    """Raise unless `tensor` has these axes and holds numbers of that kind.
-
-    axes: letters, as in "b l h". sizes: the known size of a letter, to which this tensor's are added.
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
-    letters, shape = axes.split(), tensor.shape
-    if letters[0] == "..." and tensor.dim() > 0:
-        letters, shape = letters[-1:], shape[-1:]
-    fits = len(letters) == len(shape)
-    for letter, size in zip(letters, shape, strict=False):
-        fits = fits and sizes.get(letter, size) == size
-    if not fits:
-        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in axes.split())
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
-    sizes.update(zip(letters, shape, strict=True))
-    found = "floating-point numbers" if tensor.is_floating_point() else "integers"
-    found = "complex numbers" if tensor.is_complex() else found
-    found = "booleans" if tensor.dtype == torch.bool else found
-    if found != kind and not (kind == "a mask" and found != "complex numbers"):
-        raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _borders(seq_idx: Tensor) -> Tensor:
-    """(b, l) bool: whether another sequence begins at this position. The first is no border."""
-    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -563,11 +504,11 @@ class Mamba2(nn.Module):
         if config is None:
             config = Mamba2Config(**options)
         elif options or not isinstance(config, Mamba2Config):
+            found = f"{type(config).__module__}.{type(config).__qualname__}"
             raise TypeError(
-                f"config is a {type(config).__module__}.{type(config).__qualname__}, beside the "
-                f"options {sorted(options)}: pass this file's Mamba2Config, or options by name as "
-                "in Mamba2(d_model=256); Mamba2Config.from_dict(config.to_dict()) translates "
-                "transformers' class"
+                f"config is a {found}, with options {sorted(options)}: pass this file's "
+                "Mamba2Config, or options by name alone, as in Mamba2(d_model=256); "
+                "Mamba2Config.from_dict(config.to_dict()) translates transformers' class"
             )
         config.validate_architecture()
         self.config = config
@@ -593,32 +534,27 @@ class Mamba2(nn.Module):
         sqrt(depth) for out_proj. Biases of projections are 0, as in the original's models.
         """
 
+        config = self.config
+
         def uniform(parameter, fan_in):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
-        def copy(parameter, value):
-            # transformers marks the parameters that it has loaded. It guards nn.init's functions
-            # against writing to them, but not this one.
-            if not getattr(parameter, "_is_hf_initialized", False):
-                parameter.copy_(value)
-
-        config = self.config
         uniform(self.in_proj.weight, config.hidden_size)
         uniform(self.out_proj.weight, self.widths[0] * depth)
         uniform(self.conv1d.weight, config.conv_kernel)
+        if config.use_conv_bias:
+            uniform(self.conv1d.bias, config.conv_kernel)
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
-        if config.use_conv_bias:
-            uniform(self.conv1d.bias, config.conv_kernel)
         nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)
         # A is uniform in [-16, -1]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
-        copy(self.A_log, A.log())
+        self.A_log.copy_(A.log())
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         dt = torch.empty_like(A).uniform_(low, high).exp().clamp(min=config.time_step_floor)
-        copy(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def step(self, u, state=None, mask=None, seq_idx=None, group=None):
         """The layer on some positions, from a state: prefill, resuming and decoding are this call.
@@ -648,7 +584,7 @@ class Mamba2(nn.Module):
 
     def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
-        self._check(u, state, mask, seq_idx)
+        _check_layer(self, u, state, mask, seq_idx)
         order = None
         if mask is not None and mask.dim() == 2:
             order = Order(_as_bool("mask", mask))
@@ -711,102 +647,6 @@ class Mamba2(nn.Module):
         if ssm is not None:
             new_ssm = new_ssm.to(ssm.dtype)
         return y.flatten(2), Mamba2State(new_conv, new_ssm)
-
-    def _check(self, u, state, mask, seq_idx):
-        h, p, _, n = self.sizes
-        sizes = {"d": self.config.hidden_size, "h": h, "p": p, "n": n, "c": self.widths[1]}
-        _require("u", u, "b l d", sizes)
-        weight = getattr(self.in_proj, "weight", u)  # an adapter may have none, or take any dtype
-        if type(self.in_proj) is nn.Linear and u.dtype != weight.dtype:
-            castable = torch.float64 not in (u.dtype, weight.dtype)
-            if not (castable and torch.is_autocast_enabled(u.device.type)):
-                raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
-        if isinstance(mask, Tensor) and mask.dim() == 1:
-            _require("mask", mask, "b", sizes, "integers")
-        elif mask is not None:
-            _require("mask", mask, "b l", sizes, "a mask")
-        if seq_idx is not None:
-            _require("seq_idx", seq_idx, "b l", sizes, "integers")
-        if state is not None:
-            if not isinstance(state, tuple) or len(state) != 2:
-                found = type(state).__name__
-                raise TypeError(
-                    f"state is a {found}: it must be step's second result, a Mamba2State"
-                )
-            _require(
-                "state.conv", state[0], "b k-1 c", {**sizes, "k-1": self.config.conv_kernel - 1}
-            )
-            _require("state.ssm", state[1], "b h p n", sizes)
-
-
-class Order:
-    """Masked positions moved to the end of each row; all others keep their order.
-
-        mask     1 0 0 1 1        positions   a b c d e
-        sorted   a d e b c        lengths     3
-
-    So the convolution meets only inputs that exist, and SSD passes over the rest with dt = 0.
-    """
-
-    def __init__(self, mask: Tensor):  # (b, l) bool
-        self.lengths = mask.sum(1)  # (b)
-        after = self.lengths[:, None] + (~mask).cumsum(1)
-        self.place = torch.where(mask, mask.cumsum(1), after) - 1  # (b, l), where each one goes
-        position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        self.index = torch.empty_like(self.place).scatter(1, self.place, position)  # the inverse
-
-    def sort(self, x):
-        return None if x is None else _take(x, self.index)
-
-    def sort_labels(self, seq_idx):
-        """Like `sort`, but masked positions get the label of the last one that exists."""
-        if seq_idx is None or seq_idx.shape[1] == 0:
-            return seq_idx
-        position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-        last = (self.lengths[:, None] - 1).clamp(min=0)  # (b, 1)
-        return self.sort(seq_idx.long()).gather(1, torch.minimum(position, last))
-
-    def restore(self, x):
-        return _take(x, self.place)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
-
-
-def _as_bool(name: str, mask: Tensor) -> Tensor:
-    """The mask as bool; a float one is checked not to be meant for adding to attention scores."""
-    if mask.is_floating_point() and _is_eager(mask) and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"{name} holds other numbers than 0 and 1: it must be 1 where a position is read, 0 "
-            f"where not; instead of one that is added to attention scores, pass {name} == 0"
-        )
-    return mask.bool()
-
-
-def _is_eager(x: Tensor) -> bool:
-    """Whether x's values can be read now, which waits for a GPU: not while torch.compile traces, in
-    transforms of torch.func, while a CUDA graph is captured, or on the meta device."""
-    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
-
-    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
-    do not.
-
-    Differs: the original marks the latter with an attribute; copying a parameter loses that
-    attribute but not the shape, so we test for one dimension.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -883,11 +723,163 @@ class Mamba2LM(nn.Module):
         return self.lm_head(self.backbone["norm_f"](h)), states
 
 
-# This is the whole model. What follows makes it usable: configuration, transformers, several GPUs.
+# This is the whole model. What follows makes it usable: checks, configuration, transformers, GPUs.
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Configuration
+# 4. Helpers of sections 1 to 3
+# --------------------------------------------------------------------------------------------------
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _borders(seq_idx: Tensor) -> Tensor:
+    """(b, l) bool: whether another sequence begins at this position. The first is no border."""
+    return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+class Order:
+    """Masked positions moved to the end of each row; all others keep their order.
+
+        mask     1 0 0 1 1        positions   a b c d e
+        sorted   a d e b c        lengths     3
+
+    So the convolution meets only inputs that exist, and SSD passes over the rest with dt = 0.
+    """
+
+    def __init__(self, mask: Tensor):  # (b, l) bool
+        self.lengths = mask.sum(1)  # (b)
+        after = self.lengths[:, None] + (~mask).cumsum(1)
+        self.place = torch.where(mask, mask.cumsum(1), after) - 1  # (b, l), where each one goes
+        position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        self.index = torch.empty_like(self.place).scatter(1, self.place, position)  # the inverse
+
+    def sort(self, x):
+        return None if x is None else _take(x, self.index)
+
+    def sort_labels(self, seq_idx):
+        """Like `sort`, but masked positions get the label of the last one that exists."""
+        if seq_idx is None or seq_idx.shape[1] == 0:
+            return seq_idx
+        position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+        last = (self.lengths[:, None] - 1).clamp(min=0)  # (b, 1)
+        return self.sort(seq_idx.long()).gather(1, torch.minimum(position, last))
+
+    def restore(self, x):
+        return _take(x, self.place)
+
+
+def _as_bool(name: str, mask: Tensor) -> Tensor:
+    """The mask as bool; a float one is checked not to be meant for adding to attention scores."""
+    if mask.is_floating_point() and _is_eager(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"{name} holds other numbers than 0 and 1: it must be 1 where a position is read, 0 "
+            f"where not; instead of one that is added to attention scores, pass {name} == 0"
+        )
+    return mask.bool()
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether x's values can be read now, which waits for a GPU: not while torch.compile traces, in
+    transforms of torch.func, while a CUDA graph is captured, or on the meta device."""
+    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
+    """Raise unless `tensor` has these axes and holds numbers of that kind.
+
+    axes: letters, as in "b l h". sizes: the known size of a letter, to which this tensor's are added.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
+    letters, shape = axes.split(), tensor.shape
+    if letters[0] == "..." and tensor.dim() > 0:
+        letters, shape = letters[-1:], shape[-1:]
+    fits = len(letters) == len(shape)
+    for letter, size in zip(letters, shape, strict=False):
+        fits = fits and sizes.get(letter, size) == size
+    if not fits:
+        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in axes.split())
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
+    sizes.update(zip(letters, shape, strict=True))
+    found = "floating-point numbers" if tensor.is_floating_point() else "integers"
+    found = "complex numbers" if tensor.is_complex() else found
+    found = "booleans" if tensor.dtype == torch.bool else found
+    if found != kind and not (kind == "a mask" and found != "complex numbers"):
+        raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
+
+
+def _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx):
+    """Raise a TypeError or ValueError unless these are what all forms of SSD take."""
+    sizes = {}
+    _require("x", x, "b l h p", sizes)
+    _require("dt", dt, "b l h", sizes)
+    _require("A", A, "h", sizes)
+    _require("B", B, "b l g n", sizes)
+    _require("C", C, "b l g n", sizes)
+    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
+        g, h = sizes["g"], sizes["h"]
+        shape = tuple(B.shape)
+        raise ValueError(f"B has shape {shape}: its groups, {g}, must be a divisor of {h} heads")
+    if D is not None:
+        _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
+    if initial_state is not None:
+        _require("initial_state", initial_state, "b h p n", sizes)
+    if seq_idx is not None:
+        _require("seq_idx", seq_idx, "b l", sizes, "integers")
+
+
+def _check_layer(layer, u, state, mask, seq_idx):
+    """Raise a TypeError or ValueError unless these are what `Mamba2.step` takes."""
+    h, p, _, n = layer.sizes
+    sizes = {"d": layer.config.hidden_size, "h": h, "p": p, "n": n, "c": layer.widths[1]}
+    _require("u", u, "b l d", sizes)
+    weight = getattr(layer.in_proj, "weight", u)  # an adapter may have none, or take any dtype
+    if type(layer.in_proj) is nn.Linear and u.dtype != weight.dtype:
+        castable = torch.float64 not in (u.dtype, weight.dtype)
+        if not (castable and torch.is_autocast_enabled(u.device.type)):
+            raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
+    if isinstance(mask, Tensor) and mask.dim() == 1:
+        _require("mask", mask, "b", sizes, "integers")
+    elif mask is not None:
+        _require("mask", mask, "b l", sizes, "a mask")
+    if seq_idx is not None:
+        _require("seq_idx", seq_idx, "b l", sizes, "integers")
+    if state is not None:
+        if not isinstance(state, tuple) or len(state) != 2:
+            found = type(state).__name__
+            raise TypeError(f"state is a {found}: it must be step's second result, a Mamba2State")
+        _require("state.conv", state[0], "b k-1 c", {**sizes, "k-1": layer.config.conv_kernel - 1})
+        _require("state.ssm", state[1], "b h p n", sizes)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
+
+    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
+    do not.
+
+    Differs: the original marks the latter with an attribute; copying a parameter loses that
+    attribute but not the shape, so we test for one dimension.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Configuration
 # --------------------------------------------------------------------------------------------------
 
 # name in transformers     in the paper's code  default  meaning
@@ -1112,7 +1104,7 @@ def _from_original_format(original: dict) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. transformers: cache, loss, segments, loading, generation
+# 6. transformers: cache, loss, segments, loading, generation
 # --------------------------------------------------------------------------------------------------
 #
 # Names that no documentation promises. A test
@@ -2174,7 +2166,7 @@ def register_with_transformers():
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. One sequence on several GPUs
+# 7. One sequence on several GPUs
 # --------------------------------------------------------------------------------------------------
 
 
@@ -2348,4 +2340,7 @@ if kernels:
         CausalConv1d=CausalConv1d,
         RMSNorm=RMSNorm,
         Mamba2=Mamba2,
+        Mamba2Block=Mamba2Block,
+        Mamba2Model=Mamba2Model,
+        Mamba2ForCausalLM=Mamba2ForCausalLM,
     )

@@ -55,6 +55,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -1268,7 +1269,7 @@ def test_transformers_still_has_the_private_names_that_this_file_uses():
     The names are those of a comment in mamba2.py, which lists all that it uses.
     """
     code, private = Path(mamba2.__file__).read_text(), r"(?<!\w)_[a-z]\w+"
-    comment = code[code.index("# 5. transformers") :].split("\n\n")[0]
+    comment = code[code.index("# 6. transformers") :].split("\n\n")[0]
     of_torch = re.findall(r"torch\.[\w.]*\w", comment)
     listed = set(re.findall(private, comment))
     hooks = {name for name in listed if name.endswith("_hooks")}
@@ -2754,13 +2755,15 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
         model = tiny(**options)
         plain = greedy_steps(model, ids, 1000)
         assert torch.equal(streamed(model, ids, **given), plain)
+        graph = mamba2.kernels.DecodingGraph.idle[model]
         assert torch.equal(model.generate(ids, **given), plain)
-    assert model in mamba2.kernels.DecodingGraph.idle
+        assert mamba2.kernels.DecodingGraph.idle[model] is graph
     with torch.no_grad():  # new weights in the old place
         model.backbone.layers[0].mixer.in_proj.weight.mul_(1.5)
     changed = greedy_steps(model, ids, 1000)
     assert not torch.equal(changed, plain)
     assert torch.equal(streamed(model, ids, **given), changed)
+    assert mamba2.kernels.DecodingGraph.idle[model] is graph
     model.to(torch.bfloat16)  # and in another
     changed = greedy_steps(model, ids, 100)
     assert torch.equal(streamed(model, ids, **{**given, "max_new_tokens": 100}), changed)
@@ -2828,28 +2831,381 @@ def test_speculation_gives_hidden_states_to_who_asks():
     assert_close(hidden, whole, F64)
 
 
-def test_a_model_with_hooks_or_adapters_gets_no_graph(monkeypatch):
+def _replace_head(model):
+    model.lm_head = copy.deepcopy(model.lm_head)
+    torch.nn.init.normal_(model.lm_head.weight)
+
+
+def _give_own_options(mixer, **options):
+    mixer.config = copy.deepcopy(mixer.config)
+    vars(mixer.config).update(options)
+
+
+def _read_in_another_order(weight):
+    """Another layout of the same memory: (d, 1, k), of which d is the innermost now."""
+    weight.data = weight.data.as_strided(weight.shape, (1, 1, weight.shape[0]))
+
+
+# Whatever a step depends on, besides values of weights: each changes the logits.
+DEPENDS = {
+    "an option": lambda m: setattr(m.config, "time_step_limit", (0.3, 0.4)),
+    "an option of one layer": lambda m: _give_own_options(
+        m.backbone.layers[1].mixer, time_step_limit=(0.3, 0.4)
+    ),
+    "the residual stream's dtype": lambda m: setattr(m.config, "residual_in_fp32", False),
+    "eps": lambda m: setattr(m.backbone.norm_f, "eps", 3.0),
+    "eps of a layer's norm": lambda m: setattr(m.backbone.layers[0].mixer.norm, "eps", 3.0),
+    "groups": lambda m: setattr(m.backbone.layers[0].mixer.norm, "groups", 4),
+    "a head": _replace_head,
+    "the order of layers": lambda m: setattr(m.backbone, "layers", m.backbone.layers[::-1]),
+    "a layer twice": lambda m: setattr(
+        m.backbone, "layers", nn.ModuleList([m.backbone.layers[0]] * 2)
+    ),
+    "an address": lambda m: setattr(m.lm_head.weight, "data", m.lm_head.weight.data * 1.5),
+    "a layout": lambda m: _read_in_another_order(m.backbone.layers[0].mixer.conv1d.weight),
+    "a lazy minus": lambda m: setattr(
+        m.backbone.norm_f.weight, "data", torch._neg_view(m.backbone.norm_f.weight.data)
+    ),
+    "a bias": lambda m: setattr(
+        m.lm_head,
+        "bias",
+        nn.Parameter(torch.randn(VOCABULARY, device=DEVICE, dtype=torch.bfloat16)),
+    ),
+    "no bias": lambda m: setattr(m.backbone.layers[0].mixer.conv1d, "bias", None),
+    "a dtype": lambda m: m.to(torch.float16),
+}
+PLACE = dict(device=DEVICE)
+
+
+def fingerprint(model):
+    return mamba2.kernels._fingerprint(model, model.device)
+
+
+@pytest.mark.parametrize("name", DEPENDS)
+def test_a_graph_is_made_for_all_that_a_step_depends_on(name):
+    model = tiny(dtype=torch.bfloat16)
+    before = fingerprint(model)
+    assert before is not None and fingerprint(model) == before
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.01)
+    assert fingerprint(model) == before  # new values in the old place
+    DEPENDS[name](model)
+    assert fingerprint(model) not in (before, None)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("name", DEPENDS)
+@torch.no_grad()
+def test_kernel_graph_is_made_anew_for_all_that_a_step_depends_on(name):
+    model, ids = tiny(dtype=torch.bfloat16), tokens(2, 12)
+    given = dict(GREEDY, output_logits=True, return_dict_in_generate=True)
+
+    def both():
+        """Logits of steps: by a graph, and plain."""
+        found = model.generate(ids, **given)
+        assert model in mamba2.kernels.DecodingGraph.idle
+        output, logits = model(found.sequences[:, :12], use_cache=True, logits_to_keep=1), []
+        for t in range(12, 24):
+            logits.append(output.logits[:, -1])
+            output = model(found.sequences[:, t : t + 1], cache=output.cache, use_cache=True)
+        return torch.stack(found.logits, 1).float(), torch.stack(logits, 1).float()
+
+    assert_close(*both(), 1e-2)
+    first = mamba2.kernels.DecodingGraph.idle[model]
+    before = model(ids).logits.float()
+    DEPENDS[name](model)
+    assert relative_error(model(ids).logits.float(), before) > 1e-3  # or it would show nothing
+    assert_close(*both(), 1e-2)
+    assert mamba2.kernels.DecodingGraph.idle[model] is not first
+
+
+class OwnLinear(nn.Linear):
+    factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+# Models with parts that a graph might not follow.
+NO_GRAPH = {
+    "training": lambda m: m.train(),
+    "a hook": lambda m: m.backbone.layers[1].mixer.register_forward_hook(lambda *given: None),
+    "a hook before": lambda m: m.lm_head.register_forward_pre_hook(lambda *given: None),
+    # as accelerate wraps it
+    "a forward of its own": lambda m: setattr(m, "forward", functools.partial(m.forward)),
+    "a wrapped head": lambda m: setattr(
+        m, "lm_head", nn.Sequential(nn.Dropout(0.5), m.lm_head).eval()
+    ),
+    "a head of another class": lambda m: setattr(m, "lm_head", OwnLinear(32, VOCABULARY).eval()),
+    "another class": lambda m: setattr(
+        m, "__class__", type("Own", (Mamba2ForCausalLM,), dict(forward=None))
+    ),
+    "a buffer": lambda m: m.lm_head.register_buffer("scale", torch.ones(1)),
+    "compiled": lambda m: m.backbone.compile(backend="eager"),
+    "sharded": lambda m: setattr(
+        m.lm_head, "weight", type("Shard", (nn.Parameter,), {})(m.lm_head.weight)
+    ),
+    "a part elsewhere": lambda m: m.backbone.norm_f.to("meta"),
+    "an adapter": lambda m: peft.get_peft_model(
+        m, peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_GRAPH)
+def test_a_model_gets_no_graph_if_it_has_parts_that_a_graph_might_not_follow(name):
     model = tiny()
-    assert mamba2.kernels.DecodingGraph.weights(model) is not None
-    handle = model.backbone.layers[1].mixer.register_forward_hook(lambda *given: None)
-    assert mamba2.kernels.DecodingGraph.weights(model) is None
-    handle.remove()
-    handle = model.lm_head.register_forward_pre_hook(lambda *given: None)
-    assert mamba2.kernels.DecodingGraph.weights(model) is None
-    handle.remove()
-    model.forward = functools.partial(model.forward)  # as accelerate wraps it
-    assert mamba2.kernels.DecodingGraph.weights(model) is None
-    del model.forward
-    assert mamba2.kernels.DecodingGraph.weights(model) is not None
-    sharded = tiny()
-    sharded.lm_head.weight = type("Shard", (nn.Parameter,), {})(sharded.lm_head.weight)
-    assert mamba2.kernels.DecodingGraph.weights(sharded) is None
+    device = model.device
+    assert mamba2.kernels._fingerprint(model, device) is not None
+    handle = NO_GRAPH[name](model)
+    assert mamba2.kernels._fingerprint(model, device) is None
+    if "hook" in name:
+        handle.remove()
+        assert mamba2.kernels._fingerprint(model, device) is not None
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+def test_kernel_graph_is_not_taken_where_it_is_switched_off_or_the_model_is_watched(monkeypatch):
+    model, ids, idle = tiny(), tokens(2, 12), mamba2.kernels.DecodingGraph.idle
+    expected, seen = model.generate(ids, **GREEDY), []
+    assert idle.pop(model)
     monkeypatch.setattr(mamba2.kernels.DecodingGraph, "enabled", False)
-    assert mamba2.kernels.DecodingGraph.weights(model) is None
+    assert torch.equal(model.generate(ids, **GREEDY), expected) and model not in idle
     monkeypatch.undo()
-    lora = peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(model, lora)
-    assert mamba2.kernels.DecodingGraph.weights(adapted.base_model.model) is None
+    model.lm_head.register_forward_hook(lambda *given: seen.append(given))
+    assert torch.equal(model.generate(ids, **GREEDY), expected) and model not in idle
+    assert len(seen) == 12
+
+
+@torch.no_grad()
+def test_a_graph_is_made_for_the_switches_of_pytorch(monkeypatch):
+    modes, matmul = mamba2.kernels._modes, torch.backends.cuda.matmul
+    before = modes()
+    assert before is not None
+    with torch.enable_grad():
+        assert modes() is None
+    if CUDA:
+        with torch.autocast("cuda", torch.bfloat16):
+            assert modes() is None
+    with torch.inference_mode():
+        assert modes() not in (before, None)
+    torch.use_deterministic_algorithms(True)
+    assert modes() not in (before, None)
+    torch.use_deterministic_algorithms(False)
+    tf32 = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    for name, other in ((tf32, "tf32"), ("allow_bf16_reduced_precision_reduction", False)):
+        old = getattr(matmul, name)
+        setattr(matmul, name, other)
+        try:
+            assert modes() not in (before, None)
+        finally:
+            setattr(matmul, name, old)
+    assert modes() == before
+
+
+class PlainGraph:
+    """Stands in for a DecodingGraph on any device: steps of the model as it was at first."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.steps = copy.deepcopy(model), cache, 0
+
+    def __call__(self, ids):
+        output = self.model(ids, cache=self.cache, use_cache=True)
+        self.cache, self.steps = output.cache, self.steps + 1
+        return output.logits[:, -1]
+
+    def copies(self):
+        return [tuple(state) for state in self.cache.map(torch.clone).states]
+
+    def load(self, cache):
+        self.cache = cache
+
+
+def _move_all(model):
+    """Other weights in other memory; what the old ones leave is filled with NaN."""
+    for weight in model.parameters():
+        old = weight.data
+        weight.data = old * 1.3
+        if CUDA:  # a graph that still read it would fail
+            size = old.numel()
+            del old
+            torch.full((size,), torch.nan, dtype=weight.dtype, device=DEVICE)
+
+
+def _assign(model):
+    state = {name: weight * 1.3 for name, weight in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+MEANWHILE = {
+    "weights move": _move_all,
+    "one weight moves": lambda m: setattr(
+        m.backbone.layers[1].mixer.out_proj.weight,
+        "data",
+        m.backbone.layers[1].mixer.out_proj.weight.data * -2,
+    ),
+    "parameters are replaced": _assign,
+    "the head is replaced": _replace_head,
+    "a layer is replaced": lambda m: m.backbone.layers.__setitem__(
+        0, copy.deepcopy(m.backbone.layers[1])
+    ),
+    "layers change places": lambda m: setattr(m.backbone, "layers", m.backbone.layers[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", MEANWHILE)
+@torch.no_grad()
+def test_what_happens_to_weights_between_two_tokens_reaches_the_next(name, monkeypatch):
+    ids, taken, kernels = tokens(2, 12), [], mamba2.kernels
+    given = dict(GREEDY, max_new_tokens=30)
+    if not CUDA:
+
+        def take(model, cache):
+            taken.append(PlainGraph(model, cache))
+            return taken[-1]
+
+        monkeypatch.setattr(kernels.DecodingGraph, "take", take)
+        monkeypatch.setattr(kernels.DecodingGraph, "give_back", lambda model, graph: None)
+
+    def text(tokens_of, change):
+        model, found = tiny(), []
+        for i, token in enumerate(tokens_of(model)):
+            found.append(token)
+            if i == 10:
+                torch.manual_seed(1)
+                change(model)
+        return torch.stack(found, 1)
+
+    def steps(model):
+        new, cache = ids, None
+        for _ in range(30):
+            output = model(new, cache=cache, use_cache=True)
+            new, cache = output.logits[:, -1].argmax(-1, keepdim=True), output.cache
+            yield new[:, 0]
+
+    def stream(model):
+        return model.stream(ids, **given)
+
+    plain = text(steps, lambda model: None)
+    assert torch.equal(text(stream, lambda model: None), plain)
+    expected = text(steps, MEANWHILE[name])
+    assert not torch.equal(expected, plain)
+    assert torch.equal(text(stream, MEANWHILE[name]), expected)
+    if taken:
+        assert [graph.steps for graph in taken] == [29, 10]  # and plain steps after them
+
+
+@torch.no_grad()
+def test_a_decoder_without_its_graph_has_states_and_takes_others(monkeypatch):
+    model, ids = tiny(dtype=torch.float64), tokens(2, 12)
+    closed, kernels = [], mamba2.kernels
+    monkeypatch.setattr(kernels.DecodingGraph, "give_back", lambda *given: closed.append(given))
+    first, second = model.prefill(ids[:, :6]), model.prefill(ids)
+    for valid in (True, False):
+        decoder = kernels.Decoder(model, PlainGraph(model, first), type(first))
+        decoder(ids[:, 6:7])
+        if not valid:
+            _assign(model)
+            cache = decoder.graph.cache
+            cache = model(ids[:, 7:8], cache=cache, use_cache=True).cache
+            decoder(ids[:, 7:8])
+            assert_close([t for s in decoder.states() for t in s], tensors(cache.states), F64)
+        decoder.load(second)
+        want = model(ids[:, :1], cache=second, use_cache=True)
+        assert_close(decoder(ids[:, :1]), want.logits, F64)
+        assert_close([t for s in decoder.states() for t in s], tensors(want.cache.states), F64)
+        decoder.close()
+        assert len(closed) == 1  # a graph out of use is not kept
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@torch.no_grad()
+def test_kernel_graph_keeps_no_weights_while_it_is_not_used():
+    model, ids = tiny(), tokens(2, 12)
+    stream = model.stream(ids, **GREEDY)
+    next(stream), next(stream)
+    old = StorageWeakRef(model.lm_head.weight.untyped_storage())
+    model.to("cpu")
+    assert not old.expired()  # a graph may read it
+    with pytest.raises(RuntimeError):  # as a plain step: ids are on the GPU
+        next(stream)
+    gc.collect()
+    assert old.expired()
+    model.to(DEVICE)
+    model.generate(ids, **GREEDY)
+    assert model in mamba2.kernels.DecodingGraph.idle
+    old = StorageWeakRef(model.lm_head.weight.untyped_storage())
+    model.to("cpu")
+    gc.collect()
+    assert old.expired()
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@torch.no_grad()
+def test_kernel_graph_is_made_for_the_states_of_all_layers():
+    model, ids = tiny(), tokens(2, 12)
+    cache = model.prefill(ids)
+    given = dict(GREEDY, return_dict_in_generate=True)
+    given["attention_mask"] = torch.ones(2, 13, device=DEVICE, dtype=torch.long)
+    first, last = cache.states
+    mixed = (first, Mamba2State(last.conv, last.ssm.bfloat16()))
+    for states in (cache.states, mixed, cache.states):
+        found = model.generate(ids[:, :1], cache=type(cache)(states, cache.length), **given)
+        assert [s.ssm.dtype for s in found.cache.states] == [s.ssm.dtype for s in states]
+        past, new = type(cache)(states, cache.length), found.sequences
+        for t in range(12):
+            past = model(new[:, t : t + 1], cache=past, use_cache=True).cache
+        assert_same_state(found.cache, past, 1e-2 if states is mixed else F32)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("call", [0, 3])  # while it is tried out, while it is captured
+def test_kernel_graph_that_found_no_memory_is_tried_again(call, monkeypatch):
+    model, ids, kind = tiny(), tokens(2, 12), mamba2.kernels.DecodingGraph
+    expected, calls, step = greedy_steps(model, ids, 12), [], kind.step
+
+    def failing(self, *given):
+        logits = step(self, *given)
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise torch.OutOfMemoryError("no memory")
+        return logits
+
+    monkeypatch.setattr(kind, "step", failing)
+    with pytest.warns(UserWarning, match="without a CUDA graph: no memory"):
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert model not in kind.idle
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert model in kind.idle
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+def test_kernel_graph_is_used_on_one_stream_after_another():
+    model, ids = tiny(), tokens(2, 12)
+    expected = greedy_steps(model, ids, 100)
+    given, graphs = dict(GREEDY, max_new_tokens=100), []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.default_stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found = model.generate(ids, **given)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(found, expected)
+        graphs.append(mamba2.kernels.DecodingGraph.idle[model])
+    assert graphs[0] is graphs[1] is graphs[2]
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@torch.no_grad()
+def test_kernel_graph_is_left_for_plain_steps_where_autocast_begins():
+    model, ids = tiny(), tokens(2, 12)
+    stream = model.stream(ids, **GREEDY)
+    found = [next(stream) for _ in range(5)]
+    with torch.autocast("cuda", torch.bfloat16):
+        found.append(next(stream))
+    found += stream
+    assert torch.stack(found, 1).shape == (2, 12)
+    assert model not in mamba2.kernels.DecodingGraph.idle
 
 
 class PlainDecoder:
