@@ -1697,29 +1697,32 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config=None, **options):
         """As in all of transformers; on CUDA, a step of the model by one token is a CUDA graph."""
-        config = generation_config or self.generation_config
+
+        def option(
+            name,
+        ):  # as transformers finds it: what a configuration leaves out is the model's
+            value = options.get(name, getattr(generation_config, name, None))
+            default = None if name in options else getattr(self.generation_config, name, None)
+            return default if value is None else value
+
         given = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
-        self._check_generate(inputs, config, options)
-        if n := options.pop("assistant_early_exit", None) or config.assistant_early_exit:
-            options["assistant_model"] = self.first_layers(n)
-            if config.assistant_early_exit:
-                generation_config = copy.deepcopy(config)
-                generation_config.assistant_early_exit = None
-        if options.get("use_cache", config.use_cache) is False:
-            if given.get_seq_length():
+        self._check_generate(inputs, options, option)
+        if count := option("assistant_early_exit"):  # not transformers' way, which changes config
+            options |= dict(assistant_model=self.first_layers(count), assistant_early_exit=None)
+        if option("use_cache") is False:
+            if getattr(given, "states", True):
                 raise ValueError("use_cache = False: leave it out, or leave out the cache")
             return super().generate(inputs, generation_config, **options)
         cache = given if isinstance(given, GenerationCache) else GenerationCache(self, given)
-        cache.recording |= bool(config.is_assistant)  # its tokens may be rejected
+        cache.recording |= bool(option("is_assistant"))  # its tokens may be rejected
         outer = _generating.set(cache)
         try:
             output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
         finally:
             _generating.reset(outer)
             cache.close()
-        if isinstance(output, dict) and not config.is_assistant:  # an assistant goes on with it
-            setattr(output, CACHE, cache.value())
-            output.cache = cache.value()
+        if isinstance(output, dict) and not option("is_assistant"):  # an assistant goes on with it
+            output[CACHE] = output.cache = cache.value()
         return output
 
     def first_layers(self, count: int) -> Mamba2ForCausalLM:
@@ -1731,12 +1734,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         for name, part in self.backbone.named_children():
             setattr(model.backbone, name, part[:count] if name == "layers" else part)
         model.lm_head, model.generation_config = self.lm_head, copy.deepcopy(self.generation_config)
+        model.generation_config.assistant_early_exit = None  # it has no draft of its own
         return model.train(self.training)
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("generate_batch needs attention's keys: pad on the left and use generate")
 
-    def _check_generate(self, ids, config, options):
+    def _check_generate(self, ids, options, option):
         ids = options.get("input_ids") if ids is None else ids
         sizes = {}
         for name, value in {"input_ids": ids, "seq_idx": options.get("seq_idx")}.items():
@@ -1752,23 +1756,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 "a token"
             )
 
-        def option(name):
-            return options.get(name, getattr(config, name, None))
-
-        chunked, packed = option("prefill_chunk_size"), options.get("seq_idx") is not None
-        for wrong, message in {
-            "group": (
-                options.get("group"),
-                "read the prompt with `prefill`, generate from its cache",
-            ),
-            "cache_implementation": (option("cache_implementation"), "a state needs none"),
-            "prefill_chunk_size": (
-                chunked and (packed or options.get("inputs_embeds") is not None),
-                "with seq_idx or inputs_embeds, read the prompt with `prefill`, generate from its cache",
-            ),
-        }.items():
-            if message[0]:
-                raise ValueError(f"{wrong} = {option(wrong)!r}: leave it out; {message[1]}")
+        packed = options.get("seq_idx") is not None or options.get("inputs_embeds") is not None
+        chunked = packed and option("prefill_chunk_size")  # by transformers, which cuts ids alone
+        first = "read the prompt with `prefill` if need be, and generate from its cache"
+        for name, wrong, remedy in (
+            ("group", options.get("group"), first),
+            ("prefill_chunk_size", chunked, f"with seq_idx or inputs_embeds, {first}"),
+            ("cache_implementation", option("cache_implementation"), "a state needs none"),
+        ):
+            if wrong:
+                raise ValueError(f"{name} = {wrong!r}: leave it out; {remedy}")
 
     @classmethod
     def _supports_default_dynamic_cache(cls):

@@ -1405,8 +1405,8 @@ def test_cache_and_past_key_values_are_two_names_of_one_thing():
         assert all(torch.equal(call[0], calls[0][0]) for call in calls)
         assert not torch.equal(calls[0][0], kind(new)[0])
         back = copy.deepcopy(output)  # and made again of its fields, as by engines that cast them
-        back = tree_map(lambda x: x, back)
-        assert type(back) is type(output) and back.cache is back.past_key_values is not None
+        back = tree_map(lambda x: x, back)  # keeps transformers' own name alone, before 5.24
+        assert type(back) is type(output) and back[mamba2.CACHE] is back.past_key_values is not None
     cache = model(ids).cache
     for name in CACHE_NAMES:
         assert_same_state(model.prefill(new, **{name: cache}), calls[0].cache, F32)
@@ -1654,7 +1654,9 @@ def test_steps_keep_the_dtype_of_ssm_whatever_it_is(dtype, of_weights):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16, torch.uint64, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.uint16, torch.uint64, torch.int64]
+)
 def test_labels_of_packed_sequences_are_any_integers(dtype):
     model, ids = tiny(dtype=torch.float64), tokens(2, 9)
     layer, u = model.backbone.layers[0].mixer, torch.randn(2, 9, 32, **DRAW)
@@ -1743,7 +1745,7 @@ def test_a_step_is_exported_and_compiled_once_for_all_tokens():
         past = cache
         for t in range(7, 12):
             output = step(ids[:, t : t + 1], cache=past, use_cache=True)
-            past = output.cache
+            past = output[mamba2.CACHE]
             assert_close(output.logits, model(ids[:, : t + 1]).logits[:, -1:], F32)
             assert type(past) is Mamba2Cache and past.get_seq_length() == t + 1
             assert type(past.states[0]) is Mamba2State
@@ -1772,7 +1774,9 @@ def test_replicas_of_data_parallel_give_outputs_that_can_be_gathered(monkeypatch
     pairs = zip(replicas, ids.chunk(2), strict=True)
     outputs = [replica(part, labels=part) for replica, part in pairs]
     gather = torch.nn.parallel.scatter_gather
-    monkeypatch.setattr(gather.Gather, "apply", lambda device, dim, *t: torch.stack(t).flatten(0, 1))
+    monkeypatch.setattr(
+        gather.Gather, "apply", lambda device, dim, *t: torch.stack(t).flatten(0, 1)
+    )
     outputs = [{k: v[None] if v.dim() == 0 else v for k, v in o.items()} for o in outputs]
     gathered = gather.gather(outputs, DEVICE)
     assert_close(gathered["logits"], whole.logits, F32)
@@ -2557,7 +2561,9 @@ def test_early_exit_leaves_the_configuration_alone_whatever_happens():
         assert identical([*texts], [expected] * 2) and identical(found, [logits] * 20)
     model.generation_config.assistant_early_exit = 1  # in the configuration it means the same
     assert torch.equal(model.generate(ids, **given), expected)
+    assert torch.equal(model.generate(ids, transformers.GenerationConfig(**given)), expected)
     assert model.generation_config.assistant_early_exit == 1
+    assert {model.config.num_hidden_layers, len(model.backbone.layers)} == {3}
 
 
 @torch.no_grad()
