@@ -3319,6 +3319,9 @@ def test_generate_gives_plain_steps_to_a_decoder_and_all_others_to_the_model(mon
     texts = [{}, dict(output_logits=True), dict(output_hidden_states=True), dict(guidance_scale=2)]
     texts += [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True)]
     texts += [dict(eos_token_id=model.generate(**text).sequences[0, 18].item())]
+    hole = mask.clone()
+    hole[:, 10] = 0  # masked tokens are read by the model, from the decoder's state and back to it
+    texts += [dict(attention_mask=hole, prefill_chunk_size=1)]
 
     def run(given):
         torch.manual_seed(0)
