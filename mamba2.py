@@ -1963,8 +1963,11 @@ class GenerationCache:
         if self.recording:
             output = self._read_again(options)
         elif (output := self._decode(ids, options)) is None:
-            output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
+            cache = self.value() if self.decoder else self.current
+            output = self.model(**options, cache=cache, use_cache=True, return_dict=True)
             self.current = output.cache
+            if self.decoder:
+                self.decoder.load(output.cache)
         self.length += length
         output[CACHE] = output.cache = self
         return output

@@ -3347,6 +3347,8 @@ def test_generate_gives_plain_steps_to_a_decoder_and_all_others_to_the_model(mon
         assert [decoder.closed for decoder in taken] == [True] * len(taken)
         if "output_hidden_states" in given:
             assert not taken
+        elif "attention_mask" in given:
+            assert [decoder.steps for decoder in taken] == [11 + 2]  # of the prompt's 12 tokens
         elif "guidance_scale" not in given:
             assert [decoder.steps for decoder in taken] == [found.sequences.shape[1] - 13]
     taken.clear()
