@@ -770,7 +770,7 @@ class Order:
             return seq_idx
         position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
         last = (self.lengths[:, None] - 1).clamp(min=0)  # (b, 1)
-        return self.sort(seq_idx).gather(1, torch.minimum(position, last))
+        return self.sort(seq_idx.long()).gather(1, torch.minimum(position, last))
 
     def restore(self, x):
         return _take(x, self.place)
@@ -813,6 +813,7 @@ def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
     sizes.update(zip(letters, shape, strict=True))
     found = "floating-point numbers" if tensor.is_floating_point() else "integers"
     found = "complex numbers" if tensor.is_complex() else found
+    found = "booleans" if tensor.dtype == torch.bool else found
     if found != kind and not (kind == "a mask" and found != "complex numbers"):
         raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
 
@@ -844,7 +845,8 @@ def _check_layer(layer, u, state, mask, seq_idx):
     _require("u", u, "b l d", sizes)
     weight = getattr(layer.in_proj, "weight", u)  # an adapter may have none, or take any dtype
     if type(layer.in_proj) is nn.Linear and u.dtype != weight.dtype:
-        if not torch.is_autocast_enabled(u.device.type):
+        castable = torch.float64 not in (u.dtype, weight.dtype)
+        if not (castable and torch.is_autocast_enabled(u.device.type)):
             raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
     if isinstance(mask, Tensor) and mask.dim() == 1:
         _require("mask", mask, "b", sizes, "integers")
@@ -1133,9 +1135,8 @@ class Mamba2Cache:
 
     def select(self, rows) -> Mamba2Cache:
         """Rows of the batch in a new order: integers, negative ones from the end, or a bool mask."""
-        batch = self.states[0].ssm.shape[0] if self.states else 0
-        rows = torch.as_tensor(rows)
-        rows = torch.arange(batch)[rows.cpu() if rows.numel() else rows.cpu().long()]
+        rows = torch.as_tensor(rows).flatten()
+        rows = rows if rows.numel() else rows.long()  # an empty list has no integers
         return self.map(lambda tensor: tensor[rows.to(tensor.device)])
 
     def repeat(self, times: int) -> Mamba2Cache:
@@ -1152,7 +1153,7 @@ class Mamba2Cache:
         if any((cache.seq_idx is None) != (first.seq_idx is None) for cache in others):
             raise ValueError("some caches have a seq_idx and some have none: make it all or none")
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
-        length = max(cache.get_seq_length() for cache in caches)
+        length = max(cache.get_seq_length() for cache in (first, *others))
         return Mamba2Cache(joined.states, length, joined.seq_idx)
 
     def detach(self) -> Mamba2Cache:
@@ -1176,15 +1177,16 @@ class Mamba2Cache:
 
     def save(self, path):
         """Write the cache to a safetensors file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"length": torch.tensor(self.get_seq_length())}
-        for i, state in enumerate(self.states):
-            tensors |= {f"layers.{i}.conv": state.conv, f"layers.{i}.ssm": state.ssm}
+        for i, (conv, ssm) in enumerate(self.states):
+            tensors |= {f"layers.{i}.conv": conv, f"layers.{i}.ssm": ssm}
         if self.seq_idx is not None:
             tensors["seq_idx"] = self.seq_idx
         # Copies, since a file holds no tensor twice, and one state may serve two layers.
-        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, path)
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+        Path(path).write_bytes(save(tensors))
 
     @classmethod
     def load(cls, path, device="cpu") -> Mamba2Cache:
@@ -1200,6 +1202,8 @@ class Mamba2Cache:
         names = [[f"layers.{i}.{part}" for part in Mamba2State._fields] for i in range(count)]
         if {"length", *sum(names, [])} != tensors.keys() - {"seq_idx"}:
             raise ValueError(f"{str(path)!r} holds no cache: it must be a file that `save` wrote")
+        if (seq_idx := tensors.get("seq_idx")) is not None:
+            _require("seq_idx", seq_idx, "b 2", {"2": 2}, "integers")
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         states = tuple(Mamba2State(*(tensors[name] for name in layer)) for layer in names)
         return cls(states, tensors["length"], tensors.get("seq_idx"))
@@ -1219,9 +1223,14 @@ def _follow_labels(past: Mamba2Cache, seq_idx, exists) -> Mamba2Cache:
         past = Mamba2Cache(past.states, past.length, torch.stack([first, first * 0], dim=1))
     label, seen = past.seq_idx[:, 0], past.seq_idx[:, 1] != 0
     ended = any_exist & seen & (first != label)  # (b)
-    states = past.map(lambda t: t.masked_fill(ended.view(-1, *[1] * (t.dim() - 1)), 0)).states
+    states = _where(ended, past.map(torch.zeros_like), past).states
     label = torch.stack([torch.where(any_exist, last, label), (any_exist | seen).long()], dim=1)
     return Mamba2Cache(states, past.length, label)
+
+
+def _where(rows, ours: Mamba2Cache, others: Mamba2Cache) -> Mamba2Cache:
+    """The other cache, with `ours` in these rows (b)."""
+    return others.map(lambda b, a: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), ours)
 
 
 def _first_label(labels, exists):
@@ -1368,9 +1377,9 @@ class Mamba2Model(Mamba2PreTrainedModel):
         Returns:
             BaseModelOutputWithPast: last_hidden_state (b, l, d), cache, hidden_states.
         """
-        past = _one_cache(cache, past_key_values) or Mamba2Cache(())
+        past = _one_cache(cache, past_key_values)
         x = _one_input(input_ids, inputs_embeds, self.config.hidden_size)
-        mask = _as_mask(attention_mask, x)
+        mask = _as_mask(attention_mask, x, past)
         seq_idx = _packing(x, seq_idx, mask, past, others)
         if past.states and len(past.states) != len(self.layers):
             raise ValueError(f"{len(past.states)} states for {len(self.layers)} layers: one each")
@@ -1403,7 +1412,7 @@ class Mamba2Model(Mamba2PreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(h)
             if checkpoints:
-                h, state = checkpoint(block, h, *arguments, use_reentrant=False)
+                h, state = recomputed(block, block, h, *arguments)
             else:
                 h, state = block(h, *arguments)
             return h, state if use_cache else None  # it would only take memory
@@ -1428,11 +1437,13 @@ class Mamba2Model(Mamba2PreTrainedModel):
 
 
 def _one_cache(cache, past_key_values):
-    """The cache, which callers may pass under either name."""
+    """The cache, which callers may pass under either name; an empty one if there is none."""
     if cache is not None and past_key_values is not None:
         raise TypeError("cache and past_key_values are one argument: give one of them")
     cache = past_key_values if cache is None else cache
-    if cache is not None and not isinstance(cache, (Mamba2Cache, GenerationCache)):
+    if cache is None:
+        return Mamba2Cache(())
+    if not isinstance(cache, (Mamba2Cache, GenerationCache)):
         raise TypeError(
             f"cache is a {type(cache).__name__}: it must be the Mamba2Cache that an earlier call of "
             "this model returned"
@@ -1441,7 +1452,7 @@ def _one_cache(cache, past_key_values):
 
 
 def _one_input(input_ids, inputs_embeds, width):
-    """Whichever of the two is given, (b, l) or (b, l, d)."""
+    """Whichever of the two is passed, (b, l) or (b, l, d)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if inputs_embeds is None:
@@ -1451,15 +1462,17 @@ def _one_input(input_ids, inputs_embeds, width):
     return inputs_embeds
 
 
-def _as_mask(attention_mask, x):
+def _as_mask(attention_mask, x, past):
     """(b, l) bool from transformers' attention_mask, or None where nothing is masked."""
     if attention_mask is None:
         return None
     b, l = x.shape[:2]
-    longer = attention_mask.dim() == 2 and attention_mask.shape[1] > l  # covers the cache too
-    sizes = dict(b=b) if longer else dict(b=b, l=l)
-    _require("attention_mask", attention_mask, "b l", sizes, "a mask")
-    mask = _as_bool("attention_mask", attention_mask[:, sizes["l"] - l :])
+    _require("attention_mask", attention_mask, "b l", {}, "a mask")
+    seen = attention_mask.shape[1] - l  # positions that the cache has seen and the mask covers, too
+    if seen and _is_eager(x) and seen != past.get_seq_length():
+        seen = 0
+    _require("attention_mask", attention_mask, "b l", dict(b=b, l=seen + l), "a mask")
+    mask = _as_bool("attention_mask", attention_mask[:, seen:])
     # Nothing masked is the common case, and worth asking for.
     return None if _is_eager(mask) and bool(mask.all()) else mask
 
@@ -1484,7 +1497,11 @@ def _packing(x, seq_idx, mask, past, others):
         _require("position_ids", positions, "b l", sizes, "integers")
         begins = positions == 0
         continues = F.pad(positions[:, 1:] - positions[:, :-1] == 1, (1, 0))
-        fits = begins | continues if mask is None else begins | continues | ~mask
+        fits = begins | continues
+        if seq_idx is not None:  # then both must say the same
+            _require("seq_idx", seq_idx, "b l", sizes, "integers")
+            fits &= F.pad(begins[:, 1:], (1, 0)) == _borders(seq_idx)
+        fits = fits if mask is None else fits | ~mask
         if past.states or (_is_eager(x) and not fits.all()):
             raise ValueError(
                 "position_ids must count up from 0 in each packed sequence, and come without a "
@@ -1493,6 +1510,7 @@ def _packing(x, seq_idx, mask, past, others):
         seq_idx = begins.cumsum(1) if seq_idx is None else seq_idx
     if seq_idx is not None:
         _require("seq_idx", seq_idx, "b l", sizes, "integers")
+        seq_idx = seq_idx.long()
     return seq_idx
 
 
@@ -1561,8 +1579,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             given = dict(others, input_ids=input_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx)
             given |= dict(attention_mask=attention_mask, logits_to_keep=logits_to_keep)
             return cache.read(dict(given, output_hidden_states=output_hidden_states))
-        mask = _as_mask(attention_mask, x)
-        seq_idx = _packing(x, seq_idx, mask, cache or Mamba2Cache(()), others)
+        mask = _as_mask(attention_mask, x, cache)
+        seq_idx = _packing(x, seq_idx, mask, cache, others)
         b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
         count, targets = max(1, -(-l // length)), None
@@ -1572,6 +1590,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if labels is not None:
             _require("labels", labels, "b l", dict(b=b, l=l), "integers")
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if count > 1 and output_hidden_states:
             raise ValueError(
                 f"output_hidden_states = True, segment_length = {length}: segments are there so "
@@ -1657,28 +1677,32 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config=None, **options):
         """As in all of transformers; on CUDA, a step of the model by one token is a CUDA graph."""
-        config = generation_config or self.generation_config
+
+        def option(
+            name,
+        ):  # as transformers finds it: what a configuration leaves out is the model's
+            value = options.get(name, getattr(generation_config, name, None))
+            default = None if name in options else getattr(self.generation_config, name, None)
+            return default if value is None else value
+
         given = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
-        self._check_generate(inputs, config, options)
-        if n := options.pop("assistant_early_exit", None) or config.assistant_early_exit:
-            options["assistant_model"] = self.first_layers(n)
-            if config.assistant_early_exit:
-                generation_config = copy.deepcopy(config)
-                generation_config.assistant_early_exit = None
-        if options.get("use_cache", config.use_cache) is False:
+        self._check_generate(inputs, options, option)
+        if count := option("assistant_early_exit"):  # not transformers' way, which changes config
+            options |= dict(assistant_model=self.first_layers(count), assistant_early_exit=None)
+        if option("use_cache") is False:
+            if getattr(given, "states", True):
+                raise ValueError("use_cache = False: leave it out, or leave out the cache")
             return super().generate(inputs, generation_config, **options)
-        cache = given if isinstance(given, GenerationCache) else None
-        cache = cache or GenerationCache(self, given or Mamba2Cache(()))
-        cache.recording |= bool(config.is_assistant)  # its tokens may be rejected
+        cache = given if isinstance(given, GenerationCache) else GenerationCache(self, given)
+        cache.recording |= bool(option("is_assistant"))  # its tokens may be rejected
         outer = _generating.set(cache)
         try:
             output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
         finally:
             _generating.reset(outer)
             cache.close()
-        if isinstance(output, dict) and not config.is_assistant:  # an assistant goes on with it
-            setattr(output, CACHE, cache.value())
-            output.cache = cache.value()
+        if isinstance(output, dict) and not option("is_assistant"):  # an assistant goes on with it
+            output[CACHE] = output.cache = cache.value()
         return output
 
     def first_layers(self, count: int) -> Mamba2ForCausalLM:
@@ -1690,15 +1714,20 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         for name, part in self.backbone.named_children():
             setattr(model.backbone, name, part[:count] if name == "layers" else part)
         model.lm_head, model.generation_config = self.lm_head, copy.deepcopy(self.generation_config)
+        model.generation_config.assistant_early_exit = None  # it has no draft of its own
         return model.train(self.training)
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("generate_batch needs attention's keys: pad on the left and use generate")
 
-    def _check_generate(self, ids, config, options):
+    def _check_generate(self, ids, options, option):
         ids = options.get("input_ids") if ids is None else ids
-        if ids is not None:
-            _require("input_ids", ids, "b l", {}, "integers")
+        sizes = {}
+        for name, value in {"input_ids": ids, "seq_idx": options.get("seq_idx")}.items():
+            if value is not None:
+                _require(name, value, "b l", sizes, "integers")
+        if ids is not None and 0 in ids.shape and options.get("inputs_embeds") is None:
+            raise ValueError(f"input_ids has shape {tuple(ids.shape)}: it must hold a token")
         mask = options.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not (exists := mask[:, -1:] != 0).all():
             raise ValueError(
@@ -1707,23 +1736,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 "a token"
             )
 
-        def option(name):
-            return options.get(name, getattr(config, name, None))
-
-        chunked, packed = option("prefill_chunk_size"), options.get("seq_idx") is not None
-        for wrong, message in {
-            "group": (
-                options.get("group"),
-                "read the prompt with `prefill`, generate from its cache",
-            ),
-            "cache_implementation": (option("cache_implementation"), "a state needs none"),
-            "prefill_chunk_size": (
-                chunked and (packed or options.get("inputs_embeds") is not None),
-                "with seq_idx or inputs_embeds, read the prompt with `prefill`, generate from its cache",
-            ),
-        }.items():
-            if message[0]:
-                raise ValueError(f"{wrong} = {option(wrong)!r}: leave it out; {message[1]}")
+        packed = options.get("seq_idx") is not None or options.get("inputs_embeds") is not None
+        chunked = packed and option("prefill_chunk_size")  # by transformers, which cuts ids alone
+        first = "read the prompt with `prefill` if need be, and generate from its cache"
+        for name, wrong, remedy in (
+            ("group", options.get("group"), first),
+            ("prefill_chunk_size", chunked, f"with seq_idx or inputs_embeds, {first}"),
+            ("cache_implementation", option("cache_implementation"), "a state needs none"),
+        ):
+            if wrong:
+                raise ValueError(f"{name} = {wrong!r}: leave it out; {remedy}")
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -1893,7 +1915,7 @@ class GenerationCache:
     is_linear = (False,)  # if all were True, generate would pass tokens that were already read
 
     def __init__(self, model, cache: Mamba2Cache):
-        self.model, self.recording, self.decoder = model, False, None
+        self.model, self.recording, self.decoder, self.mask = model, False, None, None
         self.ended = self.ended_before = self.frozen = None
         self.replace(cache)
 
@@ -1910,18 +1932,12 @@ class GenerationCache:
         """The Mamba2Cache after all tokens that are not forgotten."""
         cache = self.current
         if cache is None:
-            cache = self.model.prefill(self.since, cache=self.base)
+            mask = None if self.mask is None else self.mask[:, : self.length]
+            cache = self.model.prefill(self.since, mask, self.base)
         if self.decoder:
             states = tuple(Mamba2State(*state) for state in self.decoder.states())
             cache = Mamba2Cache(states, self.length, cache.seq_idx)
-        if self.frozen is not None:
-            rows, kept = self.frozen
-
-            def merge(new, old):
-                return torch.where(rows.view(-1, *[1] * (new.dim() - 1)), old, new)
-
-            cache = cache.map(merge, kept)
-        return cache
+        return cache if self.frozen is None else _where(*self.frozen, cache)
 
     def close(self):
         """Give back the decoder."""
@@ -1947,8 +1963,11 @@ class GenerationCache:
         if self.recording:
             output = self._read_again(options)
         elif (output := self._decode(ids, options)) is None:
-            output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
+            cache = self.value() if self.decoder else self.current
+            output = self.model(**options, cache=cache, use_cache=True, return_dict=True)
             self.current = output.cache
+            if self.decoder:
+                self.decoder.load(output.cache)
         self.length += length
         output[CACHE] = output.cache = self
         return output
@@ -1992,13 +2011,15 @@ class GenerationCache:
 
     def _read_again(self, options):
         """The output for ids (1, l) after the tokens that were not forgotten."""
-        ids, mask = options["input_ids"], options["attention_mask"]
-        if ids is None:
-            raise ValueError("speculative decoding reads input_ids alone: leave out inputs_embeds")
+        ids, self.mask = options["input_ids"], options["attention_mask"]
+        if ids is None or options["seq_idx"] is not None:
+            raise ValueError(
+                "speculative decoding reads input_ids alone: with inputs_embeds or seq_idx, read the "
+                "prompt with `prefill`, and generate from its cache"
+            )
         l = ids.shape[1]
         if self.current is None and self.since.shape[1] > 32:  # too many to read each time
-            seen = None if mask is None else mask[:, : self.length]
-            self.replace(self.model.prefill(self.since, seen, cache=self.base))
+            self.replace(self.value())
         since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
         cache, new = (self.base, since) if self.current is None else (self.current, ids)
         keep = options["logits_to_keep"] or l
@@ -2041,9 +2062,7 @@ def read_in_segments(model, whole, cache, length, first, progress, options):
 
     total = whole[0].shape[1]
     count = max(1, -(-total // length))
-    run = segment
-    if count > 1 and torch.is_grad_enabled():
-        run = functools.partial(recomputed, model, segment)
+    run = segment if count == 1 else functools.partial(recomputed, model, segment)
     pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
     segments = zip(*pieces, strict=True)
     if progress:
@@ -2079,12 +2098,14 @@ def recomputed(module, function, *arguments):
     Like autograd with saved tensors, the backward pass refuses weights of the module that were
     changed in place since. torch.func does not support checkpointing: there nothing is recomputed.
     """
-    if torch._C._are_functorch_transforms_active():
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*arguments)
-    versions = [weight._version for weight in module.parameters()]
+    # Of these very tensors: FSDP exchanges a module's parameters between the two passes.
+    weights = () if torch.compiler.is_compiling() else module.parameters()
+    versions = [(weight, weight._version) for weight in weights]
 
     def checked(*arguments):
-        if versions != [weight._version for weight in module.parameters()]:
+        if any(weight._version != version for weight, version in versions):
             raise RuntimeError(
                 "weights were modified in place between the forward pass and the backward pass, "
                 "which computes the former again: call backward() before optimizer.step()"
