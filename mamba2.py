@@ -1147,11 +1147,12 @@ class Mamba2Cache:
     """The state of a whole model after some tokens; immutable.
 
     A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
-    continue the same prompt in another way. Its size does not depend on how many tokens it has seen.
+    continue the same prompt in another way. Its size does not depend on how many tokens it has
+    seen.
 
         states    a Mamba2State for each layer
-        length    tokens seen, masked ones included: a tensor (), so that a compiled or exported step
-                  does not depend on its value; get_seq_length() is an int
+        length    tokens seen, masked ones included: a tensor (), so that a compiled or exported
+                  step does not depend on its value; get_seq_length() is an int
         seq_idx   None without packing, or (b, 2): for each row the label of the sequence that it
                   ended in, and whether it has seen one (1) or only masked positions (0)
     """
@@ -1182,7 +1183,7 @@ class Mamba2Cache:
         return Mamba2Cache(states, self.length, seq_idx)
 
     def select(self, rows) -> Mamba2Cache:
-        """Rows of the batch in a new order: integers, negative ones from the end, or a bool mask."""
+        """Rows of the batch in a new order: integers, negative from the end, or a bool mask."""
         rows = torch.as_tensor(rows).flatten()
         rows = rows if rows.numel() else rows.long()  # an empty list has no integers
         return self.map(lambda tensor: tensor[rows.to(tensor.device)])
@@ -1465,8 +1466,8 @@ def _one_cache(cache, past_key_values):
         return Mamba2Cache(())
     if not isinstance(cache, (Mamba2Cache, GenerationCache)):
         raise TypeError(
-            f"cache is a {type(cache).__name__}: it must be the Mamba2Cache that an earlier call of "
-            "this model returned"
+            f"cache is a {type(cache).__name__}: it must be the Mamba2Cache that an earlier call "
+            "of this model returned"
         )
     return cache
 
@@ -1801,10 +1802,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 next_sequence_length = input_ids.shape[1] - seen
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {seen}: give the "
-                "whole sequence with at least one token that the cache has not seen, or new tokens "
-                "with an attention_mask that covers the whole sequence; inputs_embeds must be of the "
-                "whole sequence"
+                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {seen}: give "
+                "the whole sequence with at least one token that the cache has not seen, or new "
+                "tokens with an attention_mask that covers the whole sequence; inputs_embeds must "
+                "be of the whole sequence"
             )
         seq_idx, length = kwargs.pop("seq_idx", None), input_ids.shape[1]
         given = dict(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
@@ -1927,8 +1928,8 @@ class GenerationCache:
     """What `generate` carries from token to token: a Mamba2Cache, exchanged for the next in place.
 
     It keeps the states of rows that have ended, decodes with a CUDA graph where `kernels` can, and
-    forgets tokens, for speculative decoding: a state cannot be rewound, but an older one (`base`) and
-    the tokens since then (`since`) can be kept, and read again.
+    forgets tokens, for speculative decoding: a state cannot be rewound, but an older one (`base`)
+    and the tokens since then (`since`) can be kept, and read again.
     """
 
     is_compileable = False
@@ -1983,6 +1984,7 @@ class GenerationCache:
         if self.recording:
             output = self._read_again(options)
         elif (output := self._decode(ids, options)) is None:
+            self.close()  # a decoder that has read tokens has the states
             output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
             self.current = output.cache
         self.length += length
@@ -1991,11 +1993,11 @@ class GenerationCache:
 
     def _decode(self, ids, options):
         """The output for one token (b, 1) with a CUDA graph, or None where that is impossible."""
-        mask = options["attention_mask"]
-        if not kernels or ids is None or ids.shape[1] != 1 or options["output_hidden_states"]:
+        mask, seq_idx = options["attention_mask"], options["seq_idx"]
+        if not kernels or ids is None or ids.shape[1] != 1 or seq_idx is not None:
             return None
-        if mask is not None and not mask[:, -1].all():  # of a prompt that is read token by token
-            return None
+        if options["output_hidden_states"] or (mask is not None and not mask[:, -1].all()):
+            return None  # masked: in a prompt that is read token by token
         if self.decoder is None and self.current.states:
             self.decoder = kernels.decoder(self.model, self.current) or False
         return CausalLMOutputWithPast(logits=self.decoder(ids)) if self.decoder else None
@@ -2031,8 +2033,8 @@ class GenerationCache:
         ids, self.mask = options["input_ids"], options["attention_mask"]
         if ids is None or options["seq_idx"] is not None:
             raise ValueError(
-                "speculative decoding reads input_ids alone: with inputs_embeds or seq_idx, read the "
-                "prompt with `prefill`, and generate from its cache"
+                "speculative decoding reads input_ids alone: with inputs_embeds or seq_idx, read "
+                "the prompt with `prefill`, and generate from its cache"
             )
         l = ids.shape[1]
         if self.current is None and self.since.shape[1] > 32:  # too many to read each time
@@ -2135,8 +2137,8 @@ def recomputed(module, function, *arguments):
 def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
     """(b, l), for each position the label that it has to predict; -100 where there is none.
 
-    That is the label of the next position that is not masked, unless it is of another sequence. With
-    a group: for this rank's slices, of `length` positions in each segment.
+    That is the label of the next position that is not masked, unless it is of another sequence.
+    With a group: for this rank's slices, of `length` positions in each segment.
     """
     if group is not None:
         return _next_tokens_of_slices(labels, mask, seq_idx, length, group)

@@ -3279,6 +3279,25 @@ def test_generate_gives_plain_steps_to_a_decoder_and_all_others_to_the_model(mon
     assert len(taken) == 1  # outside of generate there is none
 
 
+@torch.no_grad()
+def test_a_decoder_gives_its_states_back_for_what_it_cannot_read(monkeypatch):
+    model = tiny(dtype=torch.float64)
+    ids, mask = prompts()
+    mask[2, 10] = 0  # after tokens that all rows have, so that a decoder has begun
+    given = dict(attention_mask=mask, prefill_chunk_size=1, return_dict_in_generate=True, **GREEDY)
+    expected, taken = model.generate(ids, **given), []
+
+    def decoder(model, cache):
+        taken.append(PlainDecoder(model, cache))
+        return taken[-1]
+
+    monkeypatch.setattr(mamba2.kernels, "decoder", decoder)
+    found = model.generate(ids, **given)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_same_state(found.cache, expected.cache, F64)
+    assert [decoder.steps for decoder in taken] == [1, 12] and taken[0].closed
+
+
 class Recorder(BaseStreamer):
     def __init__(self):
         self.seen, self.ended = [], False
