@@ -76,6 +76,7 @@ try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.generation import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.modeling_utils import load_state_dict
     from transformers.utils import can_return_tuple
 except ImportError as error:
     if error.name != "transformers":  # transformers is there, but broken: show that
@@ -129,7 +130,7 @@ kernels = _load_kernels()
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
 #     y_t     = state_t C_t + D x_t                             (p)
 #
-# where the paper's A_t is exp(dt_t A) and its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A), and
+# where the paper's A_t is exp(dt_t A), its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A), and
 # D x is a skip connection. They share one signature:
 #
 #     y, final_state = form(x, dt, A, B, C, D, initial_state=..., seq_idx=...)
@@ -140,16 +141,16 @@ kernels = _load_kernels()
 #     B, C            (b, l, g, n)       input and output projections; g divides h
 #     D               (h), (h, p), None  skip connection
 #     initial_state   (b, h, p, n)       the state before the first position; None is zero
-#     seq_idx         (b, l) integers    labels of packed sequences: where the label changes, another
-#                                        sequence begins, from a zero state; None is one sequence.
-#                                        The initial state belongs to the first position's sequence.
+#     seq_idx         (b, l) integers    labels of packed sequences, or None. Where the label
+#                                        changes, another sequence begins, from a zero state. The
+#                                        initial state belongs to the first position's sequence.
 #     y               (b, l, h, p)       in x's dtype
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
 # l may be 0, and gradients reach every floating-point input. Inside, everything is float32 (float64
-# if x is), autocast or not: states and decay sums accumulate over many steps and need this precision.
-# (The fused kernel keeps states and sums in float32 too, but rounds the operands of its products to
-# x's dtype.) Shapes or dtypes that do not fit are a ValueError or a TypeError, see `_prepare`.
+# if x is), autocast or not: states and decay sums accumulate over many steps and need this
+# precision. (The fused kernel keeps states and sums in float32 too, but rounds the operands of its
+# products to x's dtype.) Shapes or dtypes that do not fit are a ValueError or a TypeError.
 
 
 def _without_autocast(function):
@@ -169,10 +170,9 @@ def _without_autocast(function):
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1.
 
-    Time O(l p n) per head; memory O(p n) for the state, or O(l p n) if gradients are wanted. This is
-    how a token is decoded, and the definition that the other forms are compared with. Arguments and
-    results: at the head of this section. chunk_size has no effect; it is accepted so that the forms
-    are interchangeable.
+    Time O(l p n) per head; memory O(p n), or O(l p n) if gradients are wanted. This is how a token
+    is decoded, and the definition that the other forms are compared with. Arguments and results: at
+    the head of this section. chunk_size has no effect: the forms are interchangeable.
     """
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype, r = x.dtype, x.shape[2] // B.shape[2]
@@ -212,7 +212,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 
     C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax.
     Time O(l^2 (n + p)) and memory O(l^2) per head. Arguments and results: at the head of this
-    section. chunk_size has no effect; it is accepted so that the forms are interchangeable.
+    section. chunk_size has no effect: the forms are interchangeable.
     """
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     if x.shape[1] == 0:
@@ -225,10 +225,10 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
     """SSD in chunks (Section 6, Listing 1): quadratic inside a chunk, recurrent between chunks.
 
-    With q = chunk_size positions in a chunk: time O(l (q n / r + q p + p n)) per head, nearly all of
-    it in matrix products; memory, beside the arguments, O(l p + p n), or O(l (p + q + p n / q)) if
-    gradients are wanted. chunk_size changes speed, not results. Arguments and results: at the head
-    of this section. A fused kernel takes over where it can.
+    With q = chunk_size positions in a chunk: time O(l (q n / r + q p + p n)) per head, nearly all
+    of it in matrix products; memory, beside the arguments, O(l p + p n), or O(l (p + q + p n / q))
+    if gradients are wanted. chunk_size changes speed, not results. Arguments and results: at the
+    head of this section. A fused kernel takes over where it can.
 
     Differs: Listing 1 takes all chunks at once, and the recurrence between them as one more matrix
     product. Here the recurrence is a loop, and chunks are taken in slabs of bounded size.
@@ -797,7 +797,7 @@ def _is_eager(x: Tensor) -> bool:
 def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
     """Raise unless `tensor` has these axes and holds numbers of that kind.
 
-    axes: letters, as in "b l h". sizes: the known size of a letter, to which this tensor's are added.
+    axes: letters, as in "b l h". sizes: known sizes by letter, to which the tensor's are added.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
@@ -882,43 +882,69 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # 5. Configuration
 # --------------------------------------------------------------------------------------------------
 
-# name in transformers     in the paper's code  default  meaning
-OPTIONS = [
-    ("hidden_size", "d_model", 768, "width of the model"),
-    ("num_hidden_layers", "n_layer", 24, "number of layers"),
-    ("vocab_size", None, 50288, "rows of the embedding"),
-    ("state_size", "d_state", 128, "n, size of the state of one channel"),
-    ("head_dim", "headdim", 64, "p, channels per head"),
-    ("n_groups", "ngroups", 1, "g, groups of heads that share B and C"),
-    ("expand", None, 2, "inner width / hidden_size, may be a fraction"),
-    ("num_heads", "nheads", None, "h; None: expand * hidden_size / head_dim"),
-    ("conv_kernel", "d_conv", 4, "k, taps of the short convolution"),
-    ("chunk_size", None, 256, "chunk length; above 64 means 64; speed only"),
-    (
-        "segment_length",
-        None,
-        0,
-        'positions read at a time, "auto", or 0: all; memory and speed only',
-    ),
-    ("hidden_act", None, "silu", "of convolution and gate; no other is implemented"),
-    ("use_bias", "bias", False, "biases in in_proj and out_proj"),
-    ("use_conv_bias", "conv_bias", True, "bias in the convolution"),
-    ("time_step_limit", "dt_limit", (0.0, math.inf), "dt is always clamped to (low, high)"),
-    ("time_step_min", "dt_min", 0.001, "dt at initialisation is log-uniform from here"),
-    ("time_step_max", "dt_max", 0.1, "to here"),
-    ("time_step_floor", "dt_init_floor", 1e-4, "and at least this"),
-    ("layer_norm_epsilon", "norm_epsilon", 1e-5, "of every RMSNorm"),
-    ("residual_in_fp32", None, True, "float32 residual stream, also with half-precision weights"),
-    ("initializer_range", None, 0.02, "standard deviation of a new embedding"),
-    ("tie_word_embeddings", "tie_embeddings", True, "the head uses the embedding's weights"),
-    ("bos_token_id", None, 0, "first token of a text"),
-    ("eos_token_id", None, 0, "last token of a text"),
-    ("pad_token_id", None, 0, "token that fills up rows"),
-    ("use_cache", None, True, "return a cache, unless the model is training"),
+# What an option may be: a rule, and whether it holds.
+NUMBERS = {int, float}
+ANY = "", lambda value: True
+COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
+HEADS = "must be an integer of at least 1, or None", lambda v: v is None or COUNT[1](v)
+POSITIVE = "must be a positive number", lambda v: type(v) in NUMBERS and 0 < v < math.inf
+NOT_NEGATIVE = "must not be negative", lambda v: type(v) in NUMBERS and 0 <= v < math.inf
+SWITCH = "must be True or False", lambda v: isinstance(v, bool)
+SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
+LIMITS = (
+    "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit",
+    lambda v: type(v) is tuple and len(v) == 2 and {*map(type, v)} <= NUMBERS and 0 <= v[0] <= v[1],
+)
+SEGMENT = (
+    "must be a number of positions, 'auto', or 0 for the whole sequence at once",
+    lambda v: v == "auto" or (type(v) is int and v >= 0),
+)
+
+OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
+    ("hidden_size", "d_model", 768, COUNT, "width of the model"),
+    ("num_hidden_layers", "n_layer", 24, COUNT, "number of layers"),
+    ("vocab_size", None, 50288, COUNT, "rows of the embedding"),
+    ("state_size", "d_state", 128, COUNT, "n, size of the state of one channel"),
+    ("head_dim", "headdim", 64, COUNT, "p, channels per head"),
+    ("n_groups", "ngroups", 1, COUNT, "g, groups of heads that share B and C"),
+    ("expand", None, 2, POSITIVE, "inner width / hidden_size, may be a fraction"),
+    ("num_heads", "nheads", None, HEADS, "h; None: expand * hidden_size / head_dim"),
+    ("conv_kernel", "d_conv", 4, COUNT, "k, taps of the short convolution"),
+    ("chunk_size", None, 256, COUNT, "chunk length; above 64 means 64; speed only"),
+    ("segment_length", None, 0, SEGMENT, "positions read at a time; memory and speed only"),
+    ("hidden_act", None, "silu", SILU, "of convolution and gate"),
+    ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
+    ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
+    ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
+    ("time_step_min", "dt_min", 0.001, POSITIVE, "initial dt is log-uniform from here"),
+    ("time_step_max", "dt_max", 0.1, POSITIVE, "to here"),
+    ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "and at least this"),
+    ("layer_norm_epsilon", "norm_epsilon", 1e-5, POSITIVE, "of every RMSNorm"),
+    ("residual_in_fp32", None, True, SWITCH, "residual stream, also with half-precision weights"),
+    ("initializer_range", None, 0.02, NOT_NEGATIVE, "standard deviation of a new embedding"),
+    ("tie_word_embeddings", "tie_embeddings", True, SWITCH, "the head is the embedding"),
+    ("bos_token_id", None, 0, ANY, "first token of a text"),
+    ("eos_token_id", None, 0, ANY, "last token of a text"),
+    ("pad_token_id", None, 0, ANY, "token that fills up rows"),
+    ("use_cache", None, True, ANY, "return a cache, unless the model is training"),
 ]
-_DEFAULTS = {name: default for name, _, default, _ in OPTIONS}
-# Options without effect that transformers writes: out_proj is always drawn for the model's depth.
-_WITHOUT_EFFECT = {"rescale_prenorm_residual", "time_step_rank", "_name_or_path", "model_type"}
+_DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
+# Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
+_COMMON = {*dir(PreTrainedConfig), "attn_implementation", "experts_implementation"} - {"model_type"}
+_COMMON |= {"rescale_prenorm_residual", "time_step_rank", "_name_or_path"}
+# Options of other programs that change the results, with the only value that is implemented.
+_OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
+_OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
+_OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
+
+
+def _check(name, value, rule, holds):
+    if not holds(value):
+        raise ValueError(f"{name} = {value!r}: {rule}")
+
+
+def _require_segment_length(length):
+    _check("segment_length", length, *SEGMENT)
 
 
 class Mamba2Config(PreTrainedConfig):
@@ -926,12 +952,8 @@ class Mamba2Config(PreTrainedConfig):
 
     `OPTIONS` above lists them. Each can be passed, read and set under transformers' name, which is
     also its name in `config.json`, or under that of the paper's code. Options of all transformers
-    configurations (`dtype`, `id2label`, ...) are accepted too.
-
-    Raises:
-        TypeError: an unknown option, or one that is given under both of its names.
-        ValueError: sizes that do not fit together; the message has the value, the rule and the
-        remedy.
+    configurations (`dtype`, `id2label`, ...) are accepted too. Unknown ones are a TypeError, values
+    that make no Mamba-2 a ValueError.
     """
 
     model_type = "mamba2"
@@ -945,162 +967,92 @@ class Mamba2Config(PreTrainedConfig):
         options = {self.attribute_map.get(name, name): value for name, value in options.items()}
         for name, default in _DEFAULTS.items():
             setattr(self, name, options.pop(name, default))
-        unknown = [name for name in options if not _is_common_option(name)]
-        if unknown:
-            raise TypeError(f"Mamba2Config has no option {unknown[0]!r}: see mamba2.OPTIONS")
-        # Differs: out_proj is drawn for the model's depth, always. This is saved as False because
-        # transformers' own Mamba-2 would scale *loaded* weights once more.
-        self.rescale_prenorm_residual = False
+        common = {name: options.pop(name) for name in options.keys() & _COMMON}
+        if options.get("model_type") == self.model_type:  # of a config.to_dict()
+            del options["model_type"]
+        for name in options:
+            raise TypeError(f"Mamba2Config has no option {name!r}: see mamba2.OPTIONS")
         if transformers is not None:
-            super().__init__(**{k: v for k, v in options.items() if k not in _WITHOUT_EFFECT})
+            super().__init__(**common)
+            # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
+            self.rescale_prenorm_residual = False
             # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
             # model_type and whose weight is accessed there without calling the module. Ours always
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
-    @property
-    def d_inner(self) -> int:
-        """Width inside a layer: expand * hidden_size = num_heads * head_dim."""
-        return round(self.expand * self.hidden_size)
-
     def validate_architecture(self):
         """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
 
         transformers calls this by its name, whenever it makes or changes a configuration.
         """
-
-        def require(condition, name, rule):
-            if not condition:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: {rule}")
-
-        def require_kind(kind, low, rule, names):
-            for name in names.split():
-                value = getattr(self, name)
-                fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-                require(fits and low <= value < math.inf, name, rule)
-
-        counts = "hidden_size num_hidden_layers vocab_size state_size head_dim n_groups conv_kernel"
-        positive = "expand time_step_min time_step_max layer_norm_epsilon"
-        switches = "use_bias use_conv_bias residual_in_fp32 tie_word_embeddings"
-        require_kind(int, 1, "must be an integer of at least 1", counts + " chunk_size")
-        require_kind((int, float), 1e-45, "must be a positive number", positive)
-        require_kind((int, float), 0, "must not be negative", "initializer_range time_step_floor")
-        require_kind(bool, 0, "must be True or False", switches)
+        if isinstance(self.time_step_limit, list):  # JSON has no tuples
+            self.time_step_limit = tuple(self.time_step_limit)
+        for name, _, _, kind, _ in OPTIONS:
+            _check(name, getattr(self, name), *kind)
+        p, inner = self.head_dim, self.expand * self.hidden_size
         if self.num_heads is None:
-            self.num_heads = self.d_inner // self.head_dim
-        require_kind(int, 1, "must be an integer of at least 1, or None", "num_heads")
-        width = self.expand * self.hidden_size
-        require(
-            self.num_heads * self.head_dim == self.d_inner and math.isclose(self.d_inner, width),
-            "num_heads",
-            f"num_heads * head_dim = {self.num_heads} * {self.head_dim} must equal "
-            f"expand * hidden_size = {self.expand} * {self.hidden_size} = {width}; choose a "
-            "head_dim that divides it, and leave num_heads out to have it computed",
+            self.num_heads = round(inner) // p
+        h = self.num_heads
+        rule = (
+            f"num_heads * head_dim = {h} * {p} must equal expand * hidden_size = {self.expand} * "
+            f"{self.hidden_size} = {inner}; choose a head_dim that divides it, and leave num_heads "
+            "out to have it computed"
         )
-        divides = f"must divide the number of heads, {self.num_heads}"
-        require(self.num_heads % self.n_groups == 0, "n_groups", divides)
-        require(self.hidden_act == "silu", "hidden_act", "only 'silu' is implemented; leave it out")
-        try:  # infinity has two spellings in JSON: Infinity and {"__float__": "Infinity"}
-            limits = [v["__float__"] if isinstance(v, dict) else v for v in self.time_step_limit]
-            low, high = self.time_step_limit = tuple(float(limit) for limit in limits)
-        except (TypeError, ValueError, KeyError):
-            low, high = 1.0, 0.0
-        rule = "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit"
-        require(0 <= low <= high, "time_step_limit", rule)
+        _check("num_heads", h, rule, lambda h: math.isclose(h * p, inner))
+        rule = f"must divide the number of heads, {h}"
+        _check("n_groups", self.n_groups, rule, lambda g: h % g == 0)
         rule = f"must be at most time_step_max, {self.time_step_max}"
-        require(self.time_step_min <= self.time_step_max, "time_step_min", rule)
-        _require_segment_length(self.segment_length)
+        _check("time_step_min", self.time_step_min, rule, lambda low: low <= self.time_step_max)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Read the content of a `config.json`, in transformers' format or in the original one.
-
-        Raises:
-            ValueError: it describes another architecture, or options that are not implemented.
-        """
-        original = "ssm_cfg" in config_dict
-        translate = _from_original_format if original else _from_transformers_format
-        options = translate(dict(config_dict))
-        options = {cls.attribute_map.get(name, name): value for name, value in options.items()}
-        known = {k: v for k, v in options.items() if k in _DEFAULTS or _is_common_option(k)}
-        config = super().from_dict(known, **kwargs)
-        # Whatever else is in the file is kept as an attribute, and means nothing here.
-        for name in options.keys() - known.keys():
-            setattr(config[0] if isinstance(config, tuple) else config, name, options[name])
+        """Read a `config.json`, in transformers' format (flash-linear-attention and mamba2-torch
+        write it too) or in the original one. What is not implemented is a ValueError."""
+        _check("config", config_dict, "must be a dict", lambda v: isinstance(v, dict))
+        options = dict(config_dict)
+        if "ssm_cfg" in options:
+            options = _from_original(**options)
+        kind = options.pop("model_type", None)
+        rule = "not a Mamba-2 checkpoint, whose is 'mamba2'"
+        _check("model_type", kind, rule, lambda v: v in (None, "mamba2", "mamba2-single-file"))
+        # transformers has written norm_before_gate = True, into Codestral's file too, but has never
+        # read it. It has effect in flash-linear-attention, whose files also have rmsnorm, norm_eps.
+        if kind and not options.keys() & {"rmsnorm", "norm_eps"}:
+            options.pop("norm_before_gate", None)
+        if "norm_eps" in options:
+            options["norm_epsilon"] = options.pop("norm_eps")
+        for name in options.keys() & _OTHERS.keys():
+            value, only = options.pop(name), _OTHERS[name]
+            if value != only and (value or only):  # None means False, 0 or []
+                raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
+        if "emb_initializer_range" in options:  # by mamba2-torch: one group; it computes the heads
+            options.pop("num_heads", None)
+        elif kind:  # options that are left out have transformers' defaults
+            there = {cls.attribute_map.get(name, name) for name in options}
+            theirs = transformers.Mamba2Config().to_dict()
+            options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
+        # What else is in the file is kept as an attribute, and means nothing here.
+        names = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
+        others = {name: options.pop(name) for name in names}
+        config = super().from_dict(options, **kwargs)
+        vars(config[0] if isinstance(config, tuple) else config).update(others)
         return config
 
 
-def _is_common_option(name: str) -> bool:
-    """Whether `name` is an option of every transformers configuration, or one without effect."""
-    if name in _WITHOUT_EFFECT:
-        return True
-    common = {"attn_implementation", "experts_implementation"}
-    return transformers is not None and (
-        name in common
-        or (hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name)))
-    )
-
-
-def _require_segment_length(length):
-    is_count = isinstance(length, int) and not isinstance(length, bool) and length >= 0
-    if not (is_count or length == "auto"):
-        raise ValueError(
-            f"segment_length = {length!r}: must be a number of positions, 'auto', or 0 for the "
-            "whole sequence at once"
-        )
-
-
-def _refuse_options(options: dict, required: dict):
-    """Take options that change the mathematics out of `options`, and raise unless as required."""
-    for name, value in required.items():
-        if (found := options.pop(name, value)) != value:
-            raise ValueError(f"{name} = {found!r}: only {value} is implemented")
-
-
-def _from_transformers_format(options: dict) -> dict:
-    """A `config.json` with model_type "mamba2", as transformers or flash-linear-attention write it.
-
-    Options missing from it take transformers' defaults.
-    """
-    kind = options.get("model_type", "mamba2")
-    if kind not in ("mamba2", "mamba2-single-file"):
-        raise ValueError(f"model_type = {kind!r}: not a Mamba-2 checkpoint, whose is 'mamba2'")
-    from transformers import Mamba2Config as TheirConfig
-
-    if "model_type" in options:
-        options = {**TheirConfig().to_dict(), **options}
-    if "norm_eps" in options:  # flash-linear-attention's name
-        options["layer_norm_epsilon"] = options.pop("norm_eps")
-    return options
-
-
-def _from_original_format(original: dict) -> dict:
-    """The `config.json` of the mamba_ssm package (state-spaces/mamba2-130m) in our names."""
-    ssm = dict(original["ssm_cfg"])
-    if (layer := ssm.pop("layer", "Mamba1")) != "Mamba2":
-        raise ValueError(f"ssm_cfg.layer = {layer!r}: only 'Mamba2' checkpoints can be loaded")
-    for name, what in {"attn_layer_idx": "attention", "d_intermediate": "MLP"}.items():
-        if original.get(name):
-            raise ValueError(f"{name} = {original[name]!r}: {what} layers are not implemented")
-    _refuse_options(original, {"rms_norm": True})
-    _refuse_options(ssm, {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False})
-    for name in ("A_init_range", "conv_init", "use_mem_eff_path"):  # no effect on loaded weights
-        ssm.pop(name, None)
-    multiple = original.get("pad_vocab_size_multiple", 8)
-    translated = {
-        "hidden_size": original["d_model"],
-        "num_hidden_layers": original["n_layer"],
-        "vocab_size": -(-original["vocab_size"] // multiple) * multiple,
-        "residual_in_fp32": original.get("residual_in_fp32", True),
-        "tie_word_embeddings": original.get("tie_embeddings", True),
-    }
-    for alias, value in ssm.items():
-        name = Mamba2Config.attribute_map.get(alias, alias)
-        if name not in _DEFAULTS:
-            raise ValueError(f"ssm_cfg.{alias} = {value!r}: this option is not implemented")
-        translated[name] = value
-    return translated
+def _from_original(ssm_cfg, pad_vocab_size_multiple=8, model_type=None, **options) -> dict:
+    """A `config.json` of the mamba_ssm package, such as state-spaces/mamba2-130m's, made flat."""
+    _check("ssm_cfg", ssm_cfg, "must be a dict", lambda v: isinstance(v, dict))
+    known = {*_OTHERS, *Mamba2Config.attribute_map, "expand", "chunk_size"}
+    known |= {"A_init_range", "conv_init", "use_mem_eff_path"}  # no effect on loaded weights
+    for name in ssm_cfg.keys() - known:
+        raise ValueError(f"ssm_cfg.{name} = {ssm_cfg[name]!r}: this option is not implemented")
+    for name in ("d_model", "n_layer", "vocab_size"):
+        _check(name, options.get(name), *COUNT)
+    _check("pad_vocab_size_multiple", pad_vocab_size_multiple, *COUNT)
+    options["vocab_size"] += -options["vocab_size"] % pad_vocab_size_multiple
+    return {**options, "layer": "Mamba1", **ssm_cfg}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1116,7 +1068,7 @@ def _from_original_format(original: dict) -> dict:
 #     _tied_weights_keys                    the head's weight, which is the embedding's
 #     _keys_to_ignore_on_load_missing       weights that a checkpoint may lack
 #     _keys_to_ignore_on_load_unexpected    ... or have in excess
-#     _weight_conversions                   how the names of weights were changed in loading
+#     _load_pretrained_model                loads files into a model that has no memory yet
 #     _no_split_modules                     what device_map keeps on one device
 #     _is_stateful                          False allows speculative decoding
 #     _supports_default_dynamic_cache       False: generate makes no cache of its own
@@ -1319,28 +1271,56 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         mamba_ssm format, in transformers' format, or Codestral-Mamba's.
 
         Raises:
-            ValueError: the checkpoint's weights are not exactly those of the model that its config
-                describes, or it is of another architecture. Nothing is ever filled up with random
-                weights, even if `ignore_mismatched_sizes` asks for it.
+            OSError, ValueError: the checkpoint or a file of it is not there, is damaged, of another
+                architecture, or its weights are not exactly those of the model that its config
+                describes. Nothing is ever filled up with random weights, even if
+                `ignore_mismatched_sizes` asks for it.
         """
         name = pretrained_model_name_or_path
-        options = {
-            "key_mapping": {r"backbone\.embedding\.": "backbone.embeddings."},  # original format
-            **kwargs,
-            "ignore_mismatched_sizes": True,  # reported below, by name
-            "output_loading_info": True,
-        }
-        model, info = super().from_pretrained(name, *args, **options)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                raise ValueError(
-                    f"{str(name)!r} does not hold the weights of the {cls.__name__} that its config "
-                    f"describes: {kind} {sorted(info[kind])}; a class of your own names what is new "
-                    "in it as _keys_to_ignore_on_load_missing, a list of patterns"
-                )
-        # Without this, save_pretrained would rename the weights back, as they were in the original.
-        vars(model).pop("_weight_conversions", None)
+        kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
+        try:
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            if model.all_tied_weights_keys != model.get_expanded_tied_weights_keys(True):
+                hint = "pass tie_word_embeddings=False to load both"
+                raise ValueError(f"the file's lm_head.weight differs from its embedding: {hint}")
+            wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys") if info[k]}
+            if wrong:
+                hint = "names what is new in it as _keys_to_ignore_on_load_missing"
+                raise ValueError(f"{wrong}; a class of your own {hint}, a list of patterns")
+        except Exception as error:  # of any library, and any length
+            raise (OSError if isinstance(error, OSError) else ValueError)(
+                f"{str(name)!r} cannot be loaded as the {cls.__name__} that its config describes: "
+                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            ) from error
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, files, load_config, *args):
+        """Refuse what transformers would cast, overwrite, or fetch from elsewhere in silence."""
+        shards = (load_config.sharded_metadata or {}).get("weight_map", {}).values()
+        if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
+            raise ValueError(f"shard {elsewhere[0]!r} is not a file beside the index")
+        weights = dict(state_dict or {})
+        for file in (state_dict is None and files) or ():
+            weights.update(load_state_dict(file))  # mapped, not read
+        for name, weight in weights.items():
+            if not (weight.is_floating_point() or load_config.hf_quantizer):
+                raise ValueError(f"{name} is of {weight.dtype}, and must be floating-point")
+            if (other := name.replace("embedding.", "embeddings.")) != name and other in weights:
+                raise ValueError(f"{name} and {other} are one weight: leave one out")
+        info, index = super()._load_pretrained_model(model, state_dict, files, load_config, *args)
+        if info.mismatched_keys:  # nothing has been allocated for these yet
+            raise ValueError(f"mismatched_keys {sorted(info.mismatched_keys)}")
+        return info, index
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As in transformers, but always under the standard names, and without leaving the single
+        file of an earlier save beside shards: it would be loaded in their place."""
+        kwargs = {"save_original_format": False, **kwargs}
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        folder = Path(save_directory)
+        if is_main_process and any(folder.glob("model-*-of-*.safetensors")):
+            (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 class Mamba2Model(Mamba2PreTrainedModel):
@@ -2185,20 +2165,20 @@ class Slices:
       recurrence between chunks (step 3 of Listing 1) with slices for chunks. What it adds to the
       outputs is one matrix product.
 
-    Bytes that a rank sends per layer and forward pass to each of the R-1 others, whatever the length
-    (e: bytes of a number of the projections; 8 instead of 4 in a float64 layer):
+    Bytes that a rank sends per layer and forward pass to each of the R-1 others, whatever the
+    length (e: bytes of a number of the projections; 8 instead of 4 in a float64 layer):
 
         b (4 h (p n + 1) + e (k-1) (h p + 2 g n))
 
-    the same again backward, and whenever a layer is computed again; all of it for each segment. For
-    one row of mamba2-2.7b in bfloat16 this is 2.65 MB.
+    The backward pass, recomputation and each further segment send the same again. For one row of
+    mamba2-2.7b in bfloat16 this is 2.65 MB.
 
     Gradients flow back along the same path: each rank gets its part of the gradients, and the parts
     add up. The loss of `Mamba2ForCausalLM` is the whole sequence's on every rank, so the average of
     its gradients over the ranks is one process's gradient, which is what DDP and FSDP compute.
 
-    With segment_length, each segment is cut in slices, and a rank has its slices of all segments one
-    after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1) of ids (b, l).
+    With segment_length, each segment is cut in slices, and a rank has its slices of all segments
+    one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
 
     In shapes here r is ranks, if not (g r), which is heads; s is segments.
 

@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -931,7 +932,7 @@ def test_the_defaults_are_those_of_mamba2_130m():
         "out_proj.weight": (768, 1536),
     }
     sizes = dict(n_layer=24, vocab_size=50288, d_state=128, headdim=64, ngroups=1, expand=2)
-    sizes |= dict(d_inner=1536, nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
+    sizes |= dict(nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
     sizes |= dict(dt_limit=(0, math.inf), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4)
     sizes |= dict(norm_epsilon=1e-5, residual_in_fp32=True, tie_embeddings=True, use_cache=True)
     sizes |= dict(bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.02)
@@ -963,25 +964,25 @@ def test_a_layer_is_made_on_a_device_and_in_a_dtype_as_any_other():
 
 
 IMPOSSIBLE = {
-    "hidden_size": [0, -1, 2.5, True],
+    "hidden_size": [0, -1, 2.5, True, "768", [768]],
     "num_hidden_layers": [0],
     "vocab_size": [0, 1.0],
     "state_size": [0, -4],
     "head_dim": [0, 2.0],
-    "n_groups": [0, 5, 48],
+    "n_groups": [0, 5, 48, "2"],
     "conv_kernel": [0],
     "chunk_size": [0, 2.5],
-    "expand": [0, -2, math.inf, math.nan],
-    "num_heads": [23, 0, 24.0],
-    "hidden_act": ["gelu"],
+    "expand": [0, -2, math.inf, math.nan, "2"],
+    "num_heads": [23, 0, 24.0, "24"],
+    "hidden_act": ["gelu", "relu", None],
     "use_conv_bias": [1],
     "residual_in_fp32": ["no"],
     "tie_word_embeddings": [None],
     "time_step_limit": [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
-    + [None, ("low", 1.0), ({}, 1.0)],
-    "time_step_min": [0, -0.1, 0.5],
+    + [None, 5, "12", ("low", 1.0), ({}, 1.0), ("0.0", "1.0"), (False, True)],
+    "time_step_min": [0, -0.1, 0.5, "0.001"],
     "time_step_floor": [-1e-4],
-    "layer_norm_epsilon": [-1e-5, math.nan],
+    "layer_norm_epsilon": [0, -1e-5, math.nan],
     "initializer_range": [-0.02],
 }
 
@@ -1014,6 +1015,78 @@ def test_options_that_do_not_fit_or_exist_are_errors():
     for arguments, options in (((64,), {}), ((config,), dict(d_model=64)), (({},), {})):
         with pytest.raises(TypeError, match="Mamba2Config"):
             Mamba2(*arguments, **options)
+
+
+NO_CONFIG = {
+    r"config = \[64\]: must be a dict": [64],
+    "d_inner = 512: only None is implemented": dict(d_model=64, d_inner=512),
+    "ssm_cfg = 'Mamba2': must be a dict": dict(ssm_cfg="Mamba2"),
+    "d_model = None: must be an integer": dict(ssm_cfg=dict(layer="Mamba2")),
+    "vocab_size = '61': must be an integer": dict(vocab_size="61"),
+    "n_layer = '2': must be an integer": dict(n_layer="2"),
+    "pad_vocab_size_multiple = 0: must be an integer": dict(pad_vocab_size_multiple=0),
+    "pad_vocab_size_multiple = '8': must be an integer": dict(pad_vocab_size_multiple="8"),
+    "state_size = '16': must be an integer": dict(ssm_cfg=dict(layer="Mamba2", d_state="16")),
+}
+
+
+@pytest.mark.parametrize("message", NO_CONFIG)
+def test_a_file_that_holds_no_configuration_is_an_error_that_says_so(message):
+    given = NO_CONFIG[message]
+    original = dict(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=dict(layer="Mamba2", headdim=8))
+    whole = isinstance(given, list) or "d_inner" in given or given.keys() == {"ssm_cfg"}
+    if not whole or "state_size" in message:
+        given = original | given
+    with pytest.raises(ValueError, match=message):
+        Mamba2Config.from_dict(given)
+
+
+# What flash-linear-attention writes, in short.
+FLA = dict(model_type="mamba2", num_heads=24, head_dim=64, hidden_size=768, n_groups=1)
+FLA |= dict(norm_eps=1e-3, rmsnorm=True, norm_before_gate=False, D_has_hdim=False, fuse_norm=True)
+FLA |= dict(dt_limit=[0.0, 0.5], A_init_range=[1, 16], tie_word_embeddings=False)
+CHANGES = dict(rms_norm=[False], rmsnorm=[False, None], norm_before_gate=[True])
+CHANGES |= dict(D_has_hdim=[True], activation=["gelu"], hidden_act=["gelu", "relu"], d_ssm=[32])
+CHANGES |= dict(attn=[dict(layers=[1])], attn_layer_idx=[[1]], d_intermediate=[64], layer=["S4"])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_option_that_changes_the_results_is_refused_by_name_in_every_format(name):
+    config = Mamba2Config.from_dict(FLA)
+    assert (config.layer_norm_epsilon, config.time_step_limit) == (1e-3, (0.0, 0.5))
+    assert not config.tie_word_embeddings and config.num_heads == 24
+    of_transformers = dict(model_type="mamba2", num_heads=24, hidden_size=768)
+    of_original = dict(d_model=768, n_layer=2, vocab_size=61)
+    for value in CHANGES[name]:
+        given = {name: value}
+        formats = [
+            {**FLA, **given},
+            given,
+            {**of_original, "ssm_cfg": dict(layer="Mamba2") | given},
+        ]
+        formats += [{**of_original, "ssm_cfg": dict(layer="Mamba2")} | given]
+        if name != "norm_before_gate":  # which transformers' Mamba-2 writes, and never reads
+            formats += [of_transformers | given]
+        if name == "layer":  # is an option of ssm_cfg only, where it comes first
+            formats = formats[:3]
+        if name == "hidden_act":  # is an option of all but ssm_cfg
+            formats.pop(2)
+        for options in formats:
+            with pytest.raises(ValueError, match=f"{name} = .*only .* is implemented"):
+                Mamba2Config.from_dict(options)
+
+
+def test_options_that_say_the_same_in_other_words_are_read():
+    assert Mamba2Config(hidden_act="swish").num_heads == 24
+    for given in (dict(use_bias=True), dict(bias=True), dict(use_bias=False), dict(bias=False)):
+        for more in ({}, dict(model_type="mamba2", num_heads=24, hidden_size=768)):
+            assert Mamba2Config.from_dict(given | more).use_bias == [*given.values()][0]
+    assert Mamba2Config.from_dict(
+        dict(attn=None, d_ssm=None, attn_layer_idx=None, d_intermediate=0)
+    )
+    for given in (dict(d_model=64, hidden_size=128), {**FLA, "layer_norm_epsilon": 1e-6}):
+        with pytest.raises(TypeError, match="are one option"):
+            Mamba2Config.from_dict(given)
 
 
 # ---- Importing, in interpreters of its own -------------------------------------------------------
@@ -1089,7 +1162,8 @@ def test_layer_and_ssd_need_torch_and_einops_alone_wherever_the_files_lie(tmp_pa
                     use()
             model, ids = module.Mamba2LM(config), torch.tensor([[1, 2, 3]])
             logits, states = model(ids)
-            assert torch.allclose(model(ids[:, 2:], model(ids[:, :2])[1])[0], logits[:, 2:], atol=1e-5)
+            last, _ = model(ids[:, 2:], model(ids[:, :2])[1])
+            assert torch.allclose(last, logits[:, 2:], atol=1e-5)
 
         # A transformers that is too old to have what it takes is as good as none; but one that
         # lacks something that it needs is broken, and that must be seen.
@@ -3245,6 +3319,9 @@ def test_generate_gives_plain_steps_to_a_decoder_and_all_others_to_the_model(mon
     texts = [{}, dict(output_logits=True), dict(output_hidden_states=True), dict(guidance_scale=2)]
     texts += [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True)]
     texts += [dict(eos_token_id=model.generate(**text).sequences[0, 18].item())]
+    hole = mask.clone()
+    hole[:, 10] = 0  # masked tokens are read by the model, from the decoder's state and back to it
+    texts += [dict(attention_mask=hole, prefill_chunk_size=1)]
 
     def run(given):
         torch.manual_seed(0)
@@ -4029,7 +4106,8 @@ def test_what_the_original_format_leaves_out_is_what_mamba_ssm_takes_for_it():
 def test_codestral_in_miniature_loads(infinity, tmp_path):
     model = tiny(n_groups=8, head_dim=4, tie_word_embeddings=False)
     path = save(model, tmp_path) / "config.json"
-    edit_json(path, norm_before_gate=True, time_step_limit=[0.0, "LIMIT"], architectures=None)
+    without_effect = dict(norm_before_gate=True, rms_norm=True, time_step_rank=2)
+    edit_json(path, **without_effect, time_step_limit=[0.0, "LIMIT"], architectures=None)
     path.write_text(path.read_text().replace('"LIMIT"', infinity))
     loaded = load(tmp_path)
     assert loaded.config.time_step_limit == (0.0, math.inf)
@@ -4098,8 +4176,47 @@ WRONG_SIZES = {"num_hidden_layers": 3, "state_size": 8, "vocab_size": 48, "use_b
 @pytest.mark.parametrize("name", WRONG_SIZES)
 def test_a_config_that_does_not_fit_the_weights_is_an_error(name, tmp_path):
     edit_json(save(tiny(), tmp_path) / "config.json", **{name: WRONG_SIZES[name]})
-    with pytest.raises(ValueError, match="does not hold the weights"):
+    with pytest.raises(ValueError, match="mismatched_keys|missing_keys|unexpected_keys"):
         Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_sizes_far_beyond_the_weights_are_refused_before_anything_is_allocated(tmp_path):
+    edit_json(save(tiny(), tmp_path) / "config.json", vocab_size=10**12)
+    with pytest.raises(ValueError, match="mismatched_keys.*embeddings.weight.*1000000000000"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_that_is_not_the_embedding_makes_no_tied_model(tmp_path):
+    model = tiny(tie_word_embeddings=False)
+    edit_json(save(model, tmp_path) / "config.json", tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match="lm_head.weight differs.*: pass tie_word_embeddings=False"
+    ):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+    assert_same_model(load(tmp_path, tie_word_embeddings=False), model)
+    edit_weights(tmp_path, **{"lm_head.weight": model.backbone.embeddings.weight.clone()})
+    loaded = load(tmp_path)
+    assert loaded.lm_head.weight is loaded.backbone.embeddings.weight
+
+
+def test_an_embedding_under_two_names_is_refused(tmp_path):
+    other = {"backbone.embedding.weight": torch.zeros(VOCABULARY, 32)}
+    edit_weights(save(tiny(), tmp_path), **other)
+    for kind in (Mamba2ForCausalLM, Mamba2Model):
+        with pytest.raises(ValueError, match="embedding.weight and backbone.embeddings.weight are"):
+            kind.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused_and_not_cast(dtype, tmp_path):
+    path = original(tmp_path) / "pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    weights[NAMES["D"]] = torch.ones(8, dtype=dtype)
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=f"{NAMES['D']} is of {dtype}"):
+        Mamba2ForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{NAMES['D']} is of {dtype}"):
+        Mamba2ForCausalLM.from_pretrained(None, config=tiny().config, state_dict=weights)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -4109,7 +4226,7 @@ def test_a_truncated_file_is_an_error_that_names_the_checkpoint(file, kept, tmp_
     save(tiny(), folder) if file == "model.safetensors" else original(folder)
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: int(kept * len(content))])
-    with pytest.raises((ValueError, OSError), match="truncated"):
+    with pytest.raises((ValueError, OSError), match="truncated' cannot be loaded"):
         Mamba2ForCausalLM.from_pretrained(folder)
 
 
@@ -4138,10 +4255,106 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not Path("it-ran").exists()
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", ["folder", "random", "pickle", "list", "numbers"])
+def test_a_file_that_holds_no_weights_is_an_error_that_names_the_checkpoint(
+    file, content, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = save(tiny(), tmp_path / "damaged")
+    (folder / "model.safetensors").unlink()
+    path = folder / file
+    if content == "folder":
+        path.mkdir()
+    elif content == "random":
+        path.write_bytes(random.randbytes(5000))
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    else:
+        torch.save([1, 2] if content == "list" else dict(a=1), path)
+    with pytest.raises((ValueError, OSError), match="damaged' cannot be loaded"):
+        Mamba2ForCausalLM.from_pretrained(folder)
+    assert not Path("it-ran").exists()
+
+
+NO_INDEX = {
+    "no map": dict(weight_map=None),
+    "no metadata": dict(metadata=None),
+    "a list for a map": dict(weight_map=[1]),
+    "a number for a shard": dict(weight_map={NAMES["D"]: 3}),
+    "a shard that is missing": dict(weight_map={NAMES["D"]: "gone.safetensors"}),
+    "a shard that is absolute": dict(weight_map={NAMES["D"]: "ELSEWHERE"}),
+    "a shard that is above": dict(weight_map={NAMES["D"]: "../elsewhere.safetensors"}),
+}
+
+
+@pytest.mark.parametrize("what", NO_INDEX)
+def test_an_index_that_is_damaged_is_an_error_that_names_the_checkpoint(what, tmp_path):
+    folder = save(tiny(), tmp_path / "damaged", max_shard_size="5KB")
+    path, elsewhere = folder / "model.safetensors.index.json", tmp_path / "elsewhere.safetensors"
+    shards = json.loads(path.read_text())["weight_map"]
+    (folder / shards[NAMES["D"]]).rename(elsewhere)  # so that it is whole, if others are read
+    changes = copy.deepcopy(NO_INDEX[what])
+    if isinstance(changes.get("weight_map"), dict):
+        [value] = changes["weight_map"].values()
+        value = str(elsewhere) if value == "ELSEWHERE" else value
+        gone = shards[NAMES["D"]]
+        changes["weight_map"] = {k: value if v == gone else v for k, v in shards.items()}
+    edit_json(path, **changes)
+    with pytest.raises((ValueError, OSError), match="damaged' cannot be loaded"):
+        Mamba2ForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "3"])
+def test_a_config_that_is_no_config_is_an_error_that_names_the_checkpoint(content, tmp_path):
+    folder = save(tiny(), tmp_path / "damaged")
+    (folder / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match="damaged' cannot be loaded"):
+        Mamba2ForCausalLM.from_pretrained(folder)
+
+
+def test_the_checkpoint_can_be_passed_by_its_name_in_transformers(tmp_path):
+    model = tiny()
+    path = save(model, tmp_path)
+    loaded = Mamba2ForCausalLM.from_pretrained(pretrained_model_name_or_path=path)
+    assert_same_model(loaded.to(DEVICE), model)
+
+
+def test_what_was_saved_last_is_what_loads(tmp_path):
+    """In shards or as one file, over one that was saved the other way."""
+    for size in ("5KB", "5GB", "5KB", "5KB", "5GB", "5GB"):
+        model = tiny(dtype=torch.float64)
+        with torch.no_grad():
+            model.backbone.norm_f.weight.copy_(torch.rand(32))
+        loaded = load(save(model, tmp_path, max_shard_size=size), dtype=torch.float64)
+        assert_same_model(loaded, model, F64)
+        assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
+
+
+def test_what_mamba2_torch_converts_loads(tmp_path):
+    """Its config knows no groups, leaves out what is tied, and has the 130m model's num_heads."""
+    model = tiny()
+    names = dict(hidden_size=32, num_hidden_layers=2, state_size=16, head_dim=8, chunk_size=8)
+    config = dict(model_type="mamba2", vocab_size=VOCABULARY, num_heads=24, expand=2, **names)
+    config |= dict(conv_kernel=4, layer_norm_epsilon=1e-5, use_bias=False, use_conv_bias=True)
+    config |= dict(emb_initializer_range=0.02, conv_initializer_range=None, hidden_act="silu")
+    config |= dict(A_initializer_range=[1, 16], tie_embedding_weights=True, tie_embeddings=True)
+    config |= dict(use_triton_kernels=True, intermediate_size=64, output_last_ssm_states=False)
+    config |= dict(time_step_limit=[0.0, math.inf], residual_in_fp32=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(tmp_path)
+    assert_same_model(loaded, model)
+    assert (loaded.config.n_groups, loaded.config.tie_word_embeddings) == (1, True)
+    assert_same_model(load(save(loaded, tmp_path / "again")), model)
+
+
 OTHERS = {
     "layer = 'Mamba1'": dict(ssm_cfg={}),
-    "attn_layer_idx = .9.: attention": dict(attn_layer_idx=[9]),
-    "d_intermediate = 64: .*MLP": dict(d_intermediate=64),
+    r"attn_layer_idx = \[9\]: only \[\] is implemented": dict(attn_layer_idx=[9]),
+    "d_intermediate = 64: only 0 is implemented": dict(d_intermediate=64),
     "ssm_cfg.gate_rank = 3: .*not implemented": dict(
         ssm_cfg=dict(layer="Mamba2", d_state=16, headdim=8, gate_rank=3)
     ),
