@@ -57,6 +57,7 @@ import contextvars
 import copy
 import functools
 import importlib.util
+import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -930,7 +931,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
-_COMMON = {*dir(PreTrainedConfig), "attn_implementation", "experts_implementation"} - {"model_type"}
+_COMMON = {name for name, value in inspect.getmembers(PreTrainedConfig) if not callable(value)}
+_COMMON |= {"attn_implementation", "experts_implementation"}
+_COMMON -= {"model_type"}
 _COMMON |= {"rescale_prenorm_residual", "time_step_rank", "_name_or_path"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
@@ -1099,11 +1102,12 @@ class Mamba2Cache:
     """The state of a whole model after some tokens; immutable.
 
     A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
-    continue the same prompt in another way. Its size does not depend on how many tokens it has seen.
+    continue the same prompt in another way. Its size does not depend on how many tokens it has
+    seen.
 
         states    a Mamba2State for each layer
-        length    tokens seen, masked ones included: a tensor (), so that a compiled or exported step
-                  does not depend on its value; get_seq_length() is an int
+        length    tokens seen, masked ones included: a tensor (), so that a compiled or exported
+                  step does not depend on its value; get_seq_length() is an int
         seq_idx   None without packing, or (b, 2): for each row the label of the sequence that it
                   ended in, and whether it has seen one (1) or only masked positions (0)
     """
@@ -1134,9 +1138,11 @@ class Mamba2Cache:
         return Mamba2Cache(states, self.length, seq_idx)
 
     def select(self, rows) -> Mamba2Cache:
-        """Rows of the batch in a new order: integers, negative ones from the end, or a bool mask."""
+        """Rows of the batch in a new order: integers, negative from the end, or a bool mask."""
         rows = torch.as_tensor(rows).flatten()
         rows = rows if rows.numel() else rows.long()  # an empty list has no integers
+        if self.states and not rows.is_cuda:  # a GPU would fail later, and for good
+            rows = torch.arange(len(self.states[0].ssm))[rows]
         return self.map(lambda tensor: tensor[rows.to(tensor.device)])
 
     def repeat(self, times: int) -> Mamba2Cache:
@@ -1445,8 +1451,8 @@ def _one_cache(cache, past_key_values):
         return Mamba2Cache(())
     if not isinstance(cache, (Mamba2Cache, GenerationCache)):
         raise TypeError(
-            f"cache is a {type(cache).__name__}: it must be the Mamba2Cache that an earlier call of "
-            "this model returned"
+            f"cache is a {type(cache).__name__}: it must be the Mamba2Cache that an earlier call "
+            "of this model returned"
         )
     return cache
 
@@ -1781,10 +1787,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 next_sequence_length = input_ids.shape[1] - seen
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {seen}: give the "
-                "whole sequence with at least one token that the cache has not seen, or new tokens "
-                "with an attention_mask that covers the whole sequence; inputs_embeds must be of the "
-                "whole sequence"
+                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {seen}: give "
+                "the whole sequence with at least one token that the cache has not seen, or new "
+                "tokens with an attention_mask that covers the whole sequence; inputs_embeds must "
+                "be of the whole sequence"
             )
         seq_idx, length = kwargs.pop("seq_idx", None), input_ids.shape[1]
         given = dict(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
@@ -1907,8 +1913,8 @@ class GenerationCache:
     """What `generate` carries from token to token: a Mamba2Cache, exchanged for the next in place.
 
     It keeps the states of rows that have ended, decodes with a CUDA graph where `kernels` can, and
-    forgets tokens, for speculative decoding: a state cannot be rewound, but an older one (`base`) and
-    the tokens since then (`since`) can be kept, and read again.
+    forgets tokens, for speculative decoding: a state cannot be rewound, but an older one (`base`)
+    and the tokens since then (`since`) can be kept, and read again.
     """
 
     is_compileable = False
@@ -1963,22 +1969,21 @@ class GenerationCache:
         if self.recording:
             output = self._read_again(options)
         elif (output := self._decode(ids, options)) is None:
-            cache = self.value() if self.decoder else self.current
-            output = self.model(**options, cache=cache, use_cache=True, return_dict=True)
-            self.current = output.cache
             if self.decoder:
-                self.decoder.load(output.cache)
+                self.close()  # and continue from its states
+            output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
+            self.current = output.cache
         self.length += length
         output[CACHE] = output.cache = self
         return output
 
     def _decode(self, ids, options):
         """The output for one token (b, 1) with a CUDA graph, or None where that is impossible."""
-        mask = options["attention_mask"]
-        if not kernels or ids is None or ids.shape[1] != 1 or options["output_hidden_states"]:
+        mask, seq_idx = options["attention_mask"], options["seq_idx"]
+        if not kernels or ids is None or ids.shape[1] != 1 or seq_idx is not None:
             return None
-        if mask is not None and not mask[:, -1].all():  # of a prompt that is read token by token
-            return None
+        if options["output_hidden_states"] or (mask is not None and not mask[:, -1].all()):
+            return None  # masked: in a prompt that is read token by token
         if self.decoder is None and self.current.states:
             self.decoder = kernels.decoder(self.model, self.current) or False
         return CausalLMOutputWithPast(logits=self.decoder(ids)) if self.decoder else None
@@ -2014,8 +2019,8 @@ class GenerationCache:
         ids, self.mask = options["input_ids"], options["attention_mask"]
         if ids is None or options["seq_idx"] is not None:
             raise ValueError(
-                "speculative decoding reads input_ids alone: with inputs_embeds or seq_idx, read the "
-                "prompt with `prefill`, and generate from its cache"
+                "speculative decoding reads input_ids alone: with inputs_embeds or seq_idx, read "
+                "the prompt with `prefill`, and generate from its cache"
             )
         l = ids.shape[1]
         if self.current is None and self.since.shape[1] > 32:  # too many to read each time
