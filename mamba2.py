@@ -930,8 +930,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
-_COMMON = {*dir(PreTrainedConfig), "attn_implementation", "experts_implementation"} - {"model_type"}
-_COMMON |= {"rescale_prenorm_residual", "time_step_rank", "_name_or_path"}
+_COMMON = {n for n in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, n))}
+_COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
+_COMMON = _COMMON - {"model_type"} | {"time_step_rank", "_name_or_path"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
@@ -1964,9 +1965,11 @@ class GenerationCache:
         if self.recording:
             output = self._read_again(options)
         elif (output := self._decode(ids, options)) is None:
-            self.close()  # a decoder that has read tokens has the states
-            output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
+            cache = self.value() if self.decoder else self.current
+            output = self.model(**options, cache=cache, use_cache=True, return_dict=True)
             self.current = output.cache
+            if self.decoder:
+                self.decoder.load(output.cache)
         self.length += length
         output[CACHE] = output.cache = self
         return output

@@ -3347,6 +3347,8 @@ def test_generate_gives_plain_steps_to_a_decoder_and_all_others_to_the_model(mon
         assert [decoder.closed for decoder in taken] == [True] * len(taken)
         if "output_hidden_states" in given:
             assert not taken
+        elif "attention_mask" in given:
+            assert [decoder.steps for decoder in taken] == [11 + 2]  # of the prompt's 12 tokens
         elif "guidance_scale" not in given:
             assert [decoder.steps for decoder in taken] == [found.sequences.shape[1] - 13]
     taken.clear()
@@ -3372,7 +3374,7 @@ def test_a_decoder_gives_its_states_back_for_what_it_cannot_read(monkeypatch):
     found = model.generate(ids, **given)
     assert torch.equal(found.sequences, expected.sequences)
     assert_same_state(found.cache, expected.cache, F64)
-    assert [decoder.steps for decoder in taken] == [1, 12] and taken[0].closed
+    assert [decoder.steps for decoder in taken] == [1 + 12] and taken[0].closed
 
 
 class Recorder(BaseStreamer):
@@ -4485,10 +4487,16 @@ BLOCKS = (
 
 
 def test_the_readme_s_figure_shows_the_numbers_of_its_tables():
-    bars, flat = figure_rows()
-    drawn = re.findall(r">([\d.]+)×<", FIGURE.read_text())
+    bars, flat, state, keys_and_values = figure_rows()
+    figure, text = FIGURE.read_text(), " ".join(README.read_text().split())
     assert len(flat) >= 5 and len(bars) >= 5
+    drawn = re.findall(r">([\d.]+)×<", figure)
     assert drawn == [f"{theirs / mine:.1f}" for mine, theirs in bars.values()]
+    milliseconds = f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
+    assert f">{milliseconds}<" in figure
+    megabytes = f"{state / 1e6:.1f} MB"
+    assert f"Mamba-2: {megabytes}<" in figure and megabytes in text
+    assert keys_and_values == 73_728 and "73,728 bytes per token" in text
 
 
 def test_the_commands_in_the_readme_are_understood(capsys):
@@ -4519,6 +4527,9 @@ def test_a_readme_block_runs(number, tmp_path, monkeypatch):
             pytest.skip(f"block {number + 1} of README.md {need}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    alone = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    for name, value in alone.items():  # as torchrun with one process
+        monkeypatch.setenv(name, value)
     namespace = {"__name__": "readme"}
     exec(compile(BLOCKS[number], f"README.md, block {number + 1}", "exec"), namespace)
     assert len(namespace) > 2  # it defined something: it is no empty block
@@ -7053,30 +7064,36 @@ FIGURE = ROOT / ".figure.svg"
 
 
 def figure_rows():
-    """What the README's first figure shows, from its tables: times this and mamba_ssm take, by
-    label, and the time of a token by length of the context."""
+    """What README's figure shows: times of this and of mamba_ssm by label, from the tables; the
+    measured time of a token by length of the context; bytes of the state, and of keys and values.
+    """
     text = README.read_text()
 
-    def times(row, mine, other, table=""):
-        """Two columns of the first row that begins like this, after a row that does like that."""
+    def times(row, mine, other, part=0, table=""):
+        """Two columns of the first row that begins like this, below a row that begins like that."""
         begin = text.index("| " + row, text.index("| " + table if table else ""))
-        cells = [cell.strip() for cell in text[begin:].splitlines()[0].split("|")]
-        return float(cells[mine]), float(cells[other])
+        cells = text[begin:].splitlines()[0].split("|")
+        return tuple(float(cells[column].split("/")[part]) for column in (mine, other))
 
     bars = {
         "SSD, 2.7b: forward": times("SSD, batch 8", 2, 3),
-        "SSD, 2.7b: backward": times("… backward", 2, 3, "SSD, batch 8"),
-        "a layer's training step": times("… forward and backward", 2, 3, "layer of mamba2-130m"),
+        "SSD, 2.7b: backward": times("SSD, batch 8", 2, 3, part=1),
+        "a layer's training step": times("layer of mamba2-130m", 2, 3, part=1),
         "a prompt of 8,192 tokens": times("prompt of 8,192 tokens", 2, 3),
         "a token": times("mamba2-130m | 1 |", 4, 6),
-        "a token, 2.7b, batch 64": times("| 64 | bfloat16", 4, 6, "mamba2-2.7b | 1 |"),
+        "a token, 2.7b, batch 64": times("| 64 | bfloat16", 4, 6, table="mamba2-2.7b | 1 |"),
     }
-    flat = re.search(
-        r"It is flat: mamba2-130m takes (.*?)\sms a token after\s(.*?)\stokens", text, re.S
-    )
+    number = r"([\d.,\sand]+)"
+    flat = re.search(rf"mamba2-130m\stakes{number}ms\sper\stoken\safter{number}tokens", text)
     numbers = [re.findall(r"[\d.,]*\d", part) for part in flat.groups()]
     milliseconds, contexts = ([float(n.replace(",", "")) for n in part] for part in numbers)
-    return bars, dict(zip(contexts, milliseconds, strict=True))
+    config = Mamba2Config()  # mamba2-130m, whose states are counted without allocating them
+    with torch.device("meta"):
+        model = mamba2.Mamba2LM(config).to(torch.bfloat16)
+        _, states = model(torch.zeros(1, 1, dtype=torch.int64))
+    state = sum(tensor.nbytes for layer in states for tensor in layer)
+    keys_and_values = 2 * config.n_layer * config.d_model * 2  # bytes per token, in bfloat16
+    return bars, dict(zip(contexts, milliseconds, strict=True)), state, keys_and_values
 
 
 def draw_figure():
@@ -7084,19 +7101,27 @@ def draw_figure():
 
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    bars, flat = figure_rows()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=(1.5, 1))
+    blue, red = "#0072B2", "#D55E00"
+    bars, flat, state, keys_and_values = figure_rows()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1.1, 1))
     ratios = [theirs / mine for mine, theirs in bars.values()]
-    drawn = left.barh([*bars], ratios, color="#0072B2")
+    drawn = left.barh([*bars], ratios, color=blue)
     left.bar_label(drawn, [f"{ratio:.1f}×" for ratio in ratios], padding=3)
     left.axvline(1, color="black", linestyle="--", linewidth=1)
-    left.set(title="Times as fast as mamba_ssm", xlim=(0, max(ratios) + 0.6))
+    left.set(title="Speed relative to mamba_ssm", xlim=(0, max(ratios) + 0.8))
     left.invert_yaxis()
-    right.semilogx([*flat], [*flat.values()], "o-", color="#0072B2")
-    right.set(
-        title="Milliseconds a token", xlabel="tokens before it", ylim=(0, 1.5 * max(flat.values()))
-    )
+    contexts, memory = [*flat], [keys_and_values * context / 1e6 for context in flat]
+    right.loglog(contexts, memory, "s-", color=red)
+    right.loglog(contexts, [state / 1e6] * len(flat), "o-", color=blue)
+    right.text(1.5e4, 2.5 * memory[2], "Transformer", color=red, ha="right")
+    right.text(1e6, 1.6 * state / 1e6, f"Mamba-2: {state / 1e6:.1f} MB", color=blue, ha="right")
+    fastest, slowest = min(flat.values()), max(flat.values())
+    text = f"{fastest:.3f} to {slowest:.3f} ms per token"
+    right.text(1e6, 0.32 * state / 1e6, text, color=blue, ha="right", size=9)
+    right.set(title="Memory of one sequence", xlabel="context, tokens", ylim=(2, 2e5))
     right.set_xticks([100, 10_000, 1_000_000], ["100", "10,000", "1,000,000"])
+    right.set_yticks([10, 1000, 100_000], ["10 MB", "1 GB", "100 GB"])
+    right.minorticks_off()
     figure.tight_layout()
     figure.savefig(FIGURE, metadata=dict(Date=None))
     print(f"{FIGURE} is drawn from the tables of README.md")
