@@ -57,7 +57,6 @@ import contextvars
 import copy
 import functools
 import importlib.util
-import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -931,10 +930,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
-_COMMON = {name for name, value in inspect.getmembers(PreTrainedConfig) if not callable(value)}
-_COMMON |= {"attn_implementation", "experts_implementation"}
-_COMMON -= {"model_type"}
-_COMMON |= {"rescale_prenorm_residual", "time_step_rank", "_name_or_path"}
+_COMMON = {n for n in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, n))}
+_COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
+_COMMON = _COMMON - {"model_type"} | {"time_step_rank", "_name_or_path"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
