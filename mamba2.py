@@ -1856,7 +1856,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         criteria = [c for c in stopping_criteria if c not in limits]
         count = max(1, min([config.max_length, *(c.max_length for c in limits)]) - length)
         ends = [c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")]
+        pad = config.pad_token_id
+        if ends and pad is None:
+            pad = ends[0].flatten()[0].item()
         unfinished = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+        step = dict.fromkeys(("inputs_embeds", "attention_mask", "seq_idx", "logits_to_keep"))
+        step["output_hidden_states"] = False
         every = 8 if ids.is_cuda else 1
         waiting, overs = [], []
         logits, cache = output.logits[:, -1], output.cache
@@ -1868,25 +1873,26 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 else:
                     token = scores.argmax(-1)
                 if ends:  # rows that have ended are filled up
-                    pad = (
-                        ends[0].flatten()[0] if config.pad_token_id is None else config.pad_token_id
-                    )
-                    token = token.masked_fill(~unfinished, int(pad))
+                    token = token.masked_fill(~unfinished, pad)
                 if length == text.shape[1]:  # double the buffer: appending stays O(1) amortised
                     text = F.pad(text, (0, length))
                 text[:, length], length = token, length + 1
-                for criterion in criteria:
-                    unfinished = unfinished & ~criterion(text[:, :length], scores)
-                waiting.append(token)
-                overs.append(~unfinished.any())
-                if not criteria or len(waiting) == every or left == 0:
-                    over = [*torch.stack(overs).tolist(), True] if criteria else [False, True]
-                    yield from waiting[: over.index(True) + 1]
-                    if left == 0 or over.index(True) < len(waiting):
-                        return
-                    waiting, overs = [], []
-                output = self(text[:, length - 1 : length], cache=cache, return_dict=True)
-                logits = output.logits[:, -1]
+                if not criteria:
+                    yield token
+                else:
+                    for criterion in criteria:
+                        unfinished = unfinished & ~criterion(text[:, :length], scores)
+                    waiting.append(token)
+                    overs.append(~unfinished.any())
+                    if len(waiting) == every or left == 0:
+                        over = [*torch.stack(overs).tolist(), True]  # waits for the GPU
+                        yield from waiting[: over.index(True) + 1]
+                        if over.index(True) < len(waiting):
+                            return
+                        waiting, overs = [], []
+                if left > 0:
+                    output = cache.read(dict(step, input_ids=text[:, length - 1 : length]))
+                    logits = output.logits[:, -1]
         finally:
             cache.close()
 

@@ -1722,7 +1722,10 @@ def test_steps_keep_the_dtype_of_ssm_whatever_it_is(dtype, of_weights):
             exact = model(ids[:, 6 : 6 + l], given, rounded, seq_idx=seq_idx)
             # Within a call nothing is rounded, so that only the state before it is.
             assert_close(output.logits, exact.logits, F32)
-            assert_same_state(output.cache.to(of_weights), exact.cache.to(dtype).to(of_weights))
+            # On a GPU one of the two may be a kernel's, which rounds differently before that.
+            same = max(torch.finfo(dtype).eps, F32) if CUDA else 0
+            found, right = output.cache.to(of_weights), exact.cache.to(dtype).to(of_weights)
+            assert_same_state(found, right, same)
     end = model.generate(ids, **GREEDY)[0, 15].item()
     given = dict(GREEDY, eos_token_id=end, return_dict_in_generate=True)
     assert kinds(model.generate(ids, cache=cache, **given).cache) == {dtype}
@@ -2510,10 +2513,15 @@ def test_the_cache_of_rows_that_ended_early_goes_on_as_the_text_with_its_mask(
         given |= dict(cache=model.prefill(ids[:, :7], mask[:, :7]))
     if how == "by a decoder":
         monkeypatch.setattr(mamba2.kernels, "decoder", PlainDecoder)
-    torch.manual_seed(1)
-    end, ended = endings(model.generate(ids, **given).sequences, 12)[kind]
-    torch.manual_seed(1)
-    first = model.generate(ids, **given | end)
+    for seed in range(20):  # until some rows end early; samples differ from device to device
+        torch.manual_seed(seed)
+        end, ended = endings(model.generate(ids, **given).sequences, 12)[kind]
+        torch.manual_seed(seed)
+        first = model.generate(ids, **given | end)
+        whole = mask.repeat_interleave(len(first.sequences) // 3, 0)
+        exists = until_the_end(first.sequences, whole, 12, ended)
+        if (exists[:, -3:-1] == 0).any() and exists[:, -2].any():
+            break
 
     def check(output, mask):
         text, cache = output.sequences, output.cache
@@ -3322,9 +3330,6 @@ def test_generate_gives_plain_steps_to_a_decoder_and_all_others_to_the_model(mon
     texts = [{}, dict(output_logits=True), dict(output_hidden_states=True), dict(guidance_scale=2)]
     texts += [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True)]
     texts += [dict(eos_token_id=model.generate(**text).sequences[0, 18].item())]
-    hole = mask.clone()
-    hole[:, 10] = 0  # masked tokens are read by the model, from the decoder's state and back to it
-    texts += [dict(attention_mask=hole, prefill_chunk_size=1)]
 
     def run(given):
         torch.manual_seed(0)
@@ -3350,8 +3355,6 @@ def test_generate_gives_plain_steps_to_a_decoder_and_all_others_to_the_model(mon
         assert [decoder.closed for decoder in taken] == [True] * len(taken)
         if "output_hidden_states" in given:
             assert not taken
-        elif "attention_mask" in given:
-            assert [decoder.steps for decoder in taken] == [1, 1 + 11]  # the mask ends the first
         elif "guidance_scale" not in given:
             assert [decoder.steps for decoder in taken] == [found.sequences.shape[1] - 13]
     taken.clear()
@@ -3377,7 +3380,8 @@ def test_a_decoder_gives_its_states_back_for_what_it_cannot_read(monkeypatch):
     found = model.generate(ids, **given)
     assert torch.equal(found.sequences, expected.sequences)
     assert_same_state(found.cache, expected.cache, F64)
-    assert [decoder.steps for decoder in taken] == [1 + 12] and taken[0].closed
+    assert [decoder.steps for decoder in taken] == [1, 12]
+    assert all(decoder.closed for decoder in taken)
 
 
 class Recorder(BaseStreamer):
