@@ -1682,9 +1682,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, **options):
         """As in all of transformers; on CUDA, a step of the model by one token is a CUDA graph."""
 
-        def option(
-            name,
-        ):  # as transformers finds it: what a configuration leaves out is the model's
+        def option(name):  # as in transformers: what a configuration leaves out is the model's
             value = options.get(name, getattr(generation_config, name, None))
             default = None if name in options else getattr(self.generation_config, name, None)
             return default if value is None else value
@@ -1706,7 +1704,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             _generating.reset(outer)
             cache.close()
         if isinstance(output, dict) and not option("is_assistant"):  # an assistant goes on with it
-            output[CACHE] = output.cache = cache.value()
+            # The states of the last beams are not those of the texts that are returned.
+            value = None if hasattr(output, "beam_indices") else cache.value()
+            output[CACHE] = output.cache = value
         return output
 
     def first_layers(self, count: int) -> Mamba2ForCausalLM:
