@@ -1085,14 +1085,16 @@ def _from_original(ssm_cfg, pad_vocab_size_multiple=8, model_type=None, **option
 #     torch._C._len_torch_dispatch_stack, torch._subclasses.fake_tensor.FakeTensor
 #                                           whether values can be read, and nobody else watches
 
-# Outputs and generation call the cache so; before 5.24 it was "past_key_values". Callers of this
-# file may use either name, with any version.
-CACHE = "past_key_values"
-if (
-    transformers is not None
-    and "past_key_values" not in CausalLMOutputWithPast.__dataclass_fields__
-):
-    CACHE = "cache"
+# Outputs and generation call the cache so. Callers of this file may use either name.
+CACHE = "cache"
+if transformers and not hasattr(CausalLMOutputWithPast, "cache"):  # before 5.24
+    CACHE = "past_key_values"
+
+    class BaseModelOutputWithPast(BaseModelOutputWithPast):
+        cache = property(lambda self: self.past_key_values)
+
+    class CausalLMOutputWithPast(CausalLMOutputWithPast):
+        cache = property(lambda self: self.past_key_values)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1431,13 +1433,11 @@ class Mamba2Model(Mamba2PreTrainedModel):
         if use_cache and not isinstance(length, Tensor):
             length = torch.full((), length, device=h.device)
         cache = Mamba2Cache(states, length, past.seq_idx) if use_cache else None
-        output = BaseModelOutputWithPast(
+        return BaseModelOutputWithPast(
             last_hidden_state=hidden_states[-1],
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             **{CACHE: cache},
         )
-        output.cache = cache
-        return output
 
 
 def _one_cache(cache, past_key_values):
@@ -1617,11 +1617,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
         keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(None)
         logits = None if h is None else self.lm_head(h[:, keep])
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: output.cache}
+        cache = {CACHE: getattr(output, CACHE)}
+        hidden_states = output.hidden_states
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=hidden_states, **cache
         )
-        result.cache = output.cache
-        return result
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
@@ -1978,7 +1978,7 @@ class GenerationCache:
             output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
             self.current = output.cache
         self.length += length
-        output[CACHE] = output.cache = self
+        output[CACHE] = self
         return output
 
     def _decode(self, ids, options):
@@ -2063,9 +2063,9 @@ def read_in_segments(model, whole, cache, length, first, progress, options):
 
     def segment(x, mask, seq_idx, targets, cache, last):
         name = "inputs_embeds" if x.is_floating_point() else "input_ids"
-        given = dict(options, attention_mask=mask, seq_idx=seq_idx, cache=cache, return_dict=True)
+        given = {**options, "attention_mask": mask, "seq_idx": seq_idx, "cache": cache}
         given["use_cache"] = options["use_cache"] if last else True
-        output = model.backbone(**{name: x}, **given)
+        output = model.backbone(**{name: x}, **given, return_dict=True)
         h = output.last_hidden_state
         return None if targets is None else model.summed_loss(h, targets), output
 
@@ -2083,7 +2083,7 @@ def read_in_segments(model, whole, cache, length, first, progress, options):
         for i, piece in enumerate(segments):
             loss, output = run(*piece, cache, i == count - 1)
             losses.append(loss)
-            cache, h = output.cache, output.last_hidden_state
+            cache, h = getattr(output, CACHE), output.last_hidden_state
             end = min((i + 1) * length, total)
             if first < end or first == end == total:  # else the slice would keep all of h alive
                 kept.append(h[:, max(0, first - i * length) :])
