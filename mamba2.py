@@ -1617,11 +1617,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
         keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(None)
         logits = None if h is None else self.lm_head(h[:, keep])
-        cache = {CACHE: getattr(output, CACHE)}
-        hidden_states = output.hidden_states
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=hidden_states, **cache
-        )
+        given = {CACHE: getattr(output, CACHE), "hidden_states": output.hidden_states}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **given)
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.

@@ -1696,8 +1696,15 @@ def test_requests_of_different_prompts_become_one_batch_and_go_on_as_alone():
         Mamba2Cache.cat([caches[0], model.prefill(texts[0])])
 
 
-STATE_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16]
-STATE_DTYPES += [torch.float32, torch.float64]
+FLOAT8_RUNS = Version(torch.__version__) >= Version("2.7")
+STATE_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+STATE_DTYPES += [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(not FLOAT8_RUNS, reason="torch 2.6 chooses no rows of float8"),
+    )
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+]
 
 
 @torch.no_grad()
@@ -3085,8 +3092,9 @@ def test_a_graph_is_made_for_the_switches_of_pytorch(monkeypatch):
     torch.use_deterministic_algorithms(True)
     assert modes() not in (before, None)
     torch.use_deterministic_algorithms(False)
-    tf32 = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    for name, other in ((tf32, "tf32"), ("allow_bf16_reduced_precision_reduction", False)):
+    newer = Version(torch.__version__) >= Version("2.9")
+    tf32 = ("fp32_precision", "tf32") if newer else ("allow_tf32", True)
+    for name, other in (tf32, ("allow_bf16_reduced_precision_reduction", False)):
         old = getattr(matmul, name)
         setattr(matmul, name, other)
         try:
