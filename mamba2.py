@@ -363,30 +363,30 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     _require("initial_state", initial_state, "b k-1 d", {**sizes, "k-1": k - 1})
     if seq_idx is not None:
         _require("seq_idx", seq_idx, "b l", sizes, "integers")
-        number = _sequence_number(seq_idx, k - 1)  # (b, k-1+l)
+    number = _sequence_number(seq_idx, k - 1)
 
     # 1 * is a copy: else the gradient of the initial state would be a view that keeps the whole
     # window's gradient alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    final_state = last_inputs(window, k - 1, None, seq_idx)
+    final_state = last_inputs(window, k - 1, None, number)
     dtype = _at_least_float32(x.dtype)
     window, weight = window.to(dtype), weight.to(dtype)
     y = x.new_zeros(d, dtype=dtype) if bias is None else bias.to(dtype)
     for j in range(k):
         tap = window[:, j : j + l]  # (b, l, d)
-        if seq_idx is not None:
+        if number is not None:
             tap = tap.masked_fill((number[:, j : j + l] != number[:, k - 1 :])[..., None], 0)
         y = torch.addcmul(y, weight[:, j], tap)
     return F.silu(y).to(x.dtype), final_state
 
 
-def last_inputs(window, count, lengths=None, seq_idx=None):
+def last_inputs(window, count, lengths=None, number=None):
     """The state of a convolution: its last `count` = k-1 inputs, zero if of an earlier sequence.
 
     Args:
         window: (b, k-1+l, d), the state before, and l inputs.
         lengths: (b), how many of these inputs count; None is all.
-        seq_idx: (b, l) or None; the state before belongs to the first sequence.
+        number: `_sequence_number` of the window, or None without packing.
 
     Returns:
         (b, k-1, d), a copy, so that it does not keep the whole window alive.
@@ -396,15 +396,16 @@ def last_inputs(window, count, lengths=None, seq_idx=None):
     else:
         index = lengths[:, None] + torch.arange(count, device=window.device)  # (b, k-1)
         state = _take(window, index)
-    if seq_idx is None or count == 0:
+    if number is None or count == 0:
         return state
-    number = _sequence_number(seq_idx, count)  # (b, k-1+l)
     own = number[:, number.shape[1] - count :] if lengths is None else number.gather(1, index)
     return state.masked_fill((own != own[:, -1:])[..., None], 0)
 
 
 def _sequence_number(seq_idx, before):
-    """(b, before + l): packed sequences counted from 0; what comes before belongs to the first."""
+    """(b, before + l): packed sequences counted from 0, what comes before in the first; or None."""
+    if seq_idx is None:
+        return None
     return F.pad(_borders(seq_idx).cumsum(1), (before, 0))
 
 
@@ -533,7 +534,6 @@ class Mamba2(nn.Module):
         Projections and convolution keep PyTorch's default, uniform in +-1/sqrt(fan_in), divided by
         sqrt(depth) for out_proj. Biases of projections are 0, as in the original's models.
         """
-
         config = self.config
 
         def uniform(parameter, fan_in):
@@ -585,28 +585,27 @@ class Mamba2(nn.Module):
     def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         _check_layer(self, u, state, mask, seq_idx)
-        order = None
+        order, lengths, skipped = None, mask, None
         if mask is not None and mask.dim() == 2:
             order = Order(_as_bool("mask", mask))
-            u, seq_idx, mask = order.sort(u), order.sort_labels(seq_idx), order.lengths
-        skipped = None
-        if mask is not None:
-            skipped = torch.arange(u.shape[1], device=u.device) >= mask[:, None]  # (b, l)
+            u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
+        if lengths is not None:
+            skipped = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]  # (b, l)
             u = u.masked_fill(skipped[..., None], 0)  # whatever was there, even a NaN
-        slices = Slices.of(group, self.config, u, mask, seq_idx, state=state is not None)
+        slices = Slices.of(group, self.config, u, lengths, seq_idx, state=state is not None)
 
         zxbcdt = self.in_proj(u)
         fused = None
-        if kernels and mask is None and slices is None:
+        if kernels and lengths is None and slices is None:
             fused = kernels.layer(self, zxbcdt, state, seq_idx)
         if fused is not None:
             y, state = fused[0], Mamba2State(*fused[1:])
         else:
             z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
-            y, state = self._convolve_and_scan(xBC, dt, state, mask, skipped, seq_idx, slices)
+            y, state = self._convolve_and_scan(xBC, dt, state, lengths, skipped, seq_idx, slices)
             y = self.norm(y, gate=z)
         y = self.out_proj(y)  # (b, l, d)
-        if mask is not None:
+        if lengths is not None:
             y = y.masked_fill(skipped[..., None], 0)
         if order is not None:
             y = order.restore(y)
@@ -633,7 +632,7 @@ class Mamba2(nn.Module):
             new_conv = conv_after
         elif lengths is not None:
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            new_conv = last_inputs(window, k - 1, lengths, seq_idx)
+            new_conv = last_inputs(window, k - 1, lengths, _sequence_number(seq_idx, k - 1))
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
         B, C = (t.unflatten(2, (g, n)) for t in (B, C))  # (b, l, g, n)
@@ -685,7 +684,7 @@ def backbone_parts(config: Mamba2Config) -> dict[str, nn.Module]:
 
 
 def run_blocks(blocks, h, states=None, *arguments, call=lambda block, *given: block(*given)):
-    """The residual stream h (b, l, d) through all blocks; its dtype and the states after it.
+    """The residual stream h (b, l, d) after all blocks, and the states of their layers.
 
     states: a Mamba2State for each block, or None. arguments: mask, seq_idx and group of
     `Mamba2.step`. call: how a block is called, for gradient checkpointing and the like.
@@ -700,8 +699,10 @@ def run_blocks(blocks, h, states=None, *arguments, call=lambda block, *given: bl
 class Mamba2LM(nn.Module):
     """The language model (Section 9.2), and nothing else.
 
-    logits, states = model(ids)                # ids (b, l), logits (b, l, vocabulary)
-    logits, states = model(next_ids, states)   # resumes there, with any number of tokens
+        logits, states = model(ids)                # ids (b, l), logits (b, l, vocabulary)
+        logits, states = model(next_ids, states)   # resumes there, with any number of tokens
+
+    The states are a Mamba2State for each layer.
     """
 
     def __init__(self, config: Mamba2Config):
@@ -942,10 +943,6 @@ _OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
 def _check(name, value, rule, holds):
     if not holds(value):
         raise ValueError(f"{name} = {value!r}: {rule}")
-
-
-def _require_segment_length(length):
-    _check("segment_length", length, *SEGMENT)
 
 
 class Mamba2Config(PreTrainedConfig):
@@ -1497,13 +1494,14 @@ def _packing(x, seq_idx, mask, past, others):
     if attentions:
         raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
     sizes = dict(b=x.shape[0], l=x.shape[1])
+    if seq_idx is not None:
+        _require("seq_idx", seq_idx, "b l", sizes, "integers")
     if positions is not None:
         _require("position_ids", positions, "b l", sizes, "integers")
         begins = positions == 0
         continues = F.pad(positions[:, 1:] - positions[:, :-1] == 1, (1, 0))
         fits = begins | continues
         if seq_idx is not None:  # then both must say the same
-            _require("seq_idx", seq_idx, "b l", sizes, "integers")
             fits &= F.pad(begins[:, 1:], (1, 0)) == _borders(seq_idx)
         fits = fits if mask is None else fits | ~mask
         if past.states or (_is_eager(x) and not fits.all()):
@@ -1512,10 +1510,7 @@ def _packing(x, seq_idx, mask, past, others):
                 "cache: leave them out, and pass seq_idx where packed sequences need labels"
             )
         seq_idx = begins.cumsum(1) if seq_idx is None else seq_idx
-    if seq_idx is not None:
-        _require("seq_idx", seq_idx, "b l", sizes, "integers")
-        seq_idx = seq_idx.long()
-    return seq_idx
+    return None if seq_idx is None else seq_idx.long()
 
 
 class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
@@ -1645,7 +1640,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         if length is None:
             length = self.config.segment_length
-        _require_segment_length(length)
+        _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': slices depend on it, so give it as a number")
         if length == "auto":
@@ -2236,7 +2231,8 @@ class Slices:
             order = Order(self.last_exist[:, :count])
             window = torch.cat([1 * state.to(last.dtype), order.sort(last[:, :count])], dim=1)
             labels = order.sort_labels(self.last_labels[:, :count])
-            return last_inputs(window, state.shape[1], order.lengths, labels)
+            number = _sequence_number(labels, state.shape[1])
+            return last_inputs(window, state.shape[1], order.lengths, number)
 
         before = state_after(self.rank).masked_fill(self.begins[:, None, None], 0)
         return before, state_after(dist.get_world_size(self.group))
