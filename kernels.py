@@ -3069,7 +3069,7 @@ def takes_layer_step(
 def layer_step(
     xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
 ):
-    """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._mix`.
+    """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._convolve_and_scan`.
 
     xBC, dt             (b, 1, h p + 2 g n), (b, 1, h)   slices of the projection
     conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State, ssm in any dtype
@@ -3318,10 +3318,10 @@ def block_step(h, state, norm, layer):
 _kinds = {}
 
 
-def register(**kinds):
+def register(*kinds):
     """Make the classes of a model known, by name: a fused operation or a CUDA graph may take the
     place of a call of these, and of no others."""
-    _kinds.update(kinds)
+    _kinds.update({kind.__name__: kind for kind in kinds})
 
 
 def _is(module: nn.Module, kind: str) -> bool:
@@ -3363,14 +3363,48 @@ def block(block, h, state):
     return block_step(h, state, norm, mixer)
 
 
-def decoder(model, cache):
-    """A Decoder of the model, a Mamba2ForCausalLM, that resumes from the cache; or None."""
-    graph = DecodingGraph.take(model, cache)
-    return None if graph is None else Decoder(model, graph, type(cache))
+def decode(text, ids, mask, options):
+    """Logits after one more token of a text, a GenerationCache, by a CUDA graph; or None.
+
+    The first call makes `text.decoder`: a Decoder, or False if there can be none.
+    """
+    if ids is None or ids.shape[1] != 1 or options.get("output_hidden_states"):
+        return None
+    if mask is not None and not mask[:, -1].all():
+        return None
+    if text.decoder is None and text.current.states:
+        text.decoder = False
+        graph = DecodingGraph.take(text.model, text.current)
+        if graph is not None:
+            text.decoder = Decoder(text.model, graph, type(text.base))
+    if not text.decoder:
+        return None
+    if text.current is not text.decoder:
+        text.decoder.load(text.current)
+        text.current = text.decoder
+    return text.decoder(ids)
+
+
+def ahead(steps):
+    """Steps (token, over): on a GPU `over` is read every eighth time, for it waits for the GPU."""
+    waiting = []
+    for step in steps:
+        waiting.append(step)
+        if len(waiting) == 8 or step[1] is False or not step[1].is_cuda:
+            yield from _read(waiting)
+            waiting = []
+    yield from _read(waiting)
+
+
+def _read(steps):
+    """The steps with bools: one wait for all."""
+    overs = [over for _, over in steps if over is not False]
+    overs = iter(torch.stack(overs).tolist() if overs else [])
+    return [(token, over is not False and next(overs)) for token, over in steps]
 
 
 class Decoder:
-    """Decodes a text with a DecodingGraph, until it is closed.
+    """Decodes a text with a DecodingGraph; when it is no longer used, the next text may.
 
     If modules or weights have been replaced or moved since the last token, or PyTorch's switches
     have changed, it frees the graph, and decodes the rest of the text by calling the model.
@@ -3379,6 +3413,8 @@ class Decoder:
     def __init__(self, model, graph, kind):
         self.model, self.kind = model, kind
         self.graph, self.modes, self.cache = graph, _modes(), None
+        self.close = weakref.finalize(self, DecodingGraph.give_back, model, graph)
+        self.close.atexit = False
         parts = [part for m in model.modules() for part in (m._modules, m._parameters) if part]
         self.views = [part.values() for part in parts]  # these follow later assignments
         self.objects = [*itertools.chain.from_iterable(self.views)]
@@ -3394,6 +3430,7 @@ class Decoder:
         valid = valid and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
         if self.graph is not None and not valid:
             self.cache, self.graph, self.memory = self.kind(tuple(self.states())), None, None
+            self.close.detach()
         return valid
 
     def __call__(self, ids):
@@ -3414,11 +3451,6 @@ class Decoder:
             self.graph.load(cache)
         else:
             self.cache = cache
-
-    def close(self):
-        """Leave the graph to the model's next text."""
-        if self.graph is not None:
-            DecodingGraph.give_back(self.model, self.graph)
 
 
 # Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
@@ -3858,36 +3890,6 @@ def _layer(table, d_model):
     return layer, deepcopy(layer).double()
 
 
-def _step_row(table, name, b, d_model, dtype):
-    layer, exact = _layer(table, d_model)
-    (h, p, _, n), k = layer.sizes, layer.config.conv_kernel
-
-    def inputs():
-        draw = dict(device="cuda", dtype=torch.bfloat16)
-        _, xBC, dt = torch.randn(b, 1, sum(layer.widths), **draw).split(layer.widths, -1)
-        state = torch.randn(b, h, p, n, device="cuda").to(dtype)
-        return xBC, dt, torch.randn(b, k - 1, layer.widths[1], **draw), state
-
-    def mix(layer):
-        def call(xBC, dt, *state):
-            y, state = layer._mix(xBC, dt, table.plain.Mamba2State(*state), None, None)
-            return y, *state
-
-        return call
-
-    def ours(xBC, dt, *state):
-        weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
-        return table.ours.layer_step(xBC, dt, *state, *weights)
-
-    given = inputs()  # as many as do not fit in the cache together
-    others = [inputs() for _ in range(min(63, 300_000_000 // given[3].nbytes + 1))]
-    sides = [_Side("ours", ours), _Side("plain", mix(layer))]
-    for (work, who), make in table.peers.items():
-        if work == "step":
-            sides.append(_Side(who, make(layer), inputs()))
-    table.row(f"step {name}", given, sides, mix(exact), 0, ("fwd in graph",), others)
-
-
 def _layer_row(table, name, b, l, d_model):
     layer, exact = _layer(table, d_model)
     h, p, _, n = layer.sizes
@@ -3933,7 +3935,6 @@ def _print_table(wanted: list[str]) -> None:
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
     table = _Table(wanted)
-    bf16, fp32 = torch.bfloat16, torch.float32
     small = "conv", "gated norm", "norm"
     for works, make, name, *sizes in (
         (("ssd",), _ssd_row, "2.7b b8 l4096", 8, 4096, 80),
@@ -3942,11 +3943,6 @@ def _print_table(wanted: list[str]) -> None:
         (("ssd",), _ssd_row, "Codestral b2 l8192", 2, 8192, 128, 64, 128, 8),
         (small, _small_rows, "130m b8 l2048", 8, 2048, 24),
         (small, _small_rows, "2.7b b8 l4096", 8, 4096, 80),
-        (("step",), _step_row, "130m b1", 1, 768, bf16),
-        (("step",), _step_row, "130m b64", 64, 768, bf16),
-        (("step",), _step_row, "2.7b b1", 1, 2560, bf16),
-        (("step",), _step_row, "2.7b b64", 64, 2560, bf16),
-        (("step",), _step_row, "2.7b b64, fp32 state", 64, 2560, fp32),
         (("layer",), _layer_row, "130m b8 l2048", 8, 2048, 768),
         (("layer",), _layer_row, "2.7b b8 l4096", 8, 4096, 2560),
         (("prefill",), _prefill_row, "130m b1 l8192", 8192, 768, 24),

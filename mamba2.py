@@ -1,26 +1,13 @@
 """Mamba-2 in one readable file.
 
-    Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
-    Through Structured State Space Duality", ICML 2024, https://arxiv.org/abs/2405.21060 ("the
-    paper" below).
+    "The paper" is Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient
+    Algorithms Through Structured State Space Duality", ICML 2024, https://arxiv.org/abs/2405.21060.
 
-In reading order:
-
-    1. ssd_recurrent, ssd_quadratic, ssd   the sequence transformation in three forms
-    2. Mamba2              the layer: projections, short convolution, SSD, gated norm
-    3. Mamba2LM            the language model: embedding, residual blocks, head
-    4. helpers of 1 to 3   checks, masks
-    5. Mamba2Config        sizes and options, under the paper's and under transformers' names
-    6. Mamba2ForCausalLM   the model in transformers: cache, loss, loading, generation
-    7. Slices              one sequence on several GPUs
-
-One idea carries all of it: a layer is a pure function of its input and its state,
-
-    y, state = layer.step(u, state)
-
-for any number of positions. One call prefills, resumes, decodes one token in constant time, or
-forks a prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to
-rounding, the result of one call.
+One idea carries all of it: a layer is a pure function, y, state = layer.step(u, state), for any
+number of positions. One call prefills, resumes, decodes one token in constant time, or forks a
+prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to rounding,
+the result of one call. First come three forms of SSD, the layer and the language model; then masks
+and checks, configuration, the model in transformers, and several GPUs.
 
     code   paper    meaning
     b               batch
@@ -28,8 +15,7 @@ rounding, the result of one call.
     c               chunks
     q, s   Q        positions in a chunk: of the output (q) and of the input (s)
     d               width of the model, or any number of channels
-    h      H        heads
-    p      P        channels per head, headdim
+    h, p   H, P     heads, and channels per head (headdim)
     n      N        size of the state of one channel, d_state
     g      G        groups of heads that share B and C;  r = h / g heads per group
     k               taps of the short convolution, d_conv
@@ -42,18 +28,15 @@ rounding, the result of one call.
     L      L        the decays between positions, a 1-semiseparable matrix
 
 Sequences are "packed" if several lie one after another in the same row; masked positions are
-skipped, wherever they occur. "The original" is the authors' package mamba_ssm. "Differs:" marks
-where this file departs on purpose from it, from the paper or from transformers' Mamba-2, and why.
+skipped, wherever they occur. "Differs:" marks where this file departs on purpose from the paper,
+from transformers' Mamba-2 or from "the original", the authors' package mamba_ssm.
 
-Sections 1 to 5 need torch and einops only. On CUDA, the fused kernels of `kernels.py` (if it lies
-beside this file) take over where `kernels` is mentioned, and nowhere else: set `kernels = None` if
-you change the mathematics here. MIT licence: copy this file into your own work as you like.
+All but section 6 needs torch and einops only. On CUDA, `kernels.py` beside this file takes over
+where `kernels` is mentioned: set `kernels = None` if you change the mathematics. MIT licence.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import copy
 import functools
 import importlib.util
@@ -74,51 +57,22 @@ from torch.utils.checkpoint import checkpoint
 try:
     import transformers
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-    from transformers.generation import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
-    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-    from transformers.modeling_utils import load_state_dict
+    from transformers.generation import MaxLengthCriteria
+    from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.utils import can_return_tuple
 except ImportError as error:
     if error.name != "transformers":  # transformers is there, but broken: show that
         raise
     transformers, can_return_tuple = None, lambda function: function
-    GenerationMixin = StoppingCriteriaList = object
+    GenerationMixin, PreTrainedConfig, PreTrainedModel = object, object, nn.Module
 
-    class PreTrainedConfig:
-        """Takes the place of transformers' class, so that the layer works without it."""
-
-        def __getattr__(self, name):
-            if name in type(self).attribute_map:
-                return getattr(self, type(self).attribute_map[name])
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-        def __setattr__(self, name, value):
-            super().__setattr__(type(self).attribute_map.get(name, name), value)
-
-    class PreTrainedModel(nn.Module):
-        """Takes the place of transformers' class, so that this file can be imported without it."""
-
-        def __init__(self, *args, **kwargs):
-            raise ImportError("this class needs transformers: pip install 'transformers>=5.17'")
-
-
-def _load_kernels():
-    """The module `kernels.py` beside this file, or None.
-
-    It is loaded by path and under a name of its own: `import kernels` may find Hugging Face's
-    package of that name, which transformers must go on finding.
-    """
-    path = Path(__file__).with_name("kernels.py")
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location(f"{__name__}_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-kernels = _load_kernels()
+# `kernels.py` beside this file, or None. It is loaded by path and under a name of its own, because
+# `import kernels` may find Hugging Face's package, and transformers must go on finding that.
+kernels = None
+if (_path := Path(__file__).with_name("kernels.py")).is_file():
+    _spec = importlib.util.spec_from_file_location(f"{__name__}_kernels", _path)
+    kernels = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,16 +84,15 @@ kernels = _load_kernels()
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
 #     y_t     = state_t C_t + D x_t                             (p)
 #
-# where the paper's A_t is exp(dt_t A), its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A), and
-# D x is a skip connection. They share one signature:
+# where the paper's A_t is exp(dt_t A), and its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A).
+# Arguments and results, y and final_state, are the same:
 #
-#     y, final_state = form(x, dt, A, B, C, D, initial_state=..., seq_idx=...)
-#
-#     x               (b, l, h, p)       input
+#     x               (b, l, h, p)       input; l may be 0
 #     dt              (b, l, h)          step sizes, after softplus: at least 0
 #     A               (h)                negative decay rates
 #     B, C            (b, l, g, n)       input and output projections; g divides h
 #     D               (h), (h, p), None  skip connection
+#     chunk_size      integer            only `ssd` uses it: it changes speed, not results
 #     initial_state   (b, h, p, n)       the state before the first position; None is zero
 #     seq_idx         (b, l) integers    labels of packed sequences, or None. Where the label
 #                                        changes, another sequence begins, from a zero state. The
@@ -147,10 +100,8 @@ kernels = _load_kernels()
 #     y               (b, l, h, p)       in x's dtype
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
-# l may be 0, and gradients reach every floating-point input. Inside, everything is float32 (float64
-# if x is), autocast or not: states and decay sums accumulate over many steps and need this
-# precision. (The fused kernel keeps states and sums in float32 too, but rounds the operands of its
-# products to x's dtype.) Shapes or dtypes that do not fit are a ValueError or a TypeError.
+# Inside, everything is float32 (float64 if x is), autocast or not: states and decay sums accumulate
+# over many steps and need this precision. Gradients reach every floating-point input.
 
 
 def _without_autocast(function):
@@ -158,9 +109,8 @@ def _without_autocast(function):
 
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
-        if not isinstance(x, Tensor) or x.device.type == "meta":  # meta tensors have no autocast
-            return function(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type if isinstance(x, Tensor) and not x.is_meta else "cpu"
+        with torch.autocast(device, enabled=False):
             return function(x, *args, **kwargs)
 
     return wrapped
@@ -168,12 +118,8 @@ def _without_autocast(function):
 
 @_without_autocast
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1.
-
-    Time O(l p n) per head; memory O(p n), or O(l p n) if gradients are wanted. This is how a token
-    is decoded, and the definition that the other forms are compared with. Arguments and results: at
-    the head of this section. chunk_size has no effect: the forms are interchangeable.
-    """
+    """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1. Per head: time
+    O(l p n), memory O(p n), or O(l p n) if gradients are wanted."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype, r = x.dtype, x.shape[2] // B.shape[2]
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
@@ -191,29 +137,22 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 
 
 def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments: out_qs = log_decay_(s+1) + ... + log_decay_q, so that exp(out) is L.
-
-    (..., q) in, (..., q, s) out, floating point: 0 on the diagonal and -inf above it.
-
-    Differs: Listing 1 takes the difference of two prefix sums, which loses the digits of a weak
-    decay that follows a strong one, and has no value after an infinite one. This adds up each
-    segment.
-    """
+    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q, which is 0
+    on the diagonal and -inf above it. Its exponential is L. Differs: Listing 1 takes the difference
+    of two prefix sums, which loses the digits of a weak decay after a strong one, and is NaN after
+    an infinite one. This adds up each segment."""
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
-    terms = log_decay[..., None].expand(*log_decay.shape, q).masked_fill(~lower.tril(-1), 0)
-    # terms: log_decay_q where q > s, and 0 elsewhere. They are summed down each column s.
+    terms = log_decay[..., None].expand(*log_decay.shape, q)  # (..., q, s)
+    terms = terms.masked_fill(~lower.tril(-1), 0)  # log_decay_q where q > s
     return terms.cumsum(-2).masked_fill(~lower, -torch.inf)  # (..., q, s)
 
 
 @_without_autocast
 def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1.
-
-    C are the queries, B the keys, dt x the values, and the decays L take the place of the softmax.
-    Time O(l^2 (n + p)) and memory O(l^2) per head. Arguments and results: at the head of this
-    section. chunk_size has no effect: the forms are interchangeable.
-    """
+    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1. C are the
+    queries, B the keys, dt x the values, and the decays L take the place of the softmax. Per head:
+    time O(l^2 (n + p)), memory O(l^2)."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     if x.shape[1] == 0:
         return torch.zeros_like(x), state
@@ -225,19 +164,13 @@ def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=None):
     """SSD in chunks (Section 6, Listing 1): quadratic inside a chunk, recurrent between chunks.
 
-    With q = chunk_size positions in a chunk: time O(l (q n / r + q p + p n)) per head, nearly all
-    of it in matrix products; memory, beside the arguments, O(l p + p n), or O(l (p + q + p n / q))
-    if gradients are wanted. chunk_size changes speed, not results. Arguments and results: at the
-    head of this section. A fused kernel takes over where it can.
+    With q = chunk_size: time O(l (q n / r + q p + p n)) per head, nearly all of it in matrix
+    products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
 
-    Differs: Listing 1 takes all chunks at once, and the recurrence between them as one more matrix
-    product. Here the recurrence is a loop, and chunks are taken in slabs of bounded size.
-
-    Raises:
-        ValueError: chunk_size < 1.
+    Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
+    product. Here the recurrence is a loop, and slabs of chunks bound the memory.
     """
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size = {chunk_size!r}: it must be an integer of at least 1")
+    _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
         return kernels.ssd(x, dt, A, B, C, D, **options)
@@ -245,11 +178,10 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
         return ssd_recurrent(x, dt, A, B, C, D, **options)  # one position is a step
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
     b, l, h, _ = x.shape
-    full, rest = divmod(l, chunk_size)
-    slab = (SLAB_ON_GPU if x.is_cuda else SLAB) // max(1, b * h * chunk_size**2)
-    slab = max(1, min(full, slab))
-    sizes = [slab * chunk_size] * (full // slab) + [full % slab * chunk_size, rest]
-    sizes = [size for size in sizes if size > 0]  # a few slabs of many chunks, then what is left
+    numbers = SLAB_ON_GPU if x.is_cuda else SLAB
+    slab = chunk_size * max(1, numbers // max(1, b * h * chunk_size**2))
+    full = l - l % chunk_size
+    sizes = [min(slab, full - i) for i in range(0, full, slab)] + [l - full] * (l > full)
     ys = []
     for piece in zip(*(t.split(sizes, dim=1) for t in (x, dt, log_decay, B, C)), strict=True):
         chunks = max(1, piece[0].shape[1] // chunk_size)
@@ -258,52 +190,38 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
-# Numbers in the matrices L of the chunks that are computed at once, the slab: enough for large
-# operations; few enough for a CPU's cache, or for a small part of a GPU's memory.
+# Numbers in the matrices L of a slab: enough for large operations; few enough for a CPU's cache, or
+# for a small part of a GPU's memory.
 SLAB, SLAB_ON_GPU = 2**19, 2**24
 
 
 def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
-    """The quadratic form inside each of `chunks` equal chunks, the recurrence between them.
-
-    The numbers are the steps of Listing 1. Products involving only B and C are computed once per
-    group of heads; (r p) are all channels of a group.
-
-    Args:
-        x: (b, l, h, p).  dt, log_decay: (b, l, h).  B, C: (b, l, g, n).  D: (h, 1 or p) or None.
-        state: (b, h, p, n), before the first chunk.
-
-    Returns:
-        y of each chunk, a list of (b, q, h, p).  state: (b, h, p, n), after the last chunk.
-    """
-    (p, g), dtype = (x.shape[3], B.shape[2]), x.dtype
+    """The steps of Listing 1 for `chunks` equal chunks: y of each, a list of (b, q, h, p), and the
+    state. log_decay, D and state are `_prepare`'s. B and C are multiplied once per group."""
+    dtype, axes = x.dtype, dict(c=chunks, g=B.shape[2])
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
-    axes = dict(c=chunks, g=g)
-    x, xdt = (
-        rearrange(t, "b (c q) (g r) p -> b c g r q p", **axes) for t in (x, x * dt[..., None])
-    )
+    xdt = x * dt[..., None]
+    x, xdt = (rearrange(t, "b (c q) (g r) p -> b c g r q p", **axes) for t in (x, xdt))
     xdt = xdt.contiguous()  # else each product would copy it, and keep the copy for its gradient
     log_decay = rearrange(log_decay, "b (c q) (g r) -> b c g r q", **axes)
-    B, C = (rearrange(t, "b (c q) g n -> b c g q n", c=chunks) for t in (B, C))
+    B, C = (rearrange(t, "b (c q) g n -> b c g q n", **axes) for t in (B, C))
 
     L = segsum(log_decay).exp()  # (b, c, g, r, q, s): decay from position s to position q
     from_start = log_decay.cumsum(-1).exp()[..., None]  # (b, c, g, r, q, 1): from before the chunk
     to_end = L[..., -1, :, None]  # (b, c, g, r, s, 1): to the chunk's last position
-
     # 1. Diagonal blocks: from the inputs of a chunk to its outputs, as attention.
     scores = C @ B.mT  # (b, c, g, q, s)
     inside = (scores[:, :, :, None] * L) @ xdt  # (b, c, g, r, q, p)
     if D is not None:
-        inside = torch.addcmul(inside, rearrange(D, "(g r) p -> g r 1 p", g=g), x)
+        inside = torch.addcmul(inside, rearrange(D, "(g r) p -> g r 1 p", g=B.shape[2]), x)
     # 2. From the inputs of a chunk to what it adds to the state.
     written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
-    written = written.unflatten(3, (-1, p))  # (b, c, g, r, p, n)
+    written = written.unflatten(3, (-1, x.shape[-1]))  # (b, c, g, r, p, n)
     # From the state before each chunk: 4. to its outputs, and 3. to the state after it.
-    state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=g), []
+    state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=B.shape[2]), []
     each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
     for C_c, inside_c, written_c, from_start_c in each:
-        read = C_c @ state.flatten(2, 3).mT  # (b, g, q, (r p))
-        read = rearrange(read, "b g q (r p) -> b g r q p", p=p)
+        read = torch.einsum("bgqn,bgrpn->bgrqp", C_c, state)
         y = torch.addcmul(inside_c, from_start_c, read)  # (b, g, r, q, p)
         ys.append(rearrange(y, "b g r q p -> b q (g r) p").to(dtype))
         state = torch.addcmul(written_c, from_start_c[..., -1:, :], state)
@@ -311,15 +229,19 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
 
 
 def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
-    """Check the arguments of SSD and derive what all forms start from, in the computation's dtype.
-
-    Returns:
-        log_decay: (b, l, h), the logarithm of each step's decay: dt A, and -inf where another
-            sequence begins, so that nothing of the one before is left (Section 8.3).
-        D: (h, 1) or (h, p), or None.
-        state: (b, h, p, n), the initial one.
-    """
-    _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx)
+    """Check the arguments of SSD; return, in float32 at least, the logarithm of each step's decay
+    (b, l, h), -inf where another sequence begins, which erases the one before (Section 8.3); D as
+    (h, 1) or (h, p), or None; the state (b, h, p, n)."""
+    sizes = {}
+    _require(sizes, "b l h p", x=x)
+    _require(sizes, "b l h", dt=dt)
+    _require(sizes, "h", A=A)
+    _require(sizes, "b l g n", B=B, C=C)
+    rule = f"groups of B and C, must divide the {sizes['h']} heads of x"
+    _check("g", sizes["g"], rule, lambda g: g > 0 and sizes["h"] % g == 0)
+    _require(sizes, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", D=D)
+    _require(sizes, "b h p n", initial_state=initial_state)
+    _require(sizes, "b l", "integers", seq_idx=seq_idx)
     dtype = _at_least_float32(x.dtype)
     log_decay = dt.to(dtype) * A.to(dtype)
     if seq_idx is not None:
@@ -339,39 +261,25 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     """Causal depthwise convolution and SiLU: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
 
-    Args:
-        x: (b, l, d).
-        weight, bias: (d, k), and (d) or None.
-        initial_state: (b, k-1, d), the inputs before the first position; None is zeros.
-        seq_idx: (b, l) integers or None; as in `ssd`. No tap reaches over a border.
-
-    Returns:
-        y: (b, l, d), in x's dtype; computed in float32 at least.
-        final_state: (b, k-1, d), in x's dtype: the last inputs, zero if of an earlier sequence.
+    x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
+    first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
+    (b, l, d) and final_state (b, k-1, d), the last inputs, zero if of an earlier sequence; both in
+    x's dtype, computed in float32 at least.
     """
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_causal_conv1d(x, weight, bias, **options):
         return kernels.causal_conv1d(x, weight, bias, **options)
-    sizes = {}
-    _require("x", x, "b l d", sizes)
-    _require("weight", weight, "d k", sizes)
-    b, l, d, k = (sizes[axis] for axis in "bldk")
-    if bias is not None:
-        _require("bias", bias, "d", sizes)
+    (b, l, d), k = x.shape, weight.shape[1]
+    _require({"b": b, "k-1": k - 1, "d": d}, "b k-1 d", initial_state=initial_state)
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    _require("initial_state", initial_state, "b k-1 d", {**sizes, "k-1": k - 1})
-    if seq_idx is not None:
-        _require("seq_idx", seq_idx, "b l", sizes, "integers")
     number = _sequence_number(seq_idx, k - 1)
-
-    # 1 * is a copy: else the gradient of the initial state would be a view that keeps the whole
-    # window's gradient alive.
+    # 1 * is a copy: else the gradient of the state would keep the whole window's gradient alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     final_state = last_inputs(window, k - 1, None, number)
     dtype = _at_least_float32(x.dtype)
     window, weight = window.to(dtype), weight.to(dtype)
-    y = x.new_zeros(d, dtype=dtype) if bias is None else bias.to(dtype)
+    y = weight.new_zeros(d) if bias is None else bias.to(dtype)
     for j in range(k):
         tap = window[:, j : j + l]  # (b, l, d)
         if number is not None:
@@ -381,57 +289,30 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 
 
 def last_inputs(window, count, lengths=None, number=None):
-    """The state of a convolution: its last `count` = k-1 inputs, zero if of an earlier sequence.
-
-    Args:
-        window: (b, k-1+l, d), the state before, and l inputs.
-        lengths: (b), how many of these inputs count; None is all.
-        number: `_sequence_number` of the window, or None without packing.
-
-    Returns:
-        (b, k-1, d), a copy, so that it does not keep the whole window alive.
-    """
-    if lengths is None:
-        state = window[:, window.shape[1] - count :].clone()
-    else:
-        index = lengths[:, None] + torch.arange(count, device=window.device)  # (b, k-1)
-        state = _take(window, index)
-    if number is None or count == 0:
-        return state
-    own = number[:, number.shape[1] - count :] if lengths is None else number.gather(1, index)
-    return state.masked_fill((own != own[:, -1:])[..., None], 0)
+    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d),
+    of which `lengths` (b) of the l inputs count; zero if of an earlier sequence by its `number`."""
+    start = window.shape[1] - count if lengths is None else lengths[:, None]
+    index = (start + torch.arange(count, device=window.device)).expand(
+        window.shape[0], -1
+    )  # (b, k-1)
+    state = _take(window, index)  # a copy, which does not keep the whole window alive
+    if number is not None:
+        number = number.gather(1, index)
+        state = state.masked_fill((number != number[:, -1:])[..., None], 0)
+    return state
 
 
 def _sequence_number(seq_idx, before):
     """(b, before + l): packed sequences counted from 0, what comes before in the first; or None."""
-    if seq_idx is None:
-        return None
-    return F.pad(_borders(seq_idx).cumsum(1), (before, 0))
+    return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, of x * silu(gate) if there is a gate.
-
-    Args:
-        x, gate: (..., d).
-        weight: (d).
-        eps: added to the mean square.
-        groups: the mean is taken over each of so many equal parts of the last axis (Section 8.1).
-
-    Returns:
-        (..., d), in the gate's dtype, or in weight's without a gate; computed in float32 at least.
-    """
+    x, gate and result (..., d), weight (d). The mean is over each of `groups` equal parts of the
+    last axis (Section 8.1). The result has the dtype of the gate, or without one of weight."""
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
-    sizes = {}
-    _require("x", x, "... d", sizes)
-    _require("weight", weight, "d", sizes)
-    if gate is not None:
-        _require("gate", gate, "... d", sizes)
-        if gate.shape != x.shape:
-            raise ValueError(f"gate has shape {tuple(gate.shape)}: it must be {tuple(x.shape)}")
-    if groups < 1 or x.shape[-1] % groups:
-        raise ValueError(f"groups = {groups}: it must divide the last axis of x, {x.shape[-1]}")
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
     x = x.unflatten(-1, (groups, -1))  # (..., g, d / g)
@@ -447,9 +328,8 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
-    def forward(self, x, initial_state=None, seq_idx=None):
-        weight = self.weight.squeeze(1)  # (d, k)
-        return causal_conv1d(x, weight, self.bias, initial_state=initial_state, seq_idx=seq_idx)
+    def forward(self, x, **options):
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias, **options)
 
 
 class RMSNorm(nn.Module):
@@ -467,16 +347,11 @@ class RMSNorm(nn.Module):
 class Mamba2State(NamedTuple):
     """The state of one layer, immutable: all that the layer remembers.
 
-    conv  (b, k-1, h p + 2 g n)   the last inputs of the convolution, in the dtype of in_proj's
-                                  output: the layer's or, in autocast, autocast's
-    ssm   (b, h, p, n)            the state of SSD, float32 (float64 in a float64 layer); a state
-                                  that is passed in another dtype stays in it
-
     Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
     """
 
-    conv: Tensor
-    ssm: Tensor
+    conv: Tensor  # (b, k-1, h p + 2 g n), the last inputs of the convolution, in u's dtype
+    ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
 
 class Mamba2(nn.Module):
@@ -495,9 +370,6 @@ class Mamba2(nn.Module):
         y, state = layer.step(v, state)      # resumes there, with any number of positions
 
     Initialisation is the original's; parameters have the names and shapes of published checkpoints.
-
-    Raises:
-        TypeError, ValueError: as `Mamba2Config`.
     """
 
     def __init__(self, config: Mamba2Config | None = None, *, device=None, dtype=None, **options):
@@ -505,12 +377,8 @@ class Mamba2(nn.Module):
         if config is None:
             config = Mamba2Config(**options)
         elif options or not isinstance(config, Mamba2Config):
-            found = f"{type(config).__module__}.{type(config).__qualname__}"
-            raise TypeError(
-                f"config is a {found}, with options {sorted(options)}: pass this file's "
-                "Mamba2Config, or options by name alone, as in Mamba2(d_model=256); "
-                "Mamba2Config.from_dict(config.to_dict()) translates transformers' class"
-            )
+            found = f"{type(config).__name__} and options {sorted(options)}"
+            raise TypeError(f"{found}: pass a Mamba2Config, or options by name, as d_model=256")
         config.validate_architecture()
         self.config = config
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -518,32 +386,22 @@ class Mamba2(nn.Module):
         self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.use_bias)
         self.conv1d = CausalConv1d(self.widths[1], config.conv_kernel, config.use_conv_bias)
-        self.dt_bias = nn.Parameter(torch.empty(h))
-        self.A_log = nn.Parameter(torch.empty(h))
-        self.D = nn.Parameter(torch.empty(h))
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(h)) for _ in range(3))
         self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
         self.reset_parameters()
-        if (device, dtype) != (None, None):
-            self.to(device, dtype)
+        self.to(device, dtype)
 
     @torch.no_grad()
     def reset_parameters(self, depth: int = 1):
-        """Draw new weights as the original does; `depth` is the number of layers of the model.
-
-        Projections and convolution keep PyTorch's default, uniform in +-1/sqrt(fan_in), divided by
-        sqrt(depth) for out_proj. Biases of projections are 0, as in the original's models.
-        """
+        """Draw new weights as the original does, for a model of `depth` layers: projections and
+        convolution uniform in +-1/sqrt(fan_in), out_proj divided by sqrt(depth)."""
         config = self.config
-
-        def uniform(parameter, fan_in):
-            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
-
-        uniform(self.in_proj.weight, config.hidden_size)
-        uniform(self.out_proj.weight, self.widths[0] * depth)
-        uniform(self.conv1d.weight, config.conv_kernel)
-        if config.use_conv_bias:
-            uniform(self.conv1d.bias, config.conv_kernel)
+        weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
+        weights += [(self.out_proj.weight, self.widths[0] * depth)]
+        weights += [(weight, config.conv_kernel) for weight in self.conv1d.parameters()]
+        for weight, fan_in in weights:
+            nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
@@ -557,95 +415,67 @@ class Mamba2(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def step(self, u, state=None, mask=None, seq_idx=None, group=None):
-        """The layer on some positions, from a state: prefill, resuming and decoding are this call.
+        """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
 
         Args:
-            u: (b, l, d), l >= 0.
-            state: the Mamba2State that an earlier call returned; None is the empty one.
+            state: the Mamba2State that an earlier call returned; None is the empty one. Its
+                sequence is that of the first position that is not masked.
             mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
                 the other outputs and the state are as if they had been left out. Their own outputs
-                are 0. Or (b) integers: the positions of each row that exist, others after them.
-            seq_idx: (b, l) integers or None: labels of packed sequences. Where the label changes,
-                another sequence begins, with an empty state; `state` belongs to the sequence of the
-                first position that is not masked.
-            group: a process group, if each of its ranks has a slice of the sequence. u, mask and
-                seq_idx are the slice, l may differ; `state` is the same on every rank: the one in
-                front of the whole sequence. See `Slices`.
-
-        Returns:
-            y: (b, l, d), in the dtype of the projections.
-            state: Mamba2State after the last position (with a group: of the last slice, on every
-                rank). The one that was passed is unchanged; gradients pass through both.
-
-        Raises:
-            ValueError, TypeError: shapes or dtypes that do not fit; the message says what would.
+                are 0. Or an `Order` made of it, which several layers share.
+            seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
+            group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
+                Both states are then those of the whole sequence, the same on every rank.
         """
         return self(u, state, mask, seq_idx, group, return_state=True)  # so that hooks run
 
     def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
-        _check_layer(self, u, state, mask, seq_idx)
-        order, lengths, skipped = None, mask, None
-        if mask is not None and mask.dim() == 2:
-            order = Order(_as_bool("mask", mask))
+        sizes = {"d": self.config.hidden_size}
+        _require(sizes, "b l d", u=u)
+        _require(sizes, "b l", "integers", seq_idx=seq_idx)
+        order, lengths = Order.of(mask, sizes), None
+        if order is not None:
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
-        if lengths is not None:
-            skipped = torch.arange(u.shape[1], device=u.device) >= lengths[:, None]  # (b, l)
-            u = u.masked_fill(skipped[..., None], 0)  # whatever was there, even a NaN
         slices = Slices.of(group, self.config, u, lengths, seq_idx, state=state is not None)
-
-        zxbcdt = self.in_proj(u)
-        fused = None
-        if kernels and lengths is None and slices is None:
+        zxbcdt, fused = self.in_proj(u), None
+        if kernels and order is None and slices is None:
             fused = kernels.layer(self, zxbcdt, state, seq_idx)
-        if fused is not None:
-            y, state = fused[0], Mamba2State(*fused[1:])
-        else:
-            z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
-            y, state = self._convolve_and_scan(xBC, dt, state, lengths, skipped, seq_idx, slices)
-            y = self.norm(y, gate=z)
+        y, *state = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx, slices)
         y = self.out_proj(y)  # (b, l, d)
-        if lengths is not None:
-            y = y.masked_fill(skipped[..., None], 0)
         if order is not None:
             y = order.restore(y)
-        return (y, state) if return_state else y
+        return (y, Mamba2State(*state)) if return_state else y
 
-    def _convolve_and_scan(self, xBC, dt, state, lengths, skipped, seq_idx, slices):
-        """Convolution and SSD, where information moves between positions.
-
-        Returns (b, l, h p) and the new state. Positions from `lengths` on are `skipped` (b, l).
-        """
+    def _convolve_and_scan(self, zxbcdt, state, order, seq_idx, slices):
+        """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
         (h, p, g, n), k = self.sizes, self.config.conv_kernel
+        z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
-        dt = F.softplus(dt + self.dt_bias.to(dtype))  # (b, l, h)
-        dt = dt.clamp(*self.config.time_step_limit)
-        if skipped is not None:  # nothing is written to the state, and nothing decays
-            dt = dt.masked_fill(skipped[..., None], 0)
+        dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
+        if order is not None:  # nothing is written to the state, and nothing decays
+            dt = order.clear(dt)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
+
         conv, ssm = state or (xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None)
         if slices is not None:
             conv, conv_after = slices.states_of_convolution(xBC, conv)
-
-        convolved, new_conv = self.conv1d(xBC, conv, seq_idx)
+        convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
         if slices is not None:
             new_conv = conv_after
-        elif lengths is not None:
+        elif order is not None:
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            new_conv = last_inputs(window, k - 1, lengths, _sequence_number(seq_idx, k - 1))
+            new_conv = last_inputs(window, k - 1, order.lengths, _sequence_number(seq_idx, k - 1))
+
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
         B, C = (t.unflatten(2, (g, n)) for t in (B, C))  # (b, l, g, n)
-        # Differs: published configs say 256, which suits the original's kernels; plain PyTorch is
-        # fastest at 64, and the result is the same.
-        chunk_size = min(self.config.chunk_size, 64)
+        # Differs: published configs say 256, for the original's kernels; plain PyTorch prefers 64.
+        options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=seq_idx)
         scan = ssd if slices is None else functools.partial(ssd_of_slice, slices=slices)
-        y, new_ssm = scan(
-            x, dt, A, B, C, self.D, chunk_size=chunk_size, initial_state=ssm, seq_idx=seq_idx
-        )
-        if ssm is not None:
-            new_ssm = new_ssm.to(ssm.dtype)
-        return y.flatten(2), Mamba2State(new_conv, new_ssm)
+        y, new_ssm = scan(x, dt, A, B, C, self.D, initial_state=ssm, **options)
+        new_ssm = new_ssm if ssm is None else new_ssm.to(ssm.dtype)
+        return self.norm(y.flatten(2), gate=z), new_conv, new_ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -654,10 +484,7 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + mixer(norm(h)); h (b, l, d) is the residual stream.
-
-    Arguments and results are those of `Mamba2.step`.
-    """
+    """A residual block: h + mixer(norm(h)); h (b, l, d). Arguments are those of `Mamba2.step`."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -666,62 +493,71 @@ class Mamba2Block(nn.Module):
 
     def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
         if kernels and mask is None and group is None:
-            fused = kernels.block(self, h, state)
-            if fused is not None:
+            if (fused := kernels.block(self, h, state)) is not None:
                 return fused[0], Mamba2State(*fused[1:])
         y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
         return h + y, state
 
 
-def backbone_parts(config: Mamba2Config) -> dict[str, nn.Module]:
-    """The modules of a model without its head, under the names of published checkpoints."""
-    blocks = [Mamba2Block(config) for _ in range(config.num_hidden_layers)]
-    return {
-        "embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
-        "layers": nn.ModuleList(blocks),
-        "norm_f": RMSNorm(config.hidden_size, config.layer_norm_epsilon),
-    }
-
-
-def run_blocks(blocks, h, states=None, *arguments, call=lambda block, *given: block(*given)):
-    """The residual stream h (b, l, d) after all blocks, and the states of their layers.
-
-    states: a Mamba2State for each block, or None. arguments: mask, seq_idx and group of
-    `Mamba2.step`. call: how a block is called, for gradient checkpointing and the like.
-    """
-    new_states = []
-    for block, state in zip(blocks, states or [None] * len(blocks), strict=True):
-        h, state = call(block, h, state, *arguments)
-        new_states.append(state)
-    return h, tuple(new_states)
-
-
-class Mamba2LM(nn.Module):
-    """The language model (Section 9.2), and nothing else.
-
-        logits, states = model(ids)                # ids (b, l), logits (b, l, vocabulary)
-        logits, states = model(next_ids, states)   # resumes there, with any number of tokens
-
-    The states are a Mamba2State for each layer.
-    """
+class Mamba2Backbone(nn.Module):
+    """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d) to h
+    (b, l, d) and states, a Mamba2State for each layer; mask, seq_idx and group as in `Mamba2.step`.
+    The input of each block is appended to the list hidden_states, if there is one. The new states
+    are freed if keep_states is False."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
-        self.config = config
-        self.backbone = nn.ModuleDict(backbone_parts(config))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for block in self.backbone["layers"]:
-            block.mixer.reset_parameters(depth=config.num_hidden_layers)
-        nn.init.normal_(self.backbone["embeddings"].weight, std=config.initializer_range)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.backbone["embeddings"].weight
+        self.config, self.gradient_checkpointing = config, False
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
-    def forward(self, ids, states=None):
-        h = self.backbone["embeddings"](ids)  # (b, l, d)
+    def forward(
+        self,
+        x,
+        states=None,
+        mask=None,
+        seq_idx=None,
+        group=None,
+        hidden_states=None,
+        keep_states=True,
+    ):
+        h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
-        h, states = run_blocks(self.backbone["layers"], h, states)
-        return self.lm_head(self.backbone["norm_f"](h)), states
+        order = Order.of(mask, dict(zip("bl", h.shape, strict=False)))
+        if order is not None:  # once for all layers
+            h, seq_idx, mask = order.sort(h), order.sort_labels(seq_idx), order.inner()
+        layers = self.layers[: self.config.num_hidden_layers]  # generate's early exit lowers it
+        new_states = []
+        for block, state in zip(layers, states or [None] * len(layers), strict=True):
+            if hidden_states is not None:
+                hidden_states.append(h if order is None else order.restore(h))
+            if self.gradient_checkpointing and self.training:
+                block = functools.partial(recomputed, block)
+            h, state = block(h, state, mask, seq_idx, group)
+            new_states.append(state if keep_states else None)  # it would only take memory
+        h = self.norm_f(h)
+        return h if order is None else order.restore(h), tuple(new_states)
+
+
+class Mamba2LM(nn.Module):
+    """The language model (Section 9.2), and nothing else: from ids (b, l), and the states that an
+    earlier call returned, to logits (b, l, vocabulary) and states."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        self.backbone = Mamba2Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.backbone.embeddings.weight, std=config.initializer_range)
+        for block in self.backbone.layers:
+            block.mixer.reset_parameters(depth=config.num_hidden_layers)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    def forward(self, ids, states=None):
+        h, states = self.backbone(ids, states)
+        return self.lm_head(h), states
 
 
 # This is the whole model. What follows makes it usable: checks, configuration, transformers, GPUs.
@@ -732,8 +568,52 @@ class Mamba2LM(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+class Order:
+    """Masked positions moved to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so
+    the convolution meets only inputs that count, and SSD passes over the rest with dt = 0."""
+
+    def __init__(self, mask: Tensor, is_sorted=False):  # (b, l) bool
+        self.lengths, self.skipped = mask.sum(1), ~mask  # (b); (b, l), of sorted positions
+        self.index = self.place = None
+        if not is_sorted:
+            self.skipped, self.index = self.skipped.sort(dim=1, stable=True)
+            self.place = self.index.argsort(dim=1)  # (b, l), where each position goes
+
+    @classmethod
+    def of(cls, mask, sizes):
+        """The order of a mask (b, l), bool or 0/1; None without one. An Order stays as it is."""
+        if mask is None or isinstance(mask, Order):
+            return mask
+        _require(sizes, "b l", "a mask", mask=mask)
+        return cls(_as_bool(mask))
+
+    def inner(self):
+        """The order of what is sorted already, for the layers of a model."""
+        return Order(~self.skipped, is_sorted=True)
+
+    def clear(self, x):
+        """x (b, l, ...), sorted, with 0 at masked positions, even where x is NaN."""
+        return x.masked_fill(self.skipped[(..., *[None] * (x.dim() - 2))], 0)
+
+    def sort(self, x):
+        return self.clear(_take(x, self.index))
+
+    def restore(self, x):
+        """The inverse of `sort`; masked positions stay 0."""
+        return _take(self.clear(x), self.place)
+
+    def sort_labels(self, seq_idx):
+        """(b, l) sorted; masked positions get the label of the last one that is not masked."""
+        if seq_idx is None or seq_idx.shape[1] == 0:
+            return seq_idx
+        labels = _take(seq_idx.long(), self.index)
+        last = labels.gather(1, (self.lengths - 1).clamp(min=0)[:, None])  # (b, 1)
+        return torch.where(self.skipped, last, labels)
+
+
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...); None is all of them."""
+    return x if index is None else x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
 def _borders(seq_idx: Tensor) -> Tensor:
@@ -741,142 +621,51 @@ def _borders(seq_idx: Tensor) -> Tensor:
     return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-class Order:
-    """Masked positions moved to the end of each row; all others keep their order.
-
-        mask     1 0 0 1 1        positions   a b c d e
-        sorted   a d e b c        lengths     3
-
-    So the convolution meets only inputs that exist, and SSD passes over the rest with dt = 0.
-    """
-
-    def __init__(self, mask: Tensor):  # (b, l) bool
-        self.lengths = mask.sum(1)  # (b)
-        after = self.lengths[:, None] + (~mask).cumsum(1)
-        self.place = torch.where(mask, mask.cumsum(1), after) - 1  # (b, l), where each one goes
-        position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        self.index = torch.empty_like(self.place).scatter(1, self.place, position)  # the inverse
-
-    def sort(self, x):
-        return None if x is None else _take(x, self.index)
-
-    def sort_labels(self, seq_idx):
-        """Like `sort`, but masked positions get the label of the last one that exists."""
-        if seq_idx is None or seq_idx.shape[1] == 0:
-            return seq_idx
-        position = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-        last = (self.lengths[:, None] - 1).clamp(min=0)  # (b, 1)
-        return self.sort(seq_idx.long()).gather(1, torch.minimum(position, last))
-
-    def restore(self, x):
-        return _take(x, self.place)
+def _readable(x: Tensor) -> bool:
+    """Whether x's values can be read now: not on the meta device, nor while PyTorch traces."""
+    return not (x.is_meta or torch.compiler.is_compiling())
 
 
-def _as_bool(name: str, mask: Tensor) -> Tensor:
+def _as_bool(mask: Tensor) -> Tensor:
     """The mask as bool; a float one is checked not to be meant for adding to attention scores."""
-    if mask.is_floating_point() and _is_eager(mask) and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(
-            f"{name} holds other numbers than 0 and 1: it must be 1 where a position is read, 0 "
-            f"where not; instead of one that is added to attention scores, pass {name} == 0"
-        )
+    if mask.is_floating_point() and _readable(mask) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("a mask holds other numbers than 0 and 1: pass additive_mask == 0")
     return mask.bool()
 
 
-def _is_eager(x: Tensor) -> bool:
-    """Whether x's values can be read now, which waits for a GPU: not while torch.compile traces, in
-    transforms of torch.func, while a CUDA graph is captured, or on the meta device."""
-    if x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+def _check(name, value, rule, holds):
+    if not holds(value):
+        raise ValueError(f"{name} = {value!r}: {rule}")
 
 
-def _require(name, tensor, axes, sizes, kind="floating-point numbers"):
-    """Raise unless `tensor` has these axes and holds numbers of that kind.
-
-    axes: letters, as in "b l h". sizes: known sizes by letter, to which the tensor's are added.
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
-    letters, shape = axes.split(), tensor.shape
-    if letters[0] == "..." and tensor.dim() > 0:
-        letters, shape = letters[-1:], shape[-1:]
-    fits = len(letters) == len(shape)
-    for letter, size in zip(letters, shape, strict=False):
-        fits = fits and sizes.get(letter, size) == size
-    if not fits:
-        wanted = ", ".join(str(sizes.get(letter, letter)) for letter in axes.split())
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
-    sizes.update(zip(letters, shape, strict=True))
-    found = "floating-point numbers" if tensor.is_floating_point() else "integers"
-    found = "complex numbers" if tensor.is_complex() else found
-    found = "booleans" if tensor.dtype == torch.bool else found
-    if found != kind and not (kind == "a mask" and found != "complex numbers"):
-        raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
-
-
-def _check_ssd(x, dt, A, B, C, D, initial_state, seq_idx):
-    """Raise a TypeError or ValueError unless these are what all forms of SSD take."""
-    sizes = {}
-    _require("x", x, "b l h p", sizes)
-    _require("dt", dt, "b l h", sizes)
-    _require("A", A, "h", sizes)
-    _require("B", B, "b l g n", sizes)
-    _require("C", C, "b l g n", sizes)
-    if sizes["g"] == 0 or sizes["h"] % sizes["g"]:
-        g, h = sizes["g"], sizes["h"]
-        shape = tuple(B.shape)
-        raise ValueError(f"B has shape {shape}: its groups, {g}, must be a divisor of {h} heads")
-    if D is not None:
-        _require("D", D, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", sizes)
-    if initial_state is not None:
-        _require("initial_state", initial_state, "b h p n", sizes)
-    if seq_idx is not None:
-        _require("seq_idx", seq_idx, "b l", sizes, "integers")
-
-
-def _check_layer(layer, u, state, mask, seq_idx):
-    """Raise a TypeError or ValueError unless these are what `Mamba2.step` takes."""
-    h, p, _, n = layer.sizes
-    sizes = {"d": layer.config.hidden_size, "h": h, "p": p, "n": n, "c": layer.widths[1]}
-    _require("u", u, "b l d", sizes)
-    weight = getattr(layer.in_proj, "weight", u)  # an adapter may have none, or take any dtype
-    if type(layer.in_proj) is nn.Linear and u.dtype != weight.dtype:
-        castable = torch.float64 not in (u.dtype, weight.dtype)
-        if not (castable and torch.is_autocast_enabled(u.device.type)):
-            raise TypeError(f"u is {u.dtype}, the weights {weight.dtype}: make them the same")
-    if isinstance(mask, Tensor) and mask.dim() == 1:
-        _require("mask", mask, "b", sizes, "integers")
-    elif mask is not None:
-        _require("mask", mask, "b l", sizes, "a mask")
-    if seq_idx is not None:
-        _require("seq_idx", seq_idx, "b l", sizes, "integers")
-    if state is not None:
-        if not isinstance(state, tuple) or len(state) != 2:
-            found = type(state).__name__
-            raise TypeError(f"state is a {found}: it must be step's second result, a Mamba2State")
-        _require("state.conv", state[0], "b k-1 c", {**sizes, "k-1": layer.config.conv_kernel - 1})
-        _require("state.ssm", state[1], "b h p n", sizes)
+def _require(sizes, axes, kind="floating-point numbers", **tensors):
+    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind.
+    sizes: known sizes by letter, to which those of the tensors are added."""
+    letters = axes.split()
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
+        known = [sizes.setdefault(*pair) for pair in zip(letters, tensor.shape, strict=False)]
+        if len(letters) != tensor.dim() or known != [*tensor.shape]:
+            wanted = ", ".join(str(sizes.get(letter, letter)) for letter in letters)
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be ({wanted})")
+        found = "floating-point numbers" if tensor.is_floating_point() else "integers"
+        if tensor.is_complex() or kind not in (found, "a mask"):
+            raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The two groups for an optimiser: `AdamW(parameter_groups(model, 0.1), lr=...)`.
-
-    Weights of projections, convolutions and embeddings decay; A_log, D, dt_bias, norms and biases
-    do not.
-
-    Differs: the original marks the latter with an attribute; copying a parameter loses that
-    attribute but not the shape, so we test for one dimension.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """For `AdamW(parameter_groups(model, 0.1), lr=...)`: weights of projections, convolutions and
+    embeddings decay; A_log, D, dt_bias, norms and biases, which have one dimension, do not."""
+    trained = [t for t in model.parameters() if t.requires_grad]
+    decays, others = [t for t in trained if t.dim() > 1], [t for t in trained if t.dim() <= 1]
+    return [dict(params=decays, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -884,21 +673,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 # What an option may be: a rule, and whether it holds.
-NUMBERS = {int, float}
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
-HEADS = "must be an integer of at least 1, or None", lambda v: v is None or COUNT[1](v)
-POSITIVE = "must be a positive number", lambda v: type(v) in NUMBERS and 0 < v < math.inf
-NOT_NEGATIVE = "must not be negative", lambda v: type(v) in NUMBERS and 0 <= v < math.inf
+POSITIVE = "must be a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf
+NOT_NEGATIVE = "must not be negative", lambda v: v == 0 or POSITIVE[1](v)
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
 LIMITS = (
     "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit",
-    lambda v: type(v) is tuple and len(v) == 2 and {*map(type, v)} <= NUMBERS and 0 <= v[0] <= v[1],
+    lambda v: type(v) is tuple and [*map(type, v)] == [float, float] and 0 <= v[0] <= v[1],
 )
 SEGMENT = (
     "must be a number of positions, 'auto', or 0 for the whole sequence at once",
-    lambda v: v == "auto" or (type(v) is int and v >= 0),
+    lambda v: v in ("auto", 0) or COUNT[1](v),
 )
 
 OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
@@ -909,7 +696,7 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("head_dim", "headdim", 64, COUNT, "p, channels per head"),
     ("n_groups", "ngroups", 1, COUNT, "g, groups of heads that share B and C"),
     ("expand", None, 2, POSITIVE, "inner width / hidden_size, may be a fraction"),
-    ("num_heads", "nheads", None, HEADS, "h; None: expand * hidden_size / head_dim"),
+    ("num_heads", "nheads", None, ANY, "h; None: expand * hidden_size / head_dim"),
     ("conv_kernel", "d_conv", 4, COUNT, "k, taps of the short convolution"),
     ("chunk_size", None, 256, COUNT, "chunk length; above 64 means 64; speed only"),
     ("segment_length", None, 0, SEGMENT, "positions read at a time; memory and speed only"),
@@ -940,18 +727,12 @@ _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
 _OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
 
 
-def _check(name, value, rule, holds):
-    if not holds(value):
-        raise ValueError(f"{name} = {value!r}: {rule}")
-
-
 class Mamba2Config(PreTrainedConfig):
-    """Sizes and options of a Mamba-2 model. The defaults are those of the published `mamba2-130m`.
+    """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
 
     `OPTIONS` above lists them. Each can be passed, read and set under transformers' name, which is
     also its name in `config.json`, or under that of the paper's code. Options of all transformers
-    configurations (`dtype`, `id2label`, ...) are accepted too. Unknown ones are a TypeError, values
-    that make no Mamba-2 a ValueError.
+    configurations are accepted too. Unknown ones are a TypeError.
     """
 
     model_type = "mamba2"
@@ -980,6 +761,16 @@ class Mamba2Config(PreTrainedConfig):
             self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
+    if transformers is None:  # whose class does this with attribute_map
+
+        def __getattr__(self, name):
+            if name not in self.attribute_map:
+                raise AttributeError(f"Mamba2Config has no attribute {name!r}")
+            return getattr(self, self.attribute_map[name])
+
+        def __setattr__(self, name, value):
+            super().__setattr__(self.attribute_map.get(name, name), value)
+
     def validate_architecture(self):
         """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
 
@@ -990,15 +781,9 @@ class Mamba2Config(PreTrainedConfig):
         for name, _, _, kind, _ in OPTIONS:
             _check(name, getattr(self, name), *kind)
         p, inner = self.head_dim, self.expand * self.hidden_size
-        if self.num_heads is None:
-            self.num_heads = round(inner) // p
-        h = self.num_heads
-        rule = (
-            f"num_heads * head_dim = {h} * {p} must equal expand * hidden_size = {self.expand} * "
-            f"{self.hidden_size} = {inner}; choose a head_dim that divides it, and leave num_heads "
-            "out to have it computed"
-        )
-        _check("num_heads", h, rule, lambda h: math.isclose(h * p, inner))
+        self.num_heads = h = round(inner) // p if self.num_heads is None else self.num_heads
+        rule = f"times head_dim, {p}, must be expand * hidden_size, {inner}; None computes it"
+        _check("num_heads", h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
         rule = f"must divide the number of heads, {h}"
         _check("n_groups", self.n_groups, rule, lambda g: h % g == 0)
         rule = f"must be at most time_step_max, {self.time_step_max}"
@@ -1008,10 +793,13 @@ class Mamba2Config(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """Read a `config.json`, in transformers' format (flash-linear-attention and mamba2-torch
         write it too) or in the original one. What is not implemented is a ValueError."""
-        _check("config", config_dict, "must be a dict", lambda v: isinstance(v, dict))
         options = dict(config_dict)
-        if "ssm_cfg" in options:
-            options = _from_original(**options)
+        if "ssm_cfg" in options:  # of the mamba_ssm package, such as state-spaces/mamba2-130m's
+            ssm_cfg = options.pop("ssm_cfg")
+            options = {"layer": "Mamba1", **options, **ssm_cfg}
+            options.pop("model_type", None)
+            multiple = options.pop("pad_vocab_size_multiple", 8)
+            options["vocab_size"] += -options["vocab_size"] % multiple
         kind = options.pop("model_type", None)
         rule = "not a Mamba-2 checkpoint, whose is 'mamba2'"
         _check("model_type", kind, rule, lambda v: v in (None, "mamba2", "mamba2-single-file"))
@@ -1039,56 +827,23 @@ class Mamba2Config(PreTrainedConfig):
         return config
 
 
-def _from_original(ssm_cfg, pad_vocab_size_multiple=8, model_type=None, **options) -> dict:
-    """A `config.json` of the mamba_ssm package, such as state-spaces/mamba2-130m's, made flat."""
-    _check("ssm_cfg", ssm_cfg, "must be a dict", lambda v: isinstance(v, dict))
-    known = {*_OTHERS, *Mamba2Config.attribute_map, "expand", "chunk_size"}
-    known |= {"A_init_range", "conv_init", "use_mem_eff_path"}  # no effect on loaded weights
-    for name in ssm_cfg.keys() - known:
-        raise ValueError(f"ssm_cfg.{name} = {ssm_cfg[name]!r}: this option is not implemented")
-    for name in ("d_model", "n_layer", "vocab_size"):
-        _check(name, options.get(name), *COUNT)
-    _check("pad_vocab_size_multiple", pad_vocab_size_multiple, *COUNT)
-    options["vocab_size"] += -options["vocab_size"] % pad_vocab_size_multiple
-    return {**options, "layer": "Mamba1", **ssm_cfg}
-
-
 # --------------------------------------------------------------------------------------------------
 # 6. transformers: cache, loss, segments, loading, generation
 # --------------------------------------------------------------------------------------------------
 #
-# Names that no documentation promises. A test
-# (`test_transformers_still_has_the_private_names_that_this_file_uses`)
-# looks for each. Those of transformers, which calls or reads them in a model:
-#
-#     _init_weights                         draws the weights of a module
-#     _is_hf_initialized                    of a parameter: loaded, not to be drawn
-#     _tied_weights_keys                    the head's weight, which is the embedding's
-#     _keys_to_ignore_on_load_missing       weights that a checkpoint may lack
-#     _keys_to_ignore_on_load_unexpected    ... or have in excess
-#     _load_pretrained_model                loads files into a model that has no memory yet
-#     _no_split_modules                     what device_map keeps on one device
-#     _is_stateful                          False allows speculative decoding
-#     _supports_default_dynamic_cache       False: generate makes no cache of its own
-#     _expand_inputs_for_generation         several samples or beams for a prompt
-#     _get_stopping_criteria                tell which rows have ended
-#     _prefill                              the first forward pass of generate, for stream too
-#
-# and of torch, here and in kernels.py:
-#
-#     _is_replica                           of a model in torch.nn.DataParallel
-#     torch.Tensor._version                 counts changes in place
-#     torch._C._are_functorch_transforms_active, torch.autograd.forward_ad._current_level,
-#     torch._C._len_torch_dispatch_stack, torch._subclasses.fake_tensor.FakeTensor
-#                                           whether values can be read, and nobody else watches
+# Names that no documentation promises; a test looks for each. transformers calls or reads in a
+# model: `_init_weights`, `_is_hf_initialized` (of a parameter: loaded, not to be drawn),
+# `_tied_weights_keys`, `_no_split_modules` (for device_map), `_is_stateful` (False allows
+# speculative decoding), `_supports_default_dynamic_cache` (False: generate makes no cache of its
+# own), `_prefill` (the first forward pass of generate). And of torch, kernels.py uses some to see
+# whether anybody else watches: `_C._are_functorch_transforms_active`,
+# `_C._len_torch_dispatch_stack`, `autograd.forward_ad._current_level`,
+# `_subclasses.fake_tensor.FakeTensor`.
 
 # Outputs and generation call the cache so. Callers of this file may use either name.
 CACHE = "cache"
-if transformers and not hasattr(CausalLMOutputWithPast, "cache"):  # before 5.24
+if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
     CACHE = "past_key_values"
-
-    class BaseModelOutputWithPast(BaseModelOutputWithPast):
-        cache = property(lambda self: self.past_key_values)
 
     class CausalLMOutputWithPast(CausalLMOutputWithPast):
         cache = property(lambda self: self.past_key_values)
@@ -1096,51 +851,37 @@ if transformers and not hasattr(CausalLMOutputWithPast, "cache"):  # before 5.24
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model after some tokens; immutable.
+    """The state of a whole model after some tokens: immutable, and of constant size.
 
     A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
-    continue the same prompt in another way. Its size does not depend on how many tokens it has
-    seen.
+    continue the same prompt in another way. torch.save and torch.load keep it in a file.
 
         states    a Mamba2State for each layer
         length    tokens seen, masked ones included: a tensor (), so that a compiled or exported
                   step does not depend on its value; get_seq_length() is an int
-        seq_idx   None without packing, or (b, 2): for each row the label of the sequence that it
-                  ended in, and whether it has seen one (1) or only masked positions (0)
+        seq_idx   None without packing, or (b): the label of the sequence that each row ended in,
+                  NO_LABEL if all its positions were masked
     """
 
     states: tuple[Mamba2State, ...]
     length: Tensor | int = 0
     seq_idx: Tensor | None = None
 
-    def __repr__(self) -> str:
-        kinds = {f"{tuple(state.ssm.shape)} {state.ssm.dtype}" for state in self.states}
-        layers = f"{len(self.states)} layers of {', '.join(kinds)}"
-        return f"Mamba2Cache(length={self.get_seq_length()}, {layers}, {self.nbytes:,} bytes)"
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.length)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the states take."""
-        return sum(tensor.nbytes for state in self.states for tensor in state)
 
     def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
         """A cache of function(tensor, *tensors of the others), for each tensor but length."""
         rows = zip(*(cache.states for cache in (self, *others)), strict=True)
         states = tuple(Mamba2State(*map(function, *layers)) for layers in rows)
         labels = [cache.seq_idx for cache in (self, *others)]
-        seq_idx = None if labels[0] is None else function(*labels)
-        return Mamba2Cache(states, self.length, seq_idx)
+        if len({label is None for label in labels}) == 2:
+            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
+        return Mamba2Cache(states, self.length, None if labels[0] is None else function(*labels))
 
     def select(self, rows) -> Mamba2Cache:
-        """Rows of the batch in a new order: integers, negative from the end, or a bool mask."""
-        rows = torch.as_tensor(rows).flatten()
-        rows = rows if rows.numel() else rows.long()  # an empty list has no integers
-        if self.states and not rows.is_cuda:  # a GPU would fail later, and for good
-            rows = torch.arange(len(self.states[0].ssm))[rows]
-        return self.map(lambda tensor: tensor[rows.to(tensor.device)])
+        """Rows of the batch in a new order: integers, or a bool mask."""
+        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
 
     def repeat(self, times: int) -> Mamba2Cache:
         """Each row `times` times in a row: (b) becomes (b times). This forks a prompt."""
@@ -1152,11 +893,9 @@ class Mamba2Cache:
 
         Its length is the longest one: whole sequences are then padded to it on the left.
         """
-        first, *others = caches
-        if any((cache.seq_idx is None) != (first.seq_idx is None) for cache in others):
-            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
+        first, *others = caches = [*caches]
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
-        length = max(cache.get_seq_length() for cache in (first, *others))
+        length = max(cache.get_seq_length() for cache in caches)
         return Mamba2Cache(joined.states, length, joined.seq_idx)
 
     def detach(self) -> Mamba2Cache:
@@ -1169,66 +908,29 @@ class Mamba2Cache:
         Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets small
         contributions sooner. conv, a few inputs, keeps its own.
         """
-        ssm = [state.ssm.to(*args, **kwargs) for state in self.states]
-        if not all(tensor.is_floating_point() for tensor in ssm):
-            raise TypeError(f"ssm would be {ssm[0].dtype}: it must hold floating-point numbers")
-        conv = [
-            state.conv.to(tensor.device) for state, tensor in zip(self.states, ssm, strict=True)
-        ]
-        seq_idx = None if self.seq_idx is None else self.seq_idx.to(ssm[0].device)
-        return Mamba2Cache(tuple(map(Mamba2State, conv, ssm)), self.length, seq_idx)
-
-    def save(self, path):
-        """Write the cache to a safetensors file."""
-        from safetensors.torch import save
-
-        tensors = {"length": torch.tensor(self.get_seq_length())}
-        for i, (conv, ssm) in enumerate(self.states):
-            tensors |= {f"layers.{i}.conv": conv, f"layers.{i}.ssm": ssm}
-        if self.seq_idx is not None:
-            tensors["seq_idx"] = self.seq_idx
-        # Copies, since a file holds no tensor twice, and one state may serve two layers.
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-        Path(path).write_bytes(save(tensors))
-
-    @classmethod
-    def load(cls, path, device="cpu") -> Mamba2Cache:
-        """Read a cache that `save` wrote."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:  # into memory: safetensors' load_file would leave the tensors views of the file
-            tensors = load(Path(path).read_bytes())
-        except SafetensorError:
-            tensors = {}
-        count = sum(name.endswith(".ssm") for name in tensors)
-        names = [[f"layers.{i}.{part}" for part in Mamba2State._fields] for i in range(count)]
-        if {"length", *sum(names, [])} != tensors.keys() - {"seq_idx"}:
-            raise ValueError(f"{str(path)!r} holds no cache: it must be a file that `save` wrote")
-        if (seq_idx := tensors.get("seq_idx")) is not None:
-            _require("seq_idx", seq_idx, "b 2", {"2": 2}, "integers")
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        states = tuple(Mamba2State(*(tensors[name] for name in layer)) for layer in names)
-        return cls(states, tensors["length"], tensors.get("seq_idx"))
+        states = tuple(Mamba2State(conv, ssm.to(*args, **kwargs)) for conv, ssm in self.states)
+        cache = Mamba2Cache(states, self.length, self.seq_idx)
+        return cache.map(lambda tensor: tensor.to(states[0].ssm.device))
 
 
+NO_LABEL = torch.iinfo(torch.int64).min
 torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load may make them
 
 
-def _follow_labels(past: Mamba2Cache, seq_idx, exists) -> Mamba2Cache:
+def _follow_labels(past: Mamba2Cache, seq_idx, lengths) -> Mamba2Cache:
     """The cache with zero states in rows where another sequence begins, and rows' last labels.
 
-    seq_idx, exists: (b, l), the labels of the next positions, and which of them are not masked.
+    seq_idx: (b, l), labels of the next positions, of which the first `lengths` (b) count.
     """
-    first, any_exist = _first_label(seq_idx, exists)
-    last, _ = _first_label(seq_idx.flip(1), exists.flip(1))
-    if past.seq_idx is None:
-        past = Mamba2Cache(past.states, past.length, torch.stack([first, first * 0], dim=1))
-    label, seen = past.seq_idx[:, 0], past.seq_idx[:, 1] != 0
-    ended = any_exist & seen & (first != label)  # (b)
+    if seq_idx.shape[1] == 0:
+        return past
+    if lengths is not None:
+        seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
+    first, last = seq_idx[:, 0], seq_idx[:, -1]  # (b)
+    label = torch.full_like(first, NO_LABEL) if past.seq_idx is None else past.seq_idx
+    ended = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
     states = _where(ended, past.map(torch.zeros_like), past).states
-    label = torch.stack([torch.where(any_exist, last, label), (any_exist | seen).long()], dim=1)
-    return Mamba2Cache(states, past.length, label)
+    return Mamba2Cache(states, past.length, torch.where(last == NO_LABEL, label, last))
 
 
 def _where(rows, ours: Mamba2Cache, others: Mamba2Cache) -> Mamba2Cache:
@@ -1236,33 +938,37 @@ def _where(rows, ours: Mamba2Cache, others: Mamba2Cache) -> Mamba2Cache:
     return others.map(lambda b, a: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), ours)
 
 
-def _first_label(labels, exists):
-    """(b), the label of each row's first position that exists; (b) bool, whether there is one."""
-    labels, exists = F.pad(labels.long(), (0, 1)), F.pad(exists, (0, 1))  # so that l > 0
-    return labels.gather(1, exists.int().argmax(1, keepdim=True))[:, 0], exists.any(1)
-
-
-class Mamba2PreTrainedModel(PreTrainedModel):
-    """What the models below share: initialisation, strict loading and complete saving."""
+class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
+    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers."""
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]
     _is_stateful = False
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__(config)
+        self.backbone = Mamba2Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, embeddings):
+        self.backbone.embeddings = embeddings
 
     def _init_weights(self, module):
         if isinstance(module, Mamba2):
             if not getattr(module.A_log, "_is_hf_initialized", False):
                 module.reset_parameters(depth=self.config.num_hidden_layers)
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
-        elif not isinstance(module, CausalConv1d):  # the Mamba2 around it takes care of it
+        else:
             super()._init_weights(module)
 
     @classmethod
@@ -1273,264 +979,19 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         mamba_ssm format, in transformers' format, or Codestral-Mamba's.
 
         Raises:
-            OSError, ValueError: the checkpoint or a file of it is not there, is damaged, of another
-                architecture, or its weights are not exactly those of the model that its config
-                describes. Nothing is ever filled up with random weights, even if
-                `ignore_mismatched_sizes` asks for it.
+            ValueError: the weights are not exactly those of the model that its config describes.
         """
         name = pretrained_model_name_or_path
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
-        try:
-            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-            if model.all_tied_weights_keys != model.get_expanded_tied_weights_keys(True):
-                hint = "pass tie_word_embeddings=False to load both"
-                raise ValueError(f"the file's lm_head.weight differs from its embedding: {hint}")
-            wrong = {k: sorted(info[k]) for k in ("missing_keys", "unexpected_keys") if info[k]}
-            if wrong:
-                hint = "names what is new in it as _keys_to_ignore_on_load_missing"
-                raise ValueError(f"{wrong}; a class of your own {hint}, a list of patterns")
-        except Exception as error:  # of any library, and any length
-            raise (OSError if isinstance(error, OSError) else ValueError)(
-                f"{str(name)!r} cannot be loaded as the {cls.__name__} that its config describes: "
-                f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            ) from error
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
+            hint = "_keys_to_ignore_on_load_missing may name weights that a class of yours adds"
+            raise ValueError(f"{str(name)!r} does not fit {cls.__name__}: {wrong}; {hint}")
         return (model, info) if output_loading_info else model
 
-    @classmethod
-    def _load_pretrained_model(cls, model, state_dict, files, load_config, *args):
-        """Refuse what transformers would cast, overwrite, or fetch from elsewhere in silence."""
-        shards = (load_config.sharded_metadata or {}).get("weight_map", {}).values()
-        if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
-            raise ValueError(f"shard {elsewhere[0]!r} is not a file beside the index")
-        weights = dict(state_dict or {})
-        for file in (state_dict is None and files) or ():
-            weights.update(load_state_dict(file))  # mapped, not read
-        for name, weight in weights.items():
-            if not (weight.is_floating_point() or load_config.hf_quantizer):
-                raise ValueError(f"{name} is of {weight.dtype}, and must be floating-point")
-            if (other := name.replace("embedding.", "embeddings.")) != name and other in weights:
-                raise ValueError(f"{name} and {other} are one weight: leave one out")
-        info, index = super()._load_pretrained_model(model, state_dict, files, load_config, *args)
-        if info.mismatched_keys:  # nothing has been allocated for these yet
-            raise ValueError(f"mismatched_keys {sorted(info.mismatched_keys)}")
-        return info, index
-
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """As in transformers, but always under the standard names, and without leaving the single
-        file of an earlier save beside shards: it would be loaded in their place."""
-        kwargs = {"save_original_format": False, **kwargs}
-        super().save_pretrained(save_directory, is_main_process, **kwargs)
-        folder = Path(save_directory)
-        if is_main_process and any(folder.glob("model-*-of-*.safetensors")):
-            (folder / "model.safetensors").unlink(missing_ok=True)
-
-
-class Mamba2Model(Mamba2PreTrainedModel):
-    """Embedding, blocks and final norm: the language model without its head."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # of a Mamba2ForCausalLM's checkpoint
-
-    def __init__(self, config: Mamba2Config):
-        super().__init__(config)
-        for name, part in backbone_parts(config).items():
-            self.add_module(name, part)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embeddings
-
-    def set_input_embeddings(self, embeddings):
-        self.embeddings = embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        cache=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_hidden_states=None,
-        *,
-        seq_idx=None,
-        group=None,
-        past_key_values=None,
-        **others,
-    ):
-        """Run the model on some tokens, from a cache if there is one.
-
-        Args:
-            input_ids: (b, l) integers, or inputs_embeds: (b, l, d). Exactly one of them.
-            attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 marks
-                positions that are skipped, wherever they occur. None is no such position.
-            cache: the Mamba2Cache of an earlier call, which is not changed; or one of states to
-                start from, such as trained ones: Mamba2Cache(states), a Mamba2State per layer.
-            use_cache: return a new cache; None is the config's choice, and no cache in training.
-            output_hidden_states: also return the input of every block, and the final output.
-            seq_idx: (b, l) integers, labels of packed sequences: where the label changes, another
-                begins. With a cache, also where it changes from the last call to this one.
-            group: a process group, if each of its ranks has a slice of the sequence. Then all that
-                is (b, l, ...) here is of the slice, and the cache that is passed is the same on
-                every rank: what is before the first slice. The cache that is returned is after the
-                last slice, on every rank. See `Slices`.
-            past_key_values: another name of `cache`.
-            others: position_ids, and what DataCollatorWithFlattening adds; see `_packing`.
-
-        Returns:
-            BaseModelOutputWithPast: last_hidden_state (b, l, d), cache, hidden_states.
-        """
-        past = _one_cache(cache, past_key_values)
-        x = _one_input(input_ids, inputs_embeds, self.config.hidden_size)
-        mask = _as_mask(attention_mask, x, past)
-        seq_idx = _packing(x, seq_idx, mask, past, others)
-        if past.states and len(past.states) != len(self.layers):
-            raise ValueError(f"{len(past.states)} states for {len(self.layers)} layers: one each")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if use_cache is None:  # DataParallel cannot gather caches
-            use_cache = self.config.use_cache and not self.training
-            use_cache = use_cache and not hasattr(self, "_is_replica")
-        h = self.embeddings(input_ids.long()) if inputs_embeds is None else inputs_embeds
-        if self.config.residual_in_fp32:
-            h = h.to(_at_least_float32(h.dtype))
-        order = lengths = None
-        if mask is not None:  # once for all layers
-            order = Order(mask)
-            h = order.sort(h.masked_fill(~mask[..., None], 0))  # whatever was there, even a NaN
-            seq_idx, lengths = order.sort_labels(seq_idx), order.lengths
-        checkpoints = self.gradient_checkpointing and self.training
-        options = dict(states=len(past.states) > 0, checkpoints=checkpoints)
-        slices = Slices.of(group, self.config, h, lengths, seq_idx, **options)
-        length = past.length + (h.shape[1] if slices is None else slices.length)
-        if seq_idx is not None:
-            exists = (
-                torch.ones_like(seq_idx, dtype=torch.bool) if order is None else order.sort(mask)
-            )
-            past = _follow_labels(past, *((seq_idx, exists) if slices is None else slices.ends))
-
-        hidden_states = []
-
-        def call(block, h, *arguments):
-            if output_hidden_states:
-                hidden_states.append(h)
-            if checkpoints:
-                h, state = recomputed(block, block, h, *arguments)
-            else:
-                h, state = block(h, *arguments)
-            return h, state if use_cache else None  # it would only take memory
-
-        given = lengths, seq_idx, slices
-        h, states = run_blocks(self.layers, h, past.states, *given, call=call)
-        hidden_states.append(self.norm_f(h))
-        if order is not None:
-            hidden_states = [
-                order.restore(h).masked_fill(~mask[..., None], 0) for h in hidden_states
-            ]
-        if use_cache and not isinstance(length, Tensor):
-            length = torch.full((), length, device=h.device)
-        cache = Mamba2Cache(states, length, past.seq_idx) if use_cache else None
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states[-1],
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            **{CACHE: cache},
-        )
-
-
-def _one_cache(cache, past_key_values):
-    """The cache, which callers may pass under either name; an empty one if there is none."""
-    if cache is not None and past_key_values is not None:
-        raise TypeError("cache and past_key_values are one argument: give one of them")
-    cache = past_key_values if cache is None else cache
-    if cache is None:
-        return Mamba2Cache(())
-    if not isinstance(cache, (Mamba2Cache, GenerationCache)):
-        raise TypeError(
-            f"cache is a {type(cache).__name__}: it must be the Mamba2Cache that an earlier call "
-            "of this model returned"
-        )
-    return cache
-
-
-def _one_input(input_ids, inputs_embeds, width):
-    """Whichever of the two is passed, (b, l) or (b, l, d)."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if inputs_embeds is None:
-        _require("input_ids", input_ids, "b l", {}, "integers")
-        return input_ids
-    _require("inputs_embeds", inputs_embeds, "b l d", {"d": width})
-    return inputs_embeds
-
-
-def _as_mask(attention_mask, x, past):
-    """(b, l) bool from transformers' attention_mask, or None where nothing is masked."""
-    if attention_mask is None:
-        return None
-    b, l = x.shape[:2]
-    _require("attention_mask", attention_mask, "b l", {}, "a mask")
-    seen = attention_mask.shape[1] - l  # positions that the cache has seen and the mask covers, too
-    if seen and _is_eager(x) and seen != past.get_seq_length():
-        seen = 0
-    _require("attention_mask", attention_mask, "b l", dict(b=b, l=seen + l), "a mask")
-    mask = _as_bool("attention_mask", attention_mask[:, seen:])
-    # Nothing masked is the common case, and worth asking for.
-    return None if _is_eager(mask) and bool(mask.all()) else mask
-
-
-def _packing(x, seq_idx, mask, past, others):
-    """seq_idx, from position_ids if need be: packed sequences begin where positions are 0.
-
-    `others` are arguments by name that transformers may pass: position_ids, flash attention's
-    lengths of packed sequences (accepted beside one of the two, since they say the same), and
-    output_attentions. Anything else is a TypeError.
-    """
-    positions, attentions = others.pop("position_ids", None), others.pop("output_attentions", None)
-    flash = "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"
-    known = flash if seq_idx is not None or positions is not None else ()
-    if unknown := [name for name in others if name not in known]:
-        hint = "pass seq_idx with it" if unknown[0] in flash else "it is unknown here"
-        raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}: {hint}")
-    if attentions:
-        raise ValueError("output_attentions = True: Mamba-2 has no attentions; leave it out")
-    sizes = dict(b=x.shape[0], l=x.shape[1])
-    if seq_idx is not None:
-        _require("seq_idx", seq_idx, "b l", sizes, "integers")
-    if positions is not None:
-        _require("position_ids", positions, "b l", sizes, "integers")
-        begins = positions == 0
-        continues = F.pad(positions[:, 1:] - positions[:, :-1] == 1, (1, 0))
-        fits = begins | continues
-        if seq_idx is not None:  # then both must say the same
-            fits &= F.pad(begins[:, 1:], (1, 0)) == _borders(seq_idx)
-        fits = fits if mask is None else fits | ~mask
-        if past.states or (_is_eager(x) and not fits.all()):
-            raise ValueError(
-                "position_ids must count up from 0 in each packed sequence, and come without a "
-                "cache: leave them out, and pass seq_idx where packed sequences need labels"
-            )
-        seq_idx = begins.cumsum(1) if seq_idx is None else seq_idx
-    return None if seq_idx is None else seq_idx.long()
-
-
-class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
-    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers.
-
-        model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")
-        ids = model.generate(**tokenizer("Mamba is", return_tensors="pt"), max_new_tokens=20)
-
-    `generate(ids, cache=cache)` resumes from a cache. As always in transformers, ids are the whole
-    sequence, or new tokens alone with an attention_mask that covers the whole sequence.
-    """
-
-    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
-    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
-
-    def __init__(self, config: Mamba2Config):
-        super().__init__(config)
-        self.backbone = Mamba2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers, but always under transformers' names."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @can_return_tuple
     def forward(
@@ -1552,68 +1013,117 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         past_key_values=None,
         **others,
     ):
-        """Logits, and with `labels` the loss. All other arguments: see `Mamba2Model.forward`.
+        """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
 
-        Args:
-            labels: (b, l) integers, the tokens themselves, which are shifted here: position t
-                predicts the next position of its sequence that is not masked. -100 is not
-                predicted. The logits of all positions are never held at once for it.
-            logits_to_keep: return logits of the last so many positions (0: all), or of those in a
-                tensor of indices. None is all, but none with labels in training or in segments,
-                where logits_to_keep=0 returns them.
-            group: the loss is that of the whole sequence, on every rank. Gradients of parameters,
-                averaged over the ranks as DDP and FSDP do, are those of one process.
-            num_items_in_batch: divide the summed loss by this, not by the number of predictions.
-            segment_length: positions in a segment, see `read_in_segments`; "auto" for about the
-                least memory that does not leave a GPU idle; 0 for the whole sequence at once; None
-                for the config's choice. With a group: positions in this rank's slice of a segment.
-            progress: show a progress bar over the segments.
-
-        Returns:
-            CausalLMOutputWithPast: loss, logits (b, l, vocabulary), cache, hidden_states.
+        attention_mask: (b, l), or longer on the left, for what the cache has seen; positions
+            where it is 0 are skipped, wherever they occur.
+        cache: the Mamba2Cache of an earlier call, or one of any states to start from, such as
+            trained ones: Mamba2Cache(states). past_key_values is another name of it.
+        labels: (b, l), the tokens: each position that is not masked predicts the next one of
+            its sequence, except -100. The logits of all positions are never held at once.
+        logits_to_keep: None is all, but none with labels in training or in segments.
+        seq_idx: (b, l) integers, labels of packed sequences: where the label changes, also from
+            the last call to this one, another begins. Or position_ids, 0 where one begins.
+        group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
+            Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
+        segment_length: positions in a segment, see `_read`; "auto" for about the least memory
+            that does not leave a GPU idle; 0 for the whole sequence at once; None for the
+            config's choice. With a group: positions in this rank's slice of a segment.
+        progress: show a progress bar over the segments.
         """
-        cache = _one_cache(cache, past_key_values)
-        x = _one_input(input_ids, inputs_embeds, self.config.hidden_size)
-        if isinstance(cache, GenerationCache):
-            given = dict(others, input_ids=input_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx)
-            given |= dict(attention_mask=attention_mask, logits_to_keep=logits_to_keep)
-            return cache.read(dict(given, output_hidden_states=output_hidden_states))
-        mask = _as_mask(attention_mask, x, cache)
-        seq_idx = _packing(x, seq_idx, mask, cache, others)
+        past = _one_cache(cache, past_key_values)
+        if isinstance(past, GenerationCache):
+            options = dict(logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states)
+            return past.read(input_ids, attention_mask, inputs_embeds, **options)
+        x, mask, seq_idx = _tokens(input_ids, inputs_embeds, attention_mask, seq_idx, others)
         b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
-        count, targets = max(1, -(-l // length)), None
+        segments, targets = max(1, -(-l // length)), None
         if group is not None:
-            options = dict(labels=labels is not None, items=num_items_in_batch is not None)
-            _agree(group, x, segments=count, **options)
+            items = num_items_in_batch is not None
+            _agree(group, x, segments=segments, labels=labels is not None, items=items)
         if labels is not None:
-            _require("labels", labels, "b l", dict(b=b, l=l), "integers")
+            _require(dict(b=b, l=l), "b l", "integers", labels=labels)
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if count > 1 and output_hidden_states:
-            raise ValueError(
-                f"output_hidden_states = True, segment_length = {length}: segments are there so "
-                "that nothing of this size is held; leave one of the two out"
-            )
+        hidden_states = [] if output_hidden_states else None
         first = 0  # the first position whose logits are wanted
-        if logits_to_keep is None and labels is not None and (self.training or count > 1):
+        if logits_to_keep is None and labels is not None and (self.training or segments > 1):
             first = l + 1  # none
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
-        options = dict(use_cache=use_cache, output_hidden_states=output_hidden_states, group=group)
-        loss, h, output = read_in_segments(
-            self, (x, mask, seq_idx, targets), cache, length, first, progress, options
-        )
+        whole = x, mask, seq_idx, targets
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        options = group, hidden_states, use_cache
+        loss, h, cache = self._read(whole, past, length, first, progress, *options)
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
                 loss, items = (_all_gather(t[None], group).sum() for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
+        hidden_states = (*hidden_states, h) if output_hidden_states else None
         keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(None)
+        output = {CACHE: cache, "hidden_states": hidden_states}
         logits = None if h is None else self.lm_head(h[:, keep])
-        given = {CACHE: getattr(output, CACHE), "hidden_states": output.hidden_states}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **given)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **output)
+
+    def _read(self, whole, past, length, first, progress, group, hidden_states, use_cache):
+        """Backbone and loss over a sequence, in segments of `length` positions.
+
+        Each segment starts from the state after the one before, and no intermediate tensor spans
+        the whole sequence, except integers. Results and gradients are those of the whole. For the
+        backward pass only the states between segments are kept; a segment is computed again when
+        its turn comes, which costs one more forward pass. So memory grows as s + l / s with the
+        length s of a segment, and as the square root of l with the best s.
+
+        whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
+        Returns the summed loss or None; h (b, l - first, d) or None; the cache.
+        """
+        x, total = whole[0], whole[0].shape[1]
+        count = max(1, -(-total // length))
+        pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
+        segments = zip(*pieces, strict=True)
+        if progress:
+            from tqdm.auto import tqdm
+
+            segments = tqdm(segments, total=count, unit=" segments")
+        if count > 1 and hidden_states is not None:
+            raise ValueError("output_hidden_states needs segment_length=0: it holds all positions")
+        run = self._read_segment
+        run = run if count == 1 else functools.partial(recomputed, run)
+        # Autocast as it is, but for its cache: with it, weights would be cast once for all
+        # segments, and their gradients added in bfloat16.
+        device = "cpu" if x.is_meta else x.device.type
+        enabled, losses, kept = torch.is_autocast_enabled(device), [], []
+        with torch.autocast(device, enabled=enabled, cache_enabled=False):
+            for i, piece in enumerate(segments):
+                wanted = use_cache or i < count - 1
+                loss, h, past = run(*piece, past, group, hidden_states, wanted)
+                losses.append(loss)
+                end = min((i + 1) * length, total)
+                if first < end or first == end == total:  # else the slice would keep all of h alive
+                    kept.append(h[:, max(0, first - i * length) :])
+        h = torch.cat(kept, dim=1) if kept else None
+        return None if losses[0] is None else sum(losses), h, past
+
+    def _read_segment(self, x, mask, seq_idx, targets, past, group, hidden_states, use_cache):
+        """The summed loss or None, the backbone's output (b, l, d), and the cache or None."""
+        order = None if mask is None else Order(mask)
+        labels, lengths = seq_idx, None
+        if order is not None:
+            labels, lengths = order.sort_labels(seq_idx), order.lengths
+        checkpoints = self.backbone.gradient_checkpointing and self.training
+        options = dict(states=len(past.states) > 0, checkpoints=checkpoints)
+        slices = Slices.of(group, self.config, x, lengths, labels, **options)
+        length = past.length + (x.shape[1] if slices is None else slices.length)
+        if seq_idx is not None:
+            past = _follow_labels(past, *((labels, lengths) if slices is None else slices.ends))
+        options = hidden_states, use_cache
+        h, states = self.backbone(x, past.states, order, seq_idx, slices, *options)
+        if not isinstance(length, Tensor):
+            length = torch.full((), length, device=h.device)
+        loss = None if targets is None else self.summed_loss(h, targets)
+        return loss, h, Mamba2Cache(states, length, past.seq_idx) if use_cache else None
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
@@ -1622,177 +1132,117 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         pass; if all rows are that few, their logits are kept for it.
         """
 
-        def summed_loss(h, targets):
+        def loss_of_rows(h, targets):
             logits = self.lm_head(h)  # (rows, vocabulary)
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        # With so many rows, logits take the memory of the head's weight, or 256 KB; a GPU needs
-        # more work.
-        rows = max(self.config.hidden_size, 2**16 // self.config.vocab_size)
-        rows = max(rows, 4096 if h.is_cuda else 0)
+        # So many that logits take the memory of the head's weight; a GPU needs more work.
+        rows = max(self.config.hidden_size, 4096 if h.is_cuda else 64)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         if len(chunks) == 1:
-            return summed_loss(*chunks[0])
-        return sum(recomputed(self.lm_head, summed_loss, *chunk) for chunk in chunks)
+            return loss_of_rows(*chunks[0])
+        return sum(recomputed(loss_of_rows, *chunk) for chunk in chunks)
 
-    def _segment_length(self, length, b, l, group=None):
+    def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
-        if length is None:
-            length = self.config.segment_length
+        length = self.config.segment_length if length is None else length
         _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': slices depend on it, so give it as a number")
         if length == "auto":
-            # Memory is l / s times what is kept between segments and s times what a position
-            # leaves for the backward pass: roughly these numbers. The best s makes both equal.
-            config, (inner, channels, heads) = self.config, self.backbone.layers[0].mixer.widths
+            # Memory is count times what is kept between segments, and l / count times what a
+            # position leaves for the backward pass: roughly these. The best count makes both equal.
+            config, layer = self.config, self.backbone.layers[0]
+            inner, channels, heads = layer.mixer.widths
             between = inner * config.state_size + (config.conv_kernel - 1) * channels
             inside = 4 * (inner + channels + heads)
             if self.backbone.gradient_checkpointing:
                 inside = config.hidden_size + inside / config.num_hidden_layers
-            count = max(1, math.ceil(math.sqrt(l * inside / between)))
+            count = math.ceil(math.sqrt(l * inside / between))
             if self.device.type == "cuda":  # the GPU must have more to do than the host that asks
-                size = sum(weight.numel() for weight in self.backbone.layers[0].parameters())
-                count = max(1, min(count, int(b * l * size / 1e11)))
-            length = -(-l // count)  # all of one length, but for the last
+                count = min(count, int(b * l * layer.mixer.in_proj.weight.numel() / 7e10))
+            length = -(-l // max(1, count))  # all of one length, but for the last
         return length or max(1, l)
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
-        """The Mamba2Cache after a prompt, which can be saved, and resumed any number of times.
-
-        Read in segments, a prompt of any length takes the memory of one. Arguments: see `forward`;
-        segment_length is "auto" unless given.
-        """
+        """The Mamba2Cache after a prompt, which is read in segments: see `forward`."""
         options = {"segment_length": "auto", **options, "logits_to_keep": 1}
         options |= dict(use_cache=True, return_dict=True)
         return self(input_ids, attention_mask, cache, **options).cache
-
-    # Generation: transformers' own, on a GenerationCache.
-
-    def generate(self, inputs=None, generation_config=None, **options):
-        """As in all of transformers; on CUDA, a step of the model by one token is a CUDA graph."""
-
-        def option(name):  # as in transformers: what a configuration leaves out is the model's
-            value = options.get(name, getattr(generation_config, name, None))
-            default = None if name in options else getattr(self.generation_config, name, None)
-            return default if value is None else value
-
-        given = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
-        self._check_generate(inputs, options, option)
-        if count := option("assistant_early_exit"):  # not transformers' way, which changes config
-            options |= dict(assistant_model=self.first_layers(count), assistant_early_exit=None)
-        if option("use_cache") is False:
-            if getattr(given, "states", True):
-                raise ValueError("use_cache = False: leave it out, or leave out the cache")
-            return super().generate(inputs, generation_config, **options)
-        cache = given if isinstance(given, GenerationCache) else GenerationCache(self, given)
-        cache.recording |= bool(option("is_assistant"))  # its tokens may be rejected
-        outer = _generating.set(cache)
-        try:
-            output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
-        finally:
-            _generating.reset(outer)
-            cache.close()
-        if isinstance(output, dict) and not option("is_assistant"):  # an assistant goes on with it
-            # The states of the last beams are not those of the texts that are returned.
-            value = None if hasattr(output, "beam_indices") else cache.value()
-            output[CACHE] = output.cache = value
-        return output
-
-    def first_layers(self, count: int) -> Mamba2ForCausalLM:
-        """A model of the first `count` layers, with this one's weights: its own draft."""
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = count
-        with torch.device("meta"):
-            model = type(self)(config)
-        for name, part in self.backbone.named_children():
-            setattr(model.backbone, name, part[:count] if name == "layers" else part)
-        model.lm_head, model.generation_config = self.lm_head, copy.deepcopy(self.generation_config)
-        model.generation_config.assistant_early_exit = None  # it has no draft of its own
-        return model.train(self.training)
-
-    def generate_batch(self, *args, **kwargs):
-        raise ValueError("generate_batch needs attention's keys: pad on the left and use generate")
-
-    def _check_generate(self, ids, options, option):
-        ids = options.get("input_ids") if ids is None else ids
-        sizes = {}
-        for name, value in {"input_ids": ids, "seq_idx": options.get("seq_idx")}.items():
-            if value is not None:
-                _require(name, value, "b l", sizes, "integers")
-        if ids is not None and 0 in ids.shape and options.get("inputs_embeds") is None:
-            raise ValueError(f"input_ids has shape {tuple(ids.shape)}: it must hold a token")
-        mask = options.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and not (exists := mask[:, -1:] != 0).all():
-            raise ValueError(
-                f"attention_mask[{exists.long().argmin()}] ends in 0, where the row's next token "
-                "would be read: pad on the left, tokenizer.padding_side = 'left'; every row needs "
-                "a token"
-            )
-
-        packed = options.get("seq_idx") is not None or options.get("inputs_embeds") is not None
-        chunked = packed and option("prefill_chunk_size")  # by transformers, which cuts ids alone
-        first = "read the prompt with `prefill` if need be, and generate from its cache"
-        for name, wrong, remedy in (
-            ("group", options.get("group"), first),
-            ("prefill_chunk_size", chunked, f"with seq_idx or inputs_embeds, {first}"),
-            ("cache_implementation", option("cache_implementation"), "a state needs none"),
-        ):
-            if wrong:
-                raise ValueError(f"{name} = {wrong!r}: leave it out; {remedy}")
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
         return False
 
-    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
-        if expand_size > 1 and (cache := _generating.get()) is not None:
-            cache.replace(cache.value().repeat(expand_size))
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+    def generate(self, inputs=None, generation_config=None, **options):
+        """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
-    def _get_stopping_criteria(self, generation_config, **kwargs):
-        criteria = super()._get_stopping_criteria(generation_config=generation_config, **kwargs)
-        cache = _generating.get()
-        if cache is None or generation_config.num_beams > 1:
-            return criteria
-        return _WatchedCriteria(criteria, cache)
+        With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask that
+        covers the whole sequence. The cache that is returned with `return_dict_in_generate=True`
+        has, in rows that ended with `eos_token_id`, the state after that token.
+        """
+        for name in {"seq_idx", "position_ids", "group"} & options.keys():
+            raise ValueError(f"{name}: read the prompt with `prefill`, and generate from its cache")
+        mask = options.get("attention_mask")
+        if mask is not None and not mask[:, -1:].all():
+            raise ValueError(
+                "attention_mask ends in 0, where the row's next token would be read: pad on the "
+                "left, tokenizer.padding_side = 'left'"
+            )
+        cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
+        if not isinstance(cache, GenerationCache):
+            cache = GenerationCache(self, cache, self._end_tokens(generation_config, options))
+        assists = getattr(generation_config, "is_assistant", None)
+        cache.is_croppable |= bool(assists)  # its tokens may be rejected
+        if generation_config is None:
+            options["use_cache"] = True
+        else:  # with which transformers warns of options
+            options.pop("use_cache", None)
+            generation_config = copy.copy(generation_config)
+            generation_config.use_cache = True
+        try:
+            output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
+        finally:
+            cache.close()
+        if isinstance(output, dict) and not assists:
+            # The states of the last beams are not those of the texts that are returned.
+            output[CACHE] = None if hasattr(output, "beam_indices") else cache.current
+            output.cache = output[CACHE]
+        return output
+
+    def _end_tokens(self, config, options):
+        """The ids that end a text whose cache is returned, or None."""
+        config = config or self.generation_config
+        if not options.get("return_dict_in_generate", config.return_dict_in_generate):
+            return None
+        end = self.generation_config.eos_token_id
+        end = options.get(
+            "eos_token_id", end if config.eos_token_id is None else config.eos_token_id
+        )
+        return None if end is None else torch.as_tensor(end, device=self.device)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        **kwargs,
+        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
-        kwargs.pop("tokenizer", None)  # of stop_strings: transformers hands it on to the model
-        # transformers takes ids that come with a cache for the whole sequence, unless a longer
-        # attention_mask comes with them, and cuts off what the cache has seen.
-        cache, seen = kwargs.get(CACHE), 0
+        """What transformers calls for the arguments of each forward pass."""
+        cache = kwargs.get(CACHE)
+        kwargs.pop("tokenizer", None)  # of stop_strings
         if isinstance(cache, GenerationCache):
-            seen = cache.get_seq_length()
-            if cache.recording and input_ids.shape[1] > seen:
-                next_sequence_length = input_ids.shape[1] - seen
+            # So transformers reads a token that it has chosen; those of a prompt end nothing.
+            cache.chosen = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
+            if cache.is_croppable:
+                new = input_ids.shape[1] - cache.get_seq_length()
+                next_sequence_length = new if new > 0 else next_sequence_length
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {seen}: give "
-                "the whole sequence with at least one token that the cache has not seen, or new "
-                "tokens with an attention_mask that covers the whole sequence; inputs_embeds must "
-                "be of the whole sequence"
+                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen "
+                f"{cache.get_seq_length()}: give the whole sequence with at least one new token, "
+                "or new tokens with an attention_mask that covers the whole sequence"
             )
-        seq_idx, length = kwargs.pop("seq_idx", None), input_ids.shape[1]
-        given = dict(inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration)
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, **given, **kwargs
-        )
-        # What is generated belongs to the prompt's last sequence, as a cache knows.
-        if seq_idx is not None and (cache is None or is_first_iteration):
-            more = seq_idx[:, -1:].expand(-1, length - seq_idx.shape[1])
-            seq_idx = torch.cat([seq_idx, more], dim=1)
-            inputs["seq_idx"] = seq_idx[:, -(next_sequence_length or length) :]
-        return inputs
+        kwargs |= dict(next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def stream(self, input_ids, **options):
         """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
@@ -1800,320 +1250,204 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             for token in model.stream(ids, max_new_tokens=100, do_sample=True, top_p=0.9):
                 print(tokenizer.decode(token), end="", flush=True)
 
-        transformers prepares prompt, sampling and stopping, so that all arguments mean the same. On
+        transformers prepares prompt, sampling and stopping, so that all arguments mean the same;
+        those that mean more than one token after the other, such as beams, are a ValueError. On
         CUDA the host does not wait for each token: it checks for the end of the text every eight.
-
-        Raises:
-            ValueError: options that mean more than one token after the other, such as beams.
         """
-        for name in ("assistant_model", "assistant_early_exit", "streamer", "custom_generate"):
+        for name in ("assistant_model", "assistant_early_exit", "streamer", "stop_strings"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
-        config = options.get("generation_config") or self.generation_config
-        # transformers loses the tokenizer on its way to a custom_generate that is a function.
-        if config.stop_strings is not None:
-            raise ValueError(
-                f"generation_config.stop_strings = {config.stop_strings!r}: set it to None, and "
-                "pass stop_strings= and tokenizer= to stream"
-            )
-        if (strings := options.pop("stop_strings", None)) is not None:
-            if options.get("tokenizer") is None:
-                raise ValueError("stop_strings are looked for in text: pass the tokenizer, too")
-            stop = StopStringCriteria(options["tokenizer"], strings)
-            options["stopping_criteria"] = [*(options.get("stopping_criteria") or []), stop]
-        options["use_cache"] = True
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
 
-    def _stream(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-    ):
+    def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         """What transformers calls to generate, with all arguments prepared: an iterator."""
-        mode = generation_config.get_generation_mode()
+        mode = generation_config.get_generation_mode().value
         if mode not in ("greedy_search", "sample") or generation_config.num_return_sequences != 1:
             raise ValueError(
-                f"generation mode {mode.value!r} with num_return_sequences = "
-                f"{generation_config.num_return_sequences}: stream yields one text for a prompt, "
-                "token by token; use generate"
+                f"stream yields one text for a prompt, and not by {mode}: generate does"
             )
-        output = self._prefill(input_ids, generation_config, model_kwargs)
-        return self._tokens(
-            input_ids, output, logits_processor, stopping_criteria, generation_config
-        )
+        output = self._prefill(ids, generation_config, kwargs)
+        steps = self._steps(ids, output, logits_processor, stopping_criteria, generation_config)
+        return self._until_over(kernels.ahead(steps) if kernels else steps)
+
+    @staticmethod
+    def _until_over(steps):
+        for token, over in steps:
+            yield token
+            if over:
+                return
 
     @torch.no_grad()
-    def _tokens(self, ids, output, logits_processor, stopping_criteria, config):
-        """Yield tokens (b) after the prompt `ids` (b, l), which gave `output`."""
-        text, length = F.pad(ids, (0, 64)), ids.shape[1]
-        limits = [c for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        criteria = [c for c in stopping_criteria if c not in limits]
-        count = max(1, min([config.max_length, *(c.max_length for c in limits)]) - length)
-        ends = [c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")]
-        pad = config.pad_token_id
-        if ends and pad is None:
-            pad = ends[0].flatten()[0].item()
-        unfinished = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
-        step = dict.fromkeys(("inputs_embeds", "attention_mask", "seq_idx", "logits_to_keep"))
-        step["output_hidden_states"] = False
-        every = 8 if ids.is_cuda else 1
-        waiting, overs = [], []
-        logits, cache = output.logits[:, -1], output.cache
-        try:
-            for left in reversed(range(count)):
-                scores = logits_processor(text[:, :length], logits.float())
-                if config.do_sample:
-                    token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-                else:
-                    token = scores.argmax(-1)
-                if ends:  # rows that have ended are filled up
-                    token = token.masked_fill(~unfinished, pad)
-                if length == text.shape[1]:  # double the buffer: appending stays O(1) amortised
-                    text = F.pad(text, (0, length))
-                text[:, length], length = token, length + 1
-                if not criteria:
-                    yield token
-                else:
-                    for criterion in criteria:
-                        unfinished = unfinished & ~criterion(text[:, :length], scores)
-                    waiting.append(token)
-                    overs.append(~unfinished.any())
-                    if len(waiting) == every or left == 0:
-                        over = [*torch.stack(overs).tolist(), True]  # waits for the GPU
-                        yield from waiting[: over.index(True) + 1]
-                        if over.index(True) < len(waiting):
-                            return
-                        waiting, overs = [], []
-                if left > 0:
-                    output = cache.read(dict(step, input_ids=text[:, length - 1 : length]))
-                    logits = output.logits[:, -1]
-        finally:
-            cache.close()
-
-
-_generating = contextvars.ContextVar("_generating", default=None)  # this thread's GenerationCache
-
-
-class _WatchedCriteria(StoppingCriteriaList):
-    """Stopping criteria that tell the cache which rows have ended."""
-
-    def __init__(self, criteria, cache):
-        super().__init__(criteria)
-        self.cache = cache
-
-    def __call__(self, input_ids, scores, **kwargs):
-        done = super().__call__(input_ids, scores, **kwargs)
-        self.cache.rows_have_ended(done)
-        return done
+    def _steps(self, ids, output, logits_processor, stopping_criteria, config):
+        """Yield tokens (b) after ids (b, l), which gave `output`, and whether all rows are over."""
+        unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
+        criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
+        for i in range(max(1, min([config.max_length, *limits]) - ids.shape[1])):
+            if i > 0:
+                output = output.cache.read(ids[:, -1:])
+            scores = logits_processor(ids, output.logits[:, -1].float())
+            if config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+            else:
+                token = scores.argmax(-1)
+            if ends:  # rows that have ended are filled up
+                token = token.masked_fill(~unfinished, torch.as_tensor(pads).flatten()[0])
+            ids = torch.cat([ids, token[:, None]], dim=1)
+            for criterion in criteria:
+                unfinished = unfinished & ~criterion(ids, scores)
+            yield token, ~unfinished.any() if criteria else False
 
 
 class GenerationCache:
     """What `generate` carries from token to token: a Mamba2Cache, exchanged for the next in place.
 
-    It keeps the states of rows that have ended, decodes with a CUDA graph where `kernels` can, and
-    forgets tokens, for speculative decoding: a state cannot be rewound, but an older one (`base`)
-    and the tokens since then (`since`) can be kept, and read again.
+    It keeps the states of rows that have ended, and forgets tokens, for speculative decoding: a
+    state cannot be rewound, but an older one (`base`) and the tokens since then (`since`) can be
+    kept, and read again.
     """
 
     is_compileable = False
     is_linear = (False,)  # if all were True, generate would pass tokens that were already read
 
-    def __init__(self, model, cache: Mamba2Cache):
-        self.model, self.recording, self.decoder, self.mask = model, False, None, None
-        self.ended = self.ended_before = self.frozen = None
-        self.replace(cache)
+    def __init__(self, model, cache: Mamba2Cache, eos: Tensor | None = None):
+        self.model, self.eos, self.decoder, self.mask = model, eos, None, None
+        self.is_croppable, self.chosen, self.last, self.ended, self.kept = (
+            False,
+            False,
+            None,
+            None,
+            None,
+        )
+        self.start(cache)
 
-    def replace(self, cache: Mamba2Cache):
-        self.current, self.length = cache, cache.get_seq_length()
-        self.base, self.since = cache, None
-        if self.decoder:
-            self.decoder.load(cache)
+    def start(self, cache: Mamba2Cache):
+        self.base = self.current = cache
+        self.length, self.since = cache.get_seq_length(), None
+
+    def close(self):
+        """Make `current` the Mamba2Cache after all tokens, and free a CUDA graph for others."""
+        cache = self._current()
+        self.current = cache if self.kept is None else _where(self.ended, self.kept, cache)
+        self.decoder = None
+
+    def _current(self):
+        cache = self.current
+        if cache is None:  # tokens were forgotten
+            mask = None if self.mask is None else self.mask[:, : self.length]
+            cache = self.model.prefill(self.since, mask, self.base)
+        if not isinstance(cache, Mamba2Cache):  # a Decoder of kernels.py, which copies its states
+            cache = Mamba2Cache(tuple(Mamba2State(*state) for state in cache.states()), self.length)
+        return cache
+
+    def read(self, ids=None, mask=None, embeds=None, **options):
+        """The model's output for more tokens; arguments are those of its forward."""
+        b, l = (embeds if ids is None else ids).shape[:2]
+        options |= dict(use_cache=True, return_dict=True)
+        rows = len(self.base.states[0].ssm) if self.base.states else b
+        if b > rows:  # several samples or beams for each prompt
+            self.start(self.base.repeat(b // rows))
+        if self.last is not None:
+            self._keep_ended()
+        if self.is_croppable:
+            output = self._read_again(ids, mask, options)
+        elif kernels and (logits := kernels.decode(self, ids, mask, options)) is not None:
+            output = CausalLMOutputWithPast(logits=logits)
+        else:
+            output = self.model(ids, mask, self._current(), embeds, **options)
+            self.current = output.cache
+        self.length += l
+        if self.eos is not None and self.chosen and not self.is_croppable:
+            self.last = ids[:, -1]
+        output[CACHE] = self
+        return output
+
+    def _keep_ended(self):
+        """Keep the states of rows whose text ended with the last token; what fills up follows."""
+        rows = torch.isin(self.last, self.eos)
+        rows = rows if self.ended is None else rows & ~self.ended
+        if rows.any():
+            state = self._current()
+            self.kept = state if self.kept is None else _where(rows, state, self.kept)
+            self.ended = rows if self.ended is None else self.ended | rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
-    def value(self) -> Mamba2Cache:
-        """The Mamba2Cache after all tokens that are not forgotten."""
-        cache = self.current
-        if cache is None:
-            mask = None if self.mask is None else self.mask[:, : self.length]
-            cache = self.model.prefill(self.since, mask, self.base)
-        if self.decoder:
-            states = tuple(Mamba2State(*state) for state in self.decoder.states())
-            cache = Mamba2Cache(states, self.length, cache.seq_idx)
-        return cache if self.frozen is None else _where(*self.frozen, cache)
-
-    def close(self):
-        """Give back the decoder."""
-        if self.decoder:
-            self.current = self.value()
-            self.decoder.close()
-        self.decoder = None
-
-    def rows_have_ended(self, done):
-        """Note which rows (b) ended with the token that was just chosen."""
-        if not self.recording:  # in speculative decoding the token may be rejected
-            self.ended_before = self.ended
-            self.ended = done if self.ended is None else self.ended | done
-
-    def read(self, options):
-        """The model's output for more tokens; options are those of its forward."""
-        ids, embeds = options["input_ids"], options["inputs_embeds"]
-        length = (embeds if ids is None else ids).shape[1]
-        rows = self.ended_before  # the last token of these rows has been read by now
-        if rows is not None and rows.any():
-            if self.frozen is None or (rows & ~self.frozen[0]).any():
-                self.frozen = rows, self.value()
-        if self.recording:
-            output = self._read_again(options)
-        elif (output := self._decode(ids, options)) is None:
-            if self.decoder:
-                self.close()  # and continue from its states
-            output = self.model(**options, cache=self.current, use_cache=True, return_dict=True)
-            self.current = output.cache
-        self.length += length
-        output[CACHE] = self
-        return output
-
-    def _decode(self, ids, options):
-        """The output for one token (b, 1) with a CUDA graph, or None where that is impossible."""
-        mask, seq_idx = options["attention_mask"], options["seq_idx"]
-        if not kernels or ids is None or ids.shape[1] != 1 or seq_idx is not None:
-            return None
-        if options["output_hidden_states"] or (mask is not None and not mask[:, -1].all()):
-            return None  # masked: in a prompt that is read token by token
-        if self.decoder is None and self.current.states:
-            self.decoder = kernels.decoder(self.model, self.current) or False
-        return CausalLMOutputWithPast(logits=self.decoder(ids)) if self.decoder else None
+    def reorder_cache(self, beam_idx):
+        self.start(self._current().select(beam_idx))
 
     # Speculative decoding, for one row:
 
-    @property
-    def is_croppable(self):
-        return self.recording
-
     def activate_past_recording(self):
-        self.recording = True
+        self.is_croppable = True
 
     def crop(self, tokens: int):
-        """Forget the last -tokens tokens or, if positive, all after the first `tokens`.
+        """Forget the last -tokens tokens. If there are none, all tokens are there to stay."""
+        start, self.length = self.base.get_seq_length(), self.length + int(tokens)
+        if self.length < start:
+            raise ValueError(f"crop({tokens}): {start - self.length} tokens were there to stay")
+        if tokens < 0:
+            self.current, self.since = None, self.since[:, : self.length - start]
+        elif self.current is not None:
+            self.start(self.current)
 
-        If that forgets nothing, all tokens are there to stay.
-        """
-        start, length = self.base.get_seq_length(), self.length
-        tokens = int(tokens)
-        kept = min(tokens if tokens > 0 else length + tokens, length)
-        if kept < start:
-            raise ValueError(f"crop({tokens}): {start - kept} of these tokens were there to stay")
-        if kept == length and self.current is not None:
-            self.base, self.since = self.current, None
-        elif kept < length:
-            self.current = self.base if kept == start else None
-            self.since = None if kept == start else self.since[:, : kept - start]
-        self.length = kept
-
-    def _read_again(self, options):
+    def _read_again(self, ids, mask, options):
         """The output for ids (1, l) after the tokens that were not forgotten."""
-        ids, self.mask = options["input_ids"], options["attention_mask"]
-        if ids is None or options["seq_idx"] is not None:
-            raise ValueError(
-                "speculative decoding reads input_ids alone: with inputs_embeds or seq_idx, read "
-                "the prompt with `prefill`, and generate from its cache"
-            )
-        l = ids.shape[1]
+        if ids is None or options.get("output_hidden_states"):
+            raise ValueError("speculative decoding takes input_ids, and returns no hidden states")
+        self.mask = mask
         if self.current is None and self.since.shape[1] > 32:  # too many to read each time
-            self.replace(self.value())
+            self.start(self._current())
         since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
         cache, new = (self.base, since) if self.current is None else (self.current, ids)
-        keep = options["logits_to_keep"] or l
-        options = {**options, "input_ids": new, "logits_to_keep": keep}
-        output = self.model(**options, cache=cache, use_cache=True, return_dict=True)
-        if output.hidden_states is not None:
-            output.hidden_states = tuple(h[:, -l:] for h in output.hidden_states)
+        options["logits_to_keep"] = options["logits_to_keep"] or ids.shape[1]
+        output = self.model(new, mask, cache, **options)
         self.since, self.current = since, output.cache
         return output
 
-    def reorder_cache(self, beam_idx):
-        self.replace(self.value().select(beam_idx))
+
+def _one_cache(cache, past_key_values):
+    """The cache, which callers may pass under either name; an empty one if there is none."""
+    if cache is not None and past_key_values is not None:
+        raise TypeError("cache and past_key_values are one argument: give one of them")
+    cache = past_key_values if cache is None else cache
+    if not isinstance(cache, (Mamba2Cache, GenerationCache, type(None))):
+        raise TypeError(f"cache is a {type(cache).__name__}: it must be a Mamba2Cache")
+    return Mamba2Cache(()) if cache is None else cache
 
 
-def read_in_segments(model, whole, cache, length, first, progress, options):
-    """A Mamba2ForCausalLM's backbone and loss over a sequence, in segments of `length` positions.
-
-    Each segment starts from the state after the one before, and no intermediate tensor spans the
-    whole sequence, except integers. Results and gradients are those of the whole. For the backward
-    pass only the states between segments are kept; a segment is computed again when its turn comes,
-    which costs one more forward pass. So memory grows as s + l / s with the length s of a segment,
-    and as the square root of l with the best s.
-
-    Args:
-        whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
-        first: the first position whose hidden state is returned.
-        options: further arguments of the backbone's forward.
-
-    Returns:
-        the summed loss or None; hidden states (b, l - first, d); the backbone's last output.
-    """
-
-    def segment(x, mask, seq_idx, targets, cache, last):
-        name = "inputs_embeds" if x.is_floating_point() else "input_ids"
-        given = {**options, "attention_mask": mask, "seq_idx": seq_idx, "cache": cache}
-        given["use_cache"] = options["use_cache"] if last else True
-        output = model.backbone(**{name: x}, **given, return_dict=True)
-        h = output.last_hidden_state
-        return None if targets is None else model.summed_loss(h, targets), output
-
-    total = whole[0].shape[1]
-    count = max(1, -(-total // length))
-    run = segment if count == 1 else functools.partial(recomputed, model, segment)
-    pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
-    segments = zip(*pieces, strict=True)
-    if progress:
-        from tqdm.auto import tqdm
-
-        segments = tqdm(segments, total=count, unit=" segments")
-    losses, kept = [], []
-    with _without_weight_cache(whole[0]):
-        for i, piece in enumerate(segments):
-            loss, output = run(*piece, cache, i == count - 1)
-            losses.append(loss)
-            cache, h = getattr(output, CACHE), output.last_hidden_state
-            end = min((i + 1) * length, total)
-            if first < end or first == end == total:  # else the slice would keep all of h alive
-                kept.append(h[:, max(0, first - i * length) :])
-    h = torch.cat(kept, dim=1) if kept else None
-    return None if losses[0] is None else sum(losses), h, output
+def _tokens(ids, embeds, attention_mask, seq_idx, others):
+    """Checked: ids (b, l) or embeddings (b, l, d); the mask (b, l) of these, bool, or None if
+    nothing is masked; seq_idx (b, l) or None. others: arguments by name, only position_ids."""
+    position_ids = others.pop("position_ids", None)
+    if others := [name for name, value in others.items() if value is not None]:
+        raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
+    if (ids is None) == (embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    sizes, mask = {}, attention_mask
+    _require(sizes, "b l", "integers", input_ids=ids)
+    _require(sizes, "b l d", inputs_embeds=embeds)
+    if mask is not None:
+        _require({}, "b l", "a mask", attention_mask=mask)
+        mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
+        _require(sizes, "b l", "a mask", attention_mask=mask)
+        mask = _as_bool(mask)
+        # Nothing masked is the common case, and worth asking for.
+        mask = None if _readable(mask) and bool(mask.all()) else mask
+    _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
+    if position_ids is not None and seq_idx is None:
+        seq_idx = (position_ids == 0).cumsum(1)
+    return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
 
 
-def _without_weight_cache(x):
-    """Autocast as it is on x's device, with its weight-cast cache disabled.
-
-    With that cache, weights are cast once for all segments, and their gradients added in bfloat16.
-    """
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, cache_enabled=False)
-
-
-def recomputed(module, function, *arguments):
-    """function(*arguments), which is computed again for the backward pass and keeps nothing for it.
-
-    Like autograd with saved tensors, the backward pass refuses weights of the module that were
-    changed in place since. torch.func does not support checkpointing: there nothing is recomputed.
-    """
-    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+def recomputed(function, *arguments):
+    """function(*arguments), computed again for the backward pass, for which nothing is kept."""
+    if not torch.is_grad_enabled():
         return function(*arguments)
-    # Of these very tensors: FSDP exchanges a module's parameters between the two passes.
-    weights = () if torch.compiler.is_compiling() else module.parameters()
-    versions = [(weight, weight._version) for weight in weights]
-
-    def checked(*arguments):
-        if any(weight._version != version for weight, version in versions):
-            raise RuntimeError(
-                "weights were modified in place between the forward pass and the backward pass, "
-                "which computes the former again: call backward() before optimizer.step()"
-            )
-        return function(*arguments)
-
-    return checkpoint(checked, *arguments, use_reentrant=False)
+    return checkpoint(function, *arguments, use_reentrant=False)
 
 
 def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
@@ -2124,25 +1458,24 @@ def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
     """
     if group is not None:
         return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
-    order = None
-    if mask is not None:
-        order = Order(mask)
-        labels, seq_idx = order.sort(labels.masked_fill(~mask, -100)), order.sort_labels(seq_idx)
+    order = None if mask is None else Order(mask)
+    if order is not None:
+        labels, seq_idx = labels.masked_fill(~mask, -100), order.sort_labels(seq_idx)
+        labels = _take(labels, order.index)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
     if seq_idx is not None:
         ends = F.pad(_borders(seq_idx), (0, 1))[:, 1:]
         targets = targets.masked_fill(ends, -100)
     if order is not None:
-        targets = order.restore(targets).masked_fill(~mask, -100)
+        targets = _take(targets, order.place).masked_fill(~mask, -100)
     return targets
 
 
 def register_with_transformers():
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM use this file for "mamba2"."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    """Make AutoConfig and AutoModelForCausalLM use this file for "mamba2"."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
-    AutoModel.register(Mamba2Config, Mamba2Model, exist_ok=True)
     AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
 
 
@@ -2157,32 +1490,21 @@ class Slices:
         y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
         model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
 
-    In the order of ranks, the slices are the sequence; they may be of any lengths, 0 too. What
-    crosses a border is what a layer's state is made of:
-
-    - The convolution needs the last k-1 inputs before the slice: one all-gather of those of each
-      slice.
-    - SSD is linear in its state. Each rank scans its slice from a zero state; one all-gather of the
-      final states (p, n) and of the total decays gives the state before each slice. That is the
-      recurrence between chunks (step 3 of Listing 1) with slices for chunks. What it adds to the
-      outputs is one matrix product.
-
-    Bytes that a rank sends per layer and forward pass to each of the R-1 others, whatever the
-    length (e: bytes of a number of the projections; 8 instead of 4 in a float64 layer):
+    Slices may have any lengths, 0 too. Each rank computes the states that its slice alone leaves,
+    the convolution's and SSD's. Two all-gathers per layer give the states before each slice, which
+    for SSD is the recurrence between chunks (step 3 of Listing 1) with slices for chunks. Bytes
+    that a rank sends per layer and forward pass to each of the R-1 others, at any length (e: bytes
+    of a number of the projections; 8 instead of 4 in a float64 layer; 2.65 MB in mamba2-2.7b):
 
         b (4 h (p n + 1) + e (k-1) (h p + 2 g n))
 
-    The backward pass, recomputation and each further segment send the same again. For one row of
-    mamba2-2.7b in bfloat16 this is 2.65 MB.
-
-    Gradients flow back along the same path: each rank gets its part of the gradients, and the parts
-    add up. The loss of `Mamba2ForCausalLM` is the whole sequence's on every rank, so the average of
-    its gradients over the ranks is one process's gradient, which is what DDP and FSDP compute.
+    The backward pass, recomputation and each further segment send the same again. For a loss, the
+    labels, mask and seq_idx of the whole sequence are gathered once, 24 bytes per position. Each
+    rank gets its part of the gradients of the whole sequence's loss, and the parts add up: averages
+    over the ranks, as in DDP and FSDP, are the gradients of that loss in one process.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
-
-    In shapes here r is ranks, if not (g r), which is heads; s is segments.
 
     Raises:
         TypeError: group is not a process group that this rank belongs to.
@@ -2200,83 +1522,66 @@ class Slices:
         options.update({name: getattr(config, name) for name in _DEFAULTS})
         self.length = sum(_agree(group, x, **options, seq_idx=seq_idx is not None))
         self.group, self.rank = group, dist.get_rank(group)
-        b, l = x.shape[:2]
-        lengths = torch.full((b,), l, device=x.device) if lengths is None else lengths
-        labels = x.new_zeros((b, l), dtype=torch.int64) if seq_idx is None else seq_idx.long()
-        # Of each slice, gather the labels of its first position and of its last m.
-        self.m = max(1, config.conv_kernel - 1)
-        self.last = lengths[:, None] + torch.arange(-self.m, 0, device=x.device)  # (b, m)
-        index = F.pad(self.last, (1, 0))  # (b, 1+m)
-        exists = (index >= 0) & (lengths[:, None] > 0)
-        labels = F.pad(labels, (0, 1)).gather(1, index.clamp(min=0))
-        ends = _all_gather(torch.stack([labels, exists.long()]), group)  # (r, 2, b, 1+m)
-        self.last_labels, last_exist = rearrange(ends[..., 1:], "r two b m -> two b (r m)")
-        self.last_exist = last_exist.bool()
-        labels, exist = rearrange(ends, "r two b m -> two b (r m)")
-        self.ends = labels, exist.bool()  # all that `_follow_labels` needs of the whole sequence
-        # (b), whether this slice begins another sequence than the one before it.
-        cut = self.rank * (1 + self.m)
-        own = [t[:, cut : cut + 1 + self.m] for t in self.ends]
-        first, any_exist = _first_label(*own)
-        before, any_before = _first_label(*(t[:, :cut].flip(1) for t in self.ends))
-        self.begins = any_before & any_exist & (first != before)
+        (b, l), k = x.shape[:2], config.conv_kernel
+        self.lengths = torch.full((b,), l, device=x.device) if lengths is None else lengths
+        labels = x.new_zeros(b, l, dtype=torch.int64) if seq_idx is None else seq_idx.long()
+        self.number = _sequence_number(labels, k - 1)
+        # Of each slice: its first and last label, and how many inputs of the convolution's state it
+        # replaces; k stands for all of these k-1, also if another sequence begins in the slice.
+        ends = F.pad(labels, (0, 1))[:, [0, l - 1]]  # (b, 2)
+        replaced = self.lengths.masked_fill(_borders(labels).any(1), k).clamp(max=k)
+        known = _all_gather(torch.cat([ends, replaced[:, None]], dim=1), group)  # (R, b, 3)
+        self.replaced = known[..., 2:]  # (R, b, 1), 0 if all positions are masked
+        order = Order(repeat(self.replaced > 0, "R b 1 -> b (R 2)"))
+        labels = order.sort_labels(rearrange(known[..., :2], "R b two -> b (R two)"))
+        self.ends = labels, order.lengths  # as if these were all positions of the whole sequence
+        # (R, b, 1, 1), whether a slice begins with another sequence than the one before it ended.
+        self.begins = _take(_borders(labels), order.place)[:, ::2].T[..., None, None]
 
     def states_of_convolution(self, xBC, state):
         """The state (b, k-1, d) of the convolution before this slice, and after the last one."""
-        last = _take(F.pad(xBC, (0, 0, 0, 1)), self.last.clamp(min=0))  # (b, m, d)
-        last = rearrange(_all_gather(last, self.group), "r b m d -> b (r m) d")
-
-        def state_after(slices):
-            count = slices * self.m
-            order = Order(self.last_exist[:, :count])
-            window = torch.cat([1 * state.to(last.dtype), order.sort(last[:, :count])], dim=1)
-            labels = order.sort_labels(self.last_labels[:, :count])
-            number = _sequence_number(labels, state.shape[1])
-            return last_inputs(window, state.shape[1], order.lengths, number)
-
-        before = state_after(self.rank).masked_fill(self.begins[:, None, None], 0)
-        return before, state_after(dist.get_world_size(self.group))
+        taps, states, state = state.shape[1], [], state.to(xBC.dtype)
+        mine = last_inputs(F.pad(xBC, (0, 0, taps, 0)), taps, self.lengths, self.number)
+        last = _all_gather(mine, self.group)  # (R, b, k-1, d), 0 where a slice has no input
+        index = self.replaced + torch.arange(taps, device=xBC.device)  # (R, b, k-1)
+        for i, begins in enumerate(self.begins):
+            states.append(state.masked_fill(begins, 0))
+            state = last[i] + _take(F.pad(states[-1], (0, 0, 0, taps + 1)), index[i])
+        # Not states[rank]: gradients must reach the all-gather on every rank, or others wait.
+        return torch.stack(states)[self.rank], state
 
 
 @_without_autocast
-def ssd_of_slice(
-    x, dt, A, B, C, D=None, *, slices, chunk_size=64, initial_state=None, seq_idx=None
-):
+def ssd_of_slice(x, dt, A, B, C, D, *, slices, chunk_size, initial_state, seq_idx):
     """`ssd` of this rank's slice. initial_state and final_state are those of the whole sequence."""
-    y, written = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, seq_idx=seq_idx)
+    y, written = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, seq_idx=seq_idx)  # from zeros
     log_decay, _, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
-    from_start = F.pad(log_decay, (0, 0, 1, 0)).cumsum(1).exp()  # (b, 1+l, h)
-
-    decay = from_start[:, -1, :, None].masked_fill(slices.begins[:, None, None], 0)  # (b, h, 1)
-    ends = _all_gather(torch.cat([decay, written.flatten(2)], dim=2), slices.group)
-    states = [state]  # before each slice, and after the last one
-    for slice_ in ends:  # (b, h, 1 + p n)
-        decay, written = slice_[..., :1, None], slice_[..., 1:].unflatten(2, state.shape[2:])
-        states.append(decay * states[-1] + written)  # (b, h, p, n)
-
-    # Not states[slices.rank]: gradients must reach the all-gather on every rank, or others wait.
-    state = torch.stack(states)[slices.rank].masked_fill(slices.begins[:, None, None, None], 0)
-    state = rearrange(state.to(C.dtype), "b (g r) p n -> b g n (r p)", g=B.shape[2])
-    read = rearrange(C, "b l g n -> b g l n") @ state  # (b, g, l, (r p))
-    read = rearrange(read, "b g l (r p) -> b l (g r) p", p=x.shape[3])
-    return torch.addcmul(y, from_start[:, 1:, :, None].to(y.dtype), read), states[-1]
+    # Along the last axis, a GPU sums faster.
+    decay = F.pad(rearrange(log_decay, "b l h -> b h l"), (1, 0)).cumsum(2).exp()  # (b, h, 1+l)
+    mine = torch.cat([decay[..., -1:], written.flatten(2)], dim=2)  # (b, h, 1 + p n)
+    states = []
+    for last, begins in zip(_all_gather(mine, slices.group), slices.begins, strict=True):
+        states.append(state.masked_fill(begins[..., None], 0))
+        state = last[..., :1, None] * states[-1] + last[..., 1:].unflatten(2, state.shape[2:])
+    state_before = torch.stack(states)[slices.rank].to(C.dtype)  # as for the convolution
+    state_before = state_before.unflatten(1, (B.shape[2], -1))  # (b, g, r, p, n)
+    read = torch.einsum("blgn,bgrpn->blgrp", C, state_before).flatten(2, 3)  # (b, l, h, p)
+    decay = rearrange(decay[..., 1:].to(y.dtype), "b h l -> b l h 1")
+    return torch.addcmul(y, decay, read), state
 
 
 def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
-    """`next_tokens` for this rank's slices, of `length` positions in each segment."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    """This rank's part of `next_tokens` of the whole sequence, in segments of `length` here."""
     mask = torch.ones_like(labels) if mask is None else mask
     seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
-    mine = torch.stack([t.long() for t in (labels, mask, seq_idx)])  # (3, b, l)
-    mine = [F.pad(t, (0, 1)) for t in mine.split(length, dim=2)]  # one more, which is masked
-    firsts = [t.gather(2, t[1:2].argmax(2, keepdim=True).expand(3, -1, 1)) for t in mine]
-    firsts = rearrange(_all_gather(torch.stack(firsts), group), "r s i b 1 -> i b (s r)")
-    # Between this rank's slices, the first positions that exist of the others' stand for these.
-    between = [firsts[:, :, i * size + rank + 1 :][:, :, : size - 1] for i in range(len(mine))]
-    pieces = [t for pair in zip(mine, between, strict=True) for t in pair]
-    labels, mask, seq_idx = torch.cat(pieces, dim=2)
-    targets = next_tokens(labels, mask.bool(), seq_idx).split([t.shape[2] for t in pieces], dim=1)
-    return torch.cat([t[:, :-1] for t in targets[::2]], dim=1)
+    mine = torch.stack([labels, mask.long(), seq_idx]).split(length, dim=2)  # s of (3, b, l)
+    longest = int(_all_gather(labels.new_tensor([length]), group).max())
+    padded = torch.stack([F.pad(t, (0, longest - t.shape[2])) for t in mine])  # with mask 0
+    whole = rearrange(_all_gather(padded, group), "R s three b l -> three b (s R l)")
+    targets = next_tokens(whole[0], whole[1].bool(), whole[2])
+    targets = rearrange(targets, "b (s R l) -> R s b l", s=len(mine), l=longest)
+    own = zip(targets[dist.get_rank(group)], mine, strict=True)
+    return torch.cat([t[:, : piece.shape[2]] for t, piece in own], dim=1)
 
 
 def _agree(group, x, **options):
@@ -2287,16 +1592,15 @@ def _agree(group, x, **options):
     options.update(autocast=torch.is_autocast_enabled(x.device.type))
     ranks = [None] * dist.get_world_size(group)
     dist.all_gather_object(ranks, (x.shape[1], options), group=group)
-    lengths, ranks = zip(*ranks, strict=True)
-    for name in sorted({name for rank in ranks for name in rank}):
-        values = [rank.get(name) for rank in ranks]
+    for name in options:
+        values = [others.get(name) for _, others in ranks]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
-    return lengths
+    return [length for length, _ in ranks]
 
 
 class _AllGather(torch.autograd.Function):
-    """Each rank's x, (r, ...). Backward: the gradients of x from all ranks, added up."""
+    """Each rank's x, (R, ...). torch's own such function warns in 2.13 that it is deprecated."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -2316,13 +1620,6 @@ class _AllGather(torch.autograd.Function):
 _all_gather = _AllGather.apply
 
 
-if kernels:
-    kernels.register(
-        Linear=nn.Linear,
-        CausalConv1d=CausalConv1d,
-        RMSNorm=RMSNorm,
-        Mamba2=Mamba2,
-        Mamba2Block=Mamba2Block,
-        Mamba2Model=Mamba2Model,
-        Mamba2ForCausalLM=Mamba2ForCausalLM,
-    )
+if kernels:  # may stand in for calls of these
+    kernels.register(nn.Linear, CausalConv1d, RMSNorm, Mamba2, Mamba2Block)
+    kernels.register(Mamba2Backbone, Mamba2ForCausalLM)
