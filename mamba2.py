@@ -1026,9 +1026,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             the last call to this one, another begins. Or position_ids, 0 where one begins.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
             Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
-        segment_length: positions in a segment, see `_read`; "auto" for about the least memory
-            that does not leave a GPU idle; 0 for the whole sequence at once; None for the
-            config's choice. With a group: positions in this rank's slice of a segment.
+        segment_length: positions in a segment, see `_read` (with a group, in this rank's slice of
+            it); "auto" for about the least memory; 0 for all at once; None for the config's choice.
         progress: show a progress bar over the segments.
         """
         past = _one_cache(cache, past_key_values)
@@ -1051,10 +1050,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             first = l + 1  # none
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
-        whole = x, mask, seq_idx, targets
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        options = group, hidden_states, use_cache
+        whole, options = (x, mask, seq_idx, targets), (group, hidden_states, use_cache)
         loss, h, cache = self._read(whole, past, length, first, progress, *options)
         if labels is not None:
             items = (targets != -100).sum()
@@ -1218,9 +1216,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if not options.get("return_dict_in_generate", config.return_dict_in_generate):
             return None
         end = self.generation_config.eos_token_id
-        end = options.get(
-            "eos_token_id", end if config.eos_token_id is None else config.eos_token_id
-        )
+        end = end if config.eos_token_id is None else config.eos_token_id
+        end = options.get("eos_token_id", end)
         return None if end is None else torch.as_tensor(end, device=self.device)
 
     def prepare_inputs_for_generation(
@@ -1314,13 +1311,8 @@ class GenerationCache:
 
     def __init__(self, model, cache: Mamba2Cache, eos: Tensor | None = None):
         self.model, self.eos, self.decoder, self.mask = model, eos, None, None
-        self.is_croppable, self.chosen, self.last, self.ended, self.kept = (
-            False,
-            False,
-            None,
-            None,
-            None,
-        )
+        self.is_croppable = self.chosen = False
+        self.last = self.ended = self.kept = None  # the last tokens, rows, states at their end
         self.start(cache)
 
     def start(self, cache: Mamba2Cache):
