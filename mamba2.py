@@ -221,7 +221,8 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=B.shape[2]), []
     each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
     for C_c, inside_c, written_c, from_start_c in each:
-        read = torch.einsum("bgqn,bgrpn->bgrqp", C_c, state)
+        read = C_c @ state.flatten(2, 3).mT  # (b, g, q, (r p))
+        read = rearrange(read, "b g q (r p) -> b g r q p", p=x.shape[-1])
         y = torch.addcmul(inside_c, from_start_c, read)  # (b, g, r, q, p)
         ys.append(rearrange(y, "b g r q p -> b q (g r) p").to(dtype))
         state = torch.addcmul(written_c, from_start_c[..., -1:, :], state)
