@@ -3388,19 +3388,21 @@ def decode(text, ids, mask, options):
 def ahead(steps):
     """Steps (token, over): on a GPU `over` is read every eighth time, for it waits for the GPU."""
     waiting = []
-    for step in steps:
-        waiting.append(step)
-        if len(waiting) == 8 or step[1] is False or not step[1].is_cuda:
+    for token, over in steps:
+        if over is False or not over.is_cuda:
+            yield token, over
+            continue
+        waiting.append((token, over))
+        if len(waiting) == 8:
             yield from _read(waiting)
             waiting = []
-    yield from _read(waiting)
+    if waiting:
+        yield from _read(waiting)
 
 
 def _read(steps):
-    """The steps with bools: one wait for all."""
-    overs = [over for _, over in steps if over is not False]
-    overs = iter(torch.stack(overs).tolist() if overs else [])
-    return [(token, over is not False and next(overs)) for token, over in steps]
+    tokens, overs = zip(*steps, strict=True)
+    return zip(tokens, torch.stack(overs).tolist(), strict=True)
 
 
 class Decoder:
@@ -3666,17 +3668,15 @@ class _Table:
 
         return do_bench(call, return_mode="median")
 
-    def median_in_a_graph(self, calls) -> float:
+    def median_in_a_graph(self, call) -> float:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # from which a capture that fails does not return by itself
-            for call in calls[:2]:
-                call()
+            call()
             with torch.cuda.graph(graph, stream=stream):
-                for call in calls:
-                    call()
+                call()
         torch.cuda.current_stream().wait_stream(stream)
-        return self.median(graph.replay) / len(calls)
+        return self.median(graph.replay)
 
     def fused(self, function):
         """The function, with mamba2 using the kernels while it runs."""
@@ -3705,9 +3705,9 @@ class _Table:
     def wants(self, name) -> bool:
         return not self.wanted or any(word in name for word in self.wanted)
 
-    def row(self, name, inputs, sides, exact, flops=0, parts=("fwd", "bwd"), others=()):
+    def row(self, name, inputs, sides, exact, flops=0, parts=("fwd", "bwd")):
         """Measure and print. parts: of fwd, bwd, fwd+bwd, and "in graph" the first and the last of
-        them; `others` are more inputs for one graph, so that none of them is found in the cache."""
+        them."""
         if not self.wants(name):
             return
         first = [t.detach()[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
@@ -3721,10 +3721,10 @@ class _Table:
         ours = {}
         for side in sides:
             for part in parts:
-                if "graph" in part and side.who == "plain" and not others:
+                if "graph" in part and side.who == "plain":
                     continue  # too many launches for one graph
                 try:
-                    ms, moved, found = self.measure(part, side, side.inputs or inputs, dy, others)
+                    ms, moved, found = self.measure(part, side, side.inputs or inputs, dy)
                 except Exception as problem:  # out of memory, or a peer that does not run here
                     problem = problem.__context__ or problem  # what came first, inside a capture
                     print(f"{name}, {part}, {side.who}: {repr(problem)[:90]}")
@@ -3741,16 +3741,15 @@ class _Table:
                     line += f"  {((found[:1].double() - right).norm() / right.norm()).item():.1e}"
                 print(line, flush=True)
 
-    def measure(self, part, side, inputs, dy, others):
+    def measure(self, part, side, inputs, dy):
         """Milliseconds, bytes, and what is compared with float64."""
         leaves = [t.detach() for t in inputs]
         moved = sum(t.nbytes for t in (*leaves, *side.weights))
         if "bwd" not in part:
             with torch.no_grad():
                 outputs = _tensors(side.call(*leaves))
-                calls = [functools.partial(side.call, *given) for given in (leaves, *others)]
-                in_graph = "graph" in part
-                ms = self.median_in_a_graph(calls) if in_graph else self.median(calls[0])
+                call = functools.partial(side.call, *leaves)
+                ms = self.median_in_a_graph(call) if "graph" in part else self.median(call)
             return ms, moved + sum(t.nbytes for t in outputs), outputs[0]
         wanted = [*(t.requires_grad_() for t in leaves), *side.weights]
 
@@ -3767,7 +3766,7 @@ class _Table:
             call = functools.partial(backward, forward())
         # No y may live on while a graph is captured: its AccumulateGrad nodes would be used again,
         # on the stream on which they were made.
-        ms = self.median_in_a_graph([call]) if "graph" in part else self.median(call)
+        ms = self.median_in_a_graph(call) if "graph" in part else self.median(call)
         return ms, moved, found
 
 
@@ -3785,7 +3784,6 @@ def _peers() -> dict:
         from mamba_ssm.modules import mamba2 as layers
         from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
     except Exception as error:  # it may fail to be imported in many ways
         print("without mamba_ssm:", repr(error)[:80])
@@ -3816,24 +3814,10 @@ def _peers() -> dict:
             def forward(self, ids):
                 return self.model(ids, num_last_tokens=1).logits
 
-        def step(ours):  # all but its convolution, which needs that build, too
-            h, p, g, n = ours.sizes
-            A = -torch.exp(ours.A_log.float())[:, None, None].expand(h, p, n)
-            D, bias = (t[:, None].expand(h, p) for t in (ours.D, ours.dt_bias))
-
-            def call(xBC, dt, conv, ssm):
-                x, B, C = xBC[:, 0].split([h * p, g * n, g * n], 1)
-                x, B, C = x.unflatten(1, (h, p)), B.unflatten(1, (g, n)), C.unflatten(1, (g, n))
-                dt = dt[:, 0, :, None].expand(-1, h, p)
-                return selective_state_update(ssm, x, dt, A, B, C, D, None, bias, True)
-
-            return call
-
         found["ssd", "mamba_ssm"] = lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, 256, D=D)
         found["norm", "mamba_ssm"] = lambda x, weight: rms_norm_fn(x, weight, None, eps=1e-5)
         found["gated norm", "mamba_ssm"] = gated_norm
         found["layer", "mamba_ssm"], found["prefill", "mamba_ssm"] = layer, Prefill
-        found["step", "mamba_ssm"] = step
     try:
         from fla.modules.causal_conv1d import causal_conv1d
         from fla.ops.simple_gla import chunk_simple_gla

@@ -31,8 +31,9 @@ Sequences are "packed" if several lie one after another in the same row; masked 
 skipped, wherever they occur. "Differs:" marks where this file departs on purpose from the paper,
 from transformers' Mamba-2 or from "the original", the authors' package mamba_ssm.
 
-All but section 6 needs torch and einops only. On CUDA, `kernels.py` beside this file takes over
-where `kernels` is mentioned: set `kernels = None` if you change the mathematics. MIT licence.
+Section 6 and reading a config.json need transformers, all else only torch and einops. On CUDA,
+`kernels.py` beside this file takes over where `kernels` is mentioned: set `kernels = None` if you
+change the mathematics. MIT licence.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _without_autocast(function):
 @_without_autocast
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1. Per head: time
-    O(l p n), memory O(p n), or O(l p n) if gradients are wanted."""
+    O(l p n), memory O(l (p + n) + p n), or O(l p n) if gradients are wanted."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype, r = x.dtype, x.shape[2] // B.shape[2]
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
@@ -168,7 +169,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
 
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
-    product. Here the recurrence is a loop, and slabs of chunks bound the memory.
+    product. Here the recurrence is a loop, and slabs, so many chunks at once, bound the memory.
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
@@ -217,7 +218,7 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     # 2. From the inputs of a chunk to what it adds to the state.
     written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
     written = written.unflatten(3, (-1, x.shape[-1]))  # (b, c, g, r, p, n)
-    # From the state before each chunk: 4. to its outputs, and 3. to the state after it.
+    # From the state before each chunk: 4. to its outputs, and then 3. to the state after it.
     state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=B.shape[2]), []
     each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
     for C_c, inside_c, written_c, from_start_c in each:
@@ -270,8 +271,13 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and kernels.takes_causal_conv1d(x, weight, bias, **options):
         return kernels.causal_conv1d(x, weight, bias, **options)
-    (b, l, d), k = x.shape, weight.shape[1]
-    _require({"b": b, "k-1": k - 1, "d": d}, "b k-1 d", initial_state=initial_state)
+    sizes = {}
+    _require(sizes, "b l d", x=x)
+    _require(sizes, "d k", weight=weight)
+    b, l, d, k = (sizes[axis] for axis in "bldk")
+    _require(sizes, "d", bias=bias)
+    _require({**sizes, "k-1": k - 1}, "b k-1 d", initial_state=initial_state)
+    _require(sizes, "b l", "integers", seq_idx=seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
     number = _sequence_number(seq_idx, k - 1)
@@ -293,9 +299,8 @@ def last_inputs(window, count, lengths=None, number=None):
     """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d),
     of which `lengths` (b) of the l inputs count; zero if of an earlier sequence by its `number`."""
     start = window.shape[1] - count if lengths is None else lengths[:, None]
-    index = (start + torch.arange(count, device=window.device)).expand(
-        window.shape[0], -1
-    )  # (b, k-1)
+    index = start + torch.arange(count, device=window.device)
+    index = index.expand(window.shape[0], -1)  # (b, k-1)
     state = _take(window, index)  # a copy, which does not keep the whole window alive
     if number is not None:
         number = number.gather(1, index)
@@ -314,6 +319,11 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     last axis (Section 8.1). The result has the dtype of the gate, or without one of weight."""
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
+    sizes, count = {}, x.dim() if isinstance(x, Tensor) else 1
+    _require(sizes, " ".join("stuvwxyd"[-count:]), x=x, gate=gate)  # any number of axes before d
+    _require(sizes, "d", weight=weight)
+    rule = f"must divide the last axis of x, {sizes['d']}"
+    _check("groups", groups, rule, lambda groups: groups > 0 and sizes["d"] % groups == 0)
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
     x = x.unflatten(-1, (groups, -1))  # (..., g, d / g)
@@ -351,7 +361,7 @@ class Mamba2State(NamedTuple):
     Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
     """
 
-    conv: Tensor  # (b, k-1, h p + 2 g n), the last inputs of the convolution, in u's dtype
+    conv: Tensor  # (b, k-1, h p + 2 g n), the convolution's last inputs, in the projections' dtype
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
 
@@ -408,7 +418,7 @@ class Mamba2(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
         nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)
-        # A is uniform in [-16, -1]; dt log-uniform in [time_step_min, time_step_max].
+        # -A is uniform in [1, 16]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
         self.A_log.copy_(A.log())
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
@@ -442,11 +452,11 @@ class Mamba2(nn.Module):
         zxbcdt, fused = self.in_proj(u), None
         if kernels and order is None and slices is None:
             fused = kernels.layer(self, zxbcdt, state, seq_idx)
-        y, *state = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx, slices)
+        y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx, slices)
         y = self.out_proj(y)  # (b, l, d)
         if order is not None:
             y = order.restore(y)
-        return (y, Mamba2State(*state)) if return_state else y
+        return (y, Mamba2State(conv, ssm)) if return_state else y
 
     def _convolve_and_scan(self, zxbcdt, state, order, seq_idx, slices):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
@@ -454,7 +464,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
-        if order is not None:  # nothing is written to the state, and nothing decays
+        if order is not None:  # masked positions write nothing to the state, which does not decay
             dt = order.clear(dt)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
@@ -526,17 +536,16 @@ class Mamba2Backbone(nn.Module):
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
-        order = Order.of(mask, dict(zip("bl", h.shape, strict=False)))
+        order = Order.of(mask, dict(b=h.shape[0], l=h.shape[1]))
         if order is not None:  # once for all layers
             h, seq_idx, mask = order.sort(h), order.sort_labels(seq_idx), order.inner()
-        layers = self.layers[: self.config.num_hidden_layers]  # generate's early exit lowers it
-        new_states = []
+        layers = self.layers[: self.config.num_hidden_layers]  # which early exit lowers
+        checkpoints, new_states = self.gradient_checkpointing and self.training, []
         for block, state in zip(layers, states or [None] * len(layers), strict=True):
             if hidden_states is not None:
                 hidden_states.append(h if order is None else order.restore(h))
-            if self.gradient_checkpointing and self.training:
-                block = functools.partial(recomputed, block)
-            h, state = block(h, state, mask, seq_idx, group)
+            run = functools.partial(recomputed, block, block) if checkpoints else block
+            h, state = run(h, state, mask, seq_idx, group)
             new_states.append(state if keep_states else None)  # it would only take memory
         h = self.norm_f(h)
         return h if order is None else order.restore(h), tuple(new_states)
@@ -674,19 +683,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 # What an option may be: a rule, and whether it holds.
+NUMBERS = {int, float}
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
-POSITIVE = "must be a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf
-NOT_NEGATIVE = "must not be negative", lambda v: v == 0 or POSITIVE[1](v)
+POSITIVE = "must be a positive number", lambda v: type(v) in NUMBERS and 0 < v < math.inf
+NOT_NEGATIVE = "must not be negative", lambda v: type(v) in NUMBERS and 0 <= v < math.inf
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
 LIMITS = (
     "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit",
-    lambda v: type(v) is tuple and [*map(type, v)] == [float, float] and 0 <= v[0] <= v[1],
+    lambda v: type(v) is tuple and len(v) == 2 and {*map(type, v)} <= NUMBERS and 0 <= v[0] <= v[1],
 )
 SEGMENT = (
     "must be a number of positions, 'auto', or 0 for the whole sequence at once",
-    lambda v: v in ("auto", 0) or COUNT[1](v),
+    lambda v: v == "auto" or (type(v) is int and v >= 0),
 )
 
 OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
@@ -715,13 +725,14 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("bos_token_id", None, 0, ANY, "first token of a text"),
     ("eos_token_id", None, 0, ANY, "last token of a text"),
     ("pad_token_id", None, 0, ANY, "token that fills up rows"),
-    ("use_cache", None, True, ANY, "return a cache, unless the model is training"),
+    ("use_cache", None, True, ANY, "return a cache, unless in training or with labels"),
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
 _COMMON = {n for n in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, n))}
 _COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
-_COMMON = _COMMON - {"model_type"} | {"time_step_rank", "_name_or_path"}
+_COMMON |= {"time_step_rank", "_name_or_path"}
+_COMMON -= {"model_type"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
@@ -836,12 +847,12 @@ class Mamba2Config(PreTrainedConfig):
 # model: `_init_weights`, `_is_hf_initialized` (of a parameter: loaded, not to be drawn),
 # `_tied_weights_keys`, `_no_split_modules` (for device_map), `_is_stateful` (False allows
 # speculative decoding), `_supports_default_dynamic_cache` (False: generate makes no cache of its
-# own), `_prefill` (the first forward pass of generate). And of torch, kernels.py uses some to see
-# whether anybody else watches: `_C._are_functorch_transforms_active`,
-# `_C._len_torch_dispatch_stack`, `autograd.forward_ad._current_level`,
-# `_subclasses.fake_tensor.FakeTensor`.
+# own), `_prefill` (the first forward pass of generate). And of torch: `Tensor._version` counts
+# changes in place; kernels.py uses others to see whether anybody else watches:
+# `_C._are_functorch_transforms_active`, `_C._len_torch_dispatch_stack`,
+# `autograd.forward_ad._current_level`, `_subclasses.fake_tensor.FakeTensor`.
 
-# Outputs and generation call the cache so. Callers of this file may use either name.
+# The name of the cache in transformers' outputs and calls. Callers of this file may use either.
 CACHE = "cache"
 if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
     CACHE = "past_key_values"
@@ -1015,13 +1026,12 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         **others,
     ):
         """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
-
         attention_mask: (b, l), or longer on the left, for what the cache has seen; positions
             where it is 0 are skipped, wherever they occur.
         cache: the Mamba2Cache of an earlier call, or one of any states to start from, such as
             trained ones: Mamba2Cache(states). past_key_values is another name of it.
         labels: (b, l), the tokens: each position that is not masked predicts the next one of
-            its sequence, except -100. The logits of all positions are never held at once.
+            its sequence, except -100. For the loss, logits are made of a few positions at a time.
         logits_to_keep: None is all, but none with labels in training or in segments.
         seq_idx: (b, l) integers, labels of packed sequences: where the label changes, also from
             the last call to this one, another begins. Or position_ids, 0 where one begins.
@@ -1031,23 +1041,25 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             it); "auto" for about the least memory; 0 for all at once; None for the config's choice.
         progress: show a progress bar over the segments.
         """
-        past = _one_cache(cache, past_key_values)
-        if isinstance(past, GenerationCache):
-            options = dict(logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states)
+        if isinstance(past := _one_cache(cache, past_key_values), GenerationCache):
+            options = dict(logits_to_keep=logits_to_keep, segment_length=segment_length)
+            options["output_hidden_states"] = output_hidden_states
             return past.read(input_ids, attention_mask, inputs_embeds, **options)
-        x, mask, seq_idx = _tokens(input_ids, inputs_embeds, attention_mask, seq_idx, others)
+        x, mask, seq_idx = _tokens(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
         b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
-        segments, targets = max(1, -(-l // length)), None
+        count, targets = max(1, -(-l // length)), None
         if group is not None:
-            items = num_items_in_batch is not None
-            _agree(group, x, segments=segments, labels=labels is not None, items=items)
+            given = dict(labels=labels is not None, items=num_items_in_batch is not None)
+            _agree(group, x, segments=count, **given)
         if labels is not None:
             _require(dict(b=b, l=l), "b l", "integers", labels=labels)
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
         first = 0  # the first position whose logits are wanted
-        if logits_to_keep is None and labels is not None and (self.training or segments > 1):
+        if logits_to_keep is None and labels is not None and (self.training or count > 1):
             first = l + 1  # none
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
@@ -1060,11 +1072,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             if group is not None:
                 loss, items = (_all_gather(t[None], group).sum() for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
-        hidden_states = (*hidden_states, h) if output_hidden_states else None
-        keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(None)
-        output = {CACHE: cache, "hidden_states": hidden_states}
-        logits = None if h is None else self.lm_head(h[:, keep])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **output)
+        hidden_states = None if hidden_states is None else (*hidden_states, h)
+        h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
+        logits = None if h is None else self.lm_head(h)
+        return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
 
     def _read(self, whole, past, length, first, progress, group, hidden_states, use_cache):
         """Backbone and loss over a sequence, in segments of `length` positions.
@@ -1089,7 +1100,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states needs segment_length=0: it holds all positions")
         run = self._read_segment
-        run = run if count == 1 else functools.partial(recomputed, run)
+        run = run if count == 1 else functools.partial(recomputed, self, run)
         # Autocast as it is, but for its cache: with it, weights would be cast once for all
         # segments, and their gradients added in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
@@ -1141,7 +1152,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         if len(chunks) == 1:
             return loss_of_rows(*chunks[0])
-        return sum(recomputed(loss_of_rows, *chunk) for chunk in chunks)
+        return sum(recomputed(self.lm_head, loss_of_rows, *chunk) for chunk in chunks)
 
     def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
@@ -1197,7 +1208,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
         if generation_config is None:
             options["use_cache"] = True
-        else:  # with which transformers warns of options
+        else:  # transformers warns if a config and options are passed together
             options.pop("use_cache", None)
             generation_config = copy.copy(generation_config)
             generation_config.use_cache = True
@@ -1228,7 +1239,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cache = kwargs.get(CACHE)
         kwargs.pop("tokenizer", None)  # of stop_strings
         if isinstance(cache, GenerationCache):
-            # So transformers reads a token that it has chosen; those of a prompt end nothing.
+            # True if the next token was sampled: an eos_token_id in the prompt ends no row.
             cache.chosen = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
             if cache.is_croppable:
                 new = input_ids.shape[1] - cache.get_seq_length()
@@ -1280,6 +1291,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         """Yield tokens (b) after ids (b, l), which gave `output`, and whether all rows are over."""
         unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        pad = pads[0] if isinstance(pads, list) else pads
         ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
@@ -1292,7 +1304,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             else:
                 token = scores.argmax(-1)
             if ends:  # rows that have ended are filled up
-                token = token.masked_fill(~unfinished, torch.as_tensor(pads).flatten()[0])
+                token = token.masked_fill(~unfinished, pad)
             ids = torch.cat([ids, token[:, None]], dim=1)
             for criterion in criteria:
                 unfinished = unfinished & ~criterion(ids, scores)
@@ -1303,8 +1315,13 @@ class GenerationCache:
     """What `generate` carries from token to token: a Mamba2Cache, exchanged for the next in place.
 
     It keeps the states of rows that have ended, and forgets tokens, for speculative decoding: a
-    state cannot be rewound, but an older one (`base`) and the tokens since then (`since`) can be
-    kept, and read again.
+    state cannot be rewound, but an older one can be kept with the tokens since, and read again.
+
+        current       the state after all tokens: a Mamba2Cache, a Decoder of kernels.py that holds
+                      it in a CUDA graph, or None if tokens were forgotten
+        base, since   an older state, and the tokens since then, or None
+        ended, kept   (b) rows whose text has ended, and a Mamba2Cache of their states at that time
+        last, chosen  the token that was read last, and whether the next one was sampled
     """
 
     is_compileable = False
@@ -1313,7 +1330,7 @@ class GenerationCache:
     def __init__(self, model, cache: Mamba2Cache, eos: Tensor | None = None):
         self.model, self.eos, self.decoder, self.mask = model, eos, None, None
         self.is_croppable = self.chosen = False
-        self.last = self.ended = self.kept = None  # the last tokens, rows, states at their end
+        self.last = self.ended = self.kept = None
         self.start(cache)
 
     def start(self, cache: Mamba2Cache):
@@ -1358,7 +1375,7 @@ class GenerationCache:
         return output
 
     def _keep_ended(self):
-        """Keep the states of rows whose text ended with the last token; what fills up follows."""
+        """Keep the states of rows that ended with the last token: they will read padding."""
         rows = torch.isin(self.last, self.eos)
         rows = rows if self.ended is None else rows & ~self.ended
         if rows.any():
@@ -1378,7 +1395,7 @@ class GenerationCache:
         self.is_croppable = True
 
     def crop(self, tokens: int):
-        """Forget the last -tokens tokens. If there are none, all tokens are there to stay."""
+        """Forget so many tokens as -tokens says; if that is none, all before are there to stay."""
         start, self.length = self.base.get_seq_length(), self.length + int(tokens)
         if self.length < start:
             raise ValueError(f"crop({tokens}): {start - self.length} tokens were there to stay")
@@ -1412,9 +1429,10 @@ def _one_cache(cache, past_key_values):
     return Mamba2Cache(()) if cache is None else cache
 
 
-def _tokens(ids, embeds, attention_mask, seq_idx, others):
+def _tokens(past, ids, embeds, attention_mask, seq_idx, others):
     """Checked: ids (b, l) or embeddings (b, l, d); the mask (b, l) of these, bool, or None if
-    nothing is masked; seq_idx (b, l) or None. others: arguments by name, only position_ids."""
+    nothing is masked; seq_idx (b, l) or None. others: arguments by name; only position_ids may be
+    among them, which are 0 where a packed sequence begins."""
     position_ids = others.pop("position_ids", None)
     if others := [name for name, value in others.items() if value is not None]:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
@@ -1431,16 +1449,39 @@ def _tokens(ids, embeds, attention_mask, seq_idx, others):
         # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and bool(mask.all()) else mask
     _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
-    if position_ids is not None and seq_idx is None:
-        seq_idx = (position_ids == 0).cumsum(1)
+    if position_ids is not None:
+        begins = position_ids == 0
+        fits = begins | F.pad(position_ids.diff(dim=1) == 1, (1, 0))[:, : sizes["l"]]
+        if seq_idx is not None:  # then both must say the same
+            fits = fits & (F.pad(begins[:, 1:], (1, 0))[:, : sizes["l"]] == _borders(seq_idx))
+        fits = fits if mask is None else fits | ~mask
+        if past.states or (_readable(fits) and not fits.all()):
+            raise ValueError(
+                "position_ids must count up from 0 in each packed sequence, and come without a "
+                "cache: leave them out, and pass seq_idx where packed sequences need labels"
+            )
+        seq_idx = begins.cumsum(1) if seq_idx is None else seq_idx
     return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
 
 
-def recomputed(function, *arguments):
-    """function(*arguments), computed again for the backward pass, for which nothing is kept."""
+def recomputed(module, function, *arguments):
+    """function(*arguments), computed again for the backward pass, for which nothing is kept. As in
+    all of autograd, it is an error if weights of the module were changed in place since."""
     if not torch.is_grad_enabled():
         return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False)
+    # Of these very tensors: FSDP exchanges a module's parameters between the two passes.
+    weights = () if torch.compiler.is_compiling() else module.parameters()
+    versions = [(weight, weight._version) for weight in weights]
+
+    def checked(*arguments):
+        if any(weight._version != version for weight, version in versions):
+            raise RuntimeError(
+                "weights were modified in place between the forward pass and the backward pass, "
+                "which computes the former again: call backward() before optimizer.step()"
+            )
+        return function(*arguments)
+
+    return checkpoint(checked, *arguments, use_reentrant=False)
 
 
 def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
@@ -1492,9 +1533,9 @@ class Slices:
         b (4 h (p n + 1) + e (k-1) (h p + 2 g n))
 
     The backward pass, recomputation and each further segment send the same again. For a loss, the
-    labels, mask and seq_idx of the whole sequence are gathered once, 24 bytes per position. Each
-    rank gets its part of the gradients of the whole sequence's loss, and the parts add up: averages
-    over the ranks, as in DDP and FSDP, are the gradients of that loss in one process.
+    labels, mask and seq_idx of the whole sequence are gathered once, 24 bytes per position. As
+    every rank returns the whole sequence's loss, its gradients are R times what its slice adds to
+    them: averaged over the ranks, as in DDP and FSDP, they are the gradients in one process.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
@@ -1520,7 +1561,7 @@ class Slices:
         labels = x.new_zeros(b, l, dtype=torch.int64) if seq_idx is None else seq_idx.long()
         self.number = _sequence_number(labels, k - 1)
         # Of each slice: its first and last label, and how many inputs of the convolution's state it
-        # replaces; k stands for all of these k-1, also if another sequence begins in the slice.
+        # replaces: 0 if it is all masked, k for all k-1, also if another sequence begins in it.
         ends = F.pad(labels, (0, 1))[:, [0, l - 1]]  # (b, 2)
         replaced = self.lengths.masked_fill(_borders(labels).any(1), k).clamp(max=k)
         known = _all_gather(torch.cat([ends, replaced[:, None]], dim=1), group)  # (R, b, 3)

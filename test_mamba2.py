@@ -545,8 +545,12 @@ def step_of_parts(conv, ssm, **arguments):
 
 SSD_SHAPES = dict(x=(2, 5, 4, 3), dt=(2, 5, 4), A=(4,), B=(2, 5, 2, 6), C=(2, 5, 2, 6), D=(4, 3))
 SSD_SHAPES |= dict(initial_state=(2, 4, 3, 6), seq_idx=(2, 5))
+CONV_SHAPES = dict(x=(2, 5, 6), weight=(6, 4), bias=(6,), initial_state=(2, 3, 6), seq_idx=(2, 5))
+NORM_SHAPES = dict(x=(2, 5, 6), weight=(6,), gate=(2, 5, 6))
 STEP_SHAPES = dict(u=(2, 5, 10), conv=(2, 3, 40), ssm=(2, 4, 5, 5), mask=(2, 5), seq_idx=(2, 5))
-FUNCTIONS = [*((form, SSD_SHAPES) for form in FORMS), (step_of_parts, STEP_SHAPES)]
+NORM = functools.partial(mamba2.rms_norm, eps=1e-5)
+FUNCTIONS = [*((form, SSD_SHAPES) for form in FORMS), (mamba2.causal_conv1d, CONV_SHAPES)]
+FUNCTIONS += [(NORM, NORM_SHAPES), (step_of_parts, STEP_SHAPES)]
 
 
 @pytest.mark.parametrize("function, shapes", FUNCTIONS)
@@ -572,12 +576,15 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused_and_never_broadcast(funct
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, None, True])
 def test_groups_and_chunks_that_do_not_fit_are_refused(value):
-    inputs = ssd_inputs(2, 5, 4, 3, 3, 6)
+    inputs, x = ssd_inputs(2, 5, 4, 3, 3, 6), torch.ones(5, 7, **DRAW)
     with pytest.raises(ValueError, match=f"chunk_size = {value}: must be an integer"):
         ssd(**inputs, chunk_size=value)
     for form, B in itertools.product(FORMS, (inputs["B"], inputs["B"][:, :, :0])):
         with pytest.raises(ValueError, match=f"g = {B.shape[2]}: groups of B and C, must divide"):
             form(**inputs | dict(B=B, C=B))
+    for groups in (0, -1, 3):
+        with pytest.raises(ValueError, match=f"groups = {groups}: must divide"):
+            NORM(x, x[0], groups=groups)
 
 
 # ---- Initialisation and optimiser groups ---------------------------------------------------------
@@ -668,7 +675,7 @@ IMPOSSIBLE |= dict(n_groups=[0, 5, 48, "2"], num_heads=[23, 0, 24.0, "24"], use_
 IMPOSSIBLE["vocab_size"] = [0, 1.0]
 IMPOSSIBLE |= dict(hidden_act=["gelu", "relu", None], residual_in_fp32=["no"])
 IMPOSSIBLE |= dict(expand=[0, -2, math.inf, math.nan, "2"], tie_word_embeddings=[None])
-IMPOSSIBLE |= dict(time_step_min=[0, -0.1, 0.5, "0.001"], time_step_floor=[-1e-4])
+IMPOSSIBLE |= dict(time_step_min=[0, -0.1, 0.5, "0.001"], time_step_floor=[-1e-4, False])
 IMPOSSIBLE |= dict(layer_norm_epsilon=[0, -1e-5, math.nan], initializer_range=[-0.02])
 LIMITS = [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0), None, 5, "12"]
 IMPOSSIBLE["time_step_limit"] = [*LIMITS, ("low", 1.0), ({}, 1.0), ("0.0", "1.0"), (False, True)]
@@ -689,7 +696,7 @@ def test_impossible_options_are_errors_that_say_what_would_do(name):
 # Configurations as flash-linear-attention, transformers and the original write them, in short.
 FLA = dict(model_type="mamba2", num_heads=24, head_dim=64, hidden_size=768, n_groups=1)
 FLA |= dict(norm_eps=1e-3, rmsnorm=True, norm_before_gate=False, D_has_hdim=False, fuse_norm=True)
-FLA |= dict(dt_limit=[0.0, 0.5], A_init_range=[1, 16], tie_word_embeddings=False)
+FLA |= dict(dt_limit=[0, 0.5], A_init_range=[1, 16], tie_word_embeddings=False)
 TRANSFORMERS = dict(model_type="mamba2", num_heads=24, hidden_size=768)
 ORIGINAL = dict(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=dict(layer="Mamba2", headdim=8))
 SSM = ORIGINAL["ssm_cfg"]
@@ -1173,6 +1180,8 @@ def test_the_outputs_are_those_that_were_asked_for():
     model.eval().config.use_cache = False
     (logits,) = model(ids, return_dict=False)
     assert torch.equal(logits, output.logits)
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == 3
 
 
 def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
@@ -1191,6 +1200,26 @@ def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
         assert_close(output.loss, loss * 16 / 5, F64)  # as Trainer does, to accumulate batches
         # In training and in segments, logits beside a loss are rarely wanted, and large.
         assert (output.logits is None) == (training or length in (2, 4))
+
+
+@pytest.mark.parametrize("how", ["whole", "segments", "checkpoints", "chunks of the loss"])
+def test_weights_that_change_between_the_two_passes_are_an_error(how):
+    vocabulary = 4096 if how == "chunks of the loss" else VOCABULARY
+    model, ids = tiny(vocab_size=vocabulary).train(), tokens(2, 40)
+    if how == "checkpoints":
+        model.gradient_checkpointing_enable()
+    call = functools.partial(model, ids, labels=ids, segment_length=3 * (how == "segments"))
+    for name, _ in model.named_parameters():
+        if how == "chunks of the loss" and not name.endswith("embeddings.weight"):
+            continue  # the head's weight, by the name of the embedding
+        if how == "whole" and name.endswith(("A_log", "dt_bias", "conv1d.bias")):
+            continue  # these are not read again
+        loss = call().loss
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.5)
+        with pytest.raises(RuntimeError, match="modified (in place|by an inplace)"):
+            loss.backward()
+    call().loss.backward()  # as it should be
 
 
 @torch.no_grad()
@@ -1221,6 +1250,7 @@ REFUSED = [  # arguments of forward, and what the error says
     (dict(output_attentions=True), TypeError, "unexpected keyword argument 'output_attentions'"),
     (dict(labels=IDS[:, :8]), ValueError, r"labels has shape \(2, 8\): .* \(2, 9\)"),
     (dict(segment_length=-1), ValueError, "segment_length = -1: must be a number of positions"),
+    (dict(segment_length=False), ValueError, "segment_length = False: must be a number of"),
     (dict(segment_length=4, output_hidden_states=True), ValueError, "needs segment_length=0"),
 ]
 if not CUDA:  # a GPU reports these later, and stays unusable
@@ -1271,6 +1301,30 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
             width = layer.mixer.out_proj.in_features
             assert 0.95 < layer.mixer.out_proj.weight.abs().max() * (4 * width) ** 0.5 <= 1
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
+
+
+def test_positions_that_begin_again_at_0_are_borders_and_others_are_refused():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 6)
+
+    def positions(*rows):
+        return torch.tensor([[int(c) for c in row] for row in rows], device=DEVICE)
+
+    at = positions("012301", "000123")  # as TRL packs rows of one length
+    labels = positions("000011", "012222")
+    for given in (dict(position_ids=at), dict(position_ids=at, seq_idx=labels)):
+        assert_close(model(ids, **given).logits, model(ids, seq_idx=labels).logits)
+    mask = positions("001111", "110111")
+    for at in (positions("110123", "011234"), positions("000123", "011234")):  # nonsense there
+        assert_close(model(ids, mask, position_ids=at).logits, model(ids, mask).logits, F64)
+    for wrong in ("123456", "012456", "012344", "543210", "011111"):
+        with pytest.raises(ValueError, match="must count up from 0 in each packed sequence"):
+            model(ids, position_ids=positions(wrong, "012345"))
+    with pytest.raises(ValueError, match="count up from 0 .* labels"):  # two meanings at once
+        model(ids, position_ids=positions("012012", "012345"), seq_idx=0 * ids)
+    with pytest.raises(ValueError, match="without a cache"):
+        model(ids, cache=model(ids).cache, position_ids=positions("678901", "678901"))
+    with pytest.raises(ValueError, match=r"position_ids has shape \(1, 6\): it must be \(2, 6\)"):
+        model(ids, position_ids=at[:1])
 
 
 # --------------------------------------------------------------------------------------- generate
