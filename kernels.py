@@ -21,9 +21,6 @@ after it. The twins of these three are lines of the layer and of its block.
     launches     forward     conv, prep, [segment], scan, norm
                  backward    norm, prep, border, chunk, finish, conv, fold
 
-The first call for tensors of some shapes works out tiles, grids and numbers; the next ones replay
-its launches, unless PyTorch computed something for them, as a copy or zeros: see `_Recording`.
-
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
 writes into the state and t >= s the one that reads it. Tiles carry their axes as a suffix; strides
@@ -126,7 +123,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 try:
     import triton
@@ -304,9 +300,7 @@ def _operation(name, forward, backward, fake, count, kept=0):
     def answers(results):
         return results[:-kept] if kept else results
 
-    whole = forward
-    forward = _replayed(whole, 0)
-    without_gradients = _replayed(lambda *inputs: answers(whole(*inputs)), 0)
+    forward = _on_device_of(0, forward)
     opaque = torch.library.custom_op(qualified, forward, mutates_args=())
     opaque.register_fake(fake)
 
@@ -316,12 +310,12 @@ def _operation(name, forward, backward, fake, count, kept=0):
             # A FakeTensor, for one, has nothing for a kernel to read; and modes see no launches.
             return answers(opaque(*inputs))
         if backward is None or not torch.is_grad_enabled():
-            return without_gradients(*inputs)
+            return answers(forward(*inputs))
         return eager.apply(*inputs)
 
     if backward is None:
         return call
-    backward = _replayed(backward, -inputs_in_all)
+    backward = _on_device_of(-inputs_in_all, backward)
     opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
 
     def fake_backward(*arguments):
@@ -370,197 +364,13 @@ def _operation(name, forward, backward, fake, count, kept=0):
     return call
 
 
-# What an operation launches depends only on its numbers and on the kind of its tensors: shapes,
-# strides, dtypes. Working it out, with views, tile sizes and grids, takes the CPU several times as
-# long as launching it, and a small model waits for that. So the first call for a kind of tensors is
-# recorded, and later ones launch the same, at other addresses. An operation need not know: it is a
-# function that allocates memory, takes views, and calls `_launch`. What does more is not replayed,
-# but called each time. What must not happen is that it decides by anything that is not in the key.
-
-
-class _Recording(TorchFunctionMode):
-    """Watches a call: the memory in which its tensors lie, and what it launches.
-
-    An area of memory is an input's, or was allocated during the call. What PyTorch computes is in
-    none of them; a call that launches a kernel on it, such as on a copy, cannot be repeated: it
-    `fails`, as does one that changes a tensor by PyTorch.
-
-        areas        the inputs, then what was allocated
-        area_of      by a tensor's id, in which of the areas it lies; None: in none
-        launches     what `launched` noted: (run, arguments, where each pointer points)
-
-    Another operation may run within the call, in a signal handler or a finaliser. It is recorded by
-    itself, and the call around it, of which it is no part, is `interrupted`: recorded next time.
-    """
-
-    active = threading.local()  # .recording: the one of this thread
-
-    def __init__(self, inputs):
-        super().__init__()
-        self.areas, self.tensors, self.launches = list(inputs), [], []
-        self.area_of = {id(tensor): area for area, tensor in enumerate(inputs)}
-        self.fails = self.interrupted = False
-        self.outer = None
-
-    def __enter__(self):
-        self.outer = getattr(self.active, "recording", None)
-        self.active.recording = self
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        self.active.recording = self.outer
-        return super().__exit__(*exception)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        results, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
-        for tensor in results if isinstance(results, (tuple, list)) else (results,):
-            if not isinstance(tensor, Tensor) or id(tensor) in self.area_of:
-                continue
-            self.tensors.append(tensor)  # lives on, so that its id stays its own
-            if name in ("empty", "empty_like", "new_empty"):
-                self.area_of[id(tensor)] = len(self.areas)
-                self.areas.append(tensor)
-            else:
-                views = [t for t in args if isinstance(t, Tensor) and _share(t, tensor)]
-                self.area_of[id(tensor)] = self.area_of.get(id(views[0])) if views else None
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or name == "__setitem__" or name.startswith("__i"):
-            self.fails = True
-        return results
-
-    def launched(self, run, tensors, values):
-        """Note run(*tensors, *values), with where each tensor, or a descriptor's, is in an area."""
-        pointers = []
-        for at, tensor in enumerate(tensors):
-            block = None
-            if isinstance(tensor, TensorDescriptor):
-                layout, block = (tensor.shape, tensor.strides), tensor.block_shape
-                tensor = tensor.base
-            elif tensor is not None:
-                layout = tensor.shape, tensor.stride()
-            if tensor is not None:
-                area = self.area_of.get(id(tensor))
-                self.fails = self.fails or area is None
-                offset = 0 if self.fails else tensor.data_ptr() - self.areas[area].data_ptr()
-                pointers.append((at, area, offset, tensor.dtype, layout, block))
-        self.launches.append((run, [None] * len(tensors) + list(values), pointers))
-
-
-def _share(one: Tensor, other: Tensor) -> bool:
-    memory = one.untyped_storage().data_ptr()
-    return memory != 0 and memory == other.untyped_storage().data_ptr()
-
-
-class _Replay:
-    """Does what a recorded call did, with other inputs. `possible` says whether it can.
-
-    Results are allocated one by one. All other memory, which nobody sees, is one allocation: each
-    takes the CPU half as long as a launch. Kernels get addresses instead of tensors, which Triton
-    would ask for theirs, and the driver whether it is right.
-    """
-
-    def __init__(self, recording, count, results):
-        self.kind = type(results)
-        results = [results] if isinstance(results, Tensor) else results
-        self.outputs = [(t.shape, t.stride(), t.dtype) for t in results]
-        areas = {area: (area, 0) for area in range(count)}  # in which tensor of a replay, and where
-        self.possible = bool(recording.launches) and not recording.fails
-        for i, result in enumerate(results, count):
-            area = recording.area_of.get(id(result))
-            whole = area is not None and result.numel() == recording.areas[area].numel()
-            self.possible = self.possible and whole and area not in areas
-            areas[area] = i, 0
-        self.bytes = 0
-        for area, tensor in enumerate(recording.areas):
-            if area not in areas:
-                areas[area] = count + len(results), self.bytes
-                # Aligned as PyTorch does; an empty one, too, is somewhere.
-                self.bytes += max(_cdiv(tensor.nbytes, 512), 1) * 512
-        self.launches = []
-        for run, arguments, pointers in recording.launches if self.possible else ():
-            addresses, others = [], []
-            for at, area, offset, *what in pointers:
-                which, start = areas[area]
-                if what[-1] is None and not INTERPRET:
-                    addresses.append((at, which, start + offset))
-                else:
-                    others.append((at, which, start + offset, functools.partial(_argument, *what)))
-            self.launches.append((run, arguments, addresses, others))
-
-    def __call__(self, inputs, device):
-        tensors = [
-            *inputs,
-            *[torch.empty_strided(*layout, dtype=t, device=device) for *layout, t in self.outputs],
-        ]
-        outputs = tensors[len(inputs) :]
-        if self.bytes:
-            tensors.append(torch.empty(self.bytes, dtype=torch.uint8, device=device))
-        bases = [tensor.data_ptr() for tensor in tensors]
-        stream = {}
-        if not INTERPRET:
-            stream["stream"] = triton.runtime.driver.active.get_current_stream(device.index)
-        for run, arguments, addresses, others in self.launches:
-            arguments = arguments.copy()
-            for at, which, offset in addresses:
-                arguments[at] = bases[which] + offset
-            for at, which, offset, argument in others:
-                arguments[at] = argument(tensors[which], bases[which] + offset)
-            run(*arguments, **stream)
-        return outputs[0] if self.kind is Tensor else self.kind(outputs)
-
-
-class _Address(int):
-    """What a descriptor needs of a tensor."""
-
-    data_ptr = int.__int__
-
-
-def _argument(dtype, layout, block, memory, address):
-    """The tensor at the address, for the interpreter; or a descriptor of it, if it has blocks."""
-    if INTERPRET:
-        storage = memory.untyped_storage()
-        start = (address - storage.data_ptr()) // dtype.itemsize
-        base = torch.empty(0, dtype=dtype).set_(storage, start, *layout)
-    else:
-        base = _Address(address)
-    return base if block is None else _descriptor(base, *layout, block)
-
-
-_replays = {}
-
-
-def _replayed(function, at):
-    """The function, recorded and replayed, on the device of its argument number `at`."""
+def _on_device_of(at: int, function: Callable) -> Callable:
+    """The function, run on the device of its argument number `at`."""
 
     @functools.wraps(function)
     def run(*arguments):
-        x = arguments[at]
-        outer = getattr(_Recording.active, "recording", None)
-        if outer is not None:
-            outer.interrupted = True
-        with torch.cuda.device_of(x):
-            tf32 = x.dtype == torch.float32 and _allows_tf32()
-            key = function, x.device, tf32, *[
-                (a.shape, a.stride(), a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a
-                for a in arguments
-            ]  # fmt: skip
-            replay = _replays.get(key)
-            if replay:
-                return replay([a for a in arguments if isinstance(a, Tensor)], x.device)
-            if replay is not None:
-                return function(*arguments)
-            inputs = [a for a in arguments if isinstance(a, Tensor)]
-            if len({id(a) for a in inputs}) < len(inputs):  # which of them is used?
-                return function(*arguments)
-            with _Recording(inputs) as recording:
-                results = function(*arguments)
-            if recording.interrupted:
-                return results
-            if len(_replays) > 1000:  # inputs of ever new lengths
-                _replays.clear()
-            replay = _Replay(recording, len(inputs), results)
-            _replays[key] = replay if replay.possible else False
-            return results
+        with torch.cuda.device_of(arguments[at]):
+            return function(*arguments)
 
     return run
 
@@ -586,14 +396,7 @@ def _power_of_2(a: int) -> int:
     return 1 << (a - 1).bit_length()
 
 
-def _descriptor(base, shape, strides, block):
-    tiles = TensorDescriptor.__new__(TensorDescriptor)  # without its checks, which take longer
-    tiles.base, tiles.shape, tiles.strides, tiles.block_shape = base, shape, strides, block
-    return tiles
-
-
 _compiled = {}
-_known = set()
 
 
 def _launch(*calls):
@@ -604,31 +407,25 @@ def _launch(*calls):
     it. So it is kept here, by all that a compilation may depend on: constants, numbers, dtypes, and
     whether an address is a multiple of 16.
     """
-    recording = getattr(_Recording.active, "recording", None)
-    for (run, values), (_, _, tensors, _, _) in zip(_runners(calls), calls, strict=True):
-        run(*tensors, *values)
-        if recording is not None:
-            recording.launched(run, tensors, values)
-
-
-def _runners(calls):
-    """What launches each call's kernel, and the numbers and constants that follow its tensors."""
     if INTERPRET:
-        return [
-            (functools.partial(kernel[grid], **options), numbers)
-            for kernel, grid, _, numbers, options in calls
-        ]
+        for kernel, grid, tensors, numbers, options in calls:
+            kernel[grid](*tensors, *numbers, **options)
+        return
     device = torch.cuda.current_device()
     keys = [_key(device, *call) for call in calls]
     found = [_compiled.get(key) for key in keys]
     if None in found:
         new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
-        new = _compile(device, new)
+        # At the same time: one after the other takes half as long again.
+        with concurrent.futures.ThreadPoolExecutor(len(new)) as pool:
+            compiled = list(pool.map(functools.partial(_compile, device), new.values()))
+        new = dict(zip(new, compiled, strict=True))
+        if len(_compiled) > 10_000:  # inputs of ever new lengths
+            _compiled.clear()
+        _compiled.update(new)
         found = [f or new[key] for key, f in zip(keys, found, strict=True)]
-    return [
-        (compiled[grid], (*numbers, *constants))
-        for (compiled, constants), (_, grid, _, numbers, _) in zip(found, calls, strict=True)
-    ]
+    for (compiled, constants), (_, grid, tensors, numbers, _) in zip(found, calls, strict=True):
+        compiled[grid](*tensors, *numbers, *constants)
 
 
 def _key(device, kernel, grid, tensors, numbers, options):
@@ -642,29 +439,12 @@ def _key(device, kernel, grid, tensors, numbers, options):
     return device, kernel.fn, numbers, *options.values(), *types
 
 
-def _compile(device, calls):
-    """The compiled kernel for each call, by key, and the values of its constants; both are kept."""
-
-    def compiled(call):
-        kernel, grid, tensors, numbers, options = call
-        with torch.cuda.device(device):  # a thread begins with device 0
-            found = kernel.warmup(*tensors, *numbers, grid=grid, **options)
-            getattr(found, "run", None)  # which makes its launcher, too
-        constants = kernel.arg_names[len(tensors) + len(numbers) :]
-        return found, [options[name] for name in constants]
-
-    kinds = {(device, kernel, *options.values()) for kernel, _, _, _, options in calls.values()}
-    if kinds <= _known:  # other numbers for the same kernel, which Triton most often has compiled
-        found = map(compiled, calls.values())
-    else:  # at the same time: one after the other takes half as long again
-        with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
-            found = list(pool.map(compiled, calls.values()))
-    found = dict(zip(calls, found, strict=True))
-    if len(_compiled) > 10_000:  # inputs of ever new lengths
-        _compiled.clear()
-    _known.update(kinds)
-    _compiled.update(found)
-    return found
+def _compile(device, call):
+    """The compiled kernel for a call, and the values of its constants."""
+    kernel, grid, tensors, numbers, options = call
+    with torch.cuda.device(device):  # a thread begins with device 0
+        compiled = kernel.warmup(*tensors, *numbers, grid=grid, **options)
+    return compiled, [options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1518,7 +1298,7 @@ def _tiles(t, *block):
         shape, block = [b, h, l, w], (1, 1, *block)
         # The stride along an axis of size 1 may be anything, but has to be addressable.
         stride = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
-    return _descriptor(t, shape, stride, block)
+    return TensorDescriptor(t, list(shape), list(stride), list(block))
 
 
 def _strides(t, count):
