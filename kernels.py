@@ -185,11 +185,6 @@ jit = functools.partial(triton.jit, do_not_specialize=VARYING)
 _said = set()
 
 
-# There are two kinds of reason not to run a kernel. `_unfit*` give the silent ones: no kernel is
-# meant for these tensors (on a CPU, in float64, empty), or they do not fit together, and then it is
-# the twin's turn to say so. `_beyond*` give the limits of a kernel, of which a user should hear.
-
-
 def _lies_elsewhere(tensor: Tensor) -> bool:
     """Whether a kernel would not find its numbers at its address, as they are."""
     kind = type(tensor)  # a subclass such as DTensor keeps them in other tensors
@@ -197,73 +192,213 @@ def _lies_elsewhere(tensor: Tensor) -> bool:
     return wraps or tensor.is_neg()
 
 
-def _unfit(required: dict, optional: dict) -> str | None:
-    """Why no kernel is meant for these tensors, by name; None if one may be."""
-    if not TRITON:
-        return "triton is not installed, or too old"
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-        if transformed or forward_ad._current_level >= 0:
+def _transformed() -> bool:
+    inside = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    return inside or forward_ad._current_level >= 0
+
+
+class _Declared:
+    """What an operation takes and returns. All that is said of it elsewhere follows from this: the
+    answer to whether it can run, the warning, the error, and for torch.compile its signature and
+    the kind of its results.
+
+    takes    the tensors: names, with a `?` if they may be None, and axes by letters (`k-1` is one
+             less than k, `...` any axes; alternatives are between `|`). After a colon: `int`, they
+             hold integers; `one`, they have the dtype of the first tensor; `row`, their last axis
+             has to be contiguous
+    numbers  what follows the tensors, as in the schema of an operator
+    gives    the results: name, axes, and after a colon the dtype: float32, or that of one of the
+             tensors (`a|b`: of a, if it is there, else of b; `a b`: the wider one). `kept`: the
+             operation's own, for the backward
+    graded   whether there are gradients
+
+    There are two kinds of reason not to run. Of a silent one nobody is told: no kernel is meant for
+    these tensors (on a CPU, in float64, empty), or they do not fit together, and then it is the
+    twin's turn to say so. The limits of a kernel, a loud one, a user should hear of, once.
+
+    rules    rules(sizes, *numbers): a silent reason. It may add sizes that follow from others
+    limits   by letter, the sizes that the kernels have been made for
+    beyond   beyond(sizes, *inputs): a loud reason
+    """
+
+    WORDS = dict(
+        p="headdim is {}",
+        n="d_state is {}",
+        k="the convolution has {} taps",
+        channels="a group has {} channels",
+    )
+
+    def __init__(
+        self, name, takes, numbers="", gives="", *, graded=True, twin=None, rules=None,
+        limits=None, beyond=None,
+    ):  # fmt: skip
+        self.name, self.twin, self.graded = name, twin or f"mamba2.{name}", graded
+        self.rules, self.limits, self.beyond = rules, limits or {}, beyond
+        self.tensors, self.results, self.special = [], [], []
+        for names, axes, kind in _lines(takes):
+            shapes = [_axes(shape) for shape in axes.split("|")]
+            for name in names:
+                if kind:
+                    self.special.append((len(self.tensors), name.strip("?"), kind))
+                self.tensors.append((name.strip("?"), "?" in name, shapes, "int" in kind))
+        for (name,), axes, kind in _lines(gives):
+            dtypes = [word.split("|") for word in kind if word != "kept"]
+            self.results.append((name, *_axes(axes), dtypes, "kept" in kind))
+        self.kept = sum(kept for *_, kept in self.results)
+        self.floats = sum(not integers for *_, integers in self.tensors)
+        self.numbers = [number for number in numbers.split(", ") if number]
+
+    def _stray(self, tensors) -> str | None:
+        """Why no kernel is meant for one of these tensors, whatever the others are."""
+        if not TRITON:
+            return "triton is not installed, or too old"
+        compiling, device = torch.compiler.is_compiling(), None
+        if not compiling and _transformed():
             return "a transform is active, which needs to see every operation"
-    device = None
-    for name, tensor in (required | optional).items():
-        if tensor is None and name in optional:
-            continue
-        if not isinstance(tensor, Tensor):
-            return f"{name} is not a tensor"
-        if not compiling and _lies_elsewhere(tensor):
-            return f"the numbers of {name} are not those at its address"
-        if device is None:
-            device = tensor.device
-            if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
-                return "the kernels need tensors on a CUDA device"
-        if tensor.device != device:
-            return f"{name} is not on the device of the other tensors"
-        if name == "seq_idx":
-            if tensor.is_floating_point() or tensor.is_complex():
-                return "seq_idx does not hold integers"
-        elif tensor.dtype not in DTYPES:
-            return f"{name} is not bfloat16, float16 or float32"
-        elif INTERPRET and tensor.dtype == torch.bfloat16:
-            return f"{name} is bfloat16, which the interpreter gets wrong"
-    return None
+        wanted = not self.graded and torch.is_grad_enabled()
+        for (name, optional, _, integers), tensor in zip(self.tensors, tensors, strict=False):
+            if tensor is None and optional:
+                continue
+            if not isinstance(tensor, Tensor):
+                return f"{name} is not a tensor"
+            if not compiling and _lies_elsewhere(tensor):
+                return f"the numbers of {name} are not those at its address"
+            if device is None:
+                device = tensor.device
+                if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+                    return "the kernels need tensors on a CUDA device"
+            if tensor.device != device:
+                return f"{name} is not on the device of the other tensors"
+            if integers:
+                if tensor.is_floating_point() or tensor.is_complex():
+                    return f"{name} does not hold integers"
+            elif tensor.dtype not in DTYPES:
+                return f"{name} is not bfloat16, float16 or float32"
+            elif INTERPRET and tensor.dtype == torch.bfloat16:
+                return f"{name} is bfloat16, which the interpreter gets wrong"
+            if wanted and tensor.requires_grad:
+                return "gradients are wanted"
+        return None
+
+    def _sizes(self, inputs) -> dict | str:
+        """The size of each letter; or why the inputs do not fit together."""
+        sizes, numbers = {"1": 1}, inputs[len(self.tensors) :]
+        for late in (False, True):  # what may be None comes after what follows from the others
+            for (name, optional, shapes, _), tensor in zip(self.tensors, inputs, strict=False):
+                if optional is not late or tensor is None:
+                    continue
+                if not _fits(sizes, shapes, tensor.shape):
+                    return f"the shape of {name} does not fit the others, or it is empty"
+            reason = self.rules(sizes, *numbers) if self.rules and not late else None
+            if reason is not None:
+                return reason
+        return sizes
+
+    def _limit(self, sizes, inputs) -> str | None:
+        """What of these inputs is beyond the kernels."""
+        for letter, allowed in self.limits.items():
+            size, few = sizes[letter], isinstance(allowed, tuple)
+            if size not in allowed if few else not allowed[0] <= size <= allowed[-1]:
+                rule = f"one of {allowed}" if few else f"{allowed[0]} to {allowed[-1]}"
+                return f"{self.WORDS[letter].format(size)}; it must be {rule}"
+        first = self.tensors[0][0]
+        for at, name, kind in self.special:
+            tensor = inputs[at]
+            if tensor is None:
+                continue
+            if "one" in kind and tensor.dtype != inputs[0].dtype:
+                dtypes = f"{tensor.dtype} and {inputs[0].dtype}"
+                return f"{name} and {first} are {dtypes}; they must have one dtype"
+            if "row" in kind and tensor.stride(-1) != 1:
+                return f"the channels of {name} are not next to each other in memory"
+            if "int" in kind and tensor.dtype not in (torch.int32, torch.int64):
+                return f"{name} is {tensor.dtype}; it must be int32 or int64"
+        return self.beyond and self.beyond(sizes, *inputs)
+
+    def refusal(self, *inputs) -> tuple[str | None, bool]:
+        """Why the operation cannot run on these inputs, or None; and whether to say so."""
+        reason = self._stray(inputs)
+        if reason is not None:
+            return reason, False
+        sizes = self._sizes(inputs)
+        if isinstance(sizes, str):
+            return sizes, False
+        return self._limit(sizes, inputs), True
+
+    def takes(self, *inputs) -> bool:
+        """Whether the operation can run on these inputs; the reason why not is said once."""
+        reason, loud = self.refusal(*inputs)
+        if reason is None:
+            return True
+        if loud and not torch.compiler.is_compiling() and (self.name, reason) not in _said:
+            _said.add((self.name, reason))
+            message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
+            warnings.warn(message, stacklevel=4)
+        return False
+
+    def check(self, *inputs) -> None:
+        """Raise a ValueError if the operation cannot run on these inputs."""
+        reason, _ = self.refusal(*inputs)
+        if reason is not None:
+            raise ValueError(f"kernels.{self.name}: {reason}; {self.twin} takes any tensors")
+
+    def empty(self, *inputs):
+        """Its results, of which only shape and dtype count."""
+        named = {name: tensor for (name, *_), tensor in zip(self.tensors, inputs, strict=False)}
+        sizes, made = self._sizes(inputs), []
+        for _, wide, axes, dtypes, _ in self.results:
+            shape = [*(sizes["..."] if wide else ()), *(sizes[x] - less for x, less in axes)]
+            dtype = None
+            for names in dtypes:
+                of = [named[name] for name in names if named.get(name) is not None]
+                new = of[0].dtype if of else torch.float32 if names == ["float32"] else dtype
+                dtype = new if dtype is None else torch.promote_types(dtype, new)
+            made.append(inputs[0].new_empty(shape, dtype=dtype))
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def schema(self, backward=False) -> str:
+        """The signature of an operator; for its gradients those of the results come first."""
+        inputs = [f"Tensor{'?' * may} {name}" for name, may, *_ in self.tensors] + self.numbers
+        kept = [f"Tensor {name}" for name, *_, kept in self.results if kept]
+        gradients = [f"Tensor? d{name}" for name, *_, kept in self.results if not kept]
+        if backward:
+            return f"({', '.join([*gradients, *kept, *inputs])}) -> Tensor[]"
+        outputs = ", ".join(["Tensor"] * len(self.results))
+        return f"({', '.join(inputs)}) -> " + (f"({outputs})" if "," in outputs else outputs)
 
 
-def _misshapen(*shapes) -> str | None:
-    """The first of the (name, tensor or None, allowed shape, ...) with another shape; or None."""
-    for name, tensor, *allowed in shapes:
-        if tensor is None:
-            continue
-        for shape in allowed:  # a loop is faster than `any`
-            if tensor.shape == shape:
+def _lines(text: str):
+    """Of each line the names, the axes, and the words after the colon."""
+    for line in filter(str.strip, text.splitlines()):
+        line, _, kind = line.partition(":")
+        *names, axes = line.replace(", ", ",").strip().split(maxsplit=1)
+        yield names[0].split(","), axes, kind.split()
+
+
+def _axes(axes: str) -> tuple[bool, list]:
+    """Whether any axes may come first; then (letter, how much the axis is shorter than that)."""
+    words = axes.split()
+    pairs = [(letter.removesuffix("-1"), int("-1" in letter)) for letter in words]
+    return ("..." in words, [pair for pair in pairs if pair[0] != "..."])
+
+
+def _fits(sizes: dict, shapes: list, shape: torch.Size) -> bool:
+    """Whether a shape, not empty, is one of these; letters without a size get theirs from it."""
+    for wide, axes in shapes:
+        if wide and len(shape) >= len(axes):
+            before, shape = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
+            if 0 in before or sizes.setdefault("...", before) != before:
+                return False
+        fits = len(shape) == len(axes)
+        for (letter, less), size in zip(axes, shape, strict=False):
+            if less:
+                size += less
+            if size == 0 or sizes.setdefault(letter, size) != size:
+                fits = False
                 break
-        else:
-            return f"the shape of {name} does not fit the others, or is not one that is understood"
-    return None
-
-
-def _beyond_labels(seq_idx: Tensor | None) -> str | None:
-    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
-        return f"seq_idx is {seq_idx.dtype}; it must be int32 or int64"
-    return None
-
-
-def _takes(operation: str, reason: str | None) -> bool:
-    """Turn a reason that a user should hear of into an answer, and say it once."""
-    if reason is None:
-        return True
-    if not torch.compiler.is_compiling() and (operation, reason) not in _said:
-        _said.add((operation, reason))
-        message = f"plain PyTorch runs instead of the kernels of {operation}: {reason}"
-        warnings.warn(message, stacklevel=4)
+        if fits:
+            return True
     return False
-
-
-def _refuse(operation: str, reason: str | None, twin: str | None = None) -> None:
-    if reason is not None:
-        twin = twin or f"mamba2.{operation}"
-        raise ValueError(f"kernels.{operation}: {reason}; {twin} takes any tensors")
 
 
 def _free_namespace() -> str:
@@ -277,16 +412,13 @@ def _free_namespace() -> str:
 NAMESPACE = _free_namespace()
 
 
-def _operation(name, forward, backward, fake, count, kept=0):
+def _operation(declared: _Declared, forward, backward=None):
     """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
 
-    forward(*inputs)               some tensors, of which the last `kept` are only for the backward;
-                                   inputs: tensors or None, then numbers
+    forward(*inputs)               the declared results
     backward(*gradients, *kept, *inputs)
-                                   a list: the gradients of the first `count` inputs, contiguous,
-                                   and an empty tensor for an input that is None; None instead of
-                                   a function: there are no gradients
-    fake(*inputs)                  results of forward, of which only shape and dtype count
+                                   a list: the gradients of the inputs that hold no integers,
+                                   contiguous, and an empty tensor for an input that is None
 
     To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
@@ -294,15 +426,17 @@ def _operation(name, forward, backward, fake, count, kept=0):
     """
     if not TRITON:
         return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
-    qualified = f"{NAMESPACE}::{name}"
-    inputs_in_all = forward.__code__.co_argcount
+    qualified = f"{NAMESPACE}::{declared.name}"
+    count, kept = declared.floats, declared.kept
+    inputs_in_all = len(declared.tensors) + len(declared.numbers)
 
     def answers(results):
         return results[:-kept] if kept else results
 
     forward = _on_device_of(0, forward)
-    opaque = torch.library.custom_op(qualified, forward, mutates_args=())
-    opaque.register_fake(fake)
+    operator = functools.partial(torch.library.custom_op, mutates_args=())
+    opaque = operator(qualified, forward, schema=declared.schema())
+    opaque.register_fake(declared.empty)
 
     def call(*inputs):
         hidden = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
@@ -316,7 +450,8 @@ def _operation(name, forward, backward, fake, count, kept=0):
     if backward is None:
         return call
     backward = _on_device_of(-inputs_in_all, backward)
-    opaque_backward = torch.library.custom_op(f"{qualified}_backward", backward, mutates_args=())
+    schema = declared.schema(backward=True)
+    opaque_backward = operator(f"{qualified}_backward", backward, schema=schema)
 
     def fake_backward(*arguments):
         x, *others = arguments[-inputs_in_all:][:count]
@@ -354,7 +489,7 @@ def _operation(name, forward, backward, fake, count, kept=0):
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx, *given):
-            # Inputs were checked by `_unfit`. A gradient may be of any kind, and to be read at its
+            # Inputs were checked. A gradient may be of any kind, and to be read at its
             # address it must be there as it is: with its sign, and not in a subclass's own tensors.
             given = [g if g is None else g.resolve_neg() for g in given]
             hidden = torch.compiler.is_compiling()
@@ -367,7 +502,6 @@ def _operation(name, forward, backward, fake, count, kept=0):
 def _on_device_of(at: int, function: Callable) -> Callable:
     """The function, run on the device of its argument number `at`."""
 
-    @functools.wraps(function)
     def run(*arguments):
         with torch.cuda.device_of(arguments[at]):
             return function(*arguments)
@@ -1336,10 +1470,7 @@ def _prepare(x, dt, A, seq_idx, raw, Q, series):
     return series, end, run, (prep_kernel, (b * nc, _cdiv(h, 16), 1), tensors, numbers, options)
 
 
-def _ssd_forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _ssd_forward(x, dt, A, B, C, D, initial_state, seq_idx):
     return _ssd_forward_from(None, x, dt, A, B, C, D, initial_state, seq_idx)
 
 
@@ -1391,11 +1522,7 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     return y, final
 
 
-def _ssd_backward(
-    dy: Tensor | None, dfinal: Tensor | None,
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-    D: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
+def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     dB = torch.empty(B.shape, device=x.device, dtype=x.dtype)
     dC = torch.empty(B.shape, device=x.device, dtype=x.dtype)
@@ -1483,46 +1610,32 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     return (sums, *sums_to), dinit
 
 
-def _ssd_fake(x, dt, A, B, C, D, initial_state, seq_idx):
-    b, l, h, p = x.shape
-    return x.new_empty(x.shape), x.new_empty(b, h, p, B.shape[3], dtype=torch.float32)
-
-
-_ssd = _operation("ssd", _ssd_forward, _ssd_backward, _ssd_fake, count=7)
-
-
-def _unfit_ssd(x, dt, A, B, C, D, initial_state, seq_idx) -> str | None:
-    required = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
-    reason = _unfit(required, {"D": D, "initial_state": initial_state, "seq_idx": seq_idx})
-    if reason is not None:
-        return reason
-    if x.ndim != 4 or B.ndim != 4:
-        return "x and B do not have 4 dimensions"
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    if x.numel() == 0 or B.numel() == 0:
-        return "x or B is empty"
-    if h % g:
-        return "the number of groups does not divide the number of heads"
-    return _misshapen(
-        ("dt", dt, (b, l, h)),
-        ("A", A, (h,)),
-        ("B", B, (b, l, g, n)),
-        ("C", C, (b, l, g, n)),
-        ("D", D, (h,), (h, p)),
-        ("initial_state", initial_state, (b, h, p, n)),
-        ("seq_idx", seq_idx, (b, l)),
-    )
-
-
-def _beyond_ssd(x, dt, A, B, C, D, initial_state, seq_idx) -> str | None:
-    if B.dtype != x.dtype or C.dtype != x.dtype:
-        return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
-    for name, size in (("headdim", x.shape[3]), ("d_state", B.shape[3])):
-        if size not in SIZES:
-            return f"{name} is {size}; it must be 16, 32, 64, 128 or 256"
+def _ssd_beyond(sizes, x, *_):
     if x.is_cuda and not _has_room(x.device):
         return "the GPU has less shared memory than the 227 KB for which the tiles are chosen"
-    return _beyond_labels(seq_idx)
+    return None
+
+
+SSD = _Declared(
+    "ssd",
+    """
+    x               b l h p
+    dt              b l h
+    A               h
+    B, C            b l g n   : one
+    D?              h | h p
+    initial_state?  b h p n
+    seq_idx?        b l       : int
+    """,
+    gives="""
+    y               b l h p   : x
+    final           b h p n   : float32
+    """,
+    rules=lambda s: "the groups do not divide the heads" if s["h"] % s["g"] else None,
+    limits=dict(p=SIZES, n=SIZES),
+    beyond=_ssd_beyond,
+)
+_ssd = _operation(SSD, _ssd_forward, _ssd_backward)
 
 
 @torch.compiler.assume_constant_result
@@ -1541,8 +1654,7 @@ def takes_ssd(
     x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None
 ) -> bool:  # fmt: skip
     """Whether `ssd` can run on these tensors; a user on a GPU is told once what it cannot."""
-    given = (x, dt, A, B, C, D, initial_state, seq_idx)
-    return _unfit_ssd(*given) is None and _takes("ssd", _beyond_ssd(*given))
+    return SSD.takes(x, dt, A, B, C, D, initial_state, seq_idx)
 
 
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
@@ -1567,7 +1679,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
         ValueError: what the kernels cannot take, which is what `takes_ssd` says no to.
     """
     given = (x, dt, A, B, C, D, initial_state, seq_idx)
-    _refuse("ssd", _unfit_ssd(*given) or _beyond_ssd(*given))
+    SSD.check(*given)
     return _ssd(*given)
 
 
@@ -2013,9 +2125,7 @@ def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple
     return blocks, q_rows
 
 
-def _conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _conv_forward(x, weight, bias, state, seq_idx):
     (b, l, d), k = x.shape, weight.shape[-1]
     y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
@@ -2039,15 +2149,7 @@ def _conv_flags(unit, weight, bias, state, seq_idx):
     return dict(UNIT=unit, K=weight.shape[-1], **there)
 
 
-def _conv_backward(
-    dy: Tensor | None,
-    dfinal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> list[Tensor]:
+def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums, dstate = _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)
     _fold(sums)
@@ -2082,50 +2184,39 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
     return (partial, dweight, dbias), dstate
 
 
-def _conv_fake(x, weight, bias, state, seq_idx):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
-
-
-_conv = _operation("causal_conv1d", _conv_forward, _conv_backward, _conv_fake, count=4)
-
-
-def _unfit_conv(x, weight, bias, initial_state, seq_idx) -> str | None:
-    optional = {"bias": bias, "initial_state": initial_state, "seq_idx": seq_idx}
-    reason = _unfit({"x": x, "weight": weight}, optional)
-    if reason is not None:
-        return reason
-    if x.ndim != 3 or weight.ndim != 2:
-        return "x does not have 3 dimensions, or weight not 2"
-    (b, l, d), k = x.shape, weight.shape[1]
-    if x.numel() == 0:
-        return "x is empty"
-    return _misshapen(
-        ("weight", weight, (d, k)),
-        ("bias", bias, (d,)),
-        ("initial_state", initial_state, (b, k - 1, d)),
-        ("seq_idx", seq_idx, (b, l)),
-    )
-
-
 def _conv_unit(x: Tensor) -> int:
     # Triton makes a constant of an argument that is 1, and a constant has no dtype to convert.
     return 1 if 8 in (x.shape[2], x.stride(1)) else _unit(x.shape[2], x.stride(0), x.stride(1))
 
 
-def _beyond_conv(x, weight, bias, initial_state, seq_idx) -> str | None:
-    if not 2 <= weight.shape[1] <= 4:
-        return f"the convolution has {weight.shape[1]} taps; it must have 2 to 4"
-    if x.stride(2) != 1:
-        return "the channels of x are not next to each other in memory"
+def _conv_beyond(sizes, x, *_):
     if 1 in (x.shape[2], x.stride(1)):
         return "the rows of x are one element wide or apart"
-    return _beyond_labels(seq_idx)
+    return None
+
+
+CONV = _Declared(
+    "causal_conv1d",
+    """
+    x               b l d     : row
+    weight          d k
+    bias?           d
+    initial_state?  b k-1 d
+    seq_idx?        b l       : int
+    """,
+    gives="""
+    y               b l d     : x
+    final           b k-1 d   : x
+    """,
+    limits=dict(k=range(2, 5)),
+    beyond=_conv_beyond,
+)
+_conv = _operation(CONV, _conv_forward, _conv_backward)
 
 
 def takes_causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None) -> bool:
     """Whether `causal_conv1d` can run on these tensors; what it cannot is said once, on a GPU."""
-    given = (x, weight, bias, initial_state, seq_idx)
-    return _unfit_conv(*given) is None and _takes("causal_conv1d", _beyond_conv(*given))
+    return CONV.takes(x, weight, bias, initial_state, seq_idx)
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
@@ -2146,8 +2237,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     Raises:
         ValueError: what the kernel cannot take, which is what `takes_causal_conv1d` says no to.
     """
-    given = (x, weight, bias, initial_state, seq_idx)
-    _refuse("causal_conv1d", _unfit_conv(*given) or _beyond_conv(*given))
+    CONV.check(x, weight, bias, initial_state, seq_idx)
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)  # rounds as the twin does
     return _conv(x, weight, bias, initial_state, seq_idx)
@@ -2357,7 +2447,7 @@ def _rows(tensor: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def _norm_forward(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int) -> Tensor:
+def _norm_forward(y, z, weight, eps, groups):
     out = torch.empty(y.shape, dtype=(weight if z is None else z).dtype, device=y.device)
     gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
     y, y_row = _rows(y)
@@ -2371,9 +2461,7 @@ def _norm_forward(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group
     return out
 
 
-def _norm_backward(
-    dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, groups: int
-) -> list[Tensor]:
+def _norm_backward(dout, y, z, weight, eps, groups):
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     dz = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     sums = _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)
@@ -2404,36 +2492,32 @@ def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
     return partial, dweight
 
 
-def _norm_fake(y, z, weight, eps, groups):
-    return y.new_empty(y.shape, dtype=(weight if z is None else z).dtype)
-
-
-_norm = _operation("rms_norm", _norm_forward, _norm_backward, _norm_fake, count=3)
-
-
-def _unfit_norm(x, weight, eps, gate, groups) -> str | None:
-    reason = _unfit({"x": x, "weight": weight}, {"gate": gate})
-    if reason is not None:
-        return reason
+def _norm_rules(sizes, eps, groups):
     if not isinstance(eps, (int, float)) or not isinstance(groups, int):
         return "eps is not a number, or groups not an integer"
-    if x.ndim == 0 or x.numel() == 0:
-        return "x is empty"
-    if groups < 1 or x.shape[-1] % groups:
+    if groups < 1 or sizes["d"] % groups:
         return "groups does not divide the last dimension of x"
-    return _misshapen(("gate", gate, x.shape), ("weight", weight, x.shape[-1:]))
-
-
-def _beyond_norm(x, weight, eps, gate, groups) -> str | None:
-    if x.shape[-1] // groups > 8192:
-        return f"a group has {x.shape[-1] // groups} channels; it must have at most 8192"
+    sizes["channels"] = sizes["d"] // groups
     return None
+
+
+NORM = _Declared(
+    "rms_norm",
+    """
+    x, gate?  ... d
+    weight    d
+    """,
+    numbers="float eps, int groups",
+    gives="out ... d : gate|weight",
+    rules=_norm_rules,
+    limits=dict(channels=range(1, 8193)),
+)
+_norm = _operation(NORM, _norm_forward, _norm_backward)
 
 
 def takes_rms_norm(x, weight, eps, *, gate=None, groups=1) -> bool:
     """Whether `rms_norm` can run on these tensors; what it cannot is said once, on a GPU."""
-    given = (x, weight, eps, gate, groups)
-    return _unfit_norm(*given) is None and _takes("rms_norm", _beyond_norm(*given))
+    return NORM.takes(x, gate, weight, eps, groups)
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
@@ -2449,8 +2533,7 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     Raises:
         ValueError: what the kernel cannot take, which is what `takes_rms_norm` says no to.
     """
-    given = (x, weight, eps, gate, groups)
-    _refuse("rms_norm", _unfit_norm(*given) or _beyond_norm(*given))
+    NORM.check(x, gate, weight, eps, groups)
     return _norm(x, gate, weight, float(eps), groups)
 
 
@@ -2480,10 +2563,8 @@ def _heads(xBC, dt_bias, norm_weight, groups):
 
 
 def _middle_forward(
-    zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-    norm_weight: Tensor, conv: Tensor | None, ssm: Tensor | None, seq_idx: Tensor | None,
-    groups: int, eps: float, low: float, high: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, eps, low, high
+):
     z, xBC, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
     xBC, conv = _conv_forward(xBC, weight, bias, conv, seq_idx)
     x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
@@ -2494,11 +2575,10 @@ def _middle_forward(
 
 
 def _middle_backward(
-    dout: Tensor | None, dconv: Tensor | None, dssm: Tensor | None, xBC: Tensor, y: Tensor,
-    zxbcdt: Tensor, weight: Tensor, bias: Tensor | None, dt_bias: Tensor, A_log: Tensor, D: Tensor,
-    norm_weight: Tensor, conv: Tensor | None, ssm: Tensor | None, seq_idx: Tensor | None,
-    groups: int, eps: float, low: float, high: float,
-) -> list[Tensor]:  # fmt: skip
+    dout, dconv, dssm, xBC, y,
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx,
+    groups, eps, low, high,
+):  # fmt: skip
     zxbcdt = zxbcdt.contiguous()
     dwide = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
     z, xBC_in, dt = _columns(zxbcdt, weight, dt_bias, norm_weight)
@@ -2523,58 +2603,41 @@ def _middle_backward(
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
-def _middle_fake(
-    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, eps, low, high
-):
-    (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
-    y, new_conv = zxbcdt.new_empty(b, l, hp), zxbcdt.new_empty(b, k - 1, d)
-    sizes = b, h, hp // h, (d - hp) // (2 * groups)
-    new_ssm = zxbcdt.new_empty(sizes, dtype=torch.float32)
-    return y, new_conv, new_ssm, zxbcdt.new_empty(b, l, d), torch.empty_like(y)
-
-
-_middle = _operation("layer_middle", _middle_forward, _middle_backward, _middle_fake, 9, kept=2)
-
-
-def _unfit_middle(
-    zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
-) -> str | None:
-    heads = {"dt_bias": dt_bias, "A_log": A_log, "D": D}
-    required = {"zxbcdt": zxbcdt, "weight": weight, **heads, "norm_weight": norm_weight}
-    reason = _unfit(required, {"conv": conv, "ssm": ssm, "seq_idx": seq_idx, "bias": bias})
-    if reason is not None:
-        return reason
-    if zxbcdt.ndim != 3 or weight.ndim != 3 or dt_bias.ndim != 1 or norm_weight.ndim != 1:
-        return "zxbcdt or weight do not have 3 dimensions, or dt_bias or norm_weight not 1"
-    (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
-    if zxbcdt.numel() == 0 or l == 1:
-        return "there are no positions, or only one, without a state"
-    if h == 0 or hp % h or h % groups or d <= hp or (d - hp) % (2 * groups):
+def _middle_rules(sizes, groups, *_):
+    d, hp, h = sizes["d"], sizes["hp"], sizes["h"]
+    if sizes["l"] == 1:
+        return "there is only one position, without a state"
+    if hp % h or h % groups or d <= hp or (d - hp) % (2 * groups) or sizes["w"] != hp + d + h:
         return "the channels are not those of heads and groups"
-    return _misshapen(
-        ("zxbcdt", zxbcdt, (b, l, hp + d + h)),
-        ("weight", weight, (d, 1, k)),
-        ("bias", bias, (d,)),
-        ("A_log", A_log, (h,)),
-        ("D", D, (h,)),
-        ("conv", conv, (b, k - 1, d)),
-        ("ssm", ssm, (b, h, hp // h, (d - hp) // (2 * groups))),
-        ("seq_idx", seq_idx, (b, l)),
-    )
+    sizes.update(p=hp // h, n=(d - hp) // (2 * groups), channels=hp // groups)
+    return None
 
 
-def _beyond_middle(
-    zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
-) -> str | None:
-    hp = norm_weight.shape[0]
-    p, n = hp // dt_bias.shape[0], (weight.shape[0] - hp) // (2 * groups)
-    if p not in SIZES or n not in SIZES:
-        return f"headdim and d_state are {p} and {n}; each must be one of {SIZES}"
-    if not 2 <= weight.shape[2] <= 4 or hp // groups > 8192:
-        return "the convolution does not have 2 to 4 taps, or a group has over 8192 channels"
-    if zxbcdt.is_cuda and not _has_room(zxbcdt.device):
-        return "the GPU has too little shared memory"
-    return _beyond_labels(seq_idx)
+MIDDLE = _Declared(
+    "layer_middle",
+    """
+    zxbcdt             b l w
+    weight             d 1 k
+    bias?              d
+    dt_bias, A_log, D  h
+    norm_weight        hp
+    conv?              b k-1 d
+    ssm?               b h p n
+    seq_idx?           b l       : int
+    """,
+    numbers="int groups, float eps, float low, float high",
+    gives="""
+    out                b l hp    : zxbcdt
+    new_conv           b k-1 d   : zxbcdt
+    new_ssm            b h p n   : float32
+    xBC                b l d     : zxbcdt kept
+    y                  b l hp    : zxbcdt kept
+    """,
+    rules=_middle_rules,
+    limits=dict(p=SIZES, n=SIZES, k=range(2, 5), channels=range(1, 8193)),
+    beyond=_ssd_beyond,
+)
+_middle = _operation(MIDDLE, _middle_forward, _middle_backward)
 
 
 def layer_middle(
@@ -2607,15 +2670,12 @@ def layer_middle(
             return None
         y, conv, ssm = layer_step(*step, **limits)
         return rms_norm(y, *norm[1:], gate=z, groups=groups), conv, ssm
-    given = zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups
-    if _unfit_middle(*given) is not None or _beyond_middle(*given) is not None:
+    weights, numbers = (weight, bias, dt_bias, A_log, D, norm_weight), (eps, *dt_limit)
+    numbers = groups, *map(float, numbers)
+    if MIDDLE.refusal(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)[0] is not None:
         return None
     conv = None if conv is None else conv.to(zxbcdt.dtype)  # rounds as the twin does
-    low, high = dt_limit
-    y, conv, new_ssm = _middle(
-        zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx,
-        groups, float(eps), float(low), float(high),
-    )  # fmt: skip
+    y, conv, new_ssm = _middle(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
     if ssm is not None and ssm.dtype.itemsize == 2:
         new_ssm = new_ssm.to(ssm.dtype)
     return y, conv, new_ssm
@@ -2769,81 +2829,79 @@ def _step_into(
         _launch((_step_kernel, (b * g, _cdiv(tiles, share), 1), tensors, numbers, options))
 
 
-def _step_forward(
-    xBC: Tensor, dt: Tensor, conv: Tensor, ssm: Tensor, weight: Tensor, bias: Tensor | None,
-    dt_bias: Tensor, A_log: Tensor, D: Tensor, low: float, high: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    results = _step_fake(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
-    _step_into(*results, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
+def _step_forward(xBC, dt, conv, ssm, *others):
+    b, h, p, _ = ssm.shape
+    results = xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
+    _step_into(*results, xBC, dt, conv, ssm, *others)
     return results
 
 
-def _step_fake(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
-    b, h, p, _ = ssm.shape
-    return xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
-
-
-_step = _operation("layer_step", _step_forward, None, _step_fake, count=0)
-
-
-def _unfit_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
-    state, weights = {"conv": conv, "ssm": ssm}, {"dt_bias": dt_bias, "A_log": A_log, "D": D}
-    required = {"xBC": xBC, "dt": dt, **state, "weight": weight, **weights}
-    reason = _unfit(required, {"bias": bias})
-    if reason is not None:
-        return reason
-    if xBC.ndim != 3 or xBC.shape[1] != 1:
-        return "there is not one position"
-    given = [*required.values(), *([] if bias is None else [bias])]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        return "gradients are wanted"
-    if ssm.ndim != 4 or weight.ndim != 3 or xBC.numel() == 0 or ssm.numel() == 0:
-        return "ssm does not have 4 dimensions, or weight not 3, or xBC or ssm are empty"
-    (b, _, d), (h, p, n), k = xBC.shape, ssm.shape[1:], weight.shape[2]
+def _step_rules(sizes, *_):
+    d, h, p, n = (sizes[letter] for letter in "dhpn")
     groups = (d - h * p) // (2 * n)
     if groups < 1 or d != h * p + 2 * groups * n or h % groups:
         return "the channels of xBC are not those of x, B and C"
-    if out is not None:
-        unfit = _unfit({"xBC": xBC, "out[0]": out[0], "out[1]": out[1]}, {})
-        shapes = ("out[0]", out[0], (b, k - 1, d)), ("out[1]", out[1], (b, h, p, n))
-        if unfit or _misshapen(*shapes):
-            return unfit or _misshapen(*shapes)
-    return _misshapen(
-        ("dt", dt, (b, 1, h)),
-        ("conv", conv, (b, k - 1, d)),
-        ("ssm", ssm, (b, h, p, n)),
-        ("weight", weight, (d, 1, k)),
-        ("bias", bias, (d,)),
-        ("dt_bias", dt_bias, (h,)),
-        ("A_log", A_log, (h,)),
-        ("D", D, (h,)),
-    )
-
-
-def _beyond_step(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out) -> str | None:
-    if ssm.shape[3] > 1024:
-        return f"d_state is {ssm.shape[3]}; it must be at most 1024"
-    if xBC.stride(2) != 1 or dt.stride(2) != 1:
-        return "the channels of xBC, or the heads of dt, are not next to each other in memory"
-    if out is not None:
-        if torch.compiler.is_compiling():
-            return "out is given under torch.compile, which knows only functions without effects"
-        if (out[0].dtype, out[1].dtype) != (xBC.dtype, ssm.dtype):
-            return "out does not have the dtypes of xBC and ssm"
-        if not (out[0].is_contiguous() and out[1].is_contiguous()):
-            return "out is not contiguous"
-        apart = out[0].data_ptr() - conv.data_ptr()
-        if -out[0].nbytes < apart < conv.nbytes:
-            return "out[0] overlaps conv, which all heads read: it must have memory of its own"
+    sizes["hp"] = h * p
     return None
+
+
+STEP = _Declared(
+    "layer_step",
+    """
+    xBC                b 1 d     : row
+    dt                 b 1 h     : row
+    conv               b k-1 d
+    ssm                b h p n
+    weight             d 1 k
+    bias?              d
+    dt_bias, A_log, D  h
+    """,
+    numbers="float low, float high",
+    gives="""
+    y                  b 1 hp    : xBC
+    new_conv           b k-1 d   : xBC
+    new_ssm            b h p n   : ssm
+    """,
+    graded=False,
+    twin="mamba2.Mamba2",
+    rules=_step_rules,
+    limits=dict(n=range(1, 1025)),
+)
+_step = _operation(STEP, _step_forward)
+
+
+def _out_beyond(sizes, xBC, conv, new_conv, ssm, new_ssm):
+    if torch.compiler.is_compiling():
+        return "out is given under torch.compile, which knows only functions without effects"
+    if (new_conv.dtype, new_ssm.dtype) != (xBC.dtype, ssm.dtype):
+        return "out does not have the dtypes of xBC and ssm"
+    if not (new_conv.is_contiguous() and new_ssm.is_contiguous()):
+        return "out is not contiguous"
+    apart = new_conv.data_ptr() - conv.data_ptr()
+    if -new_conv.nbytes < apart < conv.nbytes:
+        return "out[0] overlaps conv, which all heads read: it must have memory of its own"
+    return None
+
+
+STEP_OUT = _Declared(
+    "layer_step",
+    """
+    xBC           b 1 d
+    conv, out[0]  b k-1 d
+    ssm, out[1]   b h p n
+    """,
+    twin="mamba2.Mamba2",
+    beyond=_out_beyond,
+)
 
 
 def takes_layer_step(
     xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
 ) -> bool:  # fmt: skip
     """Whether `layer_step` can run on these tensors; what it cannot is said once, on a GPU."""
-    given = (xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, dt_limit, out)
-    return _unfit_step(*given) is None and _takes("layer_step", _beyond_step(*given))
+    if not STEP.takes(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *dt_limit):
+        return False
+    return out is None or STEP_OUT.takes(xBC, conv, out[0], ssm, out[1])
 
 
 def layer_step(
@@ -2866,10 +2924,10 @@ def layer_step(
     """
     given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
     dt_limit = tuple(map(float, dt_limit))
-    reason = _unfit_step(*given, dt_limit, out) or _beyond_step(*given, dt_limit, out)
-    _refuse("layer_step", reason, twin="mamba2.Mamba2")
+    STEP.check(*given, *dt_limit)
     if out is None:
         return _step(*given, *dt_limit)
+    STEP_OUT.check(xBC, conv, out[0], ssm, out[1])
     y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
     _step_into(y, *out, *given, *dt_limit)
     return y, *out
@@ -2889,7 +2947,7 @@ NORM_LINEAR_ROWS = 2  # with more, a norm of its own and a product on tensor cor
 # While a tile is summed the next ones arrive, through STAGES buffers. One row without a gate leaves
 # so little to compute that single warps, which never wait for each other, are faster. OB is halved
 # until each multiprocessor has 4 warps.
-NORM_LINEAR = dict(OB=4, KB=512, STAGES=3, num_warps=4)
+NORM_LINEAR_TILES = dict(OB=4, KB=512, STAGES=3, num_warps=4)
 NORM_LINEAR_ROW = dict(OB=8, KB=256, STAGES=3, num_warps=1)
 
 
@@ -2955,18 +3013,16 @@ def _norm_linear_kernel(
     tl.store(out_ptr + r[:, None] * out_row + o[None, :], out_ro, mask=mask_ro)
 
 
-def _norm_linear_forward(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None,
-    residual: Tensor | None, eps: float, groups: int,
-) -> Tensor:  # fmt: skip
-    out = _norm_linear_fake(x, norm_weight, weight, bias, gate, residual, eps, groups)
+def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, groups):
+    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
     size, outputs = x.shape[-1] // groups, weight.shape[0]
     rows = x.numel() // x.shape[-1]
     x, x_row = _rows(x)
     gate_, gate_row = (x, 0) if gate is None else _rows(gate)
     residual_, residual_row = (x, 0) if residual is None else _rows(residual)
     alone = rows == 1 and gate is None
-    config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR)
+    config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR_TILES)
     config["KB"] = min(config["KB"], _power_of_2(size))
     warps = 4 * _processors(x.device)
     while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
@@ -2981,50 +3037,38 @@ def _norm_linear_forward(
     return out
 
 
-def _norm_linear_fake(x, norm_weight, weight, bias, gate, residual, eps, groups):
-    dtype = weight.dtype
-    if residual is not None:
-        dtype = torch.promote_types(dtype, residual.dtype)
-    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
-
-
-_norm_linear = _operation("norm_linear", _norm_linear_forward, None, _norm_linear_fake, count=0)
-
-
-def _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual) -> str | None:
-    required = {"x": x, "norm_weight": norm_weight, "weight": weight}
-    optional = {"bias": bias, "gate": gate, "residual": residual}
-    reason = _unfit(required, optional)
-    if reason is not None:
-        return reason
-    given = [t for t in (*required.values(), *optional.values()) if t is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        return "gradients are wanted"
-    if x.ndim < 2 or x.numel() == 0 or weight.ndim != 2 or groups < 1 or x.shape[-1] % groups:
-        return "x is empty or has no rows, or weight is no matrix, or groups do not divide x"
-    if x.numel() > NORM_LINEAR_ROWS * x.shape[-1]:
+def _norm_linear_rules(sizes, eps, groups):
+    if not sizes["..."] or groups < 1 or sizes["d"] % groups:
+        return "x has no rows, or groups do not divide it"
+    if math.prod(sizes["..."]) > NORM_LINEAR_ROWS:
         return f"there are more than {NORM_LINEAR_ROWS} rows"
-    return _misshapen(
-        ("norm_weight", norm_weight, (x.shape[-1],)),
-        ("weight", weight, (weight.shape[0], x.shape[-1])),
-        ("bias", bias, (weight.shape[0],)),
-        ("gate", gate, x.shape),
-        ("residual", residual, (*x.shape[:-1], weight.shape[0])),
-    )
-
-
-def _beyond_norm_linear(weight) -> str | None:
-    if weight.stride(1) != 1:
-        return "the rows of weight are not contiguous"
     return None
+
+
+NORM_LINEAR = _Declared(
+    "norm_linear",
+    """
+    x            ... d
+    norm_weight  d
+    weight       o d     : row
+    bias?        o
+    gate?        ... d
+    residual?    ... o
+    """,
+    numbers="float eps, int groups",
+    gives="out ... o : weight residual",
+    graded=False,
+    twin="mamba2.Mamba2Block",
+    rules=_norm_linear_rules,
+)
+_norm_linear = _operation(NORM_LINEAR, _norm_linear_forward)
 
 
 def takes_norm_linear(
     x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None
 ) -> bool:
     """Whether `norm_linear` can run on these tensors."""
-    reason = _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual)
-    return reason is None and _takes("norm_linear", _beyond_norm_linear(weight))
+    return NORM_LINEAR.takes(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
@@ -3037,10 +3081,9 @@ def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, 
     Raises:
         ValueError: what the kernel cannot take, which is what `takes_norm_linear` says no to.
     """
-    reason = _unfit_norm_linear(x, norm_weight, eps, weight, bias, gate, groups, residual)
-    reason = reason or _beyond_norm_linear(weight)
-    _refuse("norm_linear", reason, twin="mamba2.Mamba2Block")
-    return _norm_linear(x, norm_weight, weight, bias, gate, residual, float(eps), groups)
+    given = x, norm_weight, weight, bias, gate, residual, float(eps), groups
+    NORM_LINEAR.check(*given)
+    return _norm_linear(*given)
 
 
 # Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
@@ -3066,7 +3109,7 @@ def block_step(h, state, norm, layer):
     """
     first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
     last = layer.norm.weight, layer.norm.eps, layer.out_proj.weight, layer.out_proj.bias
-    few = takes_norm_linear(*first) and _beyond_norm_linear(last[2]) is None
+    few = takes_norm_linear(*first) and last[2].stride(1) == 1
     if not (few or _adds(h, *last[2:])):
         return None
     zxbcdt = norm_linear(*first) if few else layer.in_proj(norm(h))
