@@ -6,7 +6,8 @@ over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the si
 meaning of its namesake in mamba2.py (its twin, in plain PyTorch), can run on these tensors. Where
 the answer is no, mamba2.py goes on in plain PyTorch; that it did is said once, if the tensors are
 on a GPU and looked like ones for a kernel. Nothing is compiled at install, only Triton at the first
-call; without Triton or a GPU every answer is no. `python kernels.py` times all of it on a GPU.
+call; without Triton or a GPU every answer is no. `python kernels.py` times all of it on a GPU,
+`python kernels.py --targets` compiles SSD's kernels for other GPUs, without one.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
@@ -71,6 +72,10 @@ each of H, dH 671 MB: forward 0.69 GB (x, y and 1 % more; B and C stay in the L2
 border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory or from the L2
 cache), all else 0.3 GB.
 
+GPUs: tile sizes and launches are in `SETTINGS`, by kind of GPU. On those without a tensor memory
+accelerator, or with less shared memory, kernels read tiles by pointers; `MAMBA2_KERNELS=portable`
+in the environment has any NVIDIA GPU do so. All was compiled for them, and run on an H200 only.
+
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
 of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
 forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
@@ -111,12 +116,16 @@ import itertools
 import math
 import operator
 import os
+import re
+import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -616,6 +625,76 @@ def series_at(series_ptr, which, bh, c, BH, NC, Q: tl.constexpr):
     return series_ptr + ((BH * which + bh).to(tl.int64) * NC + c) * Q
 
 
+# Tensors of which kernels read whole tiles end in `_mem`. With a tensor memory accelerator (TMA)
+# they are descriptors of tiles, read without a register for an address. Otherwise they are
+# pointers, and a number, such as x_row, says how many times 16 bytes their rows are apart: the
+# compiler must see that this is a multiple of 16 bytes to load as many at once. What a tile has
+# outside the tensor reads as zero, and is not written.
+
+
+@triton.jit
+def load_rows(
+    mem, row, b, head, q0, w0, L, W, Q: tl.constexpr, WB: tl.constexpr, TMA: tl.constexpr
+):
+    """The tile (Q, WB) of a (b, l, heads, W) tensor that begins at position q0, column w0."""
+    if TMA:
+        tile = mem.load([b, head, q0, w0]).reshape(Q, WB)
+    else:
+        at, mask = rows_at(mem, row, b, head, q0, w0, L, W, Q, WB)
+        tile = tl.load(at, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    mem, row, tile, b, head, q0, w0, L, W, Q: tl.constexpr, WB: tl.constexpr, TMA: tl.constexpr
+):
+    if TMA:
+        mem.store([b, head, q0, w0], tile.reshape(1, 1, Q, WB))
+    else:
+        at, mask = rows_at(mem, row, b, head, q0, w0, L, W, Q, WB)
+        tl.store(at, tile, mask=mask)
+
+
+@triton.jit
+def rows_at(mem, row, b, head, q0, w0, L, W, Q: tl.constexpr, WB: tl.constexpr):
+    """Addresses and mask of a tile: rows of all batch elements lie evenly, heads side by side."""
+    q = tl.arange(0, Q)
+    w = tl.arange(0, WB)
+    row *= 128 // mem.dtype.element_ty.primitive_bitwidth
+    mem += (b.to(tl.int64) * L + q0) * row + head * W + w0
+    return mem + q[:, None] * row + w[None, :], (q0 + q < L)[:, None] & (w0 + w < W)[None, :]
+
+
+@triton.jit
+def load_series(mem, which, bh, c, BH, NC, Q: tl.constexpr, TMA: tl.constexpr):
+    """Chunk c of a series, for batch element and head bh of BH."""
+    if TMA:
+        tile = mem.load([BH * which + bh, c * Q]).reshape(Q)
+    else:
+        tile = tl.load(series_at(mem, which, bh, c, BH, NC, Q) + tl.arange(0, Q))
+    return tile
+
+
+@triton.jit
+def load_border(mem, row, p0, n0, P, N, PB: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr):
+    """A tile (PB, NB) of the state number `row`, (P, N), of those at the borders of chunks."""
+    if TMA:
+        tile = mem.load([row, p0, n0]).reshape(PB, NB)
+    else:
+        at, mask = border_at(mem, row, p0, n0, P, N, PB, NB)
+        tile = tl.load(at, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def border_at(mem, row, p0, n0, P, N, PB: tl.constexpr, NB: tl.constexpr):
+    p = tl.arange(0, PB)
+    n = tl.arange(0, NB)
+    mem += (row.to(tl.int64) * P + p0) * N + n0
+    return mem + p[:, None] * N + n[None, :], (p0 + p < P)[:, None] & (n0 + n < N)[None, :]
+
+
 @triton.jit
 def pin(tile, PIN: tl.constexpr):
     """The tile, unchanged, but as something the compiler takes for a computed value.
@@ -743,32 +822,31 @@ def prep_kernel(
 
 @triton.jit
 def walk(
-    v_desc, K_desc, series_desc, borders_desc, end_ptr, run_ptr, state_pn, first, last, reverse,
-    b, h, g, pb, nb, bh, BH, NC,
-    KEEP: tl.constexpr, HAS_SEQ: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    v_mem, v_row, K_mem, K_row, series_mem, borders_mem, end_ptr, run_ptr, state_pn,
+    first, last, reverse, b, h, g, pb, nb, bh, BH, NC, L, P, N,
+    KEEP: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The state alone, chunk after chunk: state <- 2^a_end state + (v · weight)^T K.
 
     Forward in time v, K = x, B and the weight is 2^(a_end - e_q); in reverse v, K = dy, C and the
     weight is 2^a_q, which is the same recurrence for the gradient of the state. Returns the last
     state and the sum of a_end (-inf past a reset). KEEP: the state before each chunk goes to
-    borders_desc, in the second half of it if reverse.
+    borders_mem, in the second half of it if reverse.
 
         |  v^T (p, q)  |  x  |  K (q, n)  |  ->  state (p, n) in registers
 
-    Masked by the tensor descriptors: positions past l, rows past p, columns past n read as zero.
+    Masked: positions past l, rows past p, columns past n, which read as zero.
     """
     q = tl.arange(0, Q)
     total = 0.0
     for i in tl.range(first, last, num_stages=STAGES):
         c = tl.where(reverse, NC - 1 - i, i)
         # load
-        K_qn = K_desc.load([b, g, c * Q, nb * NB]).reshape(Q, NB)
-        v_pq = tl.trans(v_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB))
-        w_q = series_desc.load(
-            [tl.where(reverse, BH * SERIES_A, BH * SERIES_E) + bh, c * Q]
-        ).reshape(Q)
+        K_qn = load_rows(K_mem, K_row, b, g, c * Q, nb * NB, L, N, Q, NB, TMA)
+        v_pq = tl.trans(load_rows(v_mem, v_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA))
+        which = tl.where(reverse, SERIES_A, SERIES_E)
+        w_q = load_series(series_mem, which, bh, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + c)
         # decay
         w_q = tl.exp2(tl.where(reverse, w_q, a_end - w_q))
@@ -782,9 +860,13 @@ def walk(
             total = tl.where(run_end == 0, total, float("-inf"))
         # store
         if KEEP:
-            at = tl.where(reverse, BH + bh, bh) * NC + c
-            tile = operand(state_pn, v_pq.dtype, PREC).reshape(1, PB, NB)
-            borders_desc.store([at, pb * PB, nb * NB], tile)
+            row = tl.where(reverse, BH + bh, bh) * NC + c
+            tile = operand(state_pn, v_pq.dtype, PREC)
+            if TMA:
+                borders_mem.store([row, pb * PB, nb * NB], tile.reshape(1, PB, NB))
+            else:
+                at, mask = border_at(borders_mem, row, pb * PB, nb * NB, P, N, PB, NB)
+                tl.store(at, tile, mask=mask)
         # dot
         vw_pq = operand(v_pq * w_q[None, :], v_pq.dtype, PREC)
         state_pn *= gamma
@@ -797,10 +879,10 @@ def walk(
 
 @jit
 def segment_kernel(
-    x_desc, B_desc, series_desc, end_ptr, run_ptr, seg_ptr, decay_ptr,
-    NC, H, BH, HPG, NPB, P, N, NSEG, CPS,
+    x_mem, B_mem, series_mem, end_ptr, run_ptr, seg_ptr, decay_ptr,
+    NC, H, BH, HPG, NPB, P, N, NSEG, CPS, L, x_row, B_row,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
-    PREC: tl.constexpr, STAGES: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """What a segment of CPS chunks adds to the state, and the decay over the whole segment.
 
@@ -818,10 +900,11 @@ def segment_kernel(
     nb = tl.program_id(1)
     b64 = b.to(tl.int64)
     state_pn, total = walk(
-        x_desc, B_desc, series_desc, x_desc, end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
+        x_mem, x_row, B_mem, B_row, series_mem, x_mem,
+        end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
         tl.zeros((PB, NB), tl.float32), s * CPS, tl.minimum(s * CPS + CPS, NC), False,
-        b, h, h // HPG, pb, nb, b * H + h, BH, NC,
-        False, HAS_SEQ, Q, PB, NB, PREC, STAGES,
+        b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
+        False, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
     )  # fmt: skip
     # store
     row = (b64 * NSEG + s) * H + h
@@ -834,13 +917,13 @@ def segment_kernel(
 
 @jit
 def scan_kernel(
-    x_desc, B_desc, C_desc, series_desc, y_ptr,
+    x_mem, B_mem, C_mem, series_mem, y_ptr,
     end_ptr, run_ptr, D_ptr, init_ptr, seg_ptr, decay_ptr, final_ptr,
     D_sh, D_sp, i_sb, i_sh, i_sp, i_sn,
-    L, NC, H, BH, HPG, NPB, P, N, NSEG, CPS,
+    L, NC, H, BH, HPG, NPB, P, N, NSEG, CPS, x_row, B_row, C_row,
     HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, HAS_INIT: tl.constexpr, SEGMENTS: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """y_t = 2^a_t H C_t + sum_{s<=t} (B_s·C_t) 2^(a_t - e_s) x_s + D x_t, and H to the next chunk.
 
@@ -858,8 +941,7 @@ def scan_kernel(
             y     <- (state C^T) · 2^a_t + x^T G + D x^T
             state <- 2^a_end state + (x^T · 2^(a_end - e_s)) B
 
-    Masked: s > t, and pairs in different runs of seq_idx; stores past l or p (reads are masked by
-    the descriptors).
+    Masked: s > t, and pairs in different runs of seq_idx; positions past l, rows past p.
     """
     pid = tl.program_id(0)
     pb = pid % NPB
@@ -884,14 +966,17 @@ def scan_kernel(
     if HAS_D:
         D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=mask_p, other=0.0).to(tl.float32)
     end_ptr += (b64 * H + h) * NC
-    half_pn = operand(state_pn, x_desc.dtype, PREC)
+    if TMA:
+        half_pn = operand(state_pn, x_mem.dtype, PREC)
+    else:
+        half_pn = operand(state_pn, x_mem.dtype.element_ty, PREC)
     for c in tl.range(seg * CPS, tl.minimum(seg * CPS + CPS, NC), num_stages=STAGES):
         # load
-        B_qn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
-        C_nq = tl.trans(C_desc.load([b, g, c * Q, 0]).reshape(Q, NB))
-        x_pq = tl.trans(x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB))
-        a_q = series_desc.load([BH * SERIES_A + b * H + h, c * Q]).reshape(Q)
-        e_q = series_desc.load([BH * SERIES_E + b * H + h, c * Q]).reshape(Q)
+        B_qn = load_rows(B_mem, B_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
+        C_nq = tl.trans(load_rows(C_mem, C_row, b, g, c * Q, 0, L, N, Q, NB, TMA))
+        x_pq = tl.trans(load_rows(x_mem, x_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA))
+        a_q = load_series(series_mem, SERIES_A, b * H + h, c, BH, NC, Q, TMA)
+        e_q = load_series(series_mem, SERIES_E, b * H + h, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + c)
         # decay
         keep_st = q[:, None] <= q[None, :]
@@ -931,12 +1016,13 @@ def scan_kernel(
 
 @jit
 def border_kernel(
-    x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
+    x_mem, B_mem, dy_mem, C_mem, series_mem, borders_mem,
     end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
-    i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
-    NC, H, BH, HPG, NPB, P, N,
+    x_row, B_row, dy_row, C_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
+    L, NC, H, BH, HPG, NPB, P, N,
     HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """The state H at every chunk's start, and the gradient dH of the state at every chunk's end:
 
@@ -961,17 +1047,18 @@ def border_kernel(
     mask_pn = (p < P)[:, None] & (n < N)[None, :]
     state_pn = tl.zeros((PB, NB), tl.float32)
     if reverse:
-        v_desc, K_desc = dy_desc, C_desc
+        v_mem, K_mem = dy_mem, C_mem
         if HAS_DFINAL:
             state_pn += load_state(dfinal_ptr + b64 * f_sb + h * f_sh, f_sp, f_sn, p, n, mask_pn)
     else:
-        v_desc, K_desc = x_desc, B_desc
+        v_mem, K_mem = x_mem, B_mem
         if HAS_INIT:
             state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
     state_pn, _ = walk(
-        v_desc, K_desc, series_desc, borders_desc, end_ptr + (b64 * H + h) * NC,
-        run_ptr + b64 * (NC * Q), state_pn, 0, NC, reverse,
-        b, h, h // HPG, pb, nb, b * H + h, BH, NC, True, HAS_SEQ, Q, PB, NB, PREC, STAGES,
+        v_mem, tl.where(reverse, dy_row, x_row), K_mem, tl.where(reverse, C_row, B_row),
+        series_mem, borders_mem, end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
+        state_pn, 0, NC, reverse, b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
+        True, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
     )  # fmt: skip
     if HAS_INIT:
         if reverse:
@@ -982,11 +1069,12 @@ def border_kernel(
 
 @triton.jit
 def dx_part(
-    pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
-    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
-    NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
-    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr,
+    x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+    L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
+    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """With S_st = B_s·C_t, the decay L_st = 2^(a_t - a_s) for s <= t, T_st = x_s·dy_t and
     o_s = 2^(a_end - a_s):
@@ -1019,8 +1107,8 @@ def dx_part(
     c = (pid // NSPLIT // G) % NC
     b = pid // NSPLIT // G // NC
     q = tl.arange(0, Q)
-    B_sn = B_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
-    C_tn = C_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
+    B_sn = load_rows(B_mem, B_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
+    C_tn = load_rows(C_mem, C_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
     keep_st = q[:, None] <= q[None, :]
     if HAS_SEQ:
         run_q = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + q)
@@ -1035,11 +1123,11 @@ def dx_part(
         pb = i % NPB
         bh = b * H + h
         # load
-        x_sp = x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
-        dy_tp = dy_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
-        dH_pn = borders_desc.load([(BH + bh) * NC + c, pb * PB, 0]).reshape(PB, NB)
-        a_q = series_desc.load([BH * SERIES_A + bh, c * Q]).reshape(Q)
-        dt_q = series_desc.load([BH * SERIES_DT + bh, c * Q]).reshape(Q)
+        x_sp = load_rows(x_mem, x_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
+        dy_tp = load_rows(dy_mem, dy_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
+        dH_pn = load_border(borders_mem, (BH + bh) * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
+        a_q = load_series(series_mem, SERIES_A, bh, c, BH, NC, Q, TMA)
+        dt_q = load_series(series_mem, SERIES_DT, bh, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
         # decay
         out_q = tl.exp2(a_end - a_q)
@@ -1074,21 +1162,22 @@ def dx_part(
             xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
             tl.store(xdy_at + q, xdy_q)
         # store
-        dx_desc.store([b, h, c * Q, pb * PB], dx_sp.to(x_sp.dtype).reshape(1, 1, Q, PB))
+        dx_sp = dx_sp.to(x_sp.dtype)
+        store_rows(dx_mem, dx_row, dx_sp, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
         tl.store(series_at(series_ptr, pb * SET + SERIES_ROW, bh, c, BH, NC, Q) + q, row_t)
         tl.store(series_at(series_ptr, pb * SET + SERIES_COL, bh, c, BH, NC, Q) + q, col_s)
         tl.store(series_at(series_ptr, pb * SET + SERIES_OUT, bh, c, BH, NC, Q) + q, out_s)
-    W_st = operand(tl.where(keep_st, W_st, 0.0), dx_desc.dtype, PREC)
+    W_st = operand(tl.where(keep_st, W_st, 0.0), W_ptr.dtype.element_ty, PREC)
     tl.store(W_ptr + (pid.to(tl.int64) * Q + q[:, None]) * Q + q[None, :], W_st)
 
 
 @triton.jit
 def bc_part(
-    pid, x_desc, dy_desc, C_desc, series_desc, borders_desc,
-    series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr,
-    NC, H, BH, G, HPG, NPB, N, NSPLIT, HPS, PROGRAMS,
+    pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
+    series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row,
+    L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
-    PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr,
+    PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Sums over a share of a group's heads, to which `total_part` adds those with W. o as above.
 
@@ -1113,7 +1202,7 @@ def bc_part(
     q = tl.arange(0, Q)
     n = tl.arange(0, NB)
     pp = tl.arange(0, PB)
-    C_tn = C_desc.load([b, g, c * Q, 0]).reshape(Q, NB)
+    C_tn = load_rows(C_mem, C_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
     if HAS_SEQ:
         run_q = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + q)
         run_end = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + Q - 1)
@@ -1126,12 +1215,12 @@ def bc_part(
         pb = i % NPB
         bh = b * H + h
         # load
-        x_sp = x_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
-        dy_tp = dy_desc.load([b, h, c * Q, pb * PB]).reshape(Q, PB)
-        H_pn = borders_desc.load([bh * NC + c, pb * PB, 0]).reshape(PB, NB)
-        dH_pn = borders_desc.load([(BH + bh) * NC + c, pb * PB, 0]).reshape(PB, NB)
-        a_q = series_desc.load([BH * SERIES_A + bh, c * Q]).reshape(Q)
-        dt_q = series_desc.load([BH * SERIES_DT + bh, c * Q]).reshape(Q)
+        x_sp = load_rows(x_mem, x_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
+        dy_tp = load_rows(dy_mem, dy_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
+        H_pn = load_border(borders_mem, bh * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
+        dH_pn = load_border(borders_mem, (BH + bh) * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
+        a_q = load_series(series_mem, SERIES_A, bh, c, BH, NC, Q, TMA)
+        dt_q = load_series(series_mem, SERIES_DT, bh, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
         # decay
         in_q = tl.exp2(a_q)
@@ -1164,12 +1253,13 @@ def bc_part(
 
 @jit
 def chunk_kernel(
-    x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
+    x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr, sums_ptr,
-    D_sh, D_sp, SUMS, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
+    x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+    L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
     HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """What the gradients need of each chunk: two kernels in one launch.
 
@@ -1181,25 +1271,27 @@ def chunk_kernel(
     pid = tl.program_id(0) // 2
     if tl.program_id(0) % 2 == 0:
         dx_part(
-            pid, x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, dx_desc,
-            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr, D_sh, D_sp, SUMS,
-            NC, H, BH, G, HPG, NPB, P, NSPLIT, HPS,
-            HAS_SEQ, D_VECTOR, Q, PB, NB, PREC, STAGES,
+            pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
+            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr,
+            x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+            L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
+            HAS_SEQ, D_VECTOR, Q, PB, NB, PREC, STAGES, TMA,
         )  # fmt: skip
     else:
         # Two stages here: a third set of four tiles would leave room for one program only.
         bc_part(
-            pid, x_desc, dy_desc, C_desc, series_desc, borders_desc,
-            series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr,
-            NC, H, BH, G, HPG, NPB, N, NSPLIT, HPS, PROGRAMS,
-            HAS_SEQ, Q, PB, NB, PREC, PIN, 2,
+            pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
+            series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row,
+            L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
+            HAS_SEQ, Q, PB, NB, PREC, PIN, 2, TMA,
         )  # fmt: skip
 
 
 @triton.jit
 def total_part(
-    pid, nb, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr, dB_sl, L, NC, G, N, NSPLIT, PROGRAMS,
-    Q: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr,
+    pid, nb, B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr, B_row, C_row, dB_sl,
+    L, NC, G, N, NSPLIT, PROGRAMS,
+    Q: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dB = sum over shares of W C + their dB, dC = sum over shares of W^T B + their dC.
 
@@ -1211,8 +1303,8 @@ def total_part(
     q = tl.arange(0, Q)
     n = nb * NB + tl.arange(0, NB)
     mask_qn = (q >= 0)[:, None] & (n < N)[None, :]
-    B_sn = B_desc.load([b, g, c * Q, nb * NB]).reshape(Q, NB)
-    C_tn = C_desc.load([b, g, c * Q, nb * NB]).reshape(Q, NB)
+    B_sn = load_rows(B_mem, B_row, b, g, c * Q, nb * NB, L, N, Q, NB, TMA)
+    C_tn = load_rows(C_mem, C_row, b, g, c * Q, nb * NB, L, N, Q, NB, TMA)
     dB_sn = tl.zeros((Q, NB), tl.float32)
     dC_tn = tl.zeros((Q, NB), tl.float32)
     for k in range(0, NSPLIT):
@@ -1324,11 +1416,12 @@ def chain_part(
 
 @jit
 def finish_kernel(
-    B_desc, C_desc, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
-    dB_ptr, dC_ptr, ddt_ptr, sums_ptr,
+    B_mem, C_mem, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
+    dB_ptr, dC_ptr, ddt_ptr, sums_ptr, B_row, C_row,
     A_sh, dB_sl, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
     RAW: tl.constexpr, D_VECTOR: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """From what the chunks' programs left to the gradients: two kernels in one launch.
 
@@ -1340,8 +1433,8 @@ def finish_kernel(
     tiles = G * tl.cdiv(N, NB)
     if i < tiles:
         total_part(
-            bc * G + i % G, i // G, B_desc, C_desc, W_ptr, parts_ptr, dB_ptr, dC_ptr, dB_sl,
-            L, NC, G, N, NSPLIT, PROGRAMS, Q, NB, PREC,
+            bc * G + i % G, i // G, B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr,
+            B_row, C_row, dB_sl, L, NC, G, N, NSPLIT, PROGRAMS, Q, NB, PREC, TMA,
         )  # fmt: skip
     else:
         chain_part(
@@ -1354,25 +1447,69 @@ def finish_kernel(
 # SSD: launches ------------------------------------------------------------------------------------
 
 
-def _config(x, n):
-    """Q, PB, NB, warps: one set of tile sizes per (bytes per element, d_state), for every kernel
-    but those of the fp32 forward without tf32, where PB is 32: see `_ssd_forward_from`.
+class _Settings(NamedTuple):
+    """Tiles and launches of SSD's kernels, on a kind of GPU, by size of numbers and of d_state."""
 
-    Q = 64 is the narrowest tile that Hopper's matrix instruction takes, and work inside a chunk
-    grows with Q. PB is 64 even when the headdim is less: a padded tile costs little, while narrower
-    headdim tiles are where Triton 3.4-3.7 has been seen to miscompile. Where tiles would be more
-    than 16 KB each (d_state 256, or fp32), Q is halved and twice the warps share the work.
-    """
-    NB = max(64, n)
-    fp32 = x.dtype == torch.float32
-    Q = 32 if fp32 or NB == 256 else 64
-    PB = 32 if fp32 and NB == 256 else 64
-    return Q, PB, NB, 8 if fp32 or NB == 256 else 4
+    kind: str
+    Q: int  # positions in a chunk
+    PB: int  # rows of a tile of the state
+    warps: int
+    stages: int  # of the pipeline: tiles are fetched one iteration less than that ahead
+    programs: int  # that run at once on a multiprocessor
+    finish: int  # warps of finish_kernel
+
+    @property
+    def TMA(self) -> bool:
+        return self.kind == "tma"
 
 
-def _stages(x):
-    """Pipeline depth: tiles are fetched two iterations ahead, or one if they are fp32."""
-    return 2 if x.dtype == torch.float32 else 3
+# By (kind of GPU, bytes per number, whether d_state is 256). Rows of the kind "tma" are for Hopper
+# and data centers' Blackwell, which have a tensor memory accelerator and 227 KB of shared memory
+# for one program. Q = 64 is the narrowest tile that Hopper's matrix instruction takes, and work in
+# a chunk grows with Q. PB is 64 even when the headdim is less: a padded tile costs little, while
+# narrower headdim tiles are where Triton 3.4-3.7 has been seen to miscompile. Where tiles would be
+# more than 16 KB each (d_state 256, or fp32), Q is halved and twice the warps share the work. Two
+# programs fill the registers.
+#
+# "portable" is for all others from compute capability 8.0 on, with 99 KB: one program of 8 warps,
+# for 4 spill registers, and tiles one iteration ahead, for which there is room. "cdna" is AMD's
+# MI300, where a warp is twice as wide and a program has 64 KB. Rows that are missing do not fit.
+SETTINGS = {
+    ("tma", 2, False): _Settings("tma", 64, 64, 4, 3, 2, 4),
+    ("tma", 2, True): _Settings("tma", 32, 64, 8, 3, 2, 4),
+    ("tma", 4, False): _Settings("tma", 32, 64, 8, 2, 2, 4),
+    ("tma", 4, True): _Settings("tma", 32, 32, 8, 2, 2, 4),
+    ("portable", 2, False): _Settings("portable", 64, 64, 8, 2, 1, 4),
+    ("portable", 2, True): _Settings("portable", 32, 64, 8, 2, 1, 4),
+    ("portable", 4, False): _Settings("portable", 32, 32, 8, 2, 1, 8),
+    ("cdna", 2, False): _Settings("cdna", 64, 64, 4, 2, 1, 4),
+}
+# The portable settings serve any GPU. MAMBA2_KERNELS=portable chooses them where others would be.
+PORTABLE = os.environ.get("MAMBA2_KERNELS") == "portable"
+
+
+@functools.cache
+def _kind(device: torch.device) -> str | None:
+    """Which rows of SETTINGS are for this device."""
+    if device.type != "cuda":  # the interpreter's
+        return "portable" if PORTABLE else "tma"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return "cdna" if properties.gcnArchName.startswith("gfx942") else None
+    memory = getattr(properties, "shared_memory_per_block_optin", 0)
+    if memory >= 227 * 1024 and not PORTABLE:
+        return "tma"
+    return "portable" if properties.major >= 8 and memory >= 99 * 1024 else None
+
+
+def _settings(x: Tensor, n: int) -> _Settings:
+    """The settings for x, of which fp16 is read as fp32."""
+    return SETTINGS[_kind(x.device), 2 if x.dtype == torch.bfloat16 else 4, n == 256]
+
+
+@torch.compiler.assume_constant_result
+def _has_settings(device: torch.device, size: int, wide: bool) -> bool:
+    return (_kind(device), size, wide) in SETTINGS
 
 
 def _operands(*tensors):
@@ -1386,15 +1523,16 @@ def _operands(*tensors):
         tensors, precision = [t.float() for t in tensors], "tf32"
     elif x.dtype == torch.float32 and x.is_cuda and _allows_tf32():
         precision = "tf32"
-    return *(_addressable(t) for t in tensors), precision
+    even = _kind(x.device) != "tma"
+    return *(_addressable(t, even) for t in tensors), precision
 
 
 @functools.cache
-def _slots(device):
-    """How many programs run at once: two on each multiprocessor (registers allow no more)."""
+def _slots(device, programs):
+    """How many programs run at once, given how many do on a multiprocessor."""
     if device.type != "cuda":
         return 8
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return programs * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _segments(programs, nc, slots):
@@ -1408,24 +1546,40 @@ def _split(heads, programs, slots):
     return _cdiv(heads, size), size
 
 
-def _addressable(t):
-    """t where it lies, or a copy if the tensor memory accelerator cannot address it there: it wants
-    a contiguous last axis, and a base and strides that are multiples of 16 bytes."""
-    fine = t.data_ptr() % 16 == 0 and _even(t.shape, t.stride(), 16 // t.element_size())
+def _addressable(t, even):
+    """t where it lies, or a copy if the kernels cannot read it there: they want a contiguous last
+    axis, a base and strides that are multiples of 16 bytes, and by pointers (even) the rows of all
+    batch elements one after another, and heads side by side."""
+    step = 16 // t.element_size()
+    fine = t.data_ptr() % 16 == 0 and _aligned(t.shape, t.stride(), step, even)
     return t if fine else t.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(1024)
-def _even(shape, strides, step):
+def _aligned(shape, strides, step, even):
+    (b, l, h, w), (sb, sl, sh, _) = shape, strides
+    if even and not (h == 1 or sh == w) or even and b > 1 and l > 1 and sb != l * sl:
+        return False
     pairs = zip(shape[:-1], strides[:-1], strict=True)
     return strides[-1] == 1 and all(n == 1 or (s > 0 and s % step == 0) for n, s in pairs)
 
 
-def _tiles(t, *block):
-    """Descriptor of t in tiles; what a tile has outside t reads as zero and is not written.
+def _row(t, TMA):
+    """How many times 16 bytes the rows of t (b, l, h, w) are apart; a descriptor needs no such."""
+    if TMA:
+        return 0
+    sb, sl, sh, _ = t.stride()
+    b, l, h, w = t.shape
+    return (sl if l > 1 else sb if b > 1 else h * w) * t.element_size() // 16
+
+
+def _tiles(t, TMA, *block):
+    """t, or its descriptor in tiles; what a tile has outside t reads as zero and is not written.
 
     A (b, l, h, w) tensor is seen as (b, h, l, w), so that a tile (Q, W) is one head's positions.
     """
+    if not TMA:
+        return t
     shape, stride = t.shape, t.stride()
     if t.ndim == 4:
         (b, l, h, w), (sb, sl, sh, _) = shape, stride
@@ -1480,7 +1634,9 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
     x, B, C, precision = _operands(x, B, C)
-    Q, PB, NB, warps = _config(x, n)
+    settings, NB = _settings(x, n), max(64, n)
+    _, Q, PB, warps, stages, programs, _ = settings
+    TMA = settings.TMA
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
         # registers than there are, and ten times as long. Of the state only 32 rows fit beside the
@@ -1490,36 +1646,41 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
         initial_state = torch.zeros_like(final)
-    nc, npb, stages = _cdiv(l, Q), _cdiv(p, PB), _stages(x)
-    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device)))
+    nc, npb = _cdiv(l, Q), _cdiv(p, PB)
+    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device, programs)))
     nseg = _cdiv(nc, cps)
-    tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=precision, STAGES=stages)
+    tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=precision, STAGES=stages, TMA=TMA)
     series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3)
-    x_desc, series_desc, calls = _tiles(x, Q, PB), _tiles(series, 1, Q), [prep]
+    x_tiles, series_tiles, calls = _tiles(x, TMA, Q, PB), _tiles(series, TMA, 1, Q), [prep]
+    rows = _row(x, TMA), _row(B, TMA), _row(C, TMA)
     seg = decay = None
     if nseg > 1:
         seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
         decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
-        tensors = x_desc, _tiles(B, Q, 64), series_desc, end, run, seg, decay
-        numbers = nc, h, b * h, h // g, npb, p, n, nseg, cps
+        tensors = x_tiles, _tiles(B, TMA, Q, 64), series_tiles, end, run, seg, decay
+        numbers = nc, h, b * h, h // g, npb, p, n, nseg, cps, l, *rows[:2]
         options = dict(**tile, NB=64, num_warps=4, num_stages=stages)
         grid = b * (nseg - 1) * h * npb, _cdiv(n, 64), 1
         calls.append((segment_kernel, grid, tensors, numbers, options))
     tensors = (
-        x_desc, _tiles(B, Q, NB), _tiles(C, Q, NB), series_desc, y,
+        x_tiles, _tiles(B, TMA, Q, NB), _tiles(C, TMA, Q, NB), series_tiles, y,
         end, run, D, initial_state, seg, decay, final,
     )  # fmt: skip
     numbers = (
         *_D_strides(D), *_strides(initial_state, 4),
-        l, nc, h, b * h, h // g, npb, p, n, nseg, cps,
+        l, nc, h, b * h, h // g, npb, p, n, nseg, cps, *rows,
     )  # fmt: skip
     options = dict(
         **tile, HAS_D=D is not None, HAS_INIT=initial_state is not None, SEGMENTS=nseg > 1,
-        NB=NB, PIN=x.element_size() == 2 and not INTERPRET, num_warps=warps, num_stages=stages,
+        NB=NB, PIN=_pins(x, settings), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), tensors, numbers, options))
     _launch(*calls)
     return y, final
+
+
+def _pins(x, settings):
+    return x.element_size() == 2 and not INTERPRET and settings.kind != "cdna"
 
 
 def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1554,9 +1715,13 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
         sums_to.append(torch.empty_like(bias, memory_format=torch.contiguous_format))
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
     dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
-    Q, PB, NB, warps = _config(x, n)
-    nc, npb, stages = _cdiv(l, Q), _cdiv(p, PB), _stages(x)
-    nsplit, hps = _split(hpg, 2 * b * nc * g, _slots(x.device))
+    settings, NB = _settings(x, n), max(64, n)
+    _, Q, PB, warps, stages, at_once, finish_warps = settings
+    TMA = settings.TMA
+    if precision == "ieee" and x.element_size() == 4 and not TMA:
+        Q = 16  # chunk_kernel spills 2 KB with 32, as a product that is true fp32 takes registers
+    nc, npb = _cdiv(l, Q), _cdiv(p, PB)
+    nsplit, hps = _split(hpg, 2 * b * nc * g, _slots(x.device, at_once))
     programs = b * nc * g * nsplit
     f32 = dict(device=x.device, dtype=torch.float32)
     borders = torch.empty(2 * b * h * nc, p, n, device=x.device, dtype=x.dtype)
@@ -1567,42 +1732,45 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     wide = dD.numel()
     width = wide + (h if bias is None else 2 * h)
     sums = torch.empty(b * nc, width, **f32)
-    tile = dict(Q=Q, PB=PB, PREC=precision)
+    tile = dict(Q=Q, PB=PB, PREC=precision, TMA=TMA)
     pipeline = dict(STAGES=stages, num_warps=warps, num_stages=stages)
     series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3 + 5 * npb)
-    x_desc, dy_desc, series_desc = _tiles(x, Q, PB), _tiles(dy, Q, PB), _tiles(series, 1, Q)
-    B_desc, C_desc, borders_desc = _tiles(B, Q, NB), _tiles(C, Q, NB), _tiles(borders, 1, PB, NB)
+    x_tiles, dy_tiles, dx_tiles = (_tiles(t, TMA, Q, PB) for t in (x, dy, dx))
+    B_tiles, C_tiles = _tiles(B, TMA, Q, NB), _tiles(C, TMA, Q, NB)
+    series_tiles, borders_tiles = _tiles(series, TMA, 1, Q), _tiles(borders, TMA, 1, PB, NB)
+    x_row, dy_row, dx_row, B_row, C_row = (_row(t, TMA) for t in (x, dy, dx, B, C))
     tensors = (
-        x_desc, B_desc, dy_desc, C_desc, series_desc, borders_desc,
+        x_tiles, B_tiles, dy_tiles, C_tiles, series_tiles, borders_tiles,
         end, run, initial_state, dfinal, dinit,
     )  # fmt: skip
-    strides = *_strides(initial_state, 4), *_strides(dfinal, 4)
-    numbers = *strides, nc, h, b * h, hpg, npb, p, n
+    strides = x_row, B_row, dy_row, C_row, *_strides(initial_state, 4), *_strides(dfinal, 4)
+    numbers = *strides, l, nc, h, b * h, hpg, npb, p, n
     options = dict(
         **tile, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
         HAS_DFINAL=dfinal is not None, NB=NB, **pipeline,
     )  # fmt: skip
     border = border_kernel, (b * h * npb, 1, 2), tensors, numbers, options
     tensors = (
-        x_desc, dy_desc, B_desc, C_desc, series_desc, borders_desc, _tiles(dx, Q, PB),
+        x_tiles, dy_tiles, B_tiles, C_tiles, series_tiles, borders_tiles, dx_tiles,
         series, end, run, D, W, parts, cross, sums,
     )  # fmt: skip
-    sizes = nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs
+    sizes = l, nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs
     options = dict(
         **tile, D_VECTOR=D.ndim == 2, HAS_SEQ=seq_idx is not None, NB=NB,
-        PIN=x.element_size() == 2 and not INTERPRET, **pipeline,
+        PIN=_pins(x, settings), **pipeline,
     )  # fmt: skip
-    numbers = *_D_strides(D), width, *sizes
+    numbers = x_row, dy_row, B_row, C_row, dx_row, *_D_strides(D), width, *sizes
     chunk = chunk_kernel, (2 * programs, 1, 1), tensors, numbers, options
     tensors = (
-        _tiles(B, Q, 64), _tiles(C, Q, 64), dt, A, bias, series, W, parts, cross,
+        _tiles(B, TMA, Q, 64), _tiles(C, TMA, Q, 64), dt, A, bias, series, W, parts, cross,
         dB, dC, ddt, sums,
     )  # fmt: skip
     numbers = (
-        A.stride(0), dB.stride(1), ddt.stride(1), *limit, width, wide,
+        B_row, C_row, A.stride(0), dB.stride(1), ddt.stride(1), *limit, width, wide,
         l, nc, h, b * h, g, npb, n, nsplit, programs,
     )  # fmt: skip
-    options = dict(**tile, D_VECTOR=D.ndim == 2, RAW=bias is not None, NB=64, HB=16, num_warps=4)
+    options = dict(**tile, D_VECTOR=D.ndim == 2, RAW=bias is not None, NB=64, HB=16)
+    options["num_warps"] = finish_warps
     grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1
     _launch(prep, border, chunk, (finish_kernel, grid, tensors, numbers, options))
     if dx is not dx_to:
@@ -1611,9 +1779,11 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
 
 
 def _ssd_beyond(sizes, x, *_):
-    if x.is_cuda and not _has_room(x.device):
-        return "the GPU has less shared memory than the 227 KB for which the tiles are chosen"
-    return None
+    if _has_settings(x.device, 2 if x.dtype == torch.bfloat16 else 4, sizes["n"] == 256):
+        return None
+    if _has_settings(x.device, 2, False):
+        return f"this GPU has too little shared memory for a d_state of {sizes['n']} in {x.dtype}"
+    return "there are no settings for this kind of GPU, or it has too little shared memory"
 
 
 SSD = _Declared(
@@ -1636,18 +1806,6 @@ SSD = _Declared(
     beyond=_ssd_beyond,
 )
 _ssd = _operation(SSD, _ssd_forward, _ssd_backward)
-
-
-@torch.compiler.assume_constant_result
-def _has_room(device: torch.device) -> bool:
-    return _shared_memory(device) >= 227 * 1024
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may use: 227 KB on Hopper and on Blackwell for data centers."""
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def takes_ssd(
@@ -3447,6 +3605,108 @@ def _copy(targets, sources):
 
 
 # --------------------------------------------------------------------------------------------------
+# What SSD's kernels need on other GPUs: python kernels.py --targets [words]
+# --------------------------------------------------------------------------------------------------
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, "portable"),
+    "sm_86": ("cuda", 86, 32, "portable"),
+    "sm_89": ("cuda", 89, 32, "portable"),
+    "sm_90": ("cuda", 90, 32, "tma"),
+    "sm_90 portable": ("cuda", 90, 32, "portable"),
+    "sm_100": ("cuda", 100, 32, "tma"),
+    "sm_120": ("cuda", 120, 32, "portable"),
+    "gfx942": ("hip", "gfx942", 64, "cdna"),
+}
+
+
+def _calls_of_ssd(kind, dtype, n):
+    """What SSD launches in a layer of 2.7b, on this kind of GPU, forward and backward, by name."""
+    module, calls = sys.modules[__name__], {}
+    b, l, h, p, g = 8, 4096, 80, 64, 1
+    draw, f32 = dict(device="meta", dtype=dtype), dict(device="meta", dtype=torch.float32)
+    wide = torch.empty(b, l, h * p + 2 * g * n, **draw)
+    x, B, C = wide.split([h * p, g * n, g * n], 2)
+    x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
+    dt, dy, per_head = torch.empty(b, l, h, **draw), torch.empty_like(x), torch.empty(h, **f32)
+    inputs = _Raw(per_head, 0.0, math.inf), x, dt, per_head, B, C, per_head, None, None
+    before = module._launch, module._kind, module._segments
+    module._kind = lambda device: kind
+    module._segments = lambda *sizes: 2
+    module._launch = lambda *new: calls.update({call[0].fn.__name__: call for call in new})
+    try:
+        _ssd_forward_from(*inputs)
+        _ssd_backward_into(x, dt, B, C, dy, None, *inputs)
+    finally:
+        module._launch, module._kind, module._segments = before
+    return calls
+
+
+def _compile_for(backend, arch, threads, call):
+    """The kernel of a call, compiled for a GPU that need not be here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, _, tensors, numbers, options = call
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    names |= {torch.int32: "i32", torch.int64: "i64"}
+    signature, constants, aligned = {}, {}, {}
+    given = zip(kernel.arg_names, [*tensors, *numbers], strict=False)
+    options = dict(options)
+    for at, (name, value) in enumerate(given):
+        if isinstance(value, TensorDescriptor):
+            block = list(value.block_shape)
+            signature[name] = f"tensordesc<{names[value.base.dtype]}{block}>"
+        elif isinstance(value, Tensor):
+            signature[name], aligned[at,] = "*" + names[value.dtype], [["tt.divisibility", 16]]
+        elif value is None or (value == 1 and name not in VARYING):
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and name not in VARYING:
+                aligned[at,] = [["tt.divisibility", 16]]
+    for name in kernel.arg_names[len(tensors) + len(numbers) :]:
+        signature[name], constants[name] = "constexpr", options.pop(name)
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget(backend, arch, threads), options=options)
+
+
+def _spills(compiled, arch) -> tuple[int, int]:
+    """Registers for each thread, and bytes of them that are spilled to memory."""
+    if "amdgcn" in compiled.asm:
+        found = re.findall(r"vgpr_(?:spill_)?count:\s*(\d+)", compiled.asm["amdgcn"])
+        return int(found[-2]), 4 * int(found[-1])
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    names = ["ptxas-blackwell", "ptxas"] if arch >= 100 else ["ptxas"]
+    assembler = next(folder / name for name in names if (folder / name).exists())
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "kernel.ptx"
+        path.write_text(compiled.asm["ptx"])
+        chip = f"--gpu-name=sm_{arch}" + "a" * (arch >= 90)
+        command = [assembler, "-v", chip, path, "-o", path.with_suffix(".cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
+    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
+
+
+def _print_targets(words: list[str]) -> None:
+    """Compile for every target, or for lines with all of the words; no GPU is needed."""
+    print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
+    print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
+    for target, (backend, arch, threads, kind) in TARGETS.items():
+        for dtype, n in itertools.product(DTYPES, (128, 256)):
+            if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in SETTINGS:
+                continue
+            for name, call in _calls_of_ssd(kind, dtype, n).items():
+                line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name.removesuffix('_kernel'):10}"
+                if not all(word in line for word in words):
+                    continue
+                compiled = _compile_for(backend, arch, threads, call)
+                registers, spilled = _spills(compiled, arch)
+                print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # Times: python kernels.py [words; only rows that have one in their name]
 # --------------------------------------------------------------------------------------------------
 #
@@ -3761,4 +4021,7 @@ def _print_table(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _print_table(sys.argv[1:])
+    if "--targets" in sys.argv:
+        _print_targets([word for word in sys.argv[1:] if word != "--targets"])
+    else:
+        _print_table(sys.argv[1:])
