@@ -1995,6 +1995,113 @@ def _if(exists, channel, d):
     return channel < tl.where(exists, d, 0)
 
 
+# The taps are weight[i], which looks i positions back; x_window[i-1] is u[t-i], and u[i] is u[t-i];
+# `start` is where the sequence of position t begins, or some position before the window.
+
+
+@triton.jit
+def _conv_taps(weight_ptr, channel, mask_d, K: tl.constexpr):
+    weight = ()
+    for i in tl.static_range(K):
+        weight_d = tl.load(weight_ptr + channel * K + K - 1 - i, mask=mask_d, other=0.0)
+        weight += (weight_d.to(tl.float32),)
+    return weight
+
+
+@triton.jit
+def _conv_window(
+    x_ptr, x_row, state_ptr, t, channel, d, K: tl.constexpr, STATE: tl.constexpr
+):  # fmt: skip
+    """The k-1 inputs before position t, of which those before 0 come from the state."""
+    x_window = ()
+    for i in tl.static_range(1, K):
+        mask_new_d = _if(t - i >= 0, channel, d)
+        u_d = tl.load(x_ptr + (t - i) * x_row + channel, mask=mask_new_d, other=0.0).to(tl.float32)
+        if STATE:
+            mask_old_d = _if(t - i < 0, channel, d)
+            at_d = (K - 1 + t - i) * d + channel
+            u_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(tl.float32)
+        x_window += (u_d,)
+    return x_window
+
+
+@triton.jit
+def _conv_start(seq_ptr, t, K: tl.constexpr):
+    """`start` for position t, from the window before it; before position 0 lies the first one."""
+    start = t - K
+    for i in tl.static_range(1, K):
+        after = tl.load(seq_ptr + tl.maximum(t - i + 1, 0))
+        if tl.load(seq_ptr + tl.maximum(t - i, 0)) != after:
+            start = tl.maximum(start, t - i + 1)
+    return start
+
+
+@triton.jit
+def _conv_begins(seq_ptr, t, l, start):
+    """`start` for position t, given that of the one before; past l nothing begins."""
+    before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
+    if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
+        start = t
+    return start
+
+
+@triton.jit
+def _conv_seen(u, i: tl.constexpr, t, start, SEQ: tl.constexpr):
+    """u[t-i], or 0 if a sequence begins in (t-i, t]."""
+    u_d = u[i]
+    if SEQ and i > 0:
+        u_d = tl.where(t - i >= start, u_d, 0.0)
+    return u_d
+
+
+@triton.jit
+def _conv_sum(u, weight, v_d, t, start, K: tl.constexpr, SEQ: tl.constexpr):
+    """v[t], given the bias."""
+    for i in tl.static_range(K):
+        v_d += weight[i] * _conv_seen(u, i, t, start, SEQ)
+    return v_d
+
+
+@triton.jit
+def _conv_rows(ptr, row, t0, end, channel, d, R: tl.constexpr):
+    """R rows from t0 on, loaded before the first is used, so that their latencies overlap."""
+    rows = ()
+    for j in tl.static_range(R):
+        mask_d = _if(t0 + j < end, channel, d)
+        rows += (tl.load(ptr + j * row + channel, mask=mask_d, other=0.0),)
+    return rows
+
+
+@triton.jit
+def _zeros(count: tl.constexpr, D: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(count):
+        zeros += (tl.zeros((D,), tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _conv_dweight(dweight, dv_d, u, t, start, K: tl.constexpr, SEQ: tl.constexpr):
+    sums = ()
+    for i in tl.static_range(K):
+        sums += (dweight[i] + dv_d * _conv_seen(u, i, t, start, SEQ),)
+    return sums
+
+
+@triton.jit
+def _conv_dx(pending, dv_d, weight, t, start, K: tl.constexpr, SEQ: tl.constexpr):
+    """dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete."""
+    sums = ()
+    for i in tl.static_range(K):
+        term_d = weight[i] * dv_d
+        if SEQ and i > 0:
+            term_d = tl.where(t - i >= start, term_d, 0.0)
+        if i > 0:
+            term_d += pending[i - 1]
+        sums += (term_d,)
+    return sums
+
+
 @jit
 def _conv_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
@@ -2044,52 +2151,25 @@ def _conv_forward_kernel(
     if BIAS:
         bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
 
-    # weight[i] is the tap that looks i positions back, x_window[i-1] is u[t-i]; `start` is where
-    # the sequence of position t begins, or some position before the window.
-    weight = ()
-    for i in tl.static_range(K):
-        weight_d = tl.load(weight_ptr + channel * K + K - 1 - i, mask=mask_d, other=0.0)
-        weight += (weight_d.to(tl.float32),)
-    x_window = ()
+    weight = _conv_taps(weight_ptr, channel, mask_d, K)
+    x_window = _conv_window(x_ptr, x_row, state_ptr, q0, channel, d, K, STATE)
     start = q0 - K
-    for i in tl.static_range(1, K):
-        t = q0 - i
-        mask_new_d = _if(t >= 0, channel, d)
-        u_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0).to(tl.float32)
-        if STATE:
-            at_d = (K - 1 + t) * d + channel
-            mask_old_d = _if(t < 0, channel, d)
-            u_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(tl.float32)
-        x_window += (u_d,)
-        if SEQ:  # before position 0 lies the first sequence
-            after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
-            if tl.load(seq_ptr + tl.maximum(t, 0)) != after:
-                start = tl.maximum(start, t + 1)
+    if SEQ:
+        start = _conv_start(seq_ptr, q0, K)
 
     x_next_ptr = x_ptr + q0 * x_row
     y_next_ptr = y_ptr + q0 * y_row
     for t0 in range(q0, end, R):
         # load
-        x_rows = ()
-        for j in tl.static_range(R):
-            mask_row_d = _if(t0 + j < end, channel, d)
-            x_rows += (tl.load(x_next_ptr + j * x_row + channel, mask=mask_row_d, other=0.0),)
-
+        x_rows = _conv_rows(x_next_ptr, x_row, t0, end, channel, d, R)
         for j in tl.static_range(R):
             t = t0 + j
             u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
             if SEQ:
-                before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
-                if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
-                    start = t
+                start = _conv_begins(seq_ptr, t, l, start)
 
             # taps
-            v_d = bias_d
-            for i in tl.static_range(K):
-                u_d = u[i]
-                if SEQ and i > 0:
-                    u_d = tl.where(t - i >= start, u_d, 0.0)
-                v_d += weight[i] * u_d
+            v_d = _conv_sum(u, weight, bias_d, t, start, K, SEQ)
             x_window = u[: K - 1]
 
             # store
@@ -2170,95 +2250,48 @@ def _conv_backward_kernel(
 
     channel = (program % blocks_d) * D + tl.arange(0, D)
     mask_d = channel < d
-    zero_d = tl.zeros((D,), tl.float32)
-    bias_d = zero_d
+    bias_d = tl.zeros((D,), tl.float32)
     if BIAS:
         bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
 
-    # x_window[i-1] is u[t-i]; weight[i] is the tap that looks i positions back; `start` is where
-    # the sequence of position t begins (or some position before the window).
-    weight = ()
-    dweight = ()
-    for i in tl.static_range(K):
-        weight_d = tl.load(weight_ptr + channel * K + K - 1 - i, mask=mask_d, other=0.0)
-        weight += (weight_d.to(tl.float32),)
-        dweight += (zero_d,)
-    x_window = ()
-    pending = ()
+    weight = _conv_taps(weight_ptr, channel, mask_d, K)
+    x_window = _conv_window(x_ptr, x_row, state_ptr, q0, channel, d, K, STATE)
     start = q0 - K
-    for i in tl.static_range(1, K):
-        t = q0 - i
-        mask_new_d = _if(t >= 0, channel, d)
-        u_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0)
-        u_d = u_d.to(tl.float32)
-        if STATE:
-            at_d = (K - 1 + t) * d + channel
-            mask_old_d = _if(t < 0, channel, d)
-            u_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(tl.float32)
-        x_window += (u_d,)
-        pending += (zero_d,)
-        if SEQ:
-            after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
-            if tl.load(seq_ptr + tl.maximum(t, 0)) != after:
-                start = tl.maximum(start, t + 1)
-    dbias_d = zero_d
+    if SEQ:
+        start = _conv_start(seq_ptr, q0, K)
+    dweight = _zeros(K, D)
+    pending = _zeros(K - 1, D)
+    dbias_d = tl.zeros((D,), tl.float32)
 
     x_next_ptr = x_ptr + q0 * x_row
     dy_next_ptr = dy_ptr + q0 * dy_row
     for t0 in range(q0, end + K - 1, R):
-        # load, R rows before the first is used, to have their latencies overlap
-        x_rows = ()
-        dy_rows = ()
-        for j in tl.static_range(R):
-            mask_row_d = _if(t0 + j < l, channel, d)
-            x_rows += (tl.load(x_next_ptr + j * x_row + channel, mask=mask_row_d, other=0.0),)
-            dy_rows += (tl.load(dy_next_ptr + j * dy_row + channel, mask=mask_row_d, other=0.0),)
+        x_rows = _conv_rows(x_next_ptr, x_row, t0, l, channel, d, R)
+        dy_rows = _conv_rows(dy_next_ptr, dy_row, t0, l, channel, d, R)
         x_next_ptr += R * x_row
         dy_next_ptr += R * dy_row
 
         for j in tl.static_range(R):
             t = t0 + j
             u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
-            if SEQ:  # past l nothing begins
-                before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
-                if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
-                    start = t
+            if SEQ:
+                start = _conv_begins(seq_ptr, t, l, start)
 
             # dv
-            v_d = bias_d
-            for i in tl.static_range(K):
-                u_d = u[i]
-                if SEQ and i > 0:
-                    u_d = tl.where(t - i >= start, u_d, 0.0)
-                v_d += weight[i] * u_d
+            v_d = _conv_sum(u, weight, bias_d, t, start, K, SEQ)
             sigmoid_d = _sigmoid(v_d)
             dv_d = dy_rows[j].to(tl.float32) * sigmoid_d * (1.0 + v_d * (1.0 - sigmoid_d))
 
-            # weight and bias: the rows past `end` belong to the next program
+            # weight and bias; rows past `end` are the next program's
             own_dv_d = tl.where(t < end, dv_d, 0.0)
             dbias_d += own_dv_d
-            sums = ()
-            for i in tl.static_range(K):
-                u_d = u[i]
-                if SEQ and i > 0:
-                    u_d = tl.where(t - i >= start, u_d, 0.0)
-                sums += (dweight[i] + own_dv_d * u_d,)
-            dweight = sums
-
+            dweight = _conv_dweight(dweight, own_dv_d, u, t, start, K, SEQ)
             # x: after this term the sum for s = t-(k-1) is complete
-            sums = ()
-            for i in tl.static_range(K):
-                term_d = weight[i] * dv_d
-                if SEQ and i > 0:
-                    term_d = tl.where(t - i >= start, term_d, 0.0)
-                if i > 0:
-                    term_d += pending[i - 1]
-                sums += (term_d,)
+            sums = _conv_dx(pending, dv_d, weight, t, start, K, SEQ)
             s = t - (K - 1)
             dx_d = sums[K - 1]
             pending = sums[: K - 1]
             x_window = u[: K - 1]
-
             # store
             if DFINAL:  # row r of the final state is u[l-(k-1)+r]
                 mask_final_d = _if((s >= tl.maximum(start, l - (K - 1))) & (s < l), channel, d)
@@ -3707,160 +3740,80 @@ def _print_targets(words: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Times: python kernels.py [words; only rows that have one in their name]
+# Times: python kernels.py [words; only rows with one in their name]
 # --------------------------------------------------------------------------------------------------
 #
-# A row is a piece of work in bfloat16; each of its lines is one who does it. Columns:
-#
-#     ms       median of triton.testing.do_bench; "in graph": replayed by a CUDA graph, without the
-#              CPU's time to launch each kernel
-#     ratio    to our time
-#     copy     the time to read inputs and weights and to write outputs once (and the gradients, of
-#              a backward pass), at the bandwidth of a device copy here, as a share of the time
-#     matrix   the same for the products of matrices, at the rate of one of 8,192 x 8,192; a
-#              backward pass is taken to have twice the forward pass's
-#     error    relative to float64, of the output or of the first input's gradient, in the first row
-#              of the batch
+# A row is a piece of work in bfloat16; each of its lines is one implementation: ours, mamba2.py in
+# plain PyTorch, mamba_ssm if it can be imported. Columns: the median of triton.testing.do_bench in
+# ms ("in graph": replayed by a CUDA graph, without the CPU's time for each launch); the ratio to
+# ours; the error relative to float64, of the output or of the first input's gradient, in the first
+# row of the batch.
 
 
-class _Side(NamedTuple):
-    who: str
-    call: Callable
-    inputs: tuple | None = None  # the row's, if None; others are not compared with float64
-    weights: tuple = ()
+def _median(call, in_graph=False) -> float:
+    from triton.testing import do_bench
 
-
-class _Table:
-    """What the rows below have in common: who is compared, and how it is measured."""
-
-    def __init__(self, wanted: list[str]):
-        import mamba2  # its `kernels` is this file, executed once more
-
-        self.wanted, self.plain = wanted, mamba2
-        self.ours, mamba2.kernels = mamba2.kernels, None  # from here on it is plain PyTorch
-        self.peers = _peers()
-        size = dict(device="cuda", dtype=torch.bfloat16)
-        big, one = torch.empty(2, 2**30, **size), torch.randn(8192, 8192, **size)
-        self.bandwidth = big.nbytes / self.median(lambda: big[0].copy_(big[1]))  # bytes a ms
-        self.rate = 2 * 8192**3 / self.median(lambda: one @ one)  # operations a ms
-        print(f"copy {self.bandwidth / 1e9:.2f} TB/s, matrix product {self.rate / 1e9:.0f} TFLOP/s")
-        print(f"{'':54}{'ms':>9}{'ratio':>7}{'copy':>6}{'matrix':>7}  error")
-
-    def median(self, call) -> float:
-        from triton.testing import do_bench
-
+    if not in_graph:
         return do_bench(call, return_mode="median")
-
-    def median_in_a_graph(self, call) -> float:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # from which a capture that fails does not return by itself
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # from which a capture that fails does not return by itself
+        call()
+        with torch.cuda.graph(graph, stream=stream):
             call()
-            with torch.cuda.graph(graph, stream=stream):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        return self.median(graph.replay)
+    torch.cuda.current_stream().wait_stream(stream)
+    return do_bench(graph.replay, return_mode="median")
 
-    def fused(self, function):
-        """The function, with mamba2 using the kernels while it runs."""
 
-        def call(*inputs):
-            self.plain.kernels = self.ours
+def _measure(part, call, weights, inputs, dy):
+    """Milliseconds, and what is compared with float64. part: fwd, bwd or fwd+bwd, also in graph."""
+    first = lambda outputs: outputs[0] if isinstance(outputs, tuple) else outputs  # noqa: E731
+    leaves = [t.detach() for t in inputs]
+    if "bwd" not in part:
+        with torch.no_grad():
+            return _median(lambda: call(*leaves), "graph" in part), first(call(*leaves))
+    wanted = [*(t.requires_grad_() for t in leaves), *weights]
+
+    def backward(y):
+        return torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
+
+    both = lambda: backward(first(call(*leaves)))  # noqa: E731
+    found = both()[0]
+    if part == "bwd":
+        return _median(functools.partial(backward, first(call(*leaves)))), found
+    # No output may live on while a graph is captured: its AccumulateGrad nodes would be used again,
+    # on the stream on which they were made.
+    return _median(both, "graph" in part), found
+
+
+def _print_row(name, inputs, sides, exact, parts=("fwd", "bwd")) -> None:
+    """sides: for each implementation, a call and its weights; exact: a call in float64."""
+    one = [t.detach()[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
+    one = [t.double() if t.is_floating_point() else t for t in one]
+    graded = one[0].requires_grad_("bwd" in "".join(parts)).requires_grad
+    want = exact(*one)
+    want = want[0] if isinstance(want, tuple) else want
+    dy = torch.randn(len(inputs[0]), *want.shape[1:], device="cuda", dtype=torch.bfloat16)
+    dwant = torch.autograd.grad(want, one[0], dy[:1].double())[0] if graded else None
+    ours = {}
+    for who, (call, weights) in sides.items():
+        for part in parts:
+            if "graph" in part and who == "plain":
+                continue  # too many launches for one graph
             try:
-                return function(*inputs)
-            finally:
-                self.plain.kernels = None
-
-        return call
-
-    def sides(self, work, ours, plain, **inputs) -> list[_Side]:
-        theirs = [(who, call) for (of, who), call in self.peers.items() if of == work]
-        pairs = [("ours", ours), ("plain", plain), *theirs]
-        return [_Side(who, call, inputs.get(who)) for who, call in pairs]
-
-    def modules(self, work, module) -> list[_Side]:
-        """The sides of a module, whose peers are made from it."""
-        peers = {who: make(module) for (of, who), make in self.peers.items() if of == work}
-        calls = {"ours": (self.fused(module), module), "plain": (module, module)}
-        calls |= {who: (peer, peer) for who, peer in peers.items()}
-        return [_Side(who, call, None, tuple(of.parameters())) for who, (call, of) in calls.items()]
-
-    def wants(self, name) -> bool:
-        return not self.wanted or any(word in name for word in self.wanted)
-
-    def row(self, name, inputs, sides, exact, flops=0, parts=("fwd", "bwd")):
-        """Measure and print. parts: of fwd, bwd, fwd+bwd, and "in graph" the first and the last of
-        them."""
-        if not self.wants(name):
-            return
-        first = [t.detach()[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
-        first = [t.double() if t.is_floating_point() else t for t in first]
-        first[0].requires_grad_(any("bwd" in part for part in parts))
-        want, dwant = _tensors(exact(*first))[0], None
-        dy = torch.randn(len(inputs[0]), *want.shape[1:], device="cuda", dtype=torch.bfloat16)
-        if first[0].requires_grad:
-            dwant = torch.autograd.grad(want, first[0], dy[:1].double())[0]
-        del first
-        ours = {}
-        for side in sides:
-            for part in parts:
-                if "graph" in part and side.who == "plain":
-                    continue  # too many launches for one graph
-                try:
-                    ms, moved, found = self.measure(part, side, side.inputs or inputs, dy)
-                except Exception as problem:  # out of memory, or a peer that does not run here
-                    problem = problem.__context__ or problem  # what came first, inside a capture
-                    print(f"{name}, {part}, {side.who}: {repr(problem)[:90]}")
-                    break
-                operations = flops * (("fwd" in part) + 2 * ("bwd" in part))
-                if side.who == "ours":
-                    ours[part] = ms
-                ratio = f"{ms / ours[part]:7.1f}" if part in ours else f"{'-':>7}"
-                copied, matrix = moved / self.bandwidth / ms, operations / self.rate / ms
-                line = f"{name:26} {part:16} {side.who:10}{ms:9.4f}{ratio}"
-                line += f"{copied:6.0%}{matrix:7.0%}"
-                if side.inputs is None:
-                    right = dwant if "bwd" in part else want
-                    line += f"  {((found[:1].double() - right).norm() / right.norm()).item():.1e}"
-                print(line, flush=True)
-
-    def measure(self, part, side, inputs, dy):
-        """Milliseconds, bytes, and what is compared with float64."""
-        leaves = [t.detach() for t in inputs]
-        moved = sum(t.nbytes for t in (*leaves, *side.weights))
-        if "bwd" not in part:
-            with torch.no_grad():
-                outputs = _tensors(side.call(*leaves))
-                call = functools.partial(side.call, *leaves)
-                ms = self.median_in_a_graph(call) if "graph" in part else self.median(call)
-            return ms, moved + sum(t.nbytes for t in outputs), outputs[0]
-        wanted = [*(t.requires_grad_() for t in leaves), *side.weights]
-
-        def forward():
-            return _tensors(side.call(*leaves))[0]
-
-        def backward(y):
-            return torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
-
-        call = lambda: backward(forward())  # noqa: E731
-        found = call()[0]
-        moved = 2 * moved + forward().nbytes
-        if part == "bwd":
-            call = functools.partial(backward, forward())
-        # No y may live on while a graph is captured: its AccumulateGrad nodes would be used again,
-        # on the stream on which they were made.
-        ms = self.median_in_a_graph(call) if "graph" in part else self.median(call)
-        return ms, moved, found
-
-
-def _tensors(outputs) -> list[Tensor]:
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [t for t in outputs if isinstance(t, Tensor)]
+                ms, found = _measure(part, call, weights, inputs, dy)
+            except Exception as problem:  # out of memory, or a peer that does not run here
+                problem = problem.__context__ or problem  # what came first, inside a capture
+                print(f"{name}, {part}, {who}: {repr(problem)[:90]}")
+                break
+            right = dwant if "bwd" in part else want
+            error = ((found[:1].double() - right).norm() / right.norm()).item()
+            ratio = ms / ours.setdefault(part, ms)
+            print(f"{name:26} {part:16} {who:10}{ms:9.4f}{ratio:7.1f}  {error:.1e}", flush=True)
 
 
 def _peers() -> dict:
-    """By (work, peer): what peers that can be imported do, or what makes it from our module."""
-    found = {}
+    """What mamba_ssm does of the work below, or what makes it from our module."""
     try:
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -3870,153 +3823,122 @@ def _peers() -> dict:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
     except Exception as error:  # it may fail to be imported in many ways
         print("without mamba_ssm:", repr(error)[:80])
-    else:
+        return {}
+    built = layers.causal_conv1d_fn is not None  # which its one operation for a whole layer needs
 
-        def gated_norm(x, weight, gate):
-            return rmsnorm_fn(x, weight, None, z=gate, eps=1e-5, norm_before_gate=False)
+    def layer(ours):
+        sizes = dict(d_model=ours.config.d_model, device="cuda", dtype=torch.bfloat16)
+        peer = layers.Mamba2(**sizes, use_mem_eff_path=built)
+        peer.load_state_dict(ours.state_dict())
+        return peer, tuple(peer.parameters())
 
-        def layer(ours):
-            sizes = dict(d_model=ours.config.d_model, device="cuda", dtype=torch.bfloat16)
-            # Its one operation for the whole layer needs a CUDA build of causal_conv1d.
-            peer = layers.Mamba2(**sizes, use_mem_eff_path=layers.causal_conv1d_fn is not None)
-            peer.load_state_dict(ours.state_dict())
-            return peer
+    def prefill(ours):
+        sizes = dict(d_model=ours.config.d_model, n_layer=ours.config.n_layer)
+        config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
+        config.vocab_size = ours.config.vocab_size
+        peer = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16)
+        weights = ours.state_dict().items()
+        peer.load_state_dict({k.replace("embeddings", "embedding"): w for k, w in weights})
+        return lambda ids: peer(ids, num_last_tokens=1).logits, ()
 
-        class Prefill(nn.Module):
-            def __init__(self, ours):
-                super().__init__()
-                sizes = dict(d_model=ours.model.config.d_model, n_layer=ours.model.config.n_layer)
-                built = layers.causal_conv1d_fn is not None
-                config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
-                config.vocab_size = ours.model.config.vocab_size
-                self.model = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16)
-                weights = ours.model.state_dict().items()
-                named = {name.replace("embeddings", "embedding"): w for name, w in weights}
-                self.model.load_state_dict(named)
+    def norm(x, weight, gate=None):
+        if gate is None:
+            return rms_norm_fn(x, weight, None, eps=1e-5)
+        return rmsnorm_fn(x, weight, None, z=gate, eps=1e-5, norm_before_gate=False)
 
-            def forward(self, ids):
-                return self.model(ids, num_last_tokens=1).logits
+    def ssd(x, dt, A, B, C, D):
+        return scan(x, dt, A, B, C, 256, D=D)
 
-        found["ssd", "mamba_ssm"] = lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, 256, D=D)
-        found["norm", "mamba_ssm"] = lambda x, weight: rms_norm_fn(x, weight, None, eps=1e-5)
-        found["gated norm", "mamba_ssm"] = gated_norm
-        found["layer", "mamba_ssm"], found["prefill", "mamba_ssm"] = layer, Prefill
-    try:
-        from fla.modules.causal_conv1d import causal_conv1d
-        from fla.ops.simple_gla import chunk_simple_gla
-    except Exception as error:
-        print("without fla:", repr(error)[:80])
-    else:
-        found["conv", "fla"] = lambda *inputs: causal_conv1d(*inputs, activation="silu")
-        found["ssd", "fla"] = lambda q, k, v, decay: chunk_simple_gla(q, k, v, decay, scale=1.0)
-    return found
+    return dict(ssd=(ssd, ()), norm=(norm, ()), layer=layer, prefill=prefill)
 
 
-def _ssd_flops(b, l, h, p, n) -> int:
-    """In chunks of 64: to and from the state, the scores, and what they weigh."""
-    return 2 * b * l * h * (2 * p * n + 64 * (n + p))
-
-
-def _ssd_row(table, name, b, l, h, p=64, n=128, g=1):
-    wide = torch.randn(b, l, h * p + 2 * g * n, device="cuda", dtype=torch.bfloat16)
-    x, B, C = wide.split([h * p, g * n, g * n], -1)
-    x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
-    dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
-    A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
-    # fla's form of it has no groups, dt or D; what it takes instead is made beforehand.
-    fla = [t.repeat_interleave(h // g, 2) for t in (C, B)]
-    fla = (*fla, (x * dt[..., None]).to(x.dtype), dt * A)
-    sides = table.sides("ssd", table.ours.ssd, table.plain.ssd, fla=fla)
-    flops = _ssd_flops(b, l, h, p, n)
-    table.row(f"ssd {name}", (x, dt, A, B, C, D), sides, table.plain.ssd, flops)
-
-
-def _small_rows(table, name, b, l, h, p=64, n=128):
-    """Convolution, gated norm, and the norm of a residual stream."""
-    draw, inner, channels = dict(device="cuda", dtype=torch.bfloat16), h * p, h * p + 2 * n
-    z, xBC, _ = torch.randn(b, l, inner + channels + h, **draw).split([inner, channels, h], -1)
-    ours, plain = table.ours, table.plain
-    inputs = xBC, torch.randn(channels, 4, **draw), torch.randn(channels, **draw)
-    sides = table.sides("conv", ours.causal_conv1d, plain.causal_conv1d)
-    table.row(f"conv {name}", inputs, sides, plain.causal_conv1d)
-
-    def norm(of):
-        return lambda x, weight, gate=None: of.rms_norm(x, weight, 1e-5, gate=gate)
-
-    inputs = torch.randn(b, l, inner, **draw), torch.randn(inner, **draw), z
-    sides = table.sides("gated norm", norm(ours), norm(plain))
-    table.row(f"gated norm {name}", inputs, sides, norm(plain))
-    inputs = torch.randn(b, l, inner // 2, device="cuda"), torch.randn(inner // 2, **draw)
-    table.row(f"norm {name}", inputs, table.sides("norm", norm(ours), norm(plain)), norm(plain))
-
-
-def _layer(table, d_model):
-    """A layer, and the same in float64."""
-    with torch.device("cuda"):
-        layer = table.plain.Mamba2(d_model=d_model).bfloat16()
-    return layer, deepcopy(layer).double()
-
-
-def _layer_row(table, name, b, l, d_model):
-    layer, exact = _layer(table, d_model)
-    h, p, _, n = layer.sizes
-    u = torch.randn(b, l, d_model, device="cuda", dtype=torch.bfloat16)
-    flops = 2 * b * l * (layer.in_proj.weight.numel() + layer.out_proj.weight.numel())
-    flops += _ssd_flops(b, l, h, p, n)
-    sides = table.modules("layer", layer)
-    parts = "fwd", "fwd+bwd", "fwd in graph", "fwd+bwd in graph"
-    table.row(f"layer {name}", (u,), sides, exact, flops, parts)
-
-
-class _Prefill(nn.Module):
-    """A language model, up to the prediction of the next token."""
-
-    def __init__(self, mamba2, d_model, n_layer):
-        super().__init__()
-        config = mamba2.Mamba2Config(d_model=d_model, n_layer=n_layer)
-        with torch.device("cuda"):
-            self.model = mamba2.Mamba2ForCausalLM(config).bfloat16().eval()
-
-    def forward(self, ids):
-        return self.model(ids, logits_to_keep=1).logits
-
-
-def _prefill_row(table, name, l, d_model, n_layer):
-    model = _Prefill(table.plain, d_model, n_layer)
-    mixer = model.model.backbone.layers[0].mixer
-    h, p, _, n = mixer.sizes
-    flops = 2 * l * (mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel())
-    flops = n_layer * (flops + _ssd_flops(1, l, h, p, n))
-    ids = torch.randint(model.model.config.vocab_size, (1, l), device="cuda")
-    sides, exact = table.modules("prefill", model), deepcopy(model).double()
-    with torch.no_grad():
-        table.row(f"prefill {name}", (ids,), sides, exact, flops, ("fwd", "fwd in graph"))
-
-
-def _print_table(wanted: list[str]) -> None:
+def _print_times(words: list[str]) -> None:
     if not (TRITON and torch.cuda.is_available()):
-        print(
-            "python kernels.py [words] times the kernels on a GPU, all rows or those with one of "
-            "the words in their name, such as ssd, layer or 130m. It needs CUDA and Triton."
-        )
+        print("python kernels.py [words] times the kernels on a GPU; it needs CUDA and Triton")
         return
+    import mamba2 as plain  # whose `kernels` is this file, executed once more
+
+    ours, plain.kernels, peers = plain.kernels, None, _peers()
+    draw = dict(device="cuda", dtype=torch.bfloat16)
+
+    def fused(call):
+        def run(*inputs):
+            plain.kernels = ours
+            try:
+                return call(*inputs)
+            finally:
+                plain.kernels = None
+
+        return run
+
+    def sides(work, call, module=None):
+        weights = () if module is None else tuple(module.parameters())
+        found = dict(ours=(fused(call), weights), plain=(call, weights))
+        if work in peers:
+            found["mamba_ssm"] = peers[work] if module is None else peers[work](module)
+        return found
+
+    def of_ssd(name, b, l, h, g=1, p=64, n=128):
+        x, B, C = torch.randn(b, l, h * p + 2 * g * n, **draw).split([h * p, g * n, g * n], -1)
+        x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
+        dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
+        A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
+        _print_row(name, (x, dt, A, B, C, D), sides("ssd", plain.ssd), plain.ssd)
+
+    def of_conv(name, b, l, h):
+        widths = [h * 64, h * 64 + 256, h]
+        xBC = torch.randn(b, l, sum(widths), **draw).split(widths, -1)[1]
+        inputs = xBC, torch.randn(widths[1], 4, **draw), torch.randn(widths[1], **draw)
+        _print_row(name, inputs, sides("conv", plain.causal_conv1d), plain.causal_conv1d)
+
+    def of_norm(name, b, l, h):
+        norm = lambda x, weight, z=None: plain.rms_norm(x, weight, 1e-5, gate=z)  # noqa: E731
+        z = torch.randn(b, l, h * 64 + 1800, **draw)[..., : h * 64]
+        inputs = torch.randn(b, l, h * 64, **draw), torch.randn(h * 64, **draw), z
+        _print_row(name, inputs, sides("norm", norm), norm)
+        inputs = torch.randn(b, l, h * 32, device="cuda"), torch.randn(h * 32, **draw)
+        _print_row(f"{name}, no gate", inputs, sides("norm", norm), norm)
+
+    def of_layer(name, b, l, h):
+        layer = plain.Mamba2(d_model=32 * h).to(**draw)
+        parts = "fwd", "fwd+bwd", "fwd in graph", "fwd+bwd in graph"
+        u, exact = torch.randn(b, l, 32 * h, **draw), deepcopy(layer).double()
+        _print_row(name, (u,), sides("layer", layer, layer), exact, parts)
+
+    def of_prefill(name, l, d_model, n_layer):
+        config = plain.Mamba2Config(d_model=d_model, n_layer=n_layer)
+        with torch.device("cuda"):
+            model = plain.Mamba2ForCausalLM(config).bfloat16().eval()
+        call = lambda ids, of=model: of(ids, logits_to_keep=1).logits  # noqa: E731
+        ids, exact = (
+            torch.randint(config.vocab_size, (1, l), device="cuda"),
+            deepcopy(model).double(),
+        )
+        found = sides("prefill", call)
+        if "prefill" in peers:
+            found["mamba_ssm"] = peers["prefill"](model)
+        exact = functools.partial(call, of=exact)
+        with torch.no_grad():
+            _print_row(name, (ids,), found, exact, ("fwd", "fwd in graph"))
+
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
-    table = _Table(wanted)
-    small = "conv", "gated norm", "norm"
-    for works, make, name, *sizes in (
-        (("ssd",), _ssd_row, "2.7b b8 l4096", 8, 4096, 80),
-        (("ssd",), _ssd_row, "130m b8 l2048", 8, 2048, 24),
-        (("ssd",), _ssd_row, "2.7b b1 l4096", 1, 4096, 80),
-        (("ssd",), _ssd_row, "Codestral b2 l8192", 2, 8192, 128, 64, 128, 8),
-        (small, _small_rows, "130m b8 l2048", 8, 2048, 24),
-        (small, _small_rows, "2.7b b8 l4096", 8, 4096, 80),
-        (("layer",), _layer_row, "130m b8 l2048", 8, 2048, 768),
-        (("layer",), _layer_row, "2.7b b8 l4096", 8, 4096, 2560),
-        (("prefill",), _prefill_row, "130m b1 l8192", 8192, 768, 24),
-        (("prefill",), _prefill_row, "2.7b b1 l8192", 8192, 2560, 64),
+    print(f"{'':54}{'ms':>9}{'ratio':>7}  error")
+    for name, row, *sizes in (
+        ("ssd 2.7b b8 l4096", of_ssd, 8, 4096, 80),
+        ("ssd 130m b8 l2048", of_ssd, 8, 2048, 24),
+        ("ssd 2.7b b1 l4096", of_ssd, 1, 4096, 80),
+        ("ssd Codestral b2 l8192", of_ssd, 2, 8192, 128, 8),
+        ("conv 130m b8 l2048", of_conv, 8, 2048, 24),
+        ("conv 2.7b b8 l4096", of_conv, 8, 4096, 80),
+        ("norm 130m b8 l2048", of_norm, 8, 2048, 24),
+        ("norm 2.7b b8 l4096", of_norm, 8, 4096, 80),
+        ("layer 130m b8 l2048", of_layer, 8, 2048, 24),
+        ("layer 2.7b b8 l4096", of_layer, 8, 4096, 80),
+        ("prefill 130m b1 l8192", of_prefill, 8192, 768, 24),
+        ("prefill 2.7b b1 l8192", of_prefill, 8192, 2560, 64),
     ):
-        if any(table.wants(f"{work} {name}") for work in works):
-            make(table, name, *sizes)
+        if not words or any(word in name for word in words):
+            row(name, *sizes)
             torch.cuda.empty_cache()
 
 
@@ -4024,4 +3946,4 @@ if __name__ == "__main__":
     if "--targets" in sys.argv:
         _print_targets([word for word in sys.argv[1:] if word != "--targets"])
     else:
-        _print_table(sys.argv[1:])
+        _print_times(sys.argv[1:])
