@@ -543,16 +543,20 @@ _compiled = {}
 
 
 def _launch(*calls):
-    """Launch kernels in turn; a call is (kernel, grid, tensors, numbers, options).
+    """Launch kernels in turn; a call is (kernel, grid, given, options).
 
-    A kernel's arguments are tensors (or descriptors, or None), then numbers, then constants, which
-    are among the options. To find the compiled kernel for them takes Triton longer than to launch
-    it. So it is kept here, by all that a compilation may depend on: constants, numbers, dtypes, and
-    whether an address is a multiple of 16.
+    given: arguments by name, of which a kernel takes those that it names. To find the compiled
+    kernel for them takes Triton longer than to launch it. So it is kept here, by all that a
+    compilation may depend on: constants, numbers, dtypes, and whether an address is a multiple of
+    16.
     """
+    calls = [
+        (kernel, grid, _arguments(kernel)[0](given), options)
+        for kernel, grid, given, options in calls
+    ]
     if INTERPRET:
-        for kernel, grid, tensors, numbers, options in calls:
-            kernel[grid](*tensors, *numbers, **options)
+        for kernel, grid, values, options in calls:
+            kernel[grid](*values, **options)
         return
     device = torch.cuda.current_device()
     keys = [_key(device, *call) for call in calls]
@@ -567,27 +571,33 @@ def _launch(*calls):
             _compiled.clear()
         _compiled.update(new)
         found = [f or new[key] for key, f in zip(keys, found, strict=True)]
-    for (compiled, constants), (_, grid, tensors, numbers, _) in zip(found, calls, strict=True):
-        compiled[grid](*tensors, *numbers, *constants)
+    for compiled, (_, grid, values, _) in zip(found, calls, strict=True):
+        compiled[grid](*values)
 
 
-def _key(device, kernel, grid, tensors, numbers, options):
+@functools.cache
+def _arguments(kernel):
+    """What picks a kernel's arguments, and how many are tensors, which come first."""
+    names = kernel.arg_names
+    return operator.itemgetter(*names), sum(name.endswith(("_ptr", "_mem")) for name in names)
+
+
+def _key(device, kernel, grid, values, options):
     """All that the compilation of a kernel may depend on."""
+    tensors = _arguments(kernel)[1]
     types = [
         None if t is None
         else (t.dtype, t.data_ptr() % 16) if isinstance(t, Tensor)
         else t.base.dtype  # of a descriptor
-        for t in tensors
+        for t in values[:tensors]
     ]  # fmt: skip
-    return device, kernel.fn, numbers, *options.values(), *types
+    return device, kernel.fn, values[tensors:], *options.values(), *types
 
 
 def _compile(device, call):
-    """The compiled kernel for a call, and the values of its constants."""
-    kernel, grid, tensors, numbers, options = call
+    kernel, grid, values, options = call
     with torch.cuda.device(device):  # a thread begins with device 0
-        compiled = kernel.warmup(*tensors, *numbers, grid=grid, **options)
-    return compiled, [options[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
+        return kernel.warmup(*values, grid=grid, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1463,17 +1473,18 @@ class _Settings(NamedTuple):
         return self.kind == "tma"
 
 
-# By (kind of GPU, bytes per number, whether d_state is 256). Rows of the kind "tma" are for Hopper
-# and data centers' Blackwell, which have a tensor memory accelerator and 227 KB of shared memory
-# for one program. Q = 64 is the narrowest tile that Hopper's matrix instruction takes, and work in
-# a chunk grows with Q. PB is 64 even when the headdim is less: a padded tile costs little, while
-# narrower headdim tiles are where Triton 3.4-3.7 has been seen to miscompile. Where tiles would be
-# more than 16 KB each (d_state 256, or fp32), Q is halved and twice the warps share the work. Two
-# programs fill the registers.
+# By (kind of GPU, bytes per number, whether d_state is 256). Rows of the kind "tma" are for Hopper,
+# which has a tensor memory accelerator and 227 KB of shared memory for one program. Q = 64 is the
+# narrowest tile that its matrix instruction takes, and work in a chunk grows with Q. PB is 64 even
+# when the headdim is less: a padded tile costs little, and narrower headdim tiles are where Triton
+# 3.4-3.7 has been seen to miscompile. Where tiles would be more than 16 KB each (d_state 256, or
+# fp32), Q is halved and twice the warps share the work. Two programs fill the registers.
 #
 # "portable" is for all others from compute capability 8.0 on, with 99 KB: one program of 8 warps,
-# for 4 spill registers, and tiles one iteration ahead, for which there is room. "cdna" is AMD's
-# MI300, where a warp is twice as wide and a program has 64 KB. Rows that are missing do not fit.
+# for 4 spill registers, and tiles one iteration ahead, for which there is room. (Blackwell has a
+# tensor memory accelerator, but with one Triton 3.6 cannot compile border_kernel for data centers'
+# GPUs, and spills 3 KB in chunk_kernel for others.) "cdna" is AMD's MI300, where a warp is twice as
+# wide and a program has 64 KB. Rows that are missing do not fit.
 SETTINGS = {
     ("tma", 2, False): _Settings("tma", 64, 64, 4, 3, 2, 4),
     ("tma", 2, True): _Settings("tma", 32, 64, 8, 3, 2, 4),
@@ -1497,7 +1508,7 @@ def _kind(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "cdna" if properties.gcnArchName.startswith("gfx942") else None
     memory = getattr(properties, "shared_memory_per_block_optin", 0)
-    if memory >= 227 * 1024 and not PORTABLE:
+    if properties.major == 9 and memory >= 227 * 1024 and not PORTABLE:
         return "tma"
     return "portable" if properties.major >= 8 and memory >= 99 * 1024 else None
 
@@ -1589,12 +1600,10 @@ def _tiles(t, TMA, *block):
     return TensorDescriptor(t, list(shape), list(stride), list(block))
 
 
-def _strides(t, count):
-    return t.stride() if t is not None else (0,) * count
-
-
-def _D_strides(D):
-    return (0, 0) if D is None else (D.stride(0), D.stride(1) if D.ndim == 2 else 0)
+def _strides(name, t, axes):
+    """Strides by name; 0 for those that t does not have, or if it is None."""
+    strides = (*(() if t is None else t.stride()), 0, 0, 0, 0)
+    return {f"{name}_s{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
 
 
 SIZES = 16, 32, 64, 128, 256  # of headdim and d_state
@@ -1607,21 +1616,33 @@ class _Raw(NamedTuple):
     high: float
 
 
-def _prepare(x, dt, A, seq_idx, raw, Q, series):
-    """The series that `prep_kernel` writes, with room for others; `end`, `run`; and the call."""
-    b, l, h = dt.shape
-    nc = _cdiv(l, Q)
+def _given(settings, Q, PB, precision, series, raw, x, dt, A, B, C, D, initial_state, seq_idx):
+    """What kernels of both directions are given, and what those with tiles of 64 columns of n are
+    given instead; and the call of `prep_kernel`."""
+    (b, l, h, p), (g, n), TMA = x.shape, B.shape[2:], settings.TMA
+    nc, NB = _cdiv(l, Q), max(64, n)
     f32 = dict(device=x.device, dtype=torch.float32)
     series, end = torch.empty(series * b * h, nc * Q, **f32), torch.empty(b * h, nc, **f32)
     # Without resets nobody reads run; `end` stands in for its address.
     run = end
     if seq_idx is not None:
         run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
-    bias, *limit = raw or (None, 0.0, 0.0)
-    tensors = dt, A, bias, seq_idx, series, end, run
-    numbers = (*dt.stride(), A.stride(0), *_strides(seq_idx, 2), *limit, l, nc, h, b * h)
-    options = dict(RAW=bias is not None, HAS_SEQ=seq_idx is not None, Q=Q, HB=16, num_warps=4)
-    return series, end, run, (prep_kernel, (b * nc, _cdiv(h, 16), 1), tensors, numbers, options)
+    bias, low, high = raw or (None, 0.0, 0.0)
+    given = dict(
+        x_mem=_tiles(x, TMA, Q, PB), B_mem=_tiles(B, TMA, Q, NB), C_mem=_tiles(C, TMA, Q, NB),
+        x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA),
+        dt_ptr=dt, A_ptr=A, bias_ptr=bias, D_ptr=D, init_ptr=initial_state, seq_ptr=seq_idx,
+        series_mem=_tiles(series, TMA, 1, Q), series_ptr=series, end_ptr=end, run_ptr=run,
+        **_strides("dt", dt, "blh"), **_strides("A", A, "h"), **_strides("D", D, "hp"),
+        **_strides("i", initial_state, "bhpn"), **_strides("seq", seq_idx, "bl"),
+        low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, NPB=_cdiv(p, PB), P=p, N=n,
+        RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
+        Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages, TMA=TMA,
+        PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
+    )  # fmt: skip
+    narrow = dict(B_mem=_tiles(B, TMA, Q, 64), C_mem=_tiles(C, TMA, Q, 64), NB=64)
+    prep = prep_kernel, (b * nc, _cdiv(h, 16), 1), given, dict(num_warps=4)
+    return given, narrow, prep
 
 
 def _ssd_forward(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1634,53 +1655,39 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
     x, B, C, precision = _operands(x, B, C)
-    settings, NB = _settings(x, n), max(64, n)
-    _, Q, PB, warps, stages, programs, _ = settings
-    TMA = settings.TMA
+    settings = _settings(x, n)
+    PB = settings.PB
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
         # registers than there are, and ten times as long. Of the state only 32 rows fit beside the
         # parts of the factors, whatever d_state is.
         precision, PB = "tf32x3", 32
-    if initial_state is None and warps == 8:
+    if initial_state is None and settings.warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
         initial_state = torch.zeros_like(final)
-    nc, npb = _cdiv(l, Q), _cdiv(p, PB)
-    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device, programs)))
+    given, narrow, prep = _given(
+        settings, settings.Q, PB, precision, 3, raw, x, dt, A, B, C, D, initial_state, seq_idx
+    )
+    nc, npb = given["NC"], given["NPB"]
+    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device, settings.programs)))
     nseg = _cdiv(nc, cps)
-    tile = dict(HAS_SEQ=seq_idx is not None, Q=Q, PB=PB, PREC=precision, STAGES=stages, TMA=TMA)
-    series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3)
-    x_tiles, series_tiles, calls = _tiles(x, TMA, Q, PB), _tiles(series, TMA, 1, Q), [prep]
-    rows = _row(x, TMA), _row(B, TMA), _row(C, TMA)
     seg = decay = None
     if nseg > 1:
         seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
         decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
-        tensors = x_tiles, _tiles(B, TMA, Q, 64), series_tiles, end, run, seg, decay
-        numbers = nc, h, b * h, h // g, npb, p, n, nseg, cps, l, *rows[:2]
-        options = dict(**tile, NB=64, num_warps=4, num_stages=stages)
+    given.update(
+        y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay, NSEG=nseg, CPS=cps,
+        HAS_D=D is not None, SEGMENTS=nseg > 1,
+    )  # fmt: skip
+    calls, pipeline = [prep], dict(num_stages=settings.stages)
+    if nseg > 1:
         grid = b * (nseg - 1) * h * npb, _cdiv(n, 64), 1
-        calls.append((segment_kernel, grid, tensors, numbers, options))
-    tensors = (
-        x_tiles, _tiles(B, TMA, Q, NB), _tiles(C, TMA, Q, NB), series_tiles, y,
-        end, run, D, initial_state, seg, decay, final,
-    )  # fmt: skip
-    numbers = (
-        *_D_strides(D), *_strides(initial_state, 4),
-        l, nc, h, b * h, h // g, npb, p, n, nseg, cps, *rows,
-    )  # fmt: skip
-    options = dict(
-        **tile, HAS_D=D is not None, HAS_INIT=initial_state is not None, SEGMENTS=nseg > 1,
-        NB=NB, PIN=_pins(x, settings), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), tensors, numbers, options))
+        calls.append((segment_kernel, grid, given | narrow, dict(num_warps=4, **pipeline)))
+    options = dict(num_warps=settings.warps, **pipeline)
+    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), given, options))
     _launch(*calls)
     return y, final
-
-
-def _pins(x, settings):
-    return x.element_size() == 2 and not INTERPRET and settings.kind != "cdna"
 
 
 def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1705,23 +1712,24 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     """
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    hpg = h // g
     dinit, dD = x.new_empty(0), torch.empty_like(D, memory_format=torch.contiguous_format)
     if initial_state is not None:
         dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    bias, *limit = raw or (None, 0.0, 0.0)
     sums_to = [dD, torch.empty(h, device=x.device, dtype=A.dtype)]
-    if bias is not None:
-        sums_to.append(torch.empty_like(bias, memory_format=torch.contiguous_format))
+    if raw is not None:
+        sums_to.append(torch.empty_like(raw.dt_bias, memory_format=torch.contiguous_format))
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
     dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
-    settings, NB = _settings(x, n), max(64, n)
-    _, Q, PB, warps, stages, at_once, finish_warps = settings
-    TMA = settings.TMA
+    settings = _settings(x, n)
+    Q, PB, TMA = settings.Q, settings.PB, settings.TMA
     if precision == "ieee" and x.element_size() == 4 and not TMA:
         Q = 16  # chunk_kernel spills 2 KB with 32, as a product that is true fp32 takes registers
-    nc, npb = _cdiv(l, Q), _cdiv(p, PB)
-    nsplit, hps = _split(hpg, 2 * b * nc * g, _slots(x.device, at_once))
+    npb = _cdiv(p, PB)
+    given, narrow, prep = _given(
+        settings, Q, PB, precision, 3 + 5 * npb, raw, x, dt, A, B, C, D, initial_state, seq_idx
+    )
+    nc = given["NC"]
+    nsplit, hps = _split(h // g, 2 * b * nc * g, _slots(x.device, settings.programs))
     programs = b * nc * g * nsplit
     f32 = dict(device=x.device, dtype=torch.float32)
     borders = torch.empty(2 * b * h * nc, p, n, device=x.device, dtype=x.dtype)
@@ -1730,49 +1738,25 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     cross = torch.empty(npb * b * h, nc, PB, **f32)
     # Per chunk: the parts of dD, then those of dA, then those of dt_bias's.
     wide = dD.numel()
-    width = wide + (h if bias is None else 2 * h)
-    sums = torch.empty(b * nc, width, **f32)
-    tile = dict(Q=Q, PB=PB, PREC=precision, TMA=TMA)
-    pipeline = dict(STAGES=stages, num_warps=warps, num_stages=stages)
-    series, end, run, prep = _prepare(x, dt, A, seq_idx, raw, Q, 3 + 5 * npb)
-    x_tiles, dy_tiles, dx_tiles = (_tiles(t, TMA, Q, PB) for t in (x, dy, dx))
-    B_tiles, C_tiles = _tiles(B, TMA, Q, NB), _tiles(C, TMA, Q, NB)
-    series_tiles, borders_tiles = _tiles(series, TMA, 1, Q), _tiles(borders, TMA, 1, PB, NB)
-    x_row, dy_row, dx_row, B_row, C_row = (_row(t, TMA) for t in (x, dy, dx, B, C))
-    tensors = (
-        x_tiles, B_tiles, dy_tiles, C_tiles, series_tiles, borders_tiles,
-        end, run, initial_state, dfinal, dinit,
+    sums = torch.empty(b * nc, wide + (h if raw is None else 2 * h), **f32)
+    given.update(
+        dy_mem=_tiles(dy, TMA, Q, PB), dx_mem=_tiles(dx, TMA, Q, PB),
+        borders_mem=_tiles(borders, TMA, 1, PB, given["NB"]),
+        dy_row=_row(dy, TMA), dx_row=_row(dx, TMA),
+        dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=W, parts_ptr=parts, cross_ptr=cross,
+        sums_ptr=sums, dB_ptr=dB, dC_ptr=dC, ddt_ptr=ddt, dB_sl=dB.stride(1), ddt_sl=ddt.stride(1),
+        **_strides("f", dfinal, "bhpn"),
+        SUMS=sums.shape[1], WIDE=wide, NSPLIT=nsplit, HPS=hps, PROGRAMS=programs,
+        HAS_DFINAL=dfinal is not None, D_VECTOR=D.ndim == 2,
     )  # fmt: skip
-    strides = x_row, B_row, dy_row, C_row, *_strides(initial_state, 4), *_strides(dfinal, 4)
-    numbers = *strides, l, nc, h, b * h, hpg, npb, p, n
-    options = dict(
-        **tile, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
-        HAS_DFINAL=dfinal is not None, NB=NB, **pipeline,
-    )  # fmt: skip
-    border = border_kernel, (b * h * npb, 1, 2), tensors, numbers, options
-    tensors = (
-        x_tiles, dy_tiles, B_tiles, C_tiles, series_tiles, borders_tiles, dx_tiles,
-        series, end, run, D, W, parts, cross, sums,
-    )  # fmt: skip
-    sizes = l, nc, h, b * h, g, hpg, npb, p, n, nsplit, hps, programs
-    options = dict(
-        **tile, D_VECTOR=D.ndim == 2, HAS_SEQ=seq_idx is not None, NB=NB,
-        PIN=_pins(x, settings), **pipeline,
-    )  # fmt: skip
-    numbers = x_row, dy_row, B_row, C_row, dx_row, *_D_strides(D), width, *sizes
-    chunk = chunk_kernel, (2 * programs, 1, 1), tensors, numbers, options
-    tensors = (
-        _tiles(B, TMA, Q, 64), _tiles(C, TMA, Q, 64), dt, A, bias, series, W, parts, cross,
-        dB, dC, ddt, sums,
-    )  # fmt: skip
-    numbers = (
-        B_row, C_row, A.stride(0), dB.stride(1), ddt.stride(1), *limit, width, wide,
-        l, nc, h, b * h, g, npb, n, nsplit, programs,
-    )  # fmt: skip
-    options = dict(**tile, D_VECTOR=D.ndim == 2, RAW=bias is not None, NB=64, HB=16)
-    options["num_warps"] = finish_warps
+    options = dict(num_warps=settings.warps, num_stages=settings.stages)
     grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1
-    _launch(prep, border, chunk, (finish_kernel, grid, tensors, numbers, options))
+    _launch(
+        prep,
+        (border_kernel, (b * h * npb, 1, 2), given, options),
+        (chunk_kernel, (2 * programs, 1, 1), given, options),
+        (finish_kernel, grid, given | narrow, dict(num_warps=settings.finish)),
+    )
     if dx is not dx_to:
         dx_to.copy_(dx)
     return (sums, *sums_to), dinit
@@ -1951,7 +1935,6 @@ def _fold(*sums: tuple[Tensor, ...]) -> None:
     """Sum the rows of up to three matrices, each into up to three tensors, one after the other."""
     # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
     # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    options = dict(ROWS=64, COLUMNS=32, num_warps=4)
     blocks, tensors, numbers = 0, [], []
     for partial, *outs in sums:
         (rows, columns), missing = partial.shape, 3 - len(outs)
@@ -1961,7 +1944,8 @@ def _fold(*sums: tuple[Tensor, ...]) -> None:
     missing = 3 - len(sums)
     tensors += [partial] * (4 * missing)
     numbers += [0] * (5 * missing)
-    _launch((_fold_kernel, (blocks, 1, 1), tensors, tuple(numbers), options))
+    given = dict(zip(_fold_kernel.arg_names, [*tensors, *numbers, 64, 32], strict=True))
+    _launch((_fold_kernel, (blocks, 1, 1), given, dict(num_warps=4)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2320,24 +2304,25 @@ def _conv_forward(x, weight, bias, state, seq_idx):
     (b, l, d), k = x.shape, weight.shape[-1]
     y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
     final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
-    unit = _conv_unit(x)
-    blocks, q_rows = _conv_blocks(b, l, d, CONV_FORWARD["D"], CONV_FORWARD_ROWS)
-    tensors = x, *_conv_tensors(x, weight, bias, state, seq_idx), y, final
-    numbers = l, q_rows, d // unit, x.stride(0) // unit, x.stride(1) // unit
-    options = _conv_flags(unit, weight, bias, state, seq_idx) | CONV_FORWARD
-    grid = blocks * _cdiv(d, CONV_FORWARD["D"]), 1, 1
-    _launch((_conv_forward_kernel, grid, tensors, numbers, options))
+    tiles = dict(CONV_FORWARD)
+    options = dict(num_warps=tiles.pop("num_warps"))
+    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], CONV_FORWARD_ROWS)
+    given = _conv_given(_conv_unit(x), q_rows, x, weight, bias, state, seq_idx)
+    given.update(y_ptr=y, final_ptr=final, **tiles)
+    _launch((_conv_forward_kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), given, options))
     return y, final
 
 
-def _conv_tensors(x, *given):
-    """The other tensors as the kernels read them; x stands in for those that are not there."""
-    return [x if t is None else t.contiguous() for t in given]
-
-
-def _conv_flags(unit, weight, bias, state, seq_idx):
-    there = dict(BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None)
-    return dict(UNIT=unit, K=weight.shape[-1], **there)
+def _conv_given(unit, q_rows, x, weight, bias, state, seq_idx):
+    """What both kernels are given; x stands in for what is not there."""
+    tensors = dict(weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx)
+    given = {name: x if t is None else t.contiguous() for name, t in tensors.items()}
+    given.update(
+        x_ptr=x, l=x.shape[1], q_rows=q_rows, d_units=x.shape[2] // unit,
+        x_batch_units=x.stride(0) // unit, x_row_units=x.stride(1) // unit, UNIT=unit,
+        K=weight.shape[-1], BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None,
+    )  # fmt: skip
+    return given
 
 
 def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
@@ -2361,17 +2346,18 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
     unit = min(_conv_unit(x), _conv_unit(dx))
-    blocks_d = _cdiv(d, CONV_BACKWARD["D"])
-    blocks, q_rows = _conv_blocks(b, l, d, CONV_BACKWARD["D"], CONV_BACKWARD_ROWS)
+    tiles = dict(CONV_BACKWARD)
+    options = dict(num_warps=tiles.pop("num_warps"))
+    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], CONV_BACKWARD_ROWS)
     partial = torch.empty((blocks, d * (k + 1)), dtype=torch.float32, device=x.device)
     dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy
-    given = _conv_tensors(x, weight, bias, state, seq_idx, dy, dfinal)
-    strides = x.stride(0) // unit, x.stride(1) // unit, dx.stride(1) // unit
-    numbers = l, q_rows, d // unit, *strides
-    options = _conv_flags(unit, weight, bias, state, seq_idx)
-    options |= dict(DFINAL=dfinal is not None, **CONV_BACKWARD)
-    tensors = x, *given, dx, dstate, partial
-    _launch((_conv_backward_kernel, (blocks * blocks_d, 1, 1), tensors, numbers, options))
+    given = _conv_given(unit, q_rows, x, weight, bias, state, seq_idx)
+    given.update(
+        dy_ptr=dy.contiguous(), dfinal_ptr=x if dfinal is None else dfinal.contiguous(), dx_ptr=dx,
+        dstate_ptr=dstate, partial_ptr=partial, dx_row_units=dx.stride(1) // unit,
+        DFINAL=dfinal is not None, **tiles,
+    )  # fmt: skip
+    _launch((_conv_backward_kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), given, options))
     return (partial, dweight, dbias), dstate
 
 
@@ -2458,7 +2444,7 @@ def _norm_tiles(size: int) -> dict:
         n = min((1024, 512, 256), key=lambda n: _cdiv(size, n) * n)
     tiles = _cdiv(size, n)
     r = max(1, 1024 // _power_of_2(n * tiles))
-    return dict(R=r, N=n, TILES=tiles, num_warps=r * n // 128)
+    return dict(R=r, N=n, TILES=tiles)
 
 
 @functools.cache
@@ -2469,9 +2455,12 @@ def _processors(device: torch.device) -> int:
 def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
     """How many programs per group walk over the rows, and their tiles."""
     tiles = _norm_tiles(size)
-    slots = _cdiv(_processors(device) * 16 // tiles["num_warps"], groups)
-    limit = dict(maxnreg=128) if size > 2048 else {}
-    return min(slots, _cdiv(rows, tiles["R"])), tiles | limit
+    slots = _cdiv(_processors(device) * 16 // _norm_warps(tiles), groups)
+    return min(slots, _cdiv(rows, tiles["R"])), tiles
+
+
+def _norm_warps(tiles: dict) -> int:
+    return tiles["R"] * tiles["N"] // 128
 
 
 @jit
@@ -2643,12 +2632,14 @@ def _norm_forward(y, z, weight, eps, groups):
     gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
     y, y_row = _rows(y)
     z, z_row = _rows(z) if gate else (y, y_row)
-    unit = _unit(size, y_row, z_row)
-    tiles = _norm_tiles(size)
-    numbers = rows, eps, groups, size // unit, y_row // unit, z_row // unit
-    options = dict(GATE=gate, UNIT=unit, **tiles)
-    grid = _cdiv(rows, tiles["R"]) * groups, 1, 1
-    _launch((_norm_forward_kernel, grid, (y, z, weight.contiguous(), out), numbers, options))
+    unit, tiles = _unit(size, y_row, z_row), _norm_tiles(size)
+    given = dict(
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out, rows=rows, eps=eps,
+        groups=groups, size_units=size // unit, y_row_units=y_row // unit,
+        z_row_units=z_row // unit, GATE=gate, UNIT=unit, **tiles,
+    )  # fmt: skip
+    grid, options = (_cdiv(rows, tiles["R"]) * groups, 1, 1), dict(num_warps=_norm_warps(tiles))
+    _launch((_norm_forward_kernel, grid, given, options))
     return out
 
 
@@ -2675,11 +2666,16 @@ def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
     unit = _unit(size, y_row, z_row, dy_row, dz_row)
     slots, tiles = _norm_slots(size, rows, groups, y.device)
     partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
-    tensors = y, z, weight.contiguous(), dout.contiguous(), dy, dz, partial
-    rows_apart = y_row // unit, z_row // unit, dy_row // unit, dz_row // unit
-    numbers = rows, slots, eps, groups, size // unit, *rows_apart
-    options = dict(GATE=gate, UNIT=unit, **tiles)
-    _launch((_norm_backward_kernel, (slots * groups, 1, 1), tensors, numbers, options))
+    given = dict(
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
+        dz_ptr=dz, partial_ptr=partial, rows=rows, slots=slots, eps=eps, groups=groups,
+        size_units=size // unit, y_row_units=y_row // unit, z_row_units=z_row // unit,
+        dy_row_units=dy_row // unit, dz_row_units=dz_row // unit, GATE=gate, UNIT=unit, **tiles,
+    )  # fmt: skip
+    options = dict(num_warps=_norm_warps(tiles))
+    if size > 2048 and PTX:  # an option of NVIDIA's GPUs
+        options["maxnreg"] = 128
+    _launch((_norm_backward_kernel, (slots * groups, 1, 1), given, options))
     return partial, dweight
 
 
@@ -3010,14 +3006,16 @@ def _step_into(
     pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), _power_of_2(p))
     tiles = h // g * _cdiv(p, pb)  # in a group
     share = _cdiv(tiles, min(tiles, _cdiv(programs, b * g)))  # of one program
-    weights = [t.contiguous() for t in (conv, ssm, weight)]
-    weights += [xBC if bias is None else bias.contiguous()]
-    weights += [t.contiguous() for t in (dt_bias, A_log, D)]
-    numbers = xBC.stride(0), dt.stride(0), h // g, share, low, high
-    options = dict(G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb, **config)
-    tensors = xBC, dt, *weights, y, new_conv, new_ssm
+    given = dict(
+        xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv.contiguous(), ssm_ptr=ssm.contiguous(),
+        weight_ptr=weight.contiguous(), bias_ptr=xBC if bias is None else bias.contiguous(),
+        dt_bias_ptr=dt_bias.contiguous(), A_log_ptr=A_log.contiguous(), D_ptr=D.contiguous(),
+        y_ptr=y, new_conv_ptr=new_conv, new_ssm_ptr=new_ssm, xBC_sb=xBC.stride(0),
+        dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
+        G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
+    )  # fmt: skip
     with torch.cuda.device_of(xBC):
-        _launch((_step_kernel, (b * g, _cdiv(tiles, share), 1), tensors, numbers, options))
+        _launch((_step_kernel, (b * g, _cdiv(tiles, share), 1), given, config))
 
 
 def _step_forward(xBC, dt, conv, ssm, *others):
@@ -3218,13 +3216,16 @@ def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, grou
     warps = 4 * _processors(x.device)
     while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
         config["OB"] //= 2
-    tensors = x, gate_, norm_weight.contiguous(), weight, x if bias is None else bias.contiguous()
-    tensors += residual_, out
-    numbers = x_row, gate_row, weight.stride(0), residual_row, outputs, rows, outputs, eps
-    options = dict(SIZE=size, GROUPS=groups, GATE=gate is not None, BIAS=bias is not None)
-    options |= dict(RESIDUAL=residual is not None, RB=_power_of_2(rows), **config)
-    grid = _cdiv(outputs, config["OB"]), 1, 1
-    _launch((_norm_linear_kernel, grid, tensors, numbers, options))
+    warps = dict(num_warps=config.pop("num_warps"))
+    given = dict(
+        x_ptr=x, gate_ptr=gate_, norm_ptr=norm_weight.contiguous(), weight_ptr=weight,
+        bias_ptr=x if bias is None else bias.contiguous(), residual_ptr=residual_, out_ptr=out,
+        x_row=x_row, gate_row=gate_row, weight_row=weight.stride(0), residual_row=residual_row,
+        out_row=outputs, rows=rows, outputs=outputs, eps=eps, SIZE=size, GROUPS=groups,
+        GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+        RB=_power_of_2(rows), **config,
+    )  # fmt: skip
+    _launch((_norm_linear_kernel, (_cdiv(outputs, config["OB"]), 1, 1), given, warps))
     return out
 
 
@@ -3647,7 +3648,7 @@ TARGETS = {
     "sm_89": ("cuda", 89, 32, "portable"),
     "sm_90": ("cuda", 90, 32, "tma"),
     "sm_90 portable": ("cuda", 90, 32, "portable"),
-    "sm_100": ("cuda", 100, 32, "tma"),
+    "sm_100": ("cuda", 100, 32, "portable"),
     "sm_120": ("cuda", 120, 32, "portable"),
     "gfx942": ("hip", "gfx942", 64, "cdna"),
 }
@@ -3680,26 +3681,24 @@ def _compile_for(backend, arch, threads, call):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, _, tensors, numbers, options = call
+    kernel, _, given, options = call
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     names |= {torch.int32: "i32", torch.int64: "i64"}
     signature, constants, aligned = {}, {}, {}
-    given = zip(kernel.arg_names, [*tensors, *numbers], strict=False)
-    options = dict(options)
-    for at, (name, value) in enumerate(given):
+    constexprs = {param.name for param in kernel.params if param.is_constexpr}
+    for at, name in enumerate(kernel.arg_names):
+        value = given[name]
         if isinstance(value, TensorDescriptor):
             block = list(value.block_shape)
             signature[name] = f"tensordesc<{names[value.base.dtype]}{block}>"
         elif isinstance(value, Tensor):
             signature[name], aligned[at,] = "*" + names[value.dtype], [["tt.divisibility", 16]]
-        elif value is None or (value == 1 and name not in VARYING):
+        elif value is None or name in constexprs or (value == 1 and name not in VARYING):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0 and name not in VARYING:
                 aligned[at,] = [["tt.divisibility", 16]]
-    for name in kernel.arg_names[len(tensors) + len(numbers) :]:
-        signature[name], constants[name] = "constexpr", options.pop(name)
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget(backend, arch, threads), options=options)
 
