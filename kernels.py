@@ -188,8 +188,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
 # numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
 # another length would wait for seconds. (NSEG, NSPLIT and HPS, of which there are few, are not.)
-VARYING = """L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots
-    a_rows b_rows c_rows""".split()
+VARYING = "L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots".split()
 jit = functools.partial(triton.jit, do_not_specialize=VARYING)
 _said = set()
 
@@ -1579,8 +1578,7 @@ def _row(t, TMA):
     """How many times 16 bytes the rows of t (b, l, h, w) are apart; a descriptor needs no such."""
     if TMA:
         return 0
-    sb, sl, sh, _ = t.stride()
-    b, l, h, w = t.shape
+    (b, l, h, w), (sb, sl, *_) = t.shape, t.stride()
     return (sl if l > 1 else sb if b > 1 else h * w) * t.element_size() // 16
 
 
@@ -1650,8 +1648,7 @@ def _ssd_forward(x, dt, A, B, C, D, initial_state, seq_idx):
 
 
 def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
-    b, l, h, p = x.shape
-    g, n = B.shape[2:]
+    (b, l, h, p), n = x.shape, B.shape[3]
     y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
     final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
     x, B, C, precision = _operands(x, B, C)
@@ -1710,8 +1707,7 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
         What `_fold` has to sum, and to where: into dD, dA, and the gradient of raw.dt_bias if there
         is one. And the gradient of the initial state.
     """
-    b, l, h, p = x.shape
-    g, n = B.shape[2:]
+    (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     dinit, dD = x.new_empty(0), torch.empty_like(D, memory_format=torch.contiguous_format)
     if initial_state is not None:
         dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
@@ -1854,33 +1850,25 @@ def _sigmoid(v):
     to 1 anyway, and a sigmoid below 2^-126 is as good as 0.
     """
     if PTX:
-        power = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;",
-            "=f,f",
-            [v * -1.4426950408889634],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;",
-            "=f,f",
-            [1.0 + power],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        power = _approximate("ex2", v * -1.4426950408889634)
+        return _approximate("rcp", 1.0 + power)
     return tl.sigmoid(v)
 
 
 @triton.jit
-def _fold_part(
-    block, partial_ptr, first_ptr, second_ptr, third_ptr, rows, columns, n_first, n_second, n_third,
+def _approximate(instruction: tl.constexpr, v):
+    assembly: tl.constexpr = instruction + ".approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
+
+
+@jit
+def _fold_kernel(
+    partial_ptr, first_ptr, second_ptr, third_ptr, rows, columns, n_first, n_second, n_third,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out[c] = Σ_r partial[r, c]: the first `n_first` columns to one tensor, the next to others.
 
-    Tile: ROWS x COLUMNS, moved down all rows.
+    Grid: (blocks of columns,). Tile: ROWS x COLUMNS, moved down all rows.
 
         sum = 0
         for block of rows:            # always in the same order
@@ -1889,7 +1877,7 @@ def _fold_part(
 
     Masked: rows and columns past the end.
     """
-    c = block * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     sum_rc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for row in range(0, rows, ROWS):
         r = row + tl.arange(0, ROWS)
@@ -1904,48 +1892,21 @@ def _fold_part(
     tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
 
 
-@jit
-def _fold_kernel(
-    a_ptr, a1_ptr, a2_ptr, a3_ptr, b_ptr, b1_ptr, b2_ptr, b3_ptr, c_ptr, c1_ptr, c2_ptr, c3_ptr,
-    a_rows, a_columns, a1, a2, a3, b_rows, b_columns, b1, b2, b3, c_rows, c_columns, c1, c2, c3,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """`_fold_part` for up to three matrices a, b, c, of which some may have no columns.
-
-    Grid: (column blocks of a, b and c, one after the other,).
-    """
-    block = tl.program_id(0)
-    b_block = block - tl.cdiv(a_columns, COLUMNS)
-    c_block = b_block - tl.cdiv(b_columns, COLUMNS)
-    if b_block < 0:
-        _fold_part(
-            block, a_ptr, a1_ptr, a2_ptr, a3_ptr, a_rows, a_columns, a1, a2, a3, ROWS, COLUMNS
-        )
-    elif c_block < 0:
-        _fold_part(
-            b_block, b_ptr, b1_ptr, b2_ptr, b3_ptr, b_rows, b_columns, b1, b2, b3, ROWS, COLUMNS
-        )
-    else:
-        _fold_part(
-            c_block, c_ptr, c1_ptr, c2_ptr, c3_ptr, c_rows, c_columns, c1, c2, c3, ROWS, COLUMNS
-        )
-
-
 def _fold(*sums: tuple[Tensor, ...]) -> None:
-    """Sum the rows of up to three matrices, each into up to three tensors, one after the other."""
+    """Sum the rows of matrices, each into up to three tensors, one after the other."""
     # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
     # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    blocks, tensors, numbers = 0, [], []
+    calls = []
     for partial, *outs in sums:
-        (rows, columns), missing = partial.shape, 3 - len(outs)
-        blocks += _cdiv(columns, 32)
-        tensors += [partial, *outs, *[partial] * missing]
-        numbers += [rows, columns, *[out.numel() for out in outs], *[0] * missing]
-    missing = 3 - len(sums)
-    tensors += [partial] * (4 * missing)
-    numbers += [0] * (5 * missing)
-    given = dict(zip(_fold_kernel.arg_names, [*tensors, *numbers, 64, 32], strict=True))
-    _launch((_fold_kernel, (blocks, 1, 1), given, dict(num_warps=4)))
+        (first, second, third), sizes = [*outs, partial, partial][:3], [t.numel() for t in outs]
+        n_first, n_second, n_third = [*sizes, 0, 0][:3]
+        given = dict(
+            partial_ptr=partial, first_ptr=first, second_ptr=second, third_ptr=third,
+            rows=partial.shape[0], columns=partial.shape[1],
+            n_first=n_first, n_second=n_second, n_third=n_third, ROWS=64, COLUMNS=32,
+        )  # fmt: skip
+        calls.append((_fold_kernel, (_cdiv(partial.shape[1], 32), 1, 1), given, dict(num_warps=4)))
+    _launch(*calls)
 
 
 # --------------------------------------------------------------------------------------------------
