@@ -20,7 +20,7 @@ the first line, from projection to y, in one kernel, and `norm_linear` a norm wi
 after it. The twins of these three are lines of the layer and of its block.
 
     launches     forward     conv, prep, [segment], scan, norm
-                 backward    norm, prep, border, chunk, finish, conv, fold
+                 backward    norm, prep, border, chunk, finish, conv, 3 fold
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -672,7 +672,7 @@ def rows_at(mem, row, b, head, q0, w0, L, W, Q: tl.constexpr, WB: tl.constexpr):
     w = tl.arange(0, WB)
     row *= 128 // mem.dtype.element_ty.primitive_bitwidth
     mem += (b.to(tl.int64) * L + q0) * row + head * W + w0
-    return mem + q[:, None] * row + w[None, :], (q0 + q < L)[:, None] & (w0 + w < W)[None, :]
+    return mem + (q[:, None] * row + w[None, :]), (q < L - q0)[:, None] & (w < W - w0)[None, :]
 
 
 @triton.jit
@@ -701,7 +701,7 @@ def border_at(mem, row, p0, n0, P, N, PB: tl.constexpr, NB: tl.constexpr):
     p = tl.arange(0, PB)
     n = tl.arange(0, NB)
     mem += (row.to(tl.int64) * P + p0) * N + n0
-    return mem + p[:, None] * N + n[None, :], (p0 + p < P)[:, None] & (n0 + n < N)[None, :]
+    return mem + (p[:, None] * N + n[None, :]), (p < P - p0)[:, None] & (n < N - n0)[None, :]
 
 
 @triton.jit
@@ -1201,8 +1201,8 @@ def bc_part(
             in <- rows of (C H^T) ∘ dy · 2^a_t;  cross <- diagonal of H dH^T · 2^a_end
             dB += (x · o_s dt_s) dH;             dC += (dy · 2^a_t) H
 
-    The diagonals of two products stand in for sums of elementwise products: the tensor cores have
-    time to spare here, the registers have no room. Masked: columns past n.
+    On Hopper the diagonal of a product stands in for the sums of an elementwise product: the tensor
+    cores have time to spare here, the registers have no room. Masked: columns past n.
     """
     k = pid % NSPLIT
     g = (pid // NSPLIT) % G
@@ -1242,8 +1242,11 @@ def bc_part(
         # dot
         r_tp = tl.dot(C_tn, tl.trans(H_pn), input_precision=PREC)
         in_t = tl.sum(r_tp * dy_tp.to(tl.float32), axis=1) * in_q
-        cross_pp = tl.dot(H_pn, tl.trans(dH_pn), input_precision=PREC)
-        cross_p = tl.sum(tl.where(pp[:, None] == pp[None, :], cross_pp, 0.0), axis=1) * gamma
+        if TMA:
+            cross_pp = tl.dot(H_pn, tl.trans(dH_pn), input_precision=PREC)
+            cross_p = tl.sum(tl.where(pp[:, None] == pp[None, :], cross_pp, 0.0), axis=1) * gamma
+        else:
+            cross_p = tl.sum(H_pn.to(tl.float32) * dH_pn.to(tl.float32), axis=1) * gamma
         xw_sp = operand(x_sp * out_q[:, None], x_sp.dtype, PREC)
         dyw_tp = operand(dy_tp * in_q[:, None], x_sp.dtype, PREC)
         dB_sn = tl.dot(xw_sp, dH_pn, dB_sn, input_precision=PREC)
