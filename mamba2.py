@@ -511,10 +511,11 @@ class Mamba2Block(nn.Module):
 
 
 class Mamba2Backbone(nn.Module):
-    """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d) to h
-    (b, l, d) and states, a Mamba2State for each layer; mask, seq_idx and group as in `Mamba2.step`.
-    The input of each block is appended to the list hidden_states, if there is one. The new states
-    are freed if keep_states is False."""
+    """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
+    Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
+    `Mamba2.step`, and seq_idx, whose last label the cache keeps: if a call begins with another, so
+    does a sequence. The input of each block is appended to the list hidden_states, if there is one.
+    """
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -526,34 +527,44 @@ class Mamba2Backbone(nn.Module):
     def forward(
         self,
         x,
-        states=None,
+        cache=None,
         mask=None,
         seq_idx=None,
         group=None,
         hidden_states=None,
-        keep_states=True,
+        keep_cache=True,
     ):
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
-        order = Order.of(mask, dict(b=h.shape[0], l=h.shape[1]))
+        order, lengths = Order.of(mask, dict(b=h.shape[0], l=h.shape[1])), None
         if order is not None:  # once for all layers
-            h, seq_idx, mask = order.sort(h), order.sort_labels(seq_idx), order.inner()
-        layers = self.layers[: self.config.num_hidden_layers]  # which early exit lowers
-        checkpoints, new_states = self.gradient_checkpointing and self.training, []
-        for block, state in zip(layers, states or [None] * len(layers), strict=True):
+            h, seq_idx, lengths = order.sort(h), order.sort_labels(seq_idx), order.lengths
+            mask = order.inner()
+        cache = Mamba2Cache(()) if cache is None else cache
+        checkpoints = self.gradient_checkpointing and self.training
+        same = dict(states=len(cache.states), checkpoints=checkpoints)
+        slices = Slices.of(group, self.config, h, lengths, seq_idx, **same)
+        length = cache.length + (h.shape[1] if slices is None else slices.length)
+        if seq_idx is not None:
+            cache = cache.follow(*((seq_idx, lengths) if slices is None else slices.ends))
+        states, new_states = cache.states or [None] * len(self.layers), []
+        for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
                 hidden_states.append(h if order is None else order.restore(h))
             run = functools.partial(recomputed, block, block) if checkpoints else block
-            h, state = run(h, state, mask, seq_idx, group)
-            new_states.append(state if keep_states else None)  # it would only take memory
+            h, state = run(h, state, mask, seq_idx, slices)
+            new_states.append(state if keep_cache else None)  # it would only take memory
         h = self.norm_f(h)
-        return h if order is None else order.restore(h), tuple(new_states)
+        h = h if order is None else order.restore(h)
+        if not isinstance(length, Tensor):  # a constant of each compiled step
+            length = torch.full((), length, device=h.device)
+        return h, Mamba2Cache(tuple(new_states), length, cache.seq_idx) if keep_cache else None
 
 
 class Mamba2LM(nn.Module):
-    """The language model (Section 9.2), and nothing else: from ids (b, l), and the states that an
-    earlier call returned, to logits (b, l, vocabulary) and states."""
+    """The language model (Section 9.2), and nothing else: from ids (b, l), and the Mamba2Cache that
+    an earlier call returned, to logits (b, l, vocabulary) and the new cache."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -565,9 +576,9 @@ class Mamba2LM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
-    def forward(self, ids, states=None):
-        h, states = self.backbone(ids, states)
-        return self.lm_head(h), states
+    def forward(self, ids, cache=None):
+        h, cache = self.backbone(ids, cache)
+        return self.lm_head(h), cache
 
 
 # This is the whole model. What follows makes it usable: checks, configuration, transformers, GPUs.
@@ -582,12 +593,10 @@ class Order:
     """Masked positions moved to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so
     the convolution meets only inputs that count, and SSD passes over the rest with dt = 0."""
 
-    def __init__(self, mask: Tensor, is_sorted=False):  # (b, l) bool
-        self.lengths, self.skipped = mask.sum(1), ~mask  # (b); (b, l), of sorted positions
-        self.index = self.place = None
-        if not is_sorted:
-            self.skipped, self.index = self.skipped.sort(dim=1, stable=True)
-            self.place = self.index.argsort(dim=1)  # (b, l), where each position goes
+    def __init__(self, mask: Tensor):  # (b, l) bool
+        self.lengths = mask.sum(1)  # (b)
+        self.skipped, self.index = (~mask).sort(dim=1, stable=True)  # (b, l), of sorted positions
+        self.place = self.index.argsort(dim=1)  # (b, l), where each position goes
 
     @classmethod
     def of(cls, mask, sizes):
@@ -599,7 +608,9 @@ class Order:
 
     def inner(self):
         """The order of what is sorted already, for the layers of a model."""
-        return Order(~self.skipped, is_sorted=True)
+        inner = copy.copy(self)
+        inner.index = inner.place = None
+        return inner
 
     def clear(self, x):
         """x (b, l, ...), sorted, with 0 at masked positions, even where x is NaN."""
@@ -619,6 +630,85 @@ class Order:
         labels = _take(seq_idx.long(), self.index)
         last = labels.gather(1, (self.lengths - 1).clamp(min=0)[:, None])  # (b, 1)
         return torch.where(self.skipped, last, labels)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mamba2Cache:
+    """The state of a whole model after some tokens: immutable, and of constant size.
+
+    A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
+    continue the same prompt in another way. torch.save and torch.load keep it in a file.
+    """
+
+    states: tuple[Mamba2State, ...]  # of each layer
+    length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
+    seq_idx: Tensor | None = None  # (b), the label of the sequence each row ended in, or NO_LABEL
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.length)
+
+    def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
+        """A cache of function(tensor, *tensors of the others), for each tensor but length."""
+        layers = zip(self.states, *(cache.states for cache in others), strict=True)
+        states = tuple(Mamba2State(*map(function, *layer)) for layer in layers)
+        labels = [cache.seq_idx for cache in (self, *others)]
+        label = None if self.seq_idx is None else function(*labels)
+        return Mamba2Cache(states, self.length, label)
+
+    def select(self, rows) -> Mamba2Cache:
+        """Rows of the batch in a new order: integers, or a bool mask."""
+        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
+
+    def repeat(self, times: int) -> Mamba2Cache:
+        """Each row `times` times in a row: (b) becomes (b times). This forks a prompt."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    @staticmethod
+    def cat(caches) -> Mamba2Cache:
+        """One batch of the rows of several caches, whose prompts may have different lengths.
+
+        Its length is the longest one: whole sequences are then padded to it on the left.
+        """
+        first, *others = caches = [*caches]
+        if len({cache.seq_idx is None for cache in caches}) > 1:
+            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
+        joined = first.map(lambda *tensors: torch.cat(tensors), *others)
+        length = max(cache.get_seq_length() for cache in caches)
+        return Mamba2Cache(joined.states, length, joined.seq_idx)
+
+    def detach(self) -> Mamba2Cache:
+        """The cache without its history of gradients."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> Mamba2Cache:
+        """The cache on another device, or with ssm in another dtype; arguments as for Tensor.to.
+
+        Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets small
+        contributions sooner. conv, a few inputs, keeps its own.
+        """
+        states = tuple(Mamba2State(conv, ssm.to(*args, **kwargs)) for conv, ssm in self.states)
+        cache = Mamba2Cache(states, self.length, self.seq_idx)
+        return cache.map(lambda tensor: tensor.to(states[0].ssm.device))
+
+    def follow(self, seq_idx, lengths) -> Mamba2Cache:
+        """The cache with zero states in rows where another sequence begins, and the last labels.
+
+        seq_idx: (b, l), labels of the next positions, of which the first `lengths` (b), or all of
+        them, count.
+        """
+        if seq_idx.shape[1] == 0:
+            return self
+        if lengths is not None:
+            seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
+        first, last = seq_idx[:, 0], seq_idx[:, -1]  # (b)
+        label = torch.full_like(first, NO_LABEL) if self.seq_idx is None else self.seq_idx
+        new = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
+        cache = self.map(lambda t: t.masked_fill(new.view(-1, *[1] * (t.dim() - 1)), 0))
+        return Mamba2Cache(cache.states, self.length, torch.where(last == NO_LABEL, label, last))
+
+
+NO_LABEL = torch.iinfo(torch.int64).min  # of a row all of whose positions were masked
+torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load may make them
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
@@ -743,8 +833,8 @@ class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
 
     `OPTIONS` above lists them. Each can be passed, read and set under transformers' name, which is
-    also its name in `config.json`, or under that of the paper's code. Options of all transformers
-    configurations are accepted too. Unknown ones are a TypeError.
+    also its name in `config.json`, or under that of the paper's code (without transformers, only
+    passed). Options of all transformers configurations are accepted too; others are a TypeError.
     """
 
     model_type = "mamba2"
@@ -773,16 +863,6 @@ class Mamba2Config(PreTrainedConfig):
             self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
-    if transformers is None:  # whose class does this with attribute_map
-
-        def __getattr__(self, name):
-            if name not in self.attribute_map:
-                raise AttributeError(f"Mamba2Config has no attribute {name!r}")
-            return getattr(self, self.attribute_map[name])
-
-        def __setattr__(self, name, value):
-            super().__setattr__(self.attribute_map.get(name, name), value)
-
     def validate_architecture(self):
         """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
 
@@ -806,26 +886,23 @@ class Mamba2Config(PreTrainedConfig):
         """Read a `config.json`, in transformers' format (flash-linear-attention and mamba2-torch
         write it too) or in the original one. What is not implemented is a ValueError."""
         options = dict(config_dict)
-        if "ssm_cfg" in options:  # of the mamba_ssm package, such as state-spaces/mamba2-130m's
+        if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
             ssm_cfg = options.pop("ssm_cfg")
-            options = {"layer": "Mamba1", **options, **ssm_cfg}
-            options.pop("model_type", None)
+            options = {"layer": "Mamba1", **options, **ssm_cfg, "model_type": None}
             multiple = options.pop("pad_vocab_size_multiple", 8)
             options["vocab_size"] += -options["vocab_size"] % multiple
         kind = options.pop("model_type", None)
         rule = "not a Mamba-2 checkpoint, whose is 'mamba2'"
         _check("model_type", kind, rule, lambda v: v in (None, "mamba2", "mamba2-single-file"))
-        # transformers has written norm_before_gate = True, into Codestral's file too, but has never
-        # read it. It has effect in flash-linear-attention, whose files also have rmsnorm, norm_eps.
-        if kind and not options.keys() & {"rmsnorm", "norm_eps"}:
-            options.pop("norm_before_gate", None)
-        if "norm_eps" in options:
+        if "norm_eps" in options:  # of flash-linear-attention
             options["norm_epsilon"] = options.pop("norm_eps")
+        elif kind:  # transformers has written norm_before_gate = True, but has never read it
+            options.pop("norm_before_gate", None)
         for name in options.keys() & _OTHERS.keys():
             value, only = options.pop(name), _OTHERS[name]
             if value != only and (value or only):  # None means False, 0 or []
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
-        if "emb_initializer_range" in options:  # by mamba2-torch: one group; it computes the heads
+        if "emb_initializer_range" in options:  # of mamba2-torch, which computes the heads
             options.pop("num_heads", None)
         elif kind:  # options that are left out have transformers' defaults
             there = {cls.attribute_map.get(name, name) for name in options}
@@ -859,95 +936,6 @@ if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
 
     class CausalLMOutputWithPast(CausalLMOutputWithPast):
         cache = property(lambda self: self.past_key_values)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Mamba2Cache:
-    """The state of a whole model after some tokens: immutable, and of constant size.
-
-    A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
-    continue the same prompt in another way. torch.save and torch.load keep it in a file.
-
-        states    a Mamba2State for each layer
-        length    tokens seen, masked ones included: a tensor (), so that a compiled or exported
-                  step does not depend on its value; get_seq_length() is an int
-        seq_idx   None without packing, or (b): the label of the sequence that each row ended in,
-                  NO_LABEL if all its positions were masked
-    """
-
-    states: tuple[Mamba2State, ...]
-    length: Tensor | int = 0
-    seq_idx: Tensor | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(self.length)
-
-    def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
-        """A cache of function(tensor, *tensors of the others), for each tensor but length."""
-        rows = zip(*(cache.states for cache in (self, *others)), strict=True)
-        states = tuple(Mamba2State(*map(function, *layers)) for layers in rows)
-        labels = [cache.seq_idx for cache in (self, *others)]
-        if len({label is None for label in labels}) == 2:
-            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
-        return Mamba2Cache(states, self.length, None if labels[0] is None else function(*labels))
-
-    def select(self, rows) -> Mamba2Cache:
-        """Rows of the batch in a new order: integers, or a bool mask."""
-        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
-
-    def repeat(self, times: int) -> Mamba2Cache:
-        """Each row `times` times in a row: (b) becomes (b times). This forks a prompt."""
-        return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
-
-    @staticmethod
-    def cat(caches) -> Mamba2Cache:
-        """One batch of the rows of several caches, whose prompts may have different lengths.
-
-        Its length is the longest one: whole sequences are then padded to it on the left.
-        """
-        first, *others = caches = [*caches]
-        joined = first.map(lambda *tensors: torch.cat(tensors), *others)
-        length = max(cache.get_seq_length() for cache in caches)
-        return Mamba2Cache(joined.states, length, joined.seq_idx)
-
-    def detach(self) -> Mamba2Cache:
-        """The cache without its history of gradients."""
-        return self.map(Tensor.detach)
-
-    def to(self, *args, **kwargs) -> Mamba2Cache:
-        """The cache on another device, or with ssm in another dtype; arguments as for Tensor.to.
-
-        Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets small
-        contributions sooner. conv, a few inputs, keeps its own.
-        """
-        states = tuple(Mamba2State(conv, ssm.to(*args, **kwargs)) for conv, ssm in self.states)
-        cache = Mamba2Cache(states, self.length, self.seq_idx)
-        return cache.map(lambda tensor: tensor.to(states[0].ssm.device))
-
-
-NO_LABEL = torch.iinfo(torch.int64).min
-torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load may make them
-
-
-def _follow_labels(past: Mamba2Cache, seq_idx, lengths) -> Mamba2Cache:
-    """The cache with zero states in rows where another sequence begins, and rows' last labels.
-
-    seq_idx: (b, l), labels of the next positions, of which the first `lengths` (b) count.
-    """
-    if seq_idx.shape[1] == 0:
-        return past
-    if lengths is not None:
-        seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
-    first, last = seq_idx[:, 0], seq_idx[:, -1]  # (b)
-    label = torch.full_like(first, NO_LABEL) if past.seq_idx is None else past.seq_idx
-    ended = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
-    states = _where(ended, past.map(torch.zeros_like), past).states
-    return Mamba2Cache(states, past.length, torch.where(last == NO_LABEL, label, last))
-
-
-def _where(rows, ours: Mamba2Cache, others: Mamba2Cache) -> Mamba2Cache:
-    """The other cache, with `ours` in these rows (b)."""
-    return others.map(lambda b, a: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), ours)
 
 
 class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
@@ -988,11 +976,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
     ):
         """Load a published or saved model by its name on the hub or its folder, in the original
-        mamba_ssm format, in transformers' format, or Codestral-Mamba's.
-
-        Raises:
-            ValueError: the weights are not exactly those of the model that its config describes.
-        """
+        mamba_ssm format, in transformers' format, or Codestral-Mamba's. It is a ValueError if the
+        weights are not exactly those of the model that its config describes."""
         name = pretrained_model_name_or_path
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
@@ -1021,7 +1006,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         group=None,
         num_items_in_batch=None,
         segment_length=None,
-        progress=False,
         past_key_values=None,
         **others,
     ):
@@ -1033,40 +1017,39 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         labels: (b, l), the tokens: each position that is not masked predicts the next one of
             its sequence, except -100. For the loss, logits are made of a few positions at a time.
         logits_to_keep: None is all, but none with labels in training or in segments.
-        seq_idx: (b, l) integers, labels of packed sequences: where the label changes, also from
-            the last call to this one, another begins. Or position_ids, 0 where one begins.
+        seq_idx: (b, l) integers, labels of packed sequences, as in `Mamba2.step`. Without it,
+            and without a cache, position_ids may say it: they are 0 where one begins.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
             Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
-        segment_length: positions in a segment, see `_read` (with a group, in this rank's slice of
-            it); "auto" for about the least memory; 0 for all at once; None for the config's choice.
-        progress: show a progress bar over the segments.
+        segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
+            part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
-        if isinstance(past := _one_cache(cache, past_key_values), GenerationCache):
+        past = _one_cache(cache, past_key_values)
+        if isinstance(past, GenerationCache):
             options = dict(logits_to_keep=logits_to_keep, segment_length=segment_length)
             options["output_hidden_states"] = output_hidden_states
             return past.read(input_ids, attention_mask, inputs_embeds, **options)
-        x, mask, seq_idx = _tokens(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
-        b, l = x.shape[:2]
+        x, mask, seq_idx = _inputs(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
+        (b, l), targets = x.shape[:2], None
         length = self._segment_length(segment_length, b, l, group)
-        count, targets = max(1, -(-l // length)), None
         if group is not None:
-            given = dict(labels=labels is not None, items=num_items_in_batch is not None)
-            _agree(group, x, segments=count, **given)
+            same = dict(labels=labels is not None, items=num_items_in_batch is not None)
+            _agree(group, x, segments=max(1, -(-l // length)), **same)
         if labels is not None:
             _require(dict(b=b, l=l), "b l", "integers", labels=labels)
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
-        first = 0  # the first position whose logits are wanted
-        if logits_to_keep is None and labels is not None and (self.training or count > 1):
-            first = l + 1  # none
-        elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
-            first = max(0, l - logits_to_keep)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        whole, options = (x, mask, seq_idx, targets), (group, hidden_states, use_cache)
-        loss, h, cache = self._read(whole, past, length, first, progress, *options)
+        first = 0  # the first position whose logits are wanted
+        if logits_to_keep is None and labels is not None and (self.training or l > length):
+            first = None  # no logits
+        elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
+            first = max(0, l - logits_to_keep)
+        whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
+        loss, h, cache = self._in_segments(whole, past, length, first, *options)
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
@@ -1077,7 +1060,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         logits = None if h is None else self.lm_head(h)
         return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
 
-    def _read(self, whole, past, length, first, progress, group, hidden_states, use_cache):
+    def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
         """Backbone and loss over a sequence, in segments of `length` positions.
 
         Each segment starts from the state after the one before, and no intermediate tensor spans
@@ -1087,53 +1070,35 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         length s of a segment, and as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
-        Returns the summed loss or None; h (b, l - first, d) or None; the cache.
+        Returns the summed loss or None; h from the position `first` on, or None; the cache.
         """
         x, total = whole[0], whole[0].shape[1]
         count = max(1, -(-total // length))
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
-        segments = zip(*pieces, strict=True)
-        if progress:
-            from tqdm.auto import tqdm
-
-            segments = tqdm(segments, total=count, unit=" segments")
-        if count > 1 and hidden_states is not None:
-            raise ValueError("output_hidden_states needs segment_length=0: it holds all positions")
-        run = self._read_segment
-        run = run if count == 1 else functools.partial(recomputed, self, run)
+        run, losses, kept = self._in_one_piece, [], []
+        if count > 1:
+            run = functools.partial(recomputed, self, run)
+            if hidden_states is not None:
+                raise ValueError("output_hidden_states holds all positions: use segment_length=0")
         # Autocast as it is, but for its cache: with it, weights would be cast once for all
         # segments, and their gradients added in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
-        enabled, losses, kept = torch.is_autocast_enabled(device), [], []
+        enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
-            for i, piece in enumerate(segments):
-                wanted = use_cache or i < count - 1
-                loss, h, past = run(*piece, past, group, hidden_states, wanted)
+            for i, piece in enumerate(zip(*pieces, strict=True)):
+                keep = use_cache or i < count - 1
+                loss, h, cache = run(*piece, cache, group, hidden_states, keep)
                 losses.append(loss)
-                end = min((i + 1) * length, total)
-                if first < end or first == end == total:  # else the slice would keep all of h alive
+                # A slice of no positions would keep all of h alive.
+                if first is not None and (first < (i + 1) * length or i == count - 1):
                     kept.append(h[:, max(0, first - i * length) :])
-        h = torch.cat(kept, dim=1) if kept else None
-        return None if losses[0] is None else sum(losses), h, past
+        loss = None if losses[0] is None else sum(losses)
+        return loss, torch.cat(kept, dim=1) if kept else None, cache
 
-    def _read_segment(self, x, mask, seq_idx, targets, past, group, hidden_states, use_cache):
+    def _in_one_piece(self, x, mask, seq_idx, targets, cache, *options):
         """The summed loss or None, the backbone's output (b, l, d), and the cache or None."""
-        order = None if mask is None else Order(mask)
-        labels, lengths = seq_idx, None
-        if order is not None:
-            labels, lengths = order.sort_labels(seq_idx), order.lengths
-        checkpoints = self.backbone.gradient_checkpointing and self.training
-        options = dict(states=len(past.states) > 0, checkpoints=checkpoints)
-        slices = Slices.of(group, self.config, x, lengths, labels, **options)
-        length = past.length + (x.shape[1] if slices is None else slices.length)
-        if seq_idx is not None:
-            past = _follow_labels(past, *((labels, lengths) if slices is None else slices.ends))
-        options = hidden_states, use_cache
-        h, states = self.backbone(x, past.states, order, seq_idx, slices, *options)
-        if not isinstance(length, Tensor):
-            length = torch.full((), length, device=h.device)
-        loss = None if targets is None else self.summed_loss(h, targets)
-        return loss, h, Mamba2Cache(states, length, past.seq_idx) if use_cache else None
+        h, cache = self.backbone(x, cache, mask, seq_idx, *options)
+        return None if targets is None else self.summed_loss(h, targets), h, cache
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
@@ -1201,11 +1166,16 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 "attention_mask ends in 0, where the row's next token would be read: pad on the "
                 "left, tokenizer.padding_side = 'left'"
             )
+        config = self.generation_config if generation_config is None else generation_config
+        settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
+        if settings.get("assistant_early_exit") is not None:
+            raise ValueError("assistant_early_exit: pass an assistant_model with fewer layers")
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
         if not isinstance(cache, GenerationCache):
-            cache = GenerationCache(self, cache, self._end_tokens(generation_config, options))
-        assists = getattr(generation_config, "is_assistant", None)
+            cache = GenerationCache(self, cache)
+        assists = getattr(config, "is_assistant", None)
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
+        cache.keeps_prompt = settings["return_dict_in_generate"] and not cache.is_croppable
         if generation_config is None:
             options["use_cache"] = True
         else:  # transformers warns if a config and options are passed together
@@ -1214,23 +1184,14 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             generation_config.use_cache = True
         try:
             output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
+            if isinstance(output, dict) and not assists:
+                # The states of the last beams are not those of the texts that are returned.
+                ids, beams = output.sequences, hasattr(output, "beam_indices")
+                output[CACHE] = None if beams else cache.after(ids, settings["eos_token_id"])
+                output.cache = output[CACHE]
         finally:
-            cache.close()
-        if isinstance(output, dict) and not assists:
-            # The states of the last beams are not those of the texts that are returned.
-            output[CACHE] = None if hasattr(output, "beam_indices") else cache.current
-            output.cache = output[CACHE]
+            cache.decoder = None  # another text may use the CUDA graph
         return output
-
-    def _end_tokens(self, config, options):
-        """The ids that end a text whose cache is returned, or None."""
-        config = config or self.generation_config
-        if not options.get("return_dict_in_generate", config.return_dict_in_generate):
-            return None
-        end = self.generation_config.eos_token_id
-        end = end if config.eos_token_id is None else config.eos_token_id
-        end = options.get("eos_token_id", end)
-        return None if end is None else torch.as_tensor(end, device=self.device)
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
@@ -1239,11 +1200,11 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cache = kwargs.get(CACHE)
         kwargs.pop("tokenizer", None)  # of stop_strings
         if isinstance(cache, GenerationCache):
-            # True if the next token was sampled: an eos_token_id in the prompt ends no row.
-            cache.chosen = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
             if cache.is_croppable:
                 new = input_ids.shape[1] - cache.get_seq_length()
                 next_sequence_length = new if new > 0 else next_sequence_length
+            elif next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
+                cache.keep_prompt()
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen "
@@ -1261,9 +1222,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
         transformers prepares prompt, sampling and stopping, so that all arguments mean the same;
         those that mean more than one token after the other, such as beams, are a ValueError. On
-        CUDA the host does not wait for each token: it checks for the end of the text every eight.
+        CUDA, where asking waits for the GPU, it looks for the end of the text every eight tokens.
         """
-        for name in ("assistant_model", "assistant_early_exit", "streamer", "stop_strings"):
+        for name in ("assistant_model", "streamer", "stop_strings"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
@@ -1272,76 +1233,77 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         """What transformers calls to generate, with all arguments prepared: an iterator."""
         mode = generation_config.get_generation_mode().value
         if mode not in ("greedy_search", "sample") or generation_config.num_return_sequences != 1:
-            raise ValueError(
-                f"stream yields one text for a prompt, and not by {mode}: generate does"
-            )
+            raise ValueError(f"stream yields one text for a prompt; for {mode}, use generate")
         output = self._prefill(ids, generation_config, kwargs)
-        steps = self._steps(ids, output, logits_processor, stopping_criteria, generation_config)
-        return self._until_over(kernels.ahead(steps) if kernels else steps)
-
-    @staticmethod
-    def _until_over(steps):
-        for token, over in steps:
-            yield token
-            if over:
-                return
+        return self._steps(ids, output, logits_processor, stopping_criteria, generation_config)
 
     @torch.no_grad()
     def _steps(self, ids, output, logits_processor, stopping_criteria, config):
-        """Yield tokens (b) after ids (b, l), which gave `output`, and whether all rows are over."""
+        """Yield tokens (b) after ids (b, l), which gave `output`, until all rows have ended."""
         unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
-        for i in range(max(1, min([config.max_length, *limits]) - ids.shape[1])):
-            if i > 0:
-                output = output.cache.read(ids[:, -1:])
+        tokens, alive, every = [], [], 8 if ids.is_cuda else 1
+        left = max(1, min([config.max_length, *limits]) - ids.shape[1])
+        while left > 0:
             scores = logits_processor(ids, output.logits[:, -1].float())
             if config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
                 token = scores.argmax(-1)
-            if ends:  # rows that have ended are filled up
+            if pads_rows:
                 token = token.masked_fill(~unfinished, pad)
-            ids = torch.cat([ids, token[:, None]], dim=1)
+            ids, left = torch.cat([ids, token[:, None]], dim=1), left - 1
             for criterion in criteria:
                 unfinished = unfinished & ~criterion(ids, scores)
-            yield token, ~unfinished.any() if criteria else False
+            if not criteria:
+                yield token
+            else:
+                tokens.append(token)
+                alive.append(unfinished.any())
+                if len(tokens) == every or left == 0:
+                    for token, goes_on in zip(tokens, torch.stack(alive).tolist(), strict=True):
+                        yield token
+                        if not goes_on:
+                            return
+                    tokens, alive = [], []
+            if left > 0:
+                output = output.cache.read(ids[:, -1:])
 
 
 class GenerationCache:
-    """What `generate` carries from token to token: a Mamba2Cache, exchanged for the next in place.
+    """What `generate` carries from token to token: a Mamba2Cache, replaced by the next in place.
 
-    It keeps the states of rows that have ended, and forgets tokens, for speculative decoding: a
-    state cannot be rewound, but an older one can be kept with the tokens since, and read again.
+    A state cannot be rewound, but an older one can be kept, and the tokens since read again. That
+    is how speculative decoding forgets tokens, and how rows that ended before others, and went on
+    reading padding, get the state after their last token.
 
         current       the state after all tokens: a Mamba2Cache, a Decoder of kernels.py that holds
                       it in a CUDA graph, or None if tokens were forgotten
-        base, since   an older state, and the tokens since then, or None
-        ended, kept   (b) rows whose text has ended, and a Mamba2Cache of their states at that time
-        last, chosen  the token that was read last, and whether the next one was sampled
+        base, since   in speculative decoding: an older state, and the tokens since then, or None
+        prompt        the Mamba2Cache after the prompt, if it will be needed
     """
 
     is_compileable = False
     is_linear = (False,)  # if all were True, generate would pass tokens that were already read
 
-    def __init__(self, model, cache: Mamba2Cache, eos: Tensor | None = None):
-        self.model, self.eos, self.decoder, self.mask = model, eos, None, None
-        self.is_croppable = self.chosen = False
-        self.last = self.ended = self.kept = None
+    def __init__(self, model, cache: Mamba2Cache):
+        self.model, self.decoder, self.mask, self.prompt = model, None, None, None
+        self.is_croppable = self.keeps_prompt = False
         self.start(cache)
 
     def start(self, cache: Mamba2Cache):
         self.base = self.current = cache
         self.length, self.since = cache.get_seq_length(), None
 
-    def close(self):
-        """Make `current` the Mamba2Cache after all tokens, and free a CUDA graph for others."""
-        cache = self._current()
-        self.current = cache if self.kept is None else _where(self.ended, self.kept, cache)
-        self.decoder = None
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beam_idx):
+        self.start(self._current().select(beam_idx))
 
     def _current(self):
         cache = self.current
@@ -1359,8 +1321,6 @@ class GenerationCache:
         rows = len(self.base.states[0].ssm) if self.base.states else b
         if b > rows:  # several samples or beams for each prompt
             self.start(self.base.repeat(b // rows))
-        if self.last is not None:
-            self._keep_ended()
         if self.is_croppable:
             output = self._read_again(ids, mask, options)
         elif kernels and (logits := kernels.decode(self, ids, mask, options)) is not None:
@@ -1369,27 +1329,27 @@ class GenerationCache:
             output = self.model(ids, mask, self._current(), embeds, **options)
             self.current = output.cache
         self.length += l
-        if self.eos is not None and self.chosen and not self.is_croppable:
-            self.last = ids[:, -1]
         output[CACHE] = self
         return output
 
-    def _keep_ended(self):
-        """Keep the states of rows that ended with the last token: they will read padding."""
-        rows = torch.isin(self.last, self.eos)
-        rows = rows if self.ended is None else rows & ~self.ended
-        if rows.any():
-            state = self._current()
-            self.kept = state if self.kept is None else _where(rows, state, self.kept)
-            self.ended = rows if self.ended is None else self.ended | rows
+    # For rows that end before others:
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
+    def keep_prompt(self):
+        """Called before the first token that was chosen is read."""
+        if self.keeps_prompt and self.prompt is None:
+            self.prompt = self._current()
 
-    def reorder_cache(self, beam_idx):
-        self.start(self._current().select(beam_idx))
+    def after(self, ids, eos):
+        """The cache after ids (b, l), the last of which were not read: in each row, after the first
+        of the tokens `eos` that was chosen."""
+        if eos is None or self.prompt is None:
+            return self._current()
+        text = ids[:, self.prompt.get_seq_length() - self.length - 1 : -1]
+        ended = torch.isin(text, torch.as_tensor(eos, device=ids.device)).cumsum(1)
+        counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
+        return self._current() if counts.all() else self.model.prefill(text, counts, self.prompt)
 
-    # Speculative decoding, for one row:
+    # For speculative decoding, of one row:
 
     def activate_past_recording(self):
         self.is_croppable = True
@@ -1429,18 +1389,19 @@ def _one_cache(cache, past_key_values):
     return Mamba2Cache(()) if cache is None else cache
 
 
-def _tokens(past, ids, embeds, attention_mask, seq_idx, others):
+def _inputs(past, ids, embeds, mask, seq_idx, others):
     """Checked: ids (b, l) or embeddings (b, l, d); the mask (b, l) of these, bool, or None if
-    nothing is masked; seq_idx (b, l) or None. others: arguments by name; only position_ids may be
-    among them, which are 0 where a packed sequence begins."""
+    nothing is masked; seq_idx (b, l) or None. others: arguments by name, which must be None, but
+    for position_ids."""
     position_ids = others.pop("position_ids", None)
     if others := [name for name, value in others.items() if value is not None]:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    sizes, mask = {}, attention_mask
+    sizes = {}
     _require(sizes, "b l", "integers", input_ids=ids)
     _require(sizes, "b l d", inputs_embeds=embeds)
+    _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
     if mask is not None:
         _require({}, "b l", "a mask", attention_mask=mask)
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
@@ -1448,19 +1409,16 @@ def _tokens(past, ids, embeds, attention_mask, seq_idx, others):
         mask = _as_bool(mask)
         # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and bool(mask.all()) else mask
-    _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
-    if position_ids is not None:
+    if position_ids is not None and seq_idx is None:
         begins = position_ids == 0
         fits = begins | F.pad(position_ids.diff(dim=1) == 1, (1, 0))[:, : sizes["l"]]
-        if seq_idx is not None:  # then both must say the same
-            fits = fits & (F.pad(begins[:, 1:], (1, 0))[:, : sizes["l"]] == _borders(seq_idx))
         fits = fits if mask is None else fits | ~mask
         if past.states or (_readable(fits) and not fits.all()):
             raise ValueError(
                 "position_ids must count up from 0 in each packed sequence, and come without a "
                 "cache: leave them out, and pass seq_idx where packed sequences need labels"
             )
-        seq_idx = begins.cumsum(1) if seq_idx is None else seq_idx
+        seq_idx = begins.cumsum(1)
     return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
 
 
@@ -1470,11 +1428,11 @@ def recomputed(module, function, *arguments):
     if not torch.is_grad_enabled():
         return function(*arguments)
     # Of these very tensors: FSDP exchanges a module's parameters between the two passes.
-    weights = () if torch.compiler.is_compiling() else module.parameters()
-    versions = [(weight, weight._version) for weight in weights]
+    weights = [] if torch.compiler.is_compiling() else [*module.parameters()]
+    versions = [weight._version for weight in weights]
 
     def checked(*arguments):
-        if any(weight._version != version for weight, version in versions):
+        if [weight._version for weight in weights] != versions:
             raise RuntimeError(
                 "weights were modified in place between the forward pass and the backward pass, "
                 "which computes the former again: call backward() before optimizer.step()"
@@ -1492,16 +1450,14 @@ def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
     """
     if group is not None:
         return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
-    order = None if mask is None else Order(mask)
-    if order is not None:
+    if mask is not None:
+        order = Order(mask)
         labels, seq_idx = labels.masked_fill(~mask, -100), order.sort_labels(seq_idx)
-        labels = _take(labels, order.index)
+        targets = next_tokens(_take(labels, order.index), seq_idx=seq_idx)
+        return _take(targets, order.place).masked_fill(~mask, -100)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
     if seq_idx is not None:
-        ends = F.pad(_borders(seq_idx), (0, 1))[:, 1:]
-        targets = targets.masked_fill(ends, -100)
-    if order is not None:
-        targets = _take(targets, order.place).masked_fill(~mask, -100)
+        targets = targets.masked_fill(F.pad(_borders(seq_idx), (0, 1))[:, 1:], -100)
     return targets
 
 
