@@ -126,6 +126,8 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     B, C = (repeat(t, "b l g n -> b l (g r) 1 n", r=r) for t in (B, C))
     decay = log_decay.exp()[..., None, None]  # (b, l, h, 1, 1)
+    if x.shape[1] == 0:  # times 1: so that dt and A have gradients, as in any other slice
+        state = state * decay.prod(1)
     xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
     ys = [x[:, :0]]  # keeps torch.cat valid when l = 0
     for decay_t, xdt_t, B_t, C_t in zip(*(t.unbind(1) for t in (decay, xdt, B, C)), strict=True):
@@ -425,6 +427,13 @@ class Mamba2(nn.Module):
         dt = torch.empty_like(A).uniform_(low, high).exp().clamp(min=config.time_step_floor)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
+    def initial_state(self, batch: int) -> Mamba2State:
+        """The state before the first position: zeros, float32 at least."""
+        h, p, _, n = self.sizes
+        options = dict(device=self.A_log.device, dtype=_at_least_float32(self.A_log.dtype))
+        conv = torch.zeros(batch, self.config.conv_kernel - 1, self.widths[1], **options)
+        return Mamba2State(conv, torch.zeros(batch, h, p, n, **options))
+
     def step(self, u, state=None, mask=None, seq_idx=None, group=None):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
 
@@ -435,8 +444,8 @@ class Mamba2(nn.Module):
                 the other outputs and the state are as if they had been left out. Their own outputs
                 are 0. Or an `Order` made of it, which several layers share.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
-            group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
-                Both states are then those of the whole sequence, the same on every rank.
+            group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
+                The new state is then that after this rank's slice.
         """
         return self(u, state, mask, seq_idx, group, return_state=True)  # so that hooks run
 
@@ -448,17 +457,21 @@ class Mamba2(nn.Module):
         order, lengths = Order.of(mask, sizes), None
         if order is not None:
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
-        slices = Slices.of(group, self.config, u, lengths, seq_idx, state=state is not None)
         zxbcdt, fused = self.in_proj(u), None
-        if kernels and order is None and slices is None:
+        if group is not None:
+            slices = Slices.of(group, None, seq_idx, lengths)
+            state = slices.receive(zxbcdt, state or self.initial_state(len(u)))
+        if kernels and order is None:
             fused = kernels.layer(self, zxbcdt, state, seq_idx)
-        y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx, slices)
+        y, *state = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx)
+        if group is not None:
+            y, *state = slices.send(y, *state)
         y = self.out_proj(y)  # (b, l, d)
         if order is not None:
             y = order.restore(y)
-        return (y, Mamba2State(conv, ssm)) if return_state else y
+        return (y, Mamba2State(*state)) if return_state else y
 
-    def _convolve_and_scan(self, zxbcdt, state, order, seq_idx, slices):
+    def _convolve_and_scan(self, zxbcdt, state, order, seq_idx):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
         (h, p, g, n), k = self.sizes, self.config.conv_kernel
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
@@ -469,12 +482,8 @@ class Mamba2(nn.Module):
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
         conv, ssm = state or (xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None)
-        if slices is not None:
-            conv, conv_after = slices.states_of_convolution(xBC, conv)
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
-        if slices is not None:
-            new_conv = conv_after
-        elif order is not None:
+        if order is not None:
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
             new_conv = last_inputs(window, k - 1, order.lengths, _sequence_number(seq_idx, k - 1))
 
@@ -483,8 +492,7 @@ class Mamba2(nn.Module):
         B, C = (t.unflatten(2, (g, n)) for t in (B, C))  # (b, l, g, n)
         # Differs: published configs say 256, for the original's kernels; plain PyTorch prefers 64.
         options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=seq_idx)
-        scan = ssd if slices is None else functools.partial(ssd_of_slice, slices=slices)
-        y, new_ssm = scan(x, dt, A, B, C, self.D, initial_state=ssm, **options)
+        y, new_ssm = ssd(x, dt, A, B, C, self.D, initial_state=ssm, **options)
         new_ssm = new_ssm if ssm is None else new_ssm.to(ssm.dtype)
         return self.norm(y.flatten(2), gate=z), new_conv, new_ssm
 
@@ -513,9 +521,9 @@ class Mamba2Block(nn.Module):
 class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
     Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
-    `Mamba2.step`, and seq_idx, whose last label the cache keeps: if a call begins with another, so
-    does a sequence. The input of each block is appended to the list hidden_states, if there is one.
-    """
+    `Mamba2.step`, but the cache is that of the whole sequence on every rank; and seq_idx, whose
+    last label the cache keeps: if a call begins with another, so does a sequence. The input of each
+    block is appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -542,24 +550,30 @@ class Mamba2Backbone(nn.Module):
             h, seq_idx, lengths = order.sort(h), order.sort_labels(seq_idx), order.lengths
             mask = order.inner()
         cache = Mamba2Cache(()) if cache is None else cache
-        checkpoints = self.gradient_checkpointing and self.training
-        same = dict(states=len(cache.states), checkpoints=checkpoints)
-        slices = Slices.of(group, self.config, h, lengths, seq_idx, **same)
-        length = cache.length + (h.shape[1] if slices is None else slices.length)
-        if seq_idx is not None:
-            cache = cache.follow(*((seq_idx, lengths) if slices is None else slices.ends))
         states, new_states = cache.states or [None] * len(self.layers), []
+        label, slices = cache.seq_idx, None
+        if group is not None:
+            slices = Slices.of(group, label, seq_idx, lengths)
+            label = slices.label
+        elif seq_idx is not None:
+            begins, label = follow_labels(label, seq_idx, lengths)
+            states = [state and _begin(state, begins) for state in states]
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
                 hidden_states.append(h if order is None else order.restore(h))
+            checkpoints = self.gradient_checkpointing and self.training
             run = functools.partial(recomputed, block, block) if checkpoints else block
             h, state = run(h, state, mask, seq_idx, slices)
             new_states.append(state if keep_cache else None)  # it would only take memory
         h = self.norm_f(h)
         h = h if order is None else order.restore(h)
-        if not isinstance(length, Tensor):  # a constant of each compiled step
-            length = torch.full((), length, device=h.device)
-        return h, Mamba2Cache(tuple(new_states), length, cache.seq_idx) if keep_cache else None
+        if not keep_cache:
+            return h, None
+        length = torch.full((), h.shape[1], device=h.device)  # an int would be compiled as one
+        if group is not None:
+            dist.all_reduce(length, group=group)
+            new_states = slices.last(new_states)
+        return h, Mamba2Cache(tuple(new_states), cache.length + length, label)
 
 
 class Mamba2LM(nn.Module):
@@ -690,25 +704,32 @@ class Mamba2Cache:
         cache = Mamba2Cache(states, self.length, self.seq_idx)
         return cache.map(lambda tensor: tensor.to(states[0].ssm.device))
 
-    def follow(self, seq_idx, lengths) -> Mamba2Cache:
-        """The cache with zero states in rows where another sequence begins, and the last labels.
-
-        seq_idx: (b, l), labels of the next positions, of which the first `lengths` (b), or all of
-        them, count.
-        """
-        if seq_idx.shape[1] == 0:
-            return self
-        if lengths is not None:
-            seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
-        first, last = seq_idx[:, 0], seq_idx[:, -1]  # (b)
-        label = torch.full_like(first, NO_LABEL) if self.seq_idx is None else self.seq_idx
-        new = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
-        cache = self.map(lambda t: t.masked_fill(new.view(-1, *[1] * (t.dim() - 1)), 0))
-        return Mamba2Cache(cache.states, self.length, torch.where(last == NO_LABEL, label, last))
-
 
 NO_LABEL = torch.iinfo(torch.int64).min  # of a row all of whose positions were masked
 torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load may make them
+
+
+def follow_labels(label, seq_idx, lengths, group=None):
+    """Whether a row (b) begins with another sequence than the one before, and its last label.
+
+    label: (b), the last one so far, or None; seq_idx: (b, l), the labels of the next positions, of
+    which the first `lengths` (b), or all of them, count. With a group: of all slices.
+    """
+    if lengths is not None:
+        seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
+    ends = F.pad(seq_idx, (0, 1), value=NO_LABEL)[:, [0, seq_idx.shape[1] - 1]]  # (b, 2)
+    label = torch.full_like(ends[:, 0], NO_LABEL) if label is None else label
+    ranks, rank = ([ends], 0) if group is None else (_gathered(ends, group), dist.get_rank(group))
+    for i, (first, last) in enumerate(ends.T for ends in ranks):
+        if i == rank:
+            begins = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
+        label = torch.where(last == NO_LABEL, label, last)
+    return begins, label
+
+
+def _begin(state: Mamba2State, rows: Tensor) -> Mamba2State:
+    """The state with zeros in these rows (b)."""
+    return Mamba2State(*(t.masked_fill(rows.view(-1, *[1] * (t.dim() - 1)), 0) for t in state))
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
@@ -1032,17 +1053,21 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         x, mask, seq_idx = _inputs(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
         (b, l), targets = x.shape[:2], None
         length = self._segment_length(segment_length, b, l, group)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
         if group is not None:
-            same = dict(labels=labels is not None, items=num_items_in_batch is not None)
-            _agree(group, x, segments=max(1, -(-l // length)), **same)
+            same = {name: getattr(self.config, name) for name in _DEFAULTS}
+            same.update(segments=max(1, -(-l // length)), states=len(past.states))
+            same.update(labels=labels is not None, items=num_items_in_batch is not None)
+            same.update(seq_idx=seq_idx is not None, cache=use_cache, training=self.training)
+            same.update(checkpoints=self.backbone.gradient_checkpointing)
+            _agree(group, x, **same)
         if labels is not None:
             _require(dict(b=b, l=l), "b l", "integers", labels=labels)
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
         first = 0  # the first position whose logits are wanted
         if logits_to_keep is None and labels is not None and (self.training or l > length):
             first = None  # no logits
@@ -1053,7 +1078,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
-                loss, items = (_all_gather(t[None], group).sum() for t in (loss, items))
+                loss, items = (_sum_of_ranks(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
         hidden_states = None if hidden_states is None else (*hidden_states, h)
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
@@ -1475,89 +1500,134 @@ def register_with_transformers():
 
 
 class Slices:
-    """What a rank knows of a sequence of which each rank of a group has a slice (Section 8.2).
+    """Each rank of a process group has a slice of the sequence (Section 8.2), of any length, 0 too:
 
-        y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
         model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
+        y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
 
-    Slices may have any lengths, 0 too. Each rank computes the states that its slice alone leaves,
-    the convolution's and SSD's. Two all-gathers per layer give the states before each slice, which
-    for SSD is the recurrence between chunks (step 3 of Listing 1) with slices for chunks. Bytes
-    that a rank sends per layer and forward pass to each of the R-1 others, at any length (e: bytes
-    of a number of the projections; 8 instead of 4 in a float64 layer; 2.65 MB in mamba2-2.7b):
+    What a layer needs of the slices before its own is the state. So a rank receives that from the
+    rank before, runs the layer as ever, and sends the new state to the next rank, which is then
+    always one layer behind; the backward pass goes the other way. With R ranks, n layers take the
+    time of n + R - 1. In each direction a rank sends per layer, at any length (2.76 MB in
+    mamba2-2.7b; twice as much if all is float64),
 
-        b (4 h (p n + 1) + e (k-1) (h p + 2 g n))
+        4 b (h p n + (k-1) (h p + 2 g n)) bytes
 
-    The backward pass, recomputation and each further segment send the same again. For a loss, the
-    labels, mask and seq_idx of the whole sequence are gathered once, 24 bytes per position. As
-    every rank returns the whole sequence's loss, its gradients are R times what its slice adds to
-    them: averaged over the ranks, as in DDP and FSDP, they are the gradients in one process.
+    and again for each segment, and when that is recomputed. The model's cache is the last rank's,
+    sent to all. For a loss, the labels, mask and seq_idx of the whole sequence are gathered once,
+    24 bytes per position. As every rank returns the whole sequence's loss, its gradients are R
+    times what its slice adds to them: averaged over the ranks, as in DDP and FSDP, they are the
+    gradients in one process.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
-
-    Raises:
-        TypeError: group is not a process group that this rank belongs to.
-        ValueError: the ranks' options differ; every rank raises, before anything else is exchanged.
     """
 
     @classmethod
-    def of(cls, group, *arguments, **options):
-        """None without a group. The model passes its own on to its layers: it stays as it is."""
-        if group is None or isinstance(group, Slices):
-            return group
-        return cls(group, *arguments, **options)
+    def of(cls, group, *labels):
+        """The model passes its own on to its layers."""
+        return group if isinstance(group, Slices) else cls(group, *labels)
 
-    def __init__(self, group, config, x, lengths, seq_idx, **options):
-        options.update({name: getattr(config, name) for name in _DEFAULTS})
-        self.length = sum(_agree(group, x, **options, seq_idx=seq_idx is not None))
+    def __init__(self, group, label, seq_idx, lengths):
         self.group, self.rank = group, dist.get_rank(group)
-        (b, l), k = x.shape[:2], config.conv_kernel
-        self.lengths = torch.full((b,), l, device=x.device) if lengths is None else lengths
-        labels = x.new_zeros(b, l, dtype=torch.int64) if seq_idx is None else seq_idx.long()
-        self.number = _sequence_number(labels, k - 1)
-        # Of each slice: its first and last label, and how many inputs of the convolution's state it
-        # replaces: 0 if it is all masked, k for all k-1, also if another sequence begins in it.
-        ends = F.pad(labels, (0, 1))[:, [0, l - 1]]  # (b, 2)
-        replaced = self.lengths.masked_fill(_borders(labels).any(1), k).clamp(max=k)
-        known = _all_gather(torch.cat([ends, replaced[:, None]], dim=1), group)  # (R, b, 3)
-        self.replaced = known[..., 2:]  # (R, b, 1), 0 if all positions are masked
-        order = Order(repeat(self.replaced > 0, "R b 1 -> b (R 2)"))
-        labels = order.sort_labels(rearrange(known[..., :2], "R b two -> b (R two)"))
-        self.ends = labels, order.lengths  # as if these were all positions of the whole sequence
-        # (R, b, 1, 1), whether a slice begins with another sequence than the one before it ended.
-        self.begins = _take(_borders(labels), order.place)[:, ::2].T[..., None, None]
+        self.begins, self.label = None, label
+        if seq_idx is not None:
+            self.begins, self.label = follow_labels(label, seq_idx, lengths, group)
 
-    def states_of_convolution(self, xBC, state):
-        """The state (b, k-1, d) of the convolution before this slice, and after the last one."""
-        taps, states, state = state.shape[1], [], state.to(xBC.dtype)
-        mine = last_inputs(F.pad(xBC, (0, 0, taps, 0)), taps, self.lengths, self.number)
-        last = _all_gather(mine, self.group)  # (R, b, k-1, d), 0 where a slice has no input
-        index = self.replaced + torch.arange(taps, device=xBC.device)  # (R, b, k-1)
-        for i, begins in enumerate(self.begins):
-            states.append(state.masked_fill(begins, 0))
-            state = last[i] + _take(F.pad(states[-1], (0, 0, 0, taps + 1)), index[i])
-        # Not states[rank]: gradients must reach the all-gather on every rank, or others wait.
-        return torch.stack(states)[self.rank], state
+    def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
+        """The state after the slices of the ranks before; `state` on the first rank. x: what the
+        layer has computed before it needs the state."""
+        # What is received always requires gradients, or ranks would wait for some that never come.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        state = Mamba2State(*_FromRankBefore.apply(self.group, x, anchor, *_wide(*state)))
+        return state if self.begins is None else _begin(state, self.begins)
+
+    def send(self, y: Tensor, conv: Tensor, ssm: Tensor):
+        """y and the state, which is sent to the next rank, as its gradient will be received."""
+        y, wide, ssm = _ToNextRank.apply(self.group, y, *_wide(conv, ssm))
+        return y, wide.to(conv.dtype), ssm
+
+    def last(self, states):
+        """On every rank the states of the last one."""
+        others = torch.tensor(self.rank < dist.get_world_size(self.group) - 1)
+        layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
+        layers = (t.masked_fill(others.to(t.device), 0) for t in layers)
+        layers = (_sum_of_ranks(t, self.group) for t in layers)
+        return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
 
-@_without_autocast
-def ssd_of_slice(x, dt, A, B, C, D, *, slices, chunk_size, initial_state, seq_idx):
-    """`ssd` of this rank's slice. initial_state and final_state are those of the whole sequence."""
-    y, written = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, seq_idx=seq_idx)  # from zeros
-    log_decay, _, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
-    # Along the last axis, a GPU sums faster.
-    decay = F.pad(rearrange(log_decay, "b l h -> b h l"), (1, 0)).cumsum(2).exp()  # (b, h, 1+l)
-    mine = torch.cat([decay[..., -1:], written.flatten(2)], dim=2)  # (b, h, 1 + p n)
-    states = []
-    for last, begins in zip(_all_gather(mine, slices.group), slices.begins, strict=True):
-        states.append(state.masked_fill(begins[..., None], 0))
-        state = last[..., :1, None] * states[-1] + last[..., 1:].unflatten(2, state.shape[2:])
-    state_before = torch.stack(states)[slices.rank].to(C.dtype)  # as for the convolution
-    state_before = state_before.unflatten(1, (B.shape[2], -1))  # (b, g, r, p, n)
-    read = torch.einsum("blgn,bgrpn->blgrp", C, state_before).flatten(2, 3)  # (b, l, h, p)
-    decay = rearrange(decay[..., 1:].to(y.dtype), "b h l -> b l h 1")
-    return torch.addcmul(y, decay, read), state
+def _wide(conv, ssm):
+    """conv in float32 at least, for ranks may begin and end with it in different dtypes."""
+    return conv.to(_at_least_float32(conv.dtype)), ssm
+
+
+def _send(tensors, rank, group):
+    for tensor in tensors:
+        if 0 <= rank < dist.get_world_size(group) and tensor.numel() > 0:
+            dist.send(tensor.contiguous(), group=group, group_dst=rank)
+
+
+def _received(tensors, rank, group):
+    """Tensors like these from that rank; these if there is no such rank."""
+    if not 0 <= rank < dist.get_world_size(group):
+        return tensors
+    tensors = tuple(tensor.contiguous().clone() for tensor in tensors)
+    for tensor in tensors:
+        if tensor.numel() > 0:
+            dist.recv(tensor, group=group, group_src=rank)
+    return tensors
+
+
+class _FromRankBefore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, u, anchor, *tensors):
+        ctx.group = group
+        return _received(tensors, dist.get_rank(group) - 1, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        rank = dist.get_rank(ctx.group)
+        _send(gradients, rank - 1, ctx.group)
+        return None, None, None, *(gradients if rank == 0 else (None, None))
+
+
+class _ToNextRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, y, *tensors):
+        ctx.group = group
+        _send(tensors, dist.get_rank(group) + 1, group)
+        return y, *tensors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *gradients):
+        rank, zeros = dist.get_rank(ctx.group), [torch.zeros_like(g) for g in gradients]
+        others = _received(zeros, rank + 1, ctx.group)
+        return None, dy, *map(torch.add, gradients, others)
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        dist.all_reduce(x := x.clone(), group=group)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
+
+
+_sum_of_ranks = _SumOfRanks.apply
+
+
+def _gathered(x, group):
+    """x of all ranks, in a list."""
+    ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, x.contiguous(), group=group)
+    return ranks
 
 
 def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
@@ -1565,9 +1635,9 @@ def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
     mask = torch.ones_like(labels) if mask is None else mask
     seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
     mine = torch.stack([labels, mask.long(), seq_idx]).split(length, dim=2)  # s of (3, b, l)
-    longest = int(_all_gather(labels.new_tensor([length]), group).max())
+    longest = int(max(_gathered(labels.new_tensor(length), group)))
     padded = torch.stack([F.pad(t, (0, longest - t.shape[2])) for t in mine])  # with mask 0
-    whole = rearrange(_all_gather(padded, group), "R s three b l -> three b (s R l)")
+    whole = rearrange(_gathered(padded, group), "R s three b l -> three b (s R l)")
     targets = next_tokens(whole[0], whole[1].bool(), whole[2])
     targets = rearrange(targets, "b (s R l) -> R s b l", s=len(mine), l=longest)
     own = zip(targets[dist.get_rank(group)], mine, strict=True)
@@ -1575,39 +1645,17 @@ def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
 
 
 def _agree(group, x, **options):
-    """The lengths of x (b, l, ...) on all ranks, once it is sure that all else is the same."""
+    """Raise on every rank, before anything else is sent, unless all call in the same way."""
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise TypeError(f"group = {group}: it must be a process group that this rank belongs to")
     options.update(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
     options.update(autocast=torch.is_autocast_enabled(x.device.type))
     ranks = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, (x.shape[1], options), group=group)
+    dist.all_gather_object(ranks, options, group=group)
     for name in options:
-        values = [others.get(name) for _, others in ranks]
+        values = [others.get(name) for others in ranks]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
-    return [length for length, _ in ranks]
-
-
-class _AllGather(torch.autograd.Function):
-    """Each rank's x, (R, ...). torch's own such function warns in 2.13 that it is deprecated."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        ranks = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather([*ranks.unbind()], x.contiguous(), group=group)
-        return ranks
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        parts = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(parts, gradient.contiguous(), group=ctx.group)
-        return parts.sum(0), None
-
-
-_all_gather = _AllGather.apply
 
 
 if kernels:  # may stand in for calls of these

@@ -2548,6 +2548,7 @@ def test_a_layer_on_slices_of_a_sequence_is_the_layer_on_the_whole(rank, world):
     some = torch.rand(2, l) < 0.6
     late = (torch.arange(l) > 13) & some  # the first slices are masked as a whole
     masks, seq_idxs = (None, some, late), (None, labels(2, l), torch.arange(l).expand(2, l) // 6)
+    group = dist.group.WORLD
     for d_conv, count in ((4, 2), (1, 1)):
         layer = make_layer(d_conv=d_conv)
         u, state = layer_inputs(layer, 2, l)
@@ -2566,7 +2567,8 @@ def test_a_layer_on_slices_of_a_sequence_is_the_layer_on_the_whole(rank, world):
                 m, s = (None if t is None else t[:, mine] for t in (mask, seq_idx))
                 if m is not None and m.all():
                     m = None  # as in the model
-                y, end = layer.step(u[:, mine], start, m, s, dist.group.WORLD)
+                y, end = layer.step(u[:, mine], start, m, s, group)
+                (end,) = mamba2.Slices(group, None, None, None).last([end])
                 case = f"{ends}, masked: {mask is not None} {mask is late}, k = {d_conv}"
                 assert_close([y, *end], [whole[0][:, mine], *whole[1]], case=case)
                 # Every rank's loss has a part of the final state in it.
@@ -2764,41 +2766,32 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
 
 @contextlib.contextmanager
 def counting_bytes():
-    """A list of the bytes that layers send to other ranks, in mamba2.py's two collectives."""
-    sent = []
-
-    def counted(collective):
-        def call(received, x, **options):
-            part = x if isinstance(received, list) else x[0]  # what one other rank gets
-            if part.is_floating_point() and part.dim() == 3:  # not the loss, nor labels
-                sent.append(part.nbytes * (dist.get_world_size() - 1))
-            collective(received, x, **options)
-
-        return call
-
+    """A list of the bytes of each tensor that this rank sends to another one."""
+    send, sent = dist.send, []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "all_to_all_single"):
-            patch.setattr(dist, name, counted(getattr(dist, name)))
+        patch.setattr(dist, "send", lambda x, **to: sent.append(x.nbytes) or send(x, **to))
         yield sent
 
 
-def bytes_of_formula(config, b, e):
-    """What the docstring of Slices says of a layer, for one pass and one other rank."""
+def bytes_of_formula(config, b, forwards, rank, world):
+    """What the docstring of Slices says that a rank sends per layer, in all passes."""
     h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
-    return b * (4 * h * (p * n + 1) + e * (config.conv_kernel - 1) * (h * p + 2 * g * n))
+    once = 4 * b * (h * p * n + (config.conv_kernel - 1) * (h * p + 2 * g * n))
+    return once * (forwards * (rank < world - 1) + (rank > 0))
 
 
 @on_ranks(2, 4)
 def test_the_bytes_that_a_layer_sends_are_those_of_the_formula_at_any_length(rank, world):
     model, group = tiny().train(), dist.group.WORLD
-    layers = model.config.num_hidden_layers * (world - 1)
-    for passes, segments, length in ((2, 1, 6), (2, 1, 48), (3, 3, 48), (4, 3, 48)):
-        if passes == 4:
+    layers = model.config.num_hidden_layers
+    for forwards, segments, length in ((1, 1, 6), (1, 1, 48), (2, 3, 48), (3, 3, 48)):
+        if forwards == 3:
             model.gradient_checkpointing_enable()
         ids = tokens(2, length)
         with counting_bytes() as sent:
             model(ids, labels=ids, segment_length=length // segments, group=group).loss.backward()
-        assert sum(sent) == layers * passes * segments * bytes_of_formula(model.config, 2, 4)
+        once = bytes_of_formula(model.config, 2, forwards, rank, world)
+        assert sum(sent) == layers * segments * once
 
 
 @on_ranks(2, 4)
@@ -2807,14 +2800,9 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     shallow, checkpointed = tiny(num_hidden_layers=1).train(), tiny().train()
     checkpointed.gradient_checkpointing_enable()
     cache = model(ids, use_cache=True).cache
-    layer = make_layer()
-    u, state = layer_inputs(layer, 2, 8)
 
     def call(model=model, **changes):
         model(**dict(input_ids=ids, labels=ids, group=group) | changes)
-
-    def step(state=state):
-        layer.step(u, state, group=group)
 
     for name, same, odd in (
         ("batch", call, lambda: call(input_ids=ids[:1], labels=ids[:1])),
@@ -2828,11 +2816,12 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
         ("checkpoints", call, lambda: call(checkpointed)),
         ("gradients", call, torch.no_grad()(call)),
         ("autocast", call, torch.autocast("cpu", torch.bfloat16)(call)),
-        ("state", step, lambda: step(None)),
+        ("cache", call, lambda: call(use_cache=True)),
+        ("training", call, lambda: call(tiny())),
     ):
         with pytest.raises(ValueError, match=f"{name} = .* on the ranks of the group: make it"):
             (odd if rank == world - 1 else same)()
-    step()  # nobody is out of step
+    call()  # nobody is out of step
 
 
 @on_ranks(2)
@@ -4040,8 +4029,8 @@ def benchmark_parallel(cases, steps):
         speed = b * l * steps / (time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
         count = -(-l // (segment or l))
-        passes = (2 + (count > 1)) * count * (world - 1)
-        sizes = sum(sent) / config.num_hidden_layers, passes * bytes_of_formula(config, b, 2)
+        once = bytes_of_formula(config, b, 1 + (count > 1), dist.get_rank(), world)
+        sizes = sum(sent) / config.num_hidden_layers, count * once
         return speed, peak, sizes
 
     show(f"{where()}, {world} ranks")
