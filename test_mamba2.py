@@ -389,6 +389,7 @@ MASKS = """00000111111 11111100000 11100001111 11110000111 10110100101
 
 @pytest.mark.parametrize("options", LAYERS)
 def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(options):
+    """And a step modifies none of its inputs, so that a state can be resumed several times."""
     layer, masks = make_layer(**options), [[int(digit) for digit in row] for row in MASKS]
     runs = (torch.arange(11, device=DEVICE) // 4 % 2).expand(len(MASKS), -1)  # a label comes back
     for b, l in ((len(MASKS), 11), (3, 0), (0, 5)):
@@ -407,7 +408,7 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
                 given["seq_idx"] = seq_idx.masked_fill(mask == 0, 7)
             passed = tensors(given)
             before = [(tensor.clone(), tensor._version) for tensor in passed]
-            for cuts in (random_cuts(l, seq_idx, mask), []):  # all resume one state
+            for cuts in (random_cuts(l, seq_idx, mask), []):
                 y, end = in_pieces(layer.step, given, "state", cuts)
                 found = [y, end, gradients([y, end], [given["u"], others])]
                 assert_close(found, expected, case=f"{start} {mask} {seq_idx} {cuts=}")
@@ -2819,7 +2820,7 @@ def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(ra
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
-PASSED_IN_THE_INTERPRETER = 121
+PASSED_IN_THE_INTERPRETER = 120
 
 RUNS = getattr(mamba2.kernels, "TRITON", False) and (CUDA or INTERPRETED)
 needs_kernels = pytest.mark.skipif(
@@ -3397,19 +3398,19 @@ def kernel_layer(dtype, **options):
 
 
 @contextlib.contextmanager
-def counted(monkeypatch):
+def counted():
     """The names of the operations that the kernels run in here; "refused" if they do not."""
     ran = []
-    with monkeypatch.context() as patch:
+
+    def count(name, operation, *args, **options):
+        result = operation(*args, **options)
+        ran.append(name if result is not None else "refused")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
         for name in [*KERNELS, "layer_step"]:
             operation = getattr(mamba2.kernels, name)
-
-            def counting(*args, name=name, operation=operation, **options):
-                result = operation(*args, **options)
-                ran.append(name if result is not None else "refused")
-                return result
-
-            patch.setattr(mamba2.kernels, name, counting)
+            patch.setattr(mamba2.kernels, name, functools.partial(count, name, operation))
         yield ran
 
 
@@ -3422,7 +3423,7 @@ def layer_with_gradients(layer, step, u, mask=None, seq_idx=None, cuts=()):
 
 @needs_kernels
 @in_each_dtype(["alone", "with a hook", "with a mask"])
-def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype, monkeypatch):
+def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype):
     layer, exact = kernel_layer(dtype)
     if case == "with a hook":  # its module is called, so convolution, SSD and norm stay apart
         layer.norm.register_forward_hook(lambda module, args, y: y)
@@ -3434,7 +3435,7 @@ def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype, m
     want = layer_with_gradients(exact, exact.step, u.double(), *sequences)
     plain = without_kernels(layer_with_gradients, layer, layer.step, u, *sequences)
     for cuts in ([], [l // 3, l // 3 + 1, l - 1]):
-        with counted(monkeypatch) as ran, poisoned():
+        with counted() as ran, poisoned():
             found = layer_with_gradients(layer, layer.step, u, *sequences, cuts)
         apart = ["causal_conv1d", "ssd", "rms_norm"]
         pieces = [b - a for a, b in itertools.pairwise([0, *cuts, l])]
@@ -3487,7 +3488,7 @@ def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypat
     def run(block):
         """Which kernels run in a forward, its backward, and a token."""
         called.clear()
-        with counted(monkeypatch) as ran:
+        with counted() as ran:
             y, _ = block(u)
             y.sum().backward()
             with torch.no_grad():
@@ -3545,25 +3546,9 @@ def test_kernel_step_writes_where_it_is_told_to():
 
 
 @needs_kernels
-def test_kernel_step_leaves_to_the_layer_what_is_not_one_token_without_gradients(monkeypatch):
-    layer, _ = kernel_layer(torch.float32)
-    u = torch.randn(2, 2, layer.config.d_model, device=DEVICE)
-    with torch.no_grad():
-        _, state = layer.step(u)
-    mask, one = torch.tensor([[1], [0]], device=DEVICE), u[:, :1]
-    with counted(monkeypatch) as ran, torch.no_grad():
-        torch.enable_grad()(layer.step)(one, state)
-        for call in ((u, state), (one,), (one[:, :0], state), (one, state, mask)):
-            layer.step(*call)
-        assert "layer_step" not in ran
-        layer.step(one, state, seq_idx=mask)  # a label alone is no border
-    assert ran.count("layer_step") == 1
-
-
-@needs_kernels
 @pytest.mark.parametrize("options", [{}, dict(ngroups=2, bias=True, dt_limit=(0.01, 0.05))])
 @torch.no_grad()
-def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monkeypatch):
+def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options):
     layer, _ = kernel_layer(HALF, **options)
     block = mamba2.Mamba2Block(layer.config).to(DEVICE, HALF)
     for parameter in block.parameters():
@@ -3575,7 +3560,7 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
 
     def run(rows):
         part = Mamba2State(*(t[:rows] for t in state))
-        with counted(monkeypatch) as ran:
+        with counted() as ran:
             found, new = block(h[:rows], part)
         want, exact_new = exact(h[:rows].double(), Mamba2State(*(t.double() for t in part)))
         assert found.dtype == torch.float32 and relative_error(found, want) <= 1e-2
@@ -3585,7 +3570,7 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
     three = ["norm_linear", "layer_step", "norm_linear"]
     assert run(1) == run(2) == three and "norm_linear" not in run(3)
     assert torch.equal(h, before)
-    with torch.autocast(DEVICE.type, HALF), counted(monkeypatch) as ran:
+    with torch.autocast(DEVICE.type, HALF), counted() as ran:
         block(h[:1], Mamba2State(*(t[:1] for t in state)))
     assert "norm_linear" not in ran
     weight = block.mixer.out_proj.weight
@@ -3594,12 +3579,20 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options, monk
 
 
 @needs_kernels
-def test_kernel_leaves_transforms_of_every_operation_to_its_twin(monkeypatch):
+def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to_its_twin():
     ad = torch.autograd.forward_ad
     layer, _ = kernel_layer(torch.float32)
+    u = torch.randn(2, 3, layer.config.d_model, device=DEVICE)
+    mask, one = torch.tensor([[1], [0]], device=DEVICE), u[:, :1]
+    with torch.no_grad(), counted() as ran:
+        _, state = layer.step(u)
+        torch.enable_grad()(layer.step)(one, state)
+        for call in ((u, state), (one,), (one[:, :0], state), (one, state, mask)):
+            layer.step(*call)
+        assert "layer_step" not in ran
+        layer.step(one, state, seq_idx=mask)  # a label alone is no border
+        assert ran.count("layer_step") == 1
     layer.requires_grad_(False)
-    u = torch.randn(1, 3, layer.config.d_model, device=DEVICE)
-    _, state = layer.step(u)
 
     def tangent(call, x):
         with ad.dual_level():
@@ -3608,9 +3601,9 @@ def test_kernel_leaves_transforms_of_every_operation_to_its_twin(monkeypatch):
     def gradient(call, x):
         return torch.func.grad(lambda x: call(x).square().sum())(x)
 
-    for call, x in ((layer, u), (lambda x: layer.step(x, state)[0], u[:, :1])):
+    for call, x in ((layer, u), (lambda x: layer.step(x, state)[0], one)):
         for transform in (tangent, gradient, torch.no_grad()(tangent)):
-            with counted(monkeypatch) as ran:
+            with counted() as ran:
                 found = transform(call, x)
             assert {*ran} == {"refused"}
             assert relative_error(found, without_kernels(transform, call, x)) <= 1e-5
@@ -3689,10 +3682,10 @@ def test_kernel_layer_is_captured_in_a_cuda_graph_and_replayed_on_other_input():
 
 
 @needs_cuda
-def test_kernel_layer_in_autocast_is_the_layer_in_float64(monkeypatch):
+def test_kernel_layer_in_autocast_is_the_layer_in_float64():
     layer, exact = kernel_layer(torch.float32)
     u = torch.randn(2, 300, layer.config.d_model, device=DEVICE)
-    with counted(monkeypatch) as ran, torch.autocast("cuda", torch.bfloat16):
+    with counted() as ran, torch.autocast("cuda", torch.bfloat16):
         y = layer(u)
     assert ran == ["layer_middle"] and y.dtype == torch.bfloat16
     gradient = torch.autograd.grad(y.float().square().sum(), layer.in_proj.weight)[0]
@@ -3862,9 +3855,6 @@ def without_kernels(form, *args, **options):
 SHAPES = {
     "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
     "130m": dict(d_model=768, n_layer=24),
-    "370m": dict(d_model=1024, n_layer=48),
-    "780m": dict(d_model=1536, n_layer=48),
-    "1.3b": dict(d_model=2048, n_layer=48),
     "2.7b": dict(d_model=2560, n_layer=64),
 }
 
@@ -3983,12 +3973,12 @@ def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampli
     model = random_model(name) if known else Mamba2ForCausalLM.from_pretrained(name)
     model = model.to(DEVICE, dtype).eval()
     model.generation_config.eos_token_id = None  # every text has the length that was asked for
-    ids = torch.randint(1, model.config.vocab_size, (batch, prompt), device=DEVICE)
     sampling = {option: value for option, value in sampling.items() if value is not None}
     sampling["do_sample"] = bool(sampling)
-    cache = None
-    if state_dtype is not None:  # all but the last token of the prompt
-        cache = model.prefill(ids[:, :-1]).to(getattr(torch, state_dtype))
+
+    def prefill():
+        cache = model.prefill(ids[:, :-1])
+        return cache if state_dtype is None else cache.to(getattr(torch, state_dtype))
 
     def streamed(count):
         for _ in model.stream(ids, cache=cache, max_new_tokens=count, **sampling):
@@ -3997,14 +3987,10 @@ def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampli
     def generated(count):
         model.generate(ids, cache=cache, max_new_tokens=count, **sampling)
 
-    def measured(*runs):
-        """For each: milliseconds of the prompt with a token, and of each token after it."""
-        calls = [functools.partial(run, count) for run in runs for count in (1, new + 1)]
-        times = milliseconds(calls, repeats=5)
-        pairs = zip(times[::2], times[1::2], strict=True)
-        return [(first, (all_ - first) / new) for first, all_ in pairs]
-
-    rows = {"model.stream": streamed, "model.generate": generated}
+    ways = {
+        "model.stream": (streamed, [prompt, *contexts]),
+        "model.generate": (generated, [prompt]),
+    }
     if importlib.util.find_spec("mamba_ssm") and not sampling["do_sample"]:
         from mamba_ssm.models.config_mamba import MambaConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -4012,30 +3998,26 @@ def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampli
         sizes = {name: getattr(model.config, name) for name in ("d_model", "n_layer", "vocab_size")}
         config = MambaConfig(**sizes, d_intermediate=0, ssm_cfg=dict(layer="Mamba2"))
         theirs = MambaLMHeadModel(config, device=DEVICE, dtype=dtype).eval()
-        rows["mamba_ssm, cg=True"] = lambda count: theirs.generate(ids, prompt + count, cg=True)
+        run = lambda count: theirs.generate(ids, ids.shape[1] + count, cg=True)
+        ways["mamba_ssm, cg=True"] = run, [prompt]
+    print(f"{where()}, {name}, {dtype}, batch {batch}, {sampling}")
+    print("         context   prefill s   ms a token   MB of state")
+    for way, (run, lengths) in ways.items():
+        print(way)
+        for length in lengths:
+            ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=DEVICE)
+            (reading,) = milliseconds([prefill], repeats=1)
+            cache = prefill()
+            first, all_ = milliseconds([functools.partial(run, n) for n in (1, new + 1)], repeats=5)
+            states = sum(t.nbytes for t in tensors(cache.states))
+            row = f"{length:16,} {1e-3 * reading:11.3f} {(all_ - first) / new:12.3f}"
+            print(row, f"{states / 1e6:13.1f}", flush=True)
     weights = sum(weight.nbytes for weight in model.parameters())
-    states = sum(t.nbytes for t in tensors((cache or model.prefill(ids[:, :1])).states))
     source = torch.empty(2**28 if CUDA else 2**26, device=DEVICE)
     target = torch.empty_like(source)
     copy = milliseconds([lambda: target.copy_(source)])[0] / (2 * source.nbytes)  # per byte
-    floor = (weights + 2 * states) * copy
-    print(f"{where()}, {name}, {dtype}, batch {batch}, {sampling}")
-    print(f"weights {weights / 1e6:,.0f} MB, states {states / 1e6:,.1f} MB: at least", end=" ")
-    print(f"{floor:.3f} ms a token at the speed of a copy")
-    print(f"{'':20} prompt of {prompt:,}: ms   ms a token    tokens/s   share of the floor")
-    for row, (first, token) in zip(rows, measured(*rows.values()), strict=True):
-        print(f"{row:20} {first:18.2f} {token:12.3f}", end=" ")
-        print(f"{1e3 * batch / token:11,.0f} {100 * floor / token:18.0f} %", flush=True)
-
-    if contexts:
-        print("\n         context   prefill s   ms a token   MB of state")
-    for context in contexts:
-        ids = torch.randint(1, model.config.vocab_size, (batch, context + 1), device=DEVICE)
-        (prefill,) = milliseconds([lambda: model.prefill(ids[:, :-1])], repeats=1)  # noqa: B023
-        cache = model.prefill(ids[:, :-1])
-        ((_, token),) = measured(streamed)
-        megabytes = sum(t.nbytes for t in tensors(cache.states)) / 1e6
-        print(f"{context:16,} {1e-3 * prefill:11.3f} {token:12.3f} {megabytes:13.1f}", flush=True)
+    print(f"floor: {(weights + 2 * states) * copy:.3f} ms a token, to read the weights", end=" ")
+    print("and to read and write the states, at the speed of a copy")
 
 
 FIGURE = ROOT / ".figure.svg"
