@@ -85,9 +85,11 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.fixture(autouse=True)
-def seeds():
+def every_test(request):
     torch.manual_seed(0)
     random.seed(0)
+    if request.node.name.startswith("test_kernel") and not RUNS:
+        pytest.skip("kernels run on CUDA, or with TRITON_INTERPRET=1, and need Triton")
 
 
 def recurrence(x, dt, A, B, C, D=None, initial_state=None, seq_idx=None):
@@ -209,21 +211,21 @@ class Bytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.watched, self.alive, self.peak, self.largest = {}, 0, 0, 0
+        self.watched, self.alive, self.peak, self.largest = set(), 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for storage in (tensor.untyped_storage() for tensor in tensors(out)):
             if storage._cdata not in self.watched:
-                forget = functools.partial(self.forget, storage._cdata, storage.nbytes())
-                self.watched[storage._cdata] = weakref.ref(storage, forget)
+                self.watched.add(storage._cdata)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
                 self.alive += storage.nbytes()
                 self.largest = max(self.largest, storage.nbytes())
         self.peak = max(self.peak, self.alive)
         return out
 
-    def forget(self, key, nbytes, _):
-        del self.watched[key]
+    def forget(self, key, nbytes):
+        self.watched.remove(key)
         self.alive -= nbytes
 
 
@@ -2812,10 +2814,10 @@ def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(ra
 # The kernels
 # --------------------------------------------------------------------------------------------------
 #
-# They run on CUDA, or as Python in Triton's interpreter: where there is no GPU,
-# `test_the_kernels_pass_in_the_interpreter` runs these tests again with TRITON_INTERPRET=1. The
-# reference is the twin in mamba2.py, in float64 on the CPU, which no kernel takes; the twin is
-# compared with the paper above.
+# They run on CUDA, or as Python in Triton's interpreter, and are skipped by their name elsewhere:
+# where there is no GPU, `test_the_kernels_pass_in_the_interpreter` runs these tests again with
+# TRITON_INTERPRET=1. The reference is the twin in mamba2.py, in float64 on the CPU, which no kernel
+# takes; the twin is compared with the paper above.
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
@@ -2823,9 +2825,6 @@ KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [tor
 PASSED_IN_THE_INTERPRETER = 120
 
 RUNS = getattr(mamba2.kernels, "TRITON", False) and (CUDA or INTERPRETED)
-needs_kernels = pytest.mark.skipif(
-    not RUNS, reason="kernels run on CUDA, or with TRITON_INTERPRET=1, and need Triton"
-)
 needs_cuda = pytest.mark.skipif(not (RUNS and CUDA), reason="needs CUDA and Triton")
 
 
@@ -3163,7 +3162,6 @@ KERNEL_CASES["rms_norm"] = {
 }
 
 
-@needs_kernels
 @in_each_dtype([f"{name}: {case}" for name, cases in KERNEL_CASES.items() for case in cases])
 def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
     operation, case = case.split(": ")
@@ -3176,7 +3174,6 @@ def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
     assert_kernel_right(operation, *kernel_inputs(operation, dtype, **options), only)
 
 
-@needs_kernels
 def test_kernel_ssd_is_right_where_a_state_grows_by_two_to_the_110_in_a_chunk():
     inputs, _ = kernel_ssd_inputs(torch.float32, 31, h=2, features="state")
     inputs |= dict(dt=torch.full_like(inputs["dt"], 2.5), A=torch.tensor([1.0, -1], device=DEVICE))
@@ -3194,7 +3191,6 @@ KERNEL_REPLAYED = {
 }
 
 
-@needs_kernels
 @in_each_dtype(KERNEL_REPLAYED)
 def test_kernel_has_the_same_bits_when_replayed_and_with_gradients_of_any_kind(
     case, dtype, monkeypatch
@@ -3250,7 +3246,6 @@ KERNEL_NAN = [
 ]
 
 
-@needs_kernels
 @in_each_dtype(KERNEL_NAN)
 def test_kernel_is_nan_where_its_twin_is_and_nowhere_else(case, dtype):
     """NaN is due where the recurrence has it; SSD's twin, in chunks, spreads it further. A dt below
@@ -3341,7 +3336,6 @@ KERNEL_LOUD = {
 }
 
 
-@needs_kernels
 @pytest.mark.parametrize("case", KERNEL_SILENT)
 def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warning(
     case, monkeypatch
@@ -3421,7 +3415,6 @@ def layer_with_gradients(layer, step, u, mask=None, seq_idx=None, cuts=()):
     return [y, *state, *torch.autograd.grad(loss, [given["u"], *layer.parameters()])]
 
 
-@needs_kernels
 @in_each_dtype(["alone", "with a hook", "with a mask"])
 def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype):
     layer, exact = kernel_layer(dtype)
@@ -3447,7 +3440,6 @@ def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype):
             assert relative_error(f, w) <= 3 * relative_error(p, w) + limit, f"{cuts} [{i}]"
 
 
-@needs_kernels
 def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
     """Whether a number is 1 or a multiple of 16, which Triton makes part of a kernel, stays."""
     layer, _ = kernel_layer(torch.float32)
@@ -3472,7 +3464,6 @@ def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
         assert others == compiled[0], others ^ compiled[0]
 
 
-@needs_kernels
 def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypatch):
     config, called = kernel_layer(torch.float32)[0].config, []
     block = mamba2.Mamba2Block(config).to(DEVICE)
@@ -3522,7 +3513,6 @@ def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypat
     assert all(called.count(module) == 2 for module in block.modules())
 
 
-@needs_kernels
 @torch.no_grad()
 def test_kernel_step_writes_where_it_is_told_to():
     layer, _ = kernel_layer(HALF)
@@ -3545,7 +3535,6 @@ def test_kernel_step_writes_where_it_is_told_to():
     assert identical(found, expected) and found[1] is new and found[2] is ssm
 
 
-@needs_kernels
 @pytest.mark.parametrize("options", [{}, dict(ngroups=2, bias=True, dt_limit=(0.01, 0.05))])
 @torch.no_grad()
 def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options):
@@ -3578,7 +3567,6 @@ def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options):
     assert "norm_linear" not in run(1)
 
 
-@needs_kernels
 def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to_its_twin():
     ad = torch.autograd.forward_ad
     layer, _ = kernel_layer(torch.float32)
@@ -3609,7 +3597,6 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
             assert relative_error(found, without_kernels(transform, call, x)) <= 1e-5
 
 
-@needs_kernels
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
 )
@@ -3624,7 +3611,6 @@ def test_kernels_run_whichever_switch_of_tf32_is_set():
     assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-2
 
 
-@needs_kernels
 def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
     layer, _ = kernel_layer(HALF if CUDA else torch.float32)
     graphs = []
@@ -3694,7 +3680,6 @@ def test_kernel_layer_in_autocast_is_the_layer_in_float64():
     assert relative_error(y, want) <= 2e-2 and relative_error(gradient, want_gradient) <= 4e-2
 
 
-@needs_kernels
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernel_runs_on_the_gpu_of_its_tensors():
     inputs, _ = kernel_ssd_inputs(torch.bfloat16, 200, features="state seq")
@@ -3915,7 +3900,9 @@ def benchmark_training(shape, lengths, methods):
         print(row, flush=True)
 
 
-# What ranks share, engine, shape, rows of a rank, length, segment_length of one GPU and on ranks.
+PARALLEL_HELP = (
+    "what ranks share, engine, shape, rows of a rank, length, segment_length alone, on all"
+)
 PARALLEL = [
     "rows:DDP:130m:8:4096:0:0",
     "rows:FSDP2:2.7b:2:4096:0:0",
@@ -4106,14 +4093,11 @@ def command_line():
     add = command("training", benchmark_training, "memory and speed on long sequences, on a GPU")
     add("shape", choices=SHAPES, help="of which published model")
     add("lengths", type=numbers, help="of sequences, such as 8192,1048576")
-    methods = ["plain", "layers", "segments", "both"]
-    help_ = f"any of {','.join(methods)}: whole, checkpoints of layers, segments, both of these"
-    add("--methods", type=lambda text: text.split(","), default=methods, help=help_)
+    methods = ["plain", "layers", "segments", "both"]  # whole, checkpoints of layers, segments
+    add("--methods", type=lambda text: text.split(","), default=methods, help=",".join(methods))
     add = command("parallel", benchmark_parallel, "several GPUs against one, under torchrun")
-    help_ = "rows or sequence, DDP or FSDP2, shape, rows of a rank, length, segment_length on one "
-    help_ += f"GPU and on ranks (0: none), joined by colons, such as {PARALLEL[2]}"
     default = PARALLEL if CUDA else ["rows:DDP:tiny:8:64:0:0"]
-    add("cases", nargs="*", default=default, metavar="case", help=help_)
+    add("cases", nargs="*", default=default, help=f"{PARALLEL_HELP}, such as {PARALLEL[2]}")
     add("--steps", type=int, default=5)
     add = command("generation", benchmark_generation, "time of a prompt, and of a token")
     add("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
