@@ -43,6 +43,7 @@ import functools
 import importlib.util
 import math
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -366,6 +367,27 @@ class Mamba2State(NamedTuple):
     conv: Tensor  # (b, k-1, h p + 2 g n), the convolution's last inputs, in the projections' dtype
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
+    def map(self, function, *others: Mamba2State) -> Mamba2State:
+        """function(tensor, *tensors of the others) for conv and for ssm."""
+        return Mamba2State(*map(function, self, *others))
+
+    def select(self, rows) -> Mamba2State:
+        """Rows of the batch in a new order: integers, or a bool mask."""
+        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
+
+    def detach(self) -> Mamba2State:
+        """The state without its history of gradients."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> Mamba2State:
+        """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
+
+        Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets small
+        contributions sooner. conv, a few inputs, keeps its own.
+        """
+        ssm = self.ssm.to(*args, **kwargs)
+        return Mamba2State(self.conv.to(ssm.device), ssm)
+
 
 class Mamba2(nn.Module):
     """The Mamba-2 layer (Section 7.1, Figure 6), functional in its state:
@@ -376,8 +398,8 @@ class Mamba2(nn.Module):
 
     with A = -exp(A_log) and dt = softplus(dt + dt_bias), as in Mamba-1, clamped to time_step_limit.
 
-        layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config;
-                                             # device and dtype mean what they do in nn.Linear
+        layer = Mamba2(256)                  # d_model, and any options of Mamba2Config, or one of
+                                             # these; device and dtype are those of nn.Linear
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state after the last position
         y, state = layer.step(v, state)      # resumes there, with any number of positions
@@ -385,13 +407,13 @@ class Mamba2(nn.Module):
     Initialisation is the original's; parameters have the names and shapes of published checkpoints.
     """
 
-    def __init__(self, config: Mamba2Config | None = None, *, device=None, dtype=None, **options):
-        super().__init__()
-        if config is None:
-            config = Mamba2Config(**options)
-        elif options or not isinstance(config, Mamba2Config):
-            found = f"{type(config).__name__} and options {sorted(options)}"
-            raise TypeError(f"{found}: pass a Mamba2Config, or options by name, as d_model=256")
+    def __init__(self, d_model=None, *, layer_idx=None, device=None, dtype=None, **options):
+        super().__init__()  # layer_idx means nothing: the original's layer finds its state by it
+        config = d_model
+        if not isinstance(config, Mamba2Config):
+            config = Mamba2Config(**options, **({} if d_model is None else {"d_model": d_model}))
+        elif options:
+            raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
         self.config = config
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -434,7 +456,7 @@ class Mamba2(nn.Module):
         conv = torch.zeros(batch, self.config.conv_kernel - 1, self.widths[1], **options)
         return Mamba2State(conv, torch.zeros(batch, h, p, n, **options))
 
-    def step(self, u, state=None, mask=None, seq_idx=None, group=None):
+    def step(self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
 
         Args:
@@ -446,15 +468,22 @@ class Mamba2(nn.Module):
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
                 The new state is then that after this rank's slice.
+            reset: (b) bool, or None: rows that begin another sequence, whose state becomes zero.
         """
-        return self(u, state, mask, seq_idx, group, return_state=True)  # so that hooks run
+        options = dict(reset=reset, return_state=True)
+        return self(u, state, mask, seq_idx, group, **options)  # so that hooks run
 
-    def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
+    def forward(
+        self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None, return_state=False
+    ):
         """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
         sizes = {"d": self.config.hidden_size}
         _require(sizes, "b l d", u=u)
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
+        _require(sizes, "b", "a mask", reset=reset)
         order, lengths = Order.of(mask, sizes), None
+        if reset is not None and state is not None:
+            state = _begin(state, _as_bool(reset))
         if order is not None:
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
         zxbcdt, fused = self.in_proj(u), None
@@ -664,7 +693,7 @@ class Mamba2Cache:
     def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
         """A cache of function(tensor, *tensors of the others), for each tensor but length."""
         layers = zip(self.states, *(cache.states for cache in others), strict=True)
-        states = tuple(Mamba2State(*map(function, *layer)) for layer in layers)
+        states = tuple(state.map(function, *layer) for state, *layer in layers)
         labels = [cache.seq_idx for cache in (self, *others)]
         label = None if self.seq_idx is None else function(*labels)
         return Mamba2Cache(states, self.length, label)
@@ -695,12 +724,8 @@ class Mamba2Cache:
         return self.map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> Mamba2Cache:
-        """The cache on another device, or with ssm in another dtype; arguments as for Tensor.to.
-
-        Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets small
-        contributions sooner. conv, a few inputs, keeps its own.
-        """
-        states = tuple(Mamba2State(conv, ssm.to(*args, **kwargs)) for conv, ssm in self.states)
+        """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
+        states = tuple(state.to(*args, **kwargs) for state in self.states)
         cache = Mamba2Cache(states, self.length, self.seq_idx)
         return cache.map(lambda tensor: tensor.to(states[0].ssm.device))
 
@@ -729,7 +754,7 @@ def follow_labels(label, seq_idx, lengths, group=None):
 
 def _begin(state: Mamba2State, rows: Tensor) -> Mamba2State:
     """The state with zeros in these rows (b)."""
-    return Mamba2State(*(t.masked_fill(rows.view(-1, *[1] * (t.dim() - 1)), 0) for t in state))
+    return state.map(lambda t: t.masked_fill(rows.view(-1, *[1] * (t.dim() - 1)), 0))
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
@@ -866,6 +891,9 @@ class Mamba2Config(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in options and name in options:
                 raise TypeError(f"{alias!r} and {name!r} are one option: give one of them")
+        words = {}  # names for messages: those that the caller uses
+        if options.keys() & self.attribute_map.keys():
+            words = {n: alias for alias, n in self.attribute_map.items() if n not in options}
         options = {self.attribute_map.get(name, name): value for name, value in options.items()}
         for name, default in _DEFAULTS.items():
             setattr(self, name, options.pop(name, default))
@@ -882,25 +910,39 @@ class Mamba2Config(PreTrainedConfig):
             # model_type and whose weight is accessed there without calling the module. Ours always
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
-        self.validate_architecture()
+        self.validate_architecture(words)
 
-    def validate_architecture(self):
+    def validate_architecture(self, words=types.MappingProxyType({})):
         """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
 
-        transformers calls this by its name, whenever it makes or changes a configuration.
+        transformers calls this by its name, whenever it makes or changes a configuration. words:
+        other names of options, for messages.
         """
+
+        def name(option):
+            return words.get(option, option)
+
         if isinstance(self.time_step_limit, list):  # JSON has no tuples
             self.time_step_limit = tuple(self.time_step_limit)
-        for name, _, _, kind, _ in OPTIONS:
-            _check(name, getattr(self, name), *kind)
-        p, inner = self.head_dim, self.expand * self.hidden_size
-        self.num_heads = h = round(inner) // p if self.num_heads is None else self.num_heads
-        rule = f"times head_dim, {p}, must be expand * hidden_size, {inner}; None computes it"
-        _check("num_heads", h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
+        for option, _, _, kind, _ in OPTIONS:
+            _check(name(option), getattr(self, option), *kind)
+        p, h, inner = self.head_dim, self.num_heads, round(self.expand * self.hidden_size)
+        rule = f"times {name('hidden_size')}, {self.hidden_size}, must be a whole number"
+        whole = math.isclose(inner, self.expand * self.hidden_size)
+        _check(name("expand"), self.expand, rule, lambda _: whole)
+        product = f"expand * {name('hidden_size')} = {inner}"
+        if h is None:
+            sizes = [size for size in range(min(p, inner), 0, -1) if inner % size == 0]
+            sizes = [size for size in sizes if size % 16 == 0] or sizes[:3]
+            rule = f"must divide {product}: choose one of {str(sizes)[1:-1]}"
+            _check(name("head_dim"), p, rule, lambda p: inner % p == 0)
+            self.num_heads = h = inner // p
+        rule = f"times {name('head_dim')}, {p}, must be {product}; None computes it"
+        _check(name("num_heads"), h, rule, lambda h: COUNT[1](h) and h * p == inner)
         rule = f"must divide the number of heads, {h}"
-        _check("n_groups", self.n_groups, rule, lambda g: h % g == 0)
-        rule = f"must be at most time_step_max, {self.time_step_max}"
-        _check("time_step_min", self.time_step_min, rule, lambda low: low <= self.time_step_max)
+        _check(name("n_groups"), self.n_groups, rule, lambda g: h % g == 0)
+        rule = f"must be at most {name('time_step_max')}, {self.time_step_max}"
+        _check(name("time_step_min"), self.time_step_min, rule, lambda t: t <= self.time_step_max)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -1056,12 +1098,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         if group is not None:
-            same = {name: getattr(self.config, name) for name in _DEFAULTS}
-            same.update(segments=max(1, -(-l // length)), states=len(past.states))
+            same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
             same.update(labels=labels is not None, items=num_items_in_batch is not None)
-            same.update(seq_idx=seq_idx is not None, cache=use_cache, training=self.training)
-            same.update(checkpoints=self.backbone.gradient_checkpointing)
-            _agree(group, x, **same)
+            _agree(group, self, x, seq_idx=seq_idx is not None, **same)
         if labels is not None:
             _require(dict(b=b, l=l), "b l", "integers", labels=labels)
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
@@ -1088,11 +1127,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
         """Backbone and loss over a sequence, in segments of `length` positions.
 
-        Each segment starts from the state after the one before, and no intermediate tensor spans
-        the whole sequence, except integers. Results and gradients are those of the whole. For the
-        backward pass only the states between segments are kept; a segment is computed again when
-        its turn comes, which costs one more forward pass. So memory grows as s + l / s with the
-        length s of a segment, and as the square root of l with the best s.
+        Each segment starts from the state after the one before, so that results and gradients are
+        those of the whole. For the backward pass only the states between segments are kept, and a
+        segment is computed again when its turn comes, which costs one more forward pass. So memory
+        grows as s + l / s with the length s of a segment: as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
         Returns the summed loss or None; h from the position `first` on, or None; the cache.
@@ -1644,12 +1682,14 @@ def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
     return torch.cat([t[:, : piece.shape[2]] for t, piece in own], dim=1)
 
 
-def _agree(group, x, **options):
+def _agree(group, model, x, **options):
     """Raise on every rank, before anything else is sent, unless all call in the same way."""
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise TypeError(f"group = {group}: it must be a process group that this rank belongs to")
+    options.update({name: getattr(model.config, name) for name in _DEFAULTS})
     options.update(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
-    options.update(autocast=torch.is_autocast_enabled(x.device.type))
+    options.update(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
+    options.update(checkpoints=model.backbone.gradient_checkpointing)
     ranks = [None] * dist.get_world_size(group)
     dist.all_gather_object(ranks, options, group=group)
     for name in options:

@@ -530,6 +530,37 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused_and_never_broadcast(funct
                 function(**arguments | {name: value})
 
 
+def test_a_reset_begins_another_sequence_in_its_rows():
+    layer, reset = make_layer(), torch.tensor([True, False, True], device=DEVICE)
+    (u, state), skipped = layer_inputs(layer, 3, 7), torch.rand(3, 7, device=DEVICE) < 0.5
+    for mask in (None, skipped):
+        y, new = layer.step(u, state, mask, reset=reset)
+        apart = [layer.step(u, start, mask) for start in (layer.initial_state(3), state)]
+        rows = [apart[0], apart[1], apart[0]]
+        for found, i in ((y, None), (new.conv, 0), (new.ssm, 1)):
+            want = torch.stack([(a[0] if i is None else a[1][i])[r] for r, a in enumerate(rows)])
+            assert_close(found, want)
+    given = torch.autograd.grad(y.sum() + new.ssm.sum(), state)
+    assert all(torch.equal(t[[0, 2]], 0 * t[[0, 2]]) and t[1].any() for t in given)
+    assert_close(layer(u, state, reset=reset.long()), layer.step(u, state, reset=reset)[0])
+    with pytest.raises(ValueError, match=r"reset has shape \(2,\): it must be \(3\)"):
+        layer.step(u, state, reset=reset[:2])
+
+
+def test_rows_of_a_state_are_selected_and_its_dtype_and_history_changed():
+    layer = Mamba2(32, headdim=8, d_state=16, layer_idx=3).to(DEVICE)
+    u, state = layer_inputs(layer, 2, 5)
+    y, new = layer.step(u.float(), state.map(torch.Tensor.float))
+    assert identical(new.select([1, 1]), [t[[1, 1]] for t in new])
+    assert identical(new.select(torch.tensor([False, True])), [t[1:] for t in new])
+    half, alone = new.to(torch.bfloat16), new.detach()
+    assert (half.conv.dtype, half.ssm.dtype) == (torch.float32, torch.bfloat16)
+    assert new.ssm.requires_grad and not (alone.conv.requires_grad or alone.ssm.requires_grad)
+    empty = layer.initial_state(2)
+    assert [t.shape for t in empty] == [t.shape for t in new] and not any(t.any() for t in empty)
+    assert_close(layer.step(u.float(), empty)[0], layer(u.float()), F32)
+
+
 @pytest.mark.parametrize("value", [0, -3, 2.5, None, True])
 def test_groups_and_chunks_that_do_not_fit_are_refused(value):
     inputs, x = ssd_inputs(2, 5, 4, 3, 3, 6), torch.ones(5, 7, **DRAW)
@@ -661,19 +692,22 @@ CHANGES |= dict(attn=dict(layers=[1]), attn_layer_idx=[1], d_inner=512, d_ssm=32
 
 read = Mamba2Config.from_dict
 ERRORS = [  # what is called, the arguments, the error, and what it says
-    (Mamba2Config, dict(head_dim=100), ValueError, "num_heads = 15: times head_dim, 100, must be"),
-    (
-        Mamba2Config,
-        dict(d_model=7, expand=1.5, headdim=2),
-        ValueError,
-        "expand * hidden_size, 10.5",
-    ),
+    (Mamba2Config, dict(head_dim=100), ValueError, "must divide expand * hidden_size = 1536"),
+    (Mamba2, dict(d_model=48), ValueError, "d_model = 96: choose one of 48, 32, 16"),
+    (Mamba2, dict(d_model=14), ValueError, "expand * d_model = 28: choose one of 28, 14, 7"),
+    (Mamba2, dict(d_model=64, nheads=3), ValueError, "headdim, 64, must be expand * d_model = 128"),
+    (Mamba2, dict(d_model=7, expand=1.5), ValueError, "expand = 1.5: times d_model, 7, must be"),
     (Mamba2Config, dict(d_modell=64), TypeError, "no option 'd_modell'"),
     (Mamba2Config, dict(model_type="llama"), TypeError, "no option 'model_type'"),
     (Mamba2, dict(d_model=64, use_mem_eff_path=True), TypeError, "no option 'use_mem_eff_path'"),
-    (Mamba2, dict(config={}), TypeError, "pass a Mamba2Config"),
-    (lambda: Mamba2(Mamba2Config(), d_model=64), {}, TypeError, "pass a Mamba2Config"),
-    (read, ORIGINAL | dict(n_layer="2"), ValueError, "num_hidden_layers = '2': must be an integer"),
+    (Mamba2, dict(config={}), TypeError, "no option 'config'"),
+    (
+        lambda: Mamba2(Mamba2Config(), d_state=64),
+        {},
+        TypeError,
+        "and options ['d_state']: pass one",
+    ),
+    (read, ORIGINAL | dict(n_layer="2"), ValueError, "n_layer = '2': must be an integer"),
     (read, FLA | dict(state_size="16"), ValueError, "state_size = '16': must be an integer"),
     (read, FLA | dict(layer_norm_epsilon=1e-6), TypeError, "are one option"),
     (read, FLA | dict(norm_before_gate=True), ValueError, "only False is implemented"),
