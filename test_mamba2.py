@@ -2804,6 +2804,8 @@ def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(ra
     for group in ("world", *[other] * (rank == 0)):
         with pytest.raises(TypeError, match="must be a process group that this rank belongs to"):
             model(ids, group=group)
+        with pytest.raises(TypeError, match="must be a process group that this rank belongs to"):
+            model.backbone.layers[0].mixer.step(torch.randn(1, 2, 32), group=group)
     with pytest.raises(ValueError, match="segment_length = 'auto': slices depend on it"):
         model(ids, labels=ids, segment_length="auto", group=dist.group.WORLD)
     with pytest.raises(ValueError, match="group: read the prompt with"):
