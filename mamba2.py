@@ -127,8 +127,6 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     B, C = (repeat(t, "b l g n -> b l (g r) 1 n", r=r) for t in (B, C))
     decay = log_decay.exp()[..., None, None]  # (b, l, h, 1, 1)
-    if x.shape[1] == 0:  # times 1: so that dt and A have gradients, as in any other slice
-        state = state * decay.prod(1)
     xdt = (x * dt[..., None])[..., None]  # (b, l, h, p, 1)
     ys = [x[:, :0]]  # keeps torch.cat valid when l = 0
     for decay_t, xdt_t, B_t, C_t in zip(*(t.unbind(1) for t in (decay, xdt, B, C)), strict=True):
@@ -141,10 +139,10 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 
 
 def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q, which is 0
-    on the diagonal and -inf above it. Its exponential is L. Differs: Listing 1 takes the difference
-    of two prefix sums, which loses the digits of a weak decay after a strong one, and is NaN after
-    an infinite one. This adds up each segment."""
+    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q, the
+    diagonal is 0, and -inf is above it. The exponential of the result is L. Differs: Listing 1
+    takes the difference of two prefix sums, which has few correct digits after a large sum, and is
+    NaN after an infinite one. This adds up each segment."""
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
     terms = log_decay[..., None].expand(*log_decay.shape, q)  # (..., q, s)
@@ -154,9 +152,9 @@ def segsum(log_decay: Tensor) -> Tensor:
 
 @_without_autocast
 def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1. C are the
-    queries, B the keys, dt x the values, and the decays L take the place of the softmax. Per head:
-    time O(l^2 (n + p)), memory O(l^2)."""
+    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1. C holds
+    the queries, B the keys, dt x the values, and the decays L take the place of the softmax. Per
+    head: time O(l^2 (n + p)), memory O(l^2)."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     if x.shape[1] == 0:
         return torch.zeros_like(x), state
@@ -172,7 +170,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
 
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
-    product. Here the recurrence is a loop, and slabs, so many chunks at once, bound the memory.
+    product. Here the recurrence is a loop. A slab is a group of chunks that are computed together:
+    `ssd` takes one slab after another, which bounds the memory.
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
@@ -221,7 +220,8 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     # 2. From the inputs of a chunk to what it adds to the state.
     written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
     written = written.unflatten(3, (-1, x.shape[-1]))  # (b, c, g, r, p, n)
-    # From the state before each chunk: 4. to its outputs, and then 3. to the state after it.
+    # A loop over the chunks: step 4 of Listing 1 adds what the state before a chunk contributes to
+    # its outputs, and then step 3 updates the state; from_start at the end is the whole decay.
     state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=B.shape[2]), []
     each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
     for C_c, inside_c, written_c, from_start_c in each:
@@ -234,9 +234,9 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
 
 
 def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
-    """Check the arguments of SSD; return, in float32 at least, the logarithm of each step's decay
-    (b, l, h), -inf where another sequence begins, which erases the one before (Section 8.3); D as
-    (h, 1) or (h, p), or None; the state (b, h, p, n)."""
+    """Check the arguments of SSD, and return in float32 at least: the logarithm of each step's
+    decay (b, l, h); D as (h, 1) or (h, p), or None; the state (b, h, p, n). The first decay of a
+    packed sequence is exp(-inf) = 0, which erases the state of the one before (Section 8.3)."""
     sizes = {}
     _require(sizes, "b l h p", x=x)
     _require(sizes, "b l h", dt=dt)
@@ -255,6 +255,8 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
         D = (D if D.dim() == 2 else D[:, None]).to(dtype)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+    if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
+        initial_state = initial_state * log_decay.sum(1).exp()[..., None, None]
     return log_decay, D, initial_state.to(dtype)
 
 
@@ -284,7 +286,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
     number = _sequence_number(seq_idx, k - 1)
-    # 1 * is a copy: else the gradient of the state would keep the whole window's gradient alive.
+    # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     final_state = last_inputs(window, k - 1, None, number)
     dtype = _at_least_float32(x.dtype)
@@ -299,8 +301,9 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 
 
 def last_inputs(window, count, lengths=None, number=None):
-    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d),
-    of which `lengths` (b) of the l inputs count; zero if of an earlier sequence by its `number`."""
+    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d).
+    Only the first `lengths` (b) of a row's l inputs are real. Inputs become zero if the `number` of
+    their sequence is not that of the last one."""
     start = window.shape[1] - count if lengths is None else lengths[:, None]
     index = start + torch.arange(count, device=window.device)
     index = index.expand(window.shape[0], -1)  # (b, k-1)
@@ -312,7 +315,8 @@ def last_inputs(window, count, lengths=None, number=None):
 
 
 def _sequence_number(seq_idx, before):
-    """(b, before + l): packed sequences counted from 0, what comes before in the first; or None."""
+    """(b, before + l): the number of the packed sequence at each position, 0 for the first one and
+    for the `before` positions in front; None without seq_idx."""
     return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
 
 
@@ -382,8 +386,8 @@ class Mamba2State(NamedTuple):
     def to(self, *args, **kwargs) -> Mamba2State:
         """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
 
-        Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets small
-        contributions sooner. conv, a few inputs, keeps its own.
+        Each step returns ssm in the dtype that it was passed in: bfloat16 takes half the memory,
+        and on a GPU less time, but rounds small contributions away. conv keeps its dtype.
         """
         ssm = self.ssm.to(*args, **kwargs)
         return Mamba2State(self.conv.to(ssm.device), ssm)
@@ -398,8 +402,8 @@ class Mamba2(nn.Module):
 
     with A = -exp(A_log) and dt = softplus(dt + dt_bias), as in Mamba-1, clamped to time_step_limit.
 
-        layer = Mamba2(256)                  # d_model, and any options of Mamba2Config, or one of
-                                             # these; device and dtype are those of nn.Linear
+        layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these;
+                                             # device and dtype mean what they do in nn.Linear
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state after the last position
         y, state = layer.step(v, state)      # resumes there, with any number of positions
@@ -408,7 +412,7 @@ class Mamba2(nn.Module):
     """
 
     def __init__(self, d_model=None, *, layer_idx=None, device=None, dtype=None, **options):
-        super().__init__()  # layer_idx means nothing: the original's layer finds its state by it
+        super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
         if not isinstance(config, Mamba2Config):
             config = Mamba2Config(**options, **({} if d_model is None else {"d_model": d_model}))
@@ -460,15 +464,15 @@ class Mamba2(nn.Module):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
 
         Args:
-            state: the Mamba2State that an earlier call returned; None is the empty one. Its
-                sequence is that of the first position that is not masked.
+            state: the Mamba2State that an earlier call returned, the past of the first position
+                that is not masked; None is all zeros.
             mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
                 the other outputs and the state are as if they had been left out. Their own outputs
                 are 0. Or an `Order` made of it, which several layers share.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
                 The new state is then that after this rank's slice.
-            reset: (b) bool, or None: rows that begin another sequence, whose state becomes zero.
+            reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
         """
         options = dict(reset=reset, return_state=True)
         return self(u, state, mask, seq_idx, group, **options)  # so that hooks run
@@ -482,14 +486,14 @@ class Mamba2(nn.Module):
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b", "a mask", reset=reset)
         order, lengths = Order.of(mask, sizes), None
-        if reset is not None and state is not None:
-            state = _begin(state, _as_bool(reset))
         if order is not None:
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
         zxbcdt, fused = self.in_proj(u), None
         if group is not None:
             slices = Slices.of(group, None, seq_idx, lengths)
             state = slices.receive(zxbcdt, state or self.initial_state(len(u)))
+        if reset is not None and state is not None:
+            state = _begin(state, _as_bool(reset))
         if kernels and order is None:
             fused = kernels.layer(self, zxbcdt, state, seq_idx)
         y, *state = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx)
@@ -550,9 +554,9 @@ class Mamba2Block(nn.Module):
 class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
     Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
-    `Mamba2.step`, but the cache is that of the whole sequence on every rank; and seq_idx, whose
-    last label the cache keeps: if a call begins with another, so does a sequence. The input of each
-    block is appended to the list hidden_states, if there is one."""
+    `Mamba2.step`, but the cache is that of the whole sequence on every rank. The cache also keeps
+    the last label of seq_idx: if the next call begins with another label, another sequence begins.
+    The input of each block is appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -593,12 +597,13 @@ class Mamba2Backbone(nn.Module):
             checkpoints = self.gradient_checkpointing and self.training
             run = functools.partial(recomputed, block, block) if checkpoints else block
             h, state = run(h, state, mask, seq_idx, slices)
-            new_states.append(state if keep_cache else None)  # it would only take memory
+            new_states.append(state if keep_cache else None)  # None frees its memory
         h = self.norm_f(h)
         h = h if order is None else order.restore(h)
         if not keep_cache:
             return h, None
-        length = torch.full((), h.shape[1], device=h.device)  # an int would be compiled as one
+        # A tensor, because torch.compile would make another graph for each int.
+        length = torch.full((), h.shape[1], device=h.device)
         if group is not None:
             dist.all_reduce(length, group=group)
             new_states = slices.last(new_states)
@@ -636,10 +641,12 @@ class Order:
     """Masked positions moved to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so
     the convolution meets only inputs that count, and SSD passes over the rest with dt = 0."""
 
-    def __init__(self, mask: Tensor):  # (b, l) bool
-        self.lengths = mask.sum(1)  # (b)
-        self.skipped, self.index = (~mask).sort(dim=1, stable=True)  # (b, l), of sorted positions
-        self.place = self.index.argsort(dim=1)  # (b, l), where each position goes
+    def __init__(self, mask: Tensor, is_sorted=False):  # (b, l) bool
+        self.lengths, self.skipped = mask.sum(1), ~mask  # (b); (b, l), of sorted positions
+        self.index = self.place = None
+        if not is_sorted:
+            self.skipped, self.index = self.skipped.sort(dim=1, stable=True)
+            self.place = self.index.argsort(dim=1)  # (b, l), where each position goes
 
     @classmethod
     def of(cls, mask, sizes):
@@ -650,10 +657,8 @@ class Order:
         return cls(_as_bool(mask))
 
     def inner(self):
-        """The order of what is sorted already, for the layers of a model."""
-        inner = copy.copy(self)
-        inner.index = inner.place = None
-        return inner
+        """The order of rows that are sorted already: `sort` and `restore` only clear them."""
+        return Order(~self.skipped, is_sorted=True)
 
     def clear(self, x):
         """x (b, l, ...), sorted, with 0 at masked positions, even where x is NaN."""
@@ -703,14 +708,15 @@ class Mamba2Cache:
         return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
 
     def repeat(self, times: int) -> Mamba2Cache:
-        """Each row `times` times in a row: (b) becomes (b times). This forks a prompt."""
+        """Each row `times` times, one after another: (b) becomes (b times). This forks a prompt."""
         return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     @staticmethod
     def cat(caches) -> Mamba2Cache:
         """One batch of the rows of several caches, whose prompts may have different lengths.
 
-        Its length is the longest one: whole sequences are then padded to it on the left.
+        Its length is the longest one: a later call with whole sequences must pad them to it, on the
+        left.
         """
         first, *others = caches = [*caches]
         if len({cache.seq_idx is None for cache in caches}) > 1:
@@ -726,23 +732,30 @@ class Mamba2Cache:
     def to(self, *args, **kwargs) -> Mamba2Cache:
         """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
-        cache = Mamba2Cache(states, self.length, self.seq_idx)
-        return cache.map(lambda tensor: tensor.to(states[0].ssm.device))
+        device, length = states[0].ssm.device, self.length
+        length = length.to(device) if isinstance(length, Tensor) else length
+        return Mamba2Cache(
+            states, length, self.seq_idx if self.seq_idx is None else self.seq_idx.to(device)
+        )
 
 
-NO_LABEL = torch.iinfo(torch.int64).min  # of a row all of whose positions were masked
-torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load may make them
+NO_LABEL = torch.iinfo(torch.int64).min  # the label of a row in which all positions are masked
+torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load accepts them
 
 
 def follow_labels(label, seq_idx, lengths, group=None):
-    """Whether a row (b) begins with another sequence than the one before, and its last label.
+    """Return two tensors (b): whether the first label of a row is another than the last one before
+    it, and the last label of the row.
 
-    label: (b), the last one so far, or None; seq_idx: (b, l), the labels of the next positions, of
-    which the first `lengths` (b), or all of them, count. With a group: of all slices.
+    label: (b), the last label before, or None; seq_idx: (b, l), the labels of the next positions,
+    of which the first `lengths` (b), or all of them, count. With a group, "before" includes the
+    slices of lower ranks, and the last label is that of all slices.
     """
+    seq_idx = seq_idx.long()
     if lengths is not None:
         seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
-    ends = F.pad(seq_idx, (0, 1), value=NO_LABEL)[:, [0, seq_idx.shape[1] - 1]]  # (b, 2)
+    # The first and the last label, (b, 2); NO_LABEL, which is at the end, if l = 0.
+    ends = F.pad(seq_idx, (0, 1), value=NO_LABEL)[:, [0, seq_idx.shape[1] - 1]]
     label = torch.full_like(ends[:, 0], NO_LABEL) if label is None else label
     ranks, rank = ([ends], 0) if group is None else (_gathered(ends, group), dist.get_rank(group))
     for i, (first, last) in enumerate(ends.T for ends in ranks):
@@ -777,9 +790,13 @@ def _readable(x: Tensor) -> bool:
 
 
 def _as_bool(mask: Tensor) -> Tensor:
-    """The mask as bool; a float one is checked not to be meant for adding to attention scores."""
-    if mask.is_floating_point() and _readable(mask) and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("a mask holds other numbers than 0 and 1: pass additive_mask == 0")
+    """The mask as bool; a float one must not be one that is added to attention scores."""
+    if mask.is_floating_point() and _readable(mask) and mask.numel() > 0:
+        if not ((mask == 0) | (mask == 1)).all() or not mask.any():
+            raise ValueError(
+                "a float mask must hold 0 and 1, and some 1: pass additive_mask == 0 for an "
+                "additive one, or a bool mask if all is masked"
+            )
     return mask.bool()
 
 
@@ -851,9 +868,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
     ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
-    ("time_step_min", "dt_min", 0.001, POSITIVE, "initial dt is log-uniform from here"),
-    ("time_step_max", "dt_max", 0.1, POSITIVE, "to here"),
-    ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "and at least this"),
+    ("time_step_min", "dt_min", 0.001, POSITIVE, "lower bound of the initial dt, log-uniform"),
+    ("time_step_max", "dt_max", 0.1, POSITIVE, "upper bound of the initial dt"),
+    ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "least value of the initial dt"),
     ("layer_norm_epsilon", "norm_epsilon", 1e-5, POSITIVE, "of every RMSNorm"),
     ("residual_in_fp32", None, True, SWITCH, "residual stream, also with half-precision weights"),
     ("initializer_range", None, 0.02, NOT_NEGATIVE, "standard deviation of a new embedding"),
@@ -866,9 +883,10 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
 _COMMON = {n for n in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, n))}
+_COMMON = {name for name in _COMMON if not name.startswith("__")}
 _COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
 _COMMON |= {"time_step_rank", "_name_or_path"}
-_COMMON -= {"model_type"}
+_COMMON -= {"model_type", "attribute_map"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
@@ -927,7 +945,7 @@ class Mamba2Config(PreTrainedConfig):
         for option, _, _, kind, _ in OPTIONS:
             _check(name(option), getattr(self, option), *kind)
         p, h, inner = self.head_dim, self.num_heads, round(self.expand * self.hidden_size)
-        rule = f"times {name('hidden_size')}, {self.hidden_size}, must be a whole number"
+        rule = f"times {name('hidden_size')}, {self.hidden_size}, must be an integer"
         whole = math.isclose(inner, self.expand * self.hidden_size)
         _check(name("expand"), self.expand, rule, lambda _: whole)
         product = f"expand * {name('hidden_size')} = {inner}"
@@ -937,7 +955,7 @@ class Mamba2Config(PreTrainedConfig):
             rule = f"must divide {product}: choose one of {str(sizes)[1:-1]}"
             _check(name("head_dim"), p, rule, lambda p: inner % p == 0)
             self.num_heads = h = inner // p
-        rule = f"times {name('head_dim')}, {p}, must be {product}; None computes it"
+        rule = f"times {name('head_dim')}, {p}, must be {product}; leave it out to compute it"
         _check(name("num_heads"), h, rule, lambda h: COUNT[1](h) and h * p == inner)
         rule = f"must divide the number of heads, {h}"
         _check(name("n_groups"), self.n_groups, rule, lambda g: h % g == 0)
@@ -955,7 +973,7 @@ class Mamba2Config(PreTrainedConfig):
             multiple = options.pop("pad_vocab_size_multiple", 8)
             options["vocab_size"] += -options["vocab_size"] % multiple
         kind = options.pop("model_type", None)
-        rule = "not a Mamba-2 checkpoint, whose is 'mamba2'"
+        rule = "must be 'mamba2'"
         _check("model_type", kind, rule, lambda v: v in (None, "mamba2", "mamba2-single-file"))
         if "norm_eps" in options:  # of flash-linear-attention
             options["norm_epsilon"] = options.pop("norm_eps")
@@ -1079,7 +1097,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             trained ones: Mamba2Cache(states). past_key_values is another name of it.
         labels: (b, l), the tokens: each position that is not masked predicts the next one of
             its sequence, except -100. For the loss, logits are made of a few positions at a time.
-        logits_to_keep: None is all, but none with labels in training or in segments.
+        logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
+            is all; but there are none if labels are given in training or in several segments.
         seq_idx: (b, l) integers, labels of packed sequences, as in `Mamba2.step`. Without it,
             and without a cache, position_ids may say it: they are 0 where one begins.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
@@ -1113,13 +1132,15 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
-        loss, h, cache = self._in_segments(whole, past, length, first, *options)
+        start = first if hidden_states is None else 0
+        loss, h, cache = self._in_segments(whole, past, length, start, *options)
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
                 loss, items = (_sum_of_ranks(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
-        hidden_states = None if hidden_states is None else (*hidden_states, h)
+        if hidden_states is not None:
+            hidden_states, h = (*hidden_states, h), None if first is None else h[:, first:]
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
         logits = None if h is None else self.lm_head(h)
         return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
@@ -1152,7 +1173,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 keep = use_cache or i < count - 1
                 loss, h, cache = run(*piece, cache, group, hidden_states, keep)
                 losses.append(loss)
-                # A slice of no positions would keep all of h alive.
+                # An empty view would keep the memory of all of h.
                 if first is not None and (first < (i + 1) * length or i == count - 1):
                     kept.append(h[:, max(0, first - i * length) :])
         loss = None if losses[0] is None else sum(losses)
@@ -1167,7 +1188,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
 
         The logits of a few rows at a time are made, used and freed, and made again for the backward
-        pass; if all rows are that few, their logits are kept for it.
+        pass; if one chunk holds all rows, its logits are kept.
         """
 
         def loss_of_rows(h, targets):
@@ -1175,7 +1196,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        # So many that logits take the memory of the head's weight; a GPU needs more work.
+        # hidden_size rows make logits as large as the head's weight; a GPU is slow with fewer.
         rows = max(self.config.hidden_size, 4096 if h.is_cuda else 64)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         if len(chunks) == 1:
@@ -1187,10 +1208,13 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         length = self.config.segment_length if length is None else length
         _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
-            raise ValueError("segment_length = 'auto': slices depend on it, so give it as a number")
+            raise ValueError(
+                "segment_length = 'auto': with a group, which slices it, give a number"
+            )
         if length == "auto":
-            # Memory is count times what is kept between segments, and l / count times what a
-            # position leaves for the backward pass: roughly these. The best count makes both equal.
+            # With `count` segments, count * between + l / count * inside numbers are kept: states,
+            # and what the positions of one segment leave for the backward pass. The count that
+            # makes both terms equal keeps the fewest.
             config, layer = self.config, self.backbone.layers[0]
             inner, channels, heads = layer.mixer.widths
             between = inner * config.state_size + (config.conv_kernel - 1) * channels
@@ -1198,7 +1222,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             if self.backbone.gradient_checkpointing:
                 inside = config.hidden_size + inside / config.num_hidden_layers
             count = math.ceil(math.sqrt(l * inside / between))
-            if self.device.type == "cuda":  # the GPU must have more to do than the host that asks
+            if self.device.type == "cuda":  # fewer, where launching kernels would take longest
                 count = min(count, int(b * l * layer.mixer.in_proj.weight.numel() / 7e10))
             length = -(-l // max(1, count))  # all of one length, but for the last
         return length or max(1, l)
@@ -1207,7 +1231,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
         """The Mamba2Cache after a prompt, which is read in segments: see `forward`."""
         options = {"segment_length": "auto", **options, "logits_to_keep": 1}
-        options |= dict(use_cache=True, return_dict=True)
+        options |= dict(use_cache=True, return_dict=True, output_hidden_states=False)
         return self(input_ids, attention_mask, cache, **options).cache
 
     @classmethod
@@ -1221,8 +1245,11 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         covers the whole sequence. The cache that is returned with `return_dict_in_generate=True`
         has, in rows that ended with `eos_token_id`, the state after that token.
         """
-        for name in {"seq_idx", "position_ids", "group"} & options.keys():
-            raise ValueError(f"{name}: read the prompt with `prefill`, and generate from its cache")
+        for name in ("seq_idx", "position_ids", "group"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"generate takes no {name}: read the prompt with `prefill`, and pass its cache"
+                )
         mask = options.get("attention_mask")
         if mask is not None and not mask[:, -1:].all():
             raise ValueError(
@@ -1351,7 +1378,7 @@ class GenerationCache:
     """
 
     is_compileable = False
-    is_linear = (False,)  # if all were True, generate would pass tokens that were already read
+    is_linear = (False,)  # else transformers' `_prefill` would pass tokens that were already read
 
     def __init__(self, model, cache: Mamba2Cache):
         self.model, self.decoder, self.mask, self.prompt = model, None, None, None
@@ -1418,12 +1445,13 @@ class GenerationCache:
         self.is_croppable = True
 
     def crop(self, tokens: int):
-        """Forget so many tokens as -tokens says; if that is none, all before are there to stay."""
-        start, self.length = self.base.get_seq_length(), self.length + int(tokens)
-        if self.length < start:
-            raise ValueError(f"crop({tokens}): {start - self.length} tokens were there to stay")
+        """Remove the last -tokens tokens; crop(0) makes all that were read permanent."""
+        since = self.length - self.base.get_seq_length()
+        if not -since <= tokens <= 0:
+            raise ValueError(f"crop({tokens}): it must be between {-since} and 0")
+        self.length += int(tokens)
         if tokens < 0:
-            self.current, self.since = None, self.since[:, : self.length - start]
+            self.current, self.since = None, self.since[:, : since + tokens]
         elif self.current is not None:
             self.start(self.current)
 
@@ -1474,23 +1502,22 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
         mask = None if _readable(mask) and bool(mask.all()) else mask
     if position_ids is not None and seq_idx is None:
         begins = position_ids == 0
-        fits = begins | F.pad(position_ids.diff(dim=1) == 1, (1, 0))[:, : sizes["l"]]
-        fits = fits if mask is None else fits | ~mask
-        if past.states or (_readable(fits) and not fits.all()):
+        if not past.states:
+            seq_idx = begins.cumsum(1)
+        elif _readable(begins) and begins.any():
             raise ValueError(
-                "position_ids must count up from 0 in each packed sequence, and come without a "
-                "cache: leave them out, and pass seq_idx where packed sequences need labels"
+                "position_ids are 0, where a sequence begins, after a cache: pass seq_idx, or no "
+                "cache for a new sequence"
             )
-        seq_idx = begins.cumsum(1)
     return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
 
 
 def recomputed(module, function, *arguments):
-    """function(*arguments), computed again for the backward pass, for which nothing is kept. As in
-    all of autograd, it is an error if weights of the module were changed in place since."""
+    """function(*arguments), whose activations are not kept, but computed again for the backward
+    pass. It is an error if weights of the module were changed in place since, as in autograd."""
     if not torch.is_grad_enabled():
         return function(*arguments)
-    # Of these very tensors: FSDP exchanges a module's parameters between the two passes.
+    # These tensors themselves, because FSDP replaces module.parameters() between both passes.
     weights = [] if torch.compiler.is_compiling() else [*module.parameters()]
     versions = [weight._version for weight in weights]
 
@@ -1545,9 +1572,9 @@ class Slices:
 
     What a layer needs of the slices before its own is the state. So a rank receives that from the
     rank before, runs the layer as ever, and sends the new state to the next rank, which is then
-    always one layer behind; the backward pass goes the other way. With R ranks, n layers take the
-    time of n + R - 1. In each direction a rank sends per layer, at any length (2.69 MB in
-    mamba2-2.7b; twice as much if all is float64),
+    always one layer behind; the backward pass goes the other way. If a layer on a slice takes one
+    unit of time, R ranks take n_layer + R - 1 units, and one GPU n_layer R. In each direction a
+    rank sends per layer, at any length (2.69 MB in mamba2-2.7b; twice that if all is float64),
 
         4 b (h p n + (k-1) (h p + 2 g n)) bytes
 
@@ -1563,7 +1590,7 @@ class Slices:
 
     @classmethod
     def of(cls, group, *labels):
-        """The model passes its own on to its layers."""
+        """`group` itself, if it is the Slices that a model made and passes to its layers."""
         return group if isinstance(group, Slices) else cls(group, *labels)
 
     def __init__(self, group, label, seq_idx, lengths):
@@ -1617,11 +1644,12 @@ def _received(tensors, rank, group):
 
 
 class _FromRankBefore(torch.autograd.Function):
-    """Tensors of the rank before, or the first rank's own; their gradients go back there. u and the
-    anchor have no gradient from here, but make autograd come here, and before it comes to u."""
+    """Tensors of the rank before, or the first rank's own; their gradients are sent back. x and the
+    anchor get no gradient from here: they are inputs so that autograd always runs this backward,
+    and runs it before that of x."""
 
     @staticmethod
-    def forward(ctx, group, u, anchor, *tensors):
+    def forward(ctx, group, x, anchor, *tensors):
         ctx.group = group
         return _received(tensors, dist.get_rank(group) - 1, group)
 

@@ -691,7 +691,7 @@ ERRORS = [  # what is called, the arguments, the error, and what it says
     (Mamba2, dict(d_model=48), ValueError, "d_model = 96: choose one of 48, 32, 16"),
     (Mamba2, dict(d_model=14), ValueError, "expand * d_model = 28: choose one of 28, 14, 7"),
     (Mamba2, dict(d_model=64, nheads=3), ValueError, "headdim, 64, must be expand * d_model = 128"),
-    (Mamba2, dict(d_model=7, expand=1.5), ValueError, "expand = 1.5: times d_model, 7, must be"),
+    (Mamba2, dict(d_model=7, expand=1.5), ValueError, "expand = 1.5: times d_model, 7, must be an"),
     (Mamba2Config, dict(d_modell=64), TypeError, "no option 'd_modell'"),
     (Mamba2Config, dict(model_type="llama"), TypeError, "no option 'model_type'"),
     (Mamba2, dict(d_model=64, use_mem_eff_path=True), TypeError, "no option 'use_mem_eff_path'"),
@@ -1224,7 +1224,8 @@ REFUSED = [  # arguments of forward, and what the error says
     (dict(input_ids=IDS[0]), ValueError, r"input_ids has shape \(9,\): it must be \(9, l\)"),
     (dict(input_ids=[[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
     (dict(attention_mask=IDS[:, :8]), ValueError, r"shape \(2, 8\): it must be \(2, 9\)"),
-    (dict(attention_mask=IDS - 2.0), ValueError, "other numbers than 0 and 1: .* == 0"),
+    (dict(attention_mask=IDS - 2.0), ValueError, "must hold 0 and 1, .* == 0"),
+    (dict(attention_mask=0.0 * IDS), ValueError, "and some 1: .* == 0"),
     (dict(seq_idx=IDS[:, :8]), ValueError, r"seq_idx has shape \(2, 8\): .* \(2, 9\)"),
     (dict(past_key_values=transformers.DynamicCache()), TypeError, "cache is a DynamicCache"),
     (dict.fromkeys(CACHE_NAMES, Mamba2Cache(())), TypeError, "are one argument"),
@@ -1286,6 +1287,32 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
 
 
+@torch.no_grad()
+def test_hidden_states_are_those_of_all_positions_whatever_logits_are_kept():
+    model, ids = tiny(dtype=torch.float64), tokens(2, 7)
+    whole = model(ids, output_hidden_states=True)
+    for keep in (1, 3, torch.tensor([4, 2], device=DEVICE)):
+        found = model(ids, output_hidden_states=True, logits_to_keep=keep)
+        rows = slice(-keep, None) if isinstance(keep, int) else keep
+        assert identical(found.hidden_states, whole.hidden_states)
+        assert_close(found.logits, whole.logits[:, rows])
+    trained = model.train()(ids, labels=ids, output_hidden_states=True)
+    assert trained.logits is None and identical(trained.hidden_states, whole.hidden_states)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32])
+def test_labels_of_every_kind_of_integer_are_followed_from_call_to_call(dtype):
+    backbone, ids = tiny(dtype=torch.float64).backbone, tokens(2, 9)
+    labels = torch.tensor([[0] * 5 + [1] * 4, [1] * 3 + [0] * 6], device=DEVICE)
+    expected, _ = backbone(ids, seq_idx=labels)
+    h, cache = [], None
+    for positions in torch.arange(9, device=DEVICE).split([3, 2, 4]):
+        part, cache = backbone(ids[:, positions], cache, seq_idx=labels[:, positions].to(dtype))
+        h.append(part)
+    assert_close(torch.cat(h, dim=1), expected)
+
+
 def test_positions_that_begin_again_at_0_are_borders_and_others_are_refused():
     model, ids = tiny(dtype=torch.float64), tokens(2, 6)
 
@@ -1299,11 +1326,13 @@ def test_positions_that_begin_again_at_0_are_borders_and_others_are_refused():
     mask = positions("001111", "110111")
     for at in (positions("110123", "011234"), positions("000123", "011234")):  # nonsense there
         assert_close(model(ids, mask, position_ids=at).logits, model(ids, mask).logits, F64)
-    for wrong in ("123456", "012456", "012344", "543210", "011111"):
-        with pytest.raises(ValueError, match="must count up from 0 in each packed sequence"):
-            model(ids, position_ids=positions(wrong, "012345"))
-    with pytest.raises(ValueError, match="without a cache"):
-        model(ids, cache=model(ids).cache, position_ids=positions("678901", "678901"))
+    for whole in ("123456", "567890"[:5] + "1"):  # only 0 begins a sequence
+        assert_close(model(ids, position_ids=positions(whole, whole)).logits, model(ids).logits)
+    cache = model(ids).cache
+    later = model(ids, cache=cache, position_ids=positions("678912", "678912")).logits
+    assert_close(later, model(ids, cache=cache).logits)
+    with pytest.raises(ValueError, match="position_ids are 0, .* after a cache"):
+        model(ids, cache=cache, position_ids=positions("678901", "678901"))
     with pytest.raises(ValueError, match=r"position_ids has shape \(1, 6\): it must be \(2, 6\)"):
         model(ids, position_ids=at[:1])
 
@@ -1387,7 +1416,9 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     if way.startswith("ended"):
         assert (exists[:, -3] == 0).any() and exists[:, -1].any()  # some rows end earlier
 
-    calls = [(ids, prompt, 12), (ids.int(), dict(use_cache=False, **prompt), 12)]
+    # The penalty of transformers takes integers of 64 bits in torch 2.7.
+    whole_ids = ids if "repetition_penalty" in options else ids.int()
+    calls = [(ids, prompt, 12), (whole_ids, dict(use_cache=False, **prompt), 12)]
     calls += [(ids, prompt | {name: 5}, 12) for name in ("prefill_chunk_size", "segment_length")]
     calls += [(ids, dict(inputs_embeds=embeddings(ids), **prompt), 0)]
     whole = options.keys() & {"stopping_criteria", "repetition_penalty"}  # they read all tokens
@@ -1508,8 +1539,10 @@ def test_speculative_decoding_forgets_what_may_be_forgotten_and_nothing_else():
         cache.crop(-forget)
         assert cache.get_seq_length() == seen
         assert_same_state(cache._current(), model(ids[:, :seen]).cache, F64)
-    with pytest.raises(ValueError, match="were there to stay"):
+    with pytest.raises(ValueError, match="must be between -4 and 0"):
         cache.crop(-50)
+    with pytest.raises(ValueError, match="must be between -4 and 0"):
+        cache.crop(5)
 
 
 def test_streams_and_threads_of_one_model_do_not_disturb_each_other():
@@ -1604,7 +1637,7 @@ def test_what_generate_and_stream_cannot_do_is_refused():
         "assistant_early_exit: pass an assistant_model": dict(assistant_early_exit=1),
     }
     for name in ("seq_idx", "position_ids", "group"):
-        values[f"{name}: read the prompt with `prefill`"] = {name: ids}
+        values[f"takes no {name}: read the prompt with `prefill`"] = {name: ids}
     hidden = dict(return_dict_in_generate=True, output_hidden_states=True)
     speculative = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY, **hidden)
     streams = {
@@ -2330,7 +2363,7 @@ def test_a_damaged_file_is_an_exception_and_never_a_model(file, tmp_path):
 
 def test_checkpoints_of_other_architectures_are_refused_with_the_reason(tmp_path):
     config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
-    save(transformers.MambaForCausalLM(config), tmp_path / "model_type = 'mamba': not a Mamba-2")
+    save(transformers.MambaForCausalLM(config), tmp_path / "model_type = 'mamba': must be 'mamba2'")
     original(tmp_path / "layer = 'Mamba1': only 'Mamba2'", tiny(), dict(layer="Mamba1"))
     original(tmp_path / "d_intermediate = 64: only 0 is implemented", tiny(), d_intermediate=64)
     for folder in tmp_path.iterdir():
@@ -2806,9 +2839,9 @@ def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(ra
             model(ids, group=group)
         with pytest.raises(TypeError, match="must be a process group that this rank belongs to"):
             model.backbone.layers[0].mixer.step(torch.randn(1, 2, 32), group=group)
-    with pytest.raises(ValueError, match="segment_length = 'auto': slices depend on it"):
+    with pytest.raises(ValueError, match="segment_length = 'auto': with a group"):
         model(ids, labels=ids, segment_length="auto", group=dist.group.WORLD)
-    with pytest.raises(ValueError, match="group: read the prompt with"):
+    with pytest.raises(ValueError, match="takes no group: read the prompt with"):
         model.generate(ids, group=dist.group.WORLD, max_new_tokens=2)
     cache = model(ids.chunk(2, dim=1)[rank], group=dist.group.WORLD).cache
     whole = torch.cat([ids, ids], dim=1)
