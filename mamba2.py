@@ -326,8 +326,8 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     last axis (Section 8.1). The result has the dtype of the gate, or without one of weight."""
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
-    sizes, count = {}, x.dim() if isinstance(x, Tensor) else 1
-    _require(sizes, " ".join("stuvwxyd"[-count:]), x=x, gate=gate)  # any number of axes before d
+    sizes, axes = {}, x.dim() if isinstance(x, Tensor) else 1
+    _require(sizes, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is last, after any others
     _require(sizes, "d", weight=weight)
     rule = f"must divide the last axis of x, {sizes['d']}"
     _check("groups", groups, rule, lambda groups: groups > 0 and sizes["d"] % groups == 0)
@@ -488,21 +488,24 @@ class Mamba2(nn.Module):
         order, lengths = Order.of(mask, sizes), None
         if order is not None:
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
-        zxbcdt, fused = self.in_proj(u), None
+        zxbcdt = self.in_proj(u)
         if group is not None:
             slices = Slices.of(group, None, seq_idx, lengths)
             state = slices.receive(zxbcdt, state or self.initial_state(len(u)))
         if reset is not None and state is not None:
             state = _begin(state, _as_bool(reset))
+        result = None
         if kernels and order is None:
-            fused = kernels.layer(self, zxbcdt, state, seq_idx)
-        y, *state = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx)
+            result = kernels.layer(self, zxbcdt, state, seq_idx)
+        if result is None:
+            result = self._convolve_and_scan(zxbcdt, state, order, seq_idx)
         if group is not None:
-            y, *state = slices.send(y, *state)
+            result = slices.send(*result)
+        y, conv, ssm = result
         y = self.out_proj(y)  # (b, l, d)
         if order is not None:
             y = order.restore(y)
-        return (y, Mamba2State(*state)) if return_state else y
+        return (y, Mamba2State(conv, ssm)) if return_state else y
 
     def _convolve_and_scan(self, zxbcdt, state, order, seq_idx):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
@@ -514,7 +517,9 @@ class Mamba2(nn.Module):
             dt = order.clear(dt)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
-        conv, ssm = state or (xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None)
+        if state is None:
+            state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
+        conv, ssm = state
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
         if order is not None:
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
