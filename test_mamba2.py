@@ -2441,7 +2441,7 @@ def test_the_readme_s_figure_shows_the_numbers_of_its_tables():
 def test_the_commands_in_the_readme_are_understood(capsys):
     commands = r"(?:python3?|torchrun [^`\n]*?) test_mamba2\.py([^`\n]*)"
     commands = re.findall(commands, README.read_text())
-    assert BLOCKS and len(commands) >= 6
+    assert BLOCKS and len(commands) >= 5
     for command in commands:
         command_line().parse_args(command.split())
     sampling = dict.fromkeys(GENERATION) | dict(temperature=0.8, top_k=5)
@@ -2449,6 +2449,8 @@ def test_the_commands_in_the_readme_are_understood(capsys):
         benchmark_generation("tiny", 2, 5, 3, [7, 70], dtype, sampling)
     rows = re.findall(r"^ +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
     assert [int(length) for length, _ in rows] == [7, 70] * 2 and len({mb for _, mb in rows}) == 1
+    benchmark_training("tiny", [40], ["plain", "both"])
+    assert re.findall(r"^ +40 +\d+ +(kept|again) +[\w.]+ +[\d,]+$", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
