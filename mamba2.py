@@ -401,6 +401,7 @@ class Mamba2(nn.Module):
                       └─ z ────────────────────────────────────┴─ norm(y silu(z)) ── out_proj ── out
 
     with A = -exp(A_log) and dt = softplus(dt + dt_bias), as in Mamba-1, clamped to time_step_limit.
+    With rmsnorm=False there is no norm, only y silu(z).
 
         layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these;
                                              # device and dtype mean what they do in nn.Linear
@@ -426,7 +427,7 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.use_bias)
         self.conv1d = CausalConv1d(self.widths[1], config.conv_kernel, config.use_conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(h)) for _ in range(3))
-        self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
+        self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g) if config.rmsnorm else None
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
         self.reset_parameters()
         self.to(device, dtype)
@@ -444,7 +445,8 @@ class Mamba2(nn.Module):
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
-        nn.init.ones_(self.norm.weight)
+        if config.rmsnorm:
+            nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)
         # -A is uniform in [1, 16]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
@@ -532,7 +534,9 @@ class Mamba2(nn.Module):
         options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=seq_idx)
         y, new_ssm = ssd(x, dt, A, B, C, self.D, initial_state=ssm, **options)
         new_ssm = new_ssm if ssm is None else new_ssm.to(ssm.dtype)
-        return self.norm(y.flatten(2), gate=z), new_conv, new_ssm
+        y = y.flatten(2)  # (b, l, h p)
+        y = self.norm(y, gate=z) if self.norm else (y * F.silu(z.to(dtype))).to(z.dtype)
+        return y, new_conv, new_ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -877,6 +881,7 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("time_step_max", "dt_max", 0.1, POSITIVE, "upper bound of the initial dt"),
     ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "least value of the initial dt"),
     ("layer_norm_epsilon", "norm_epsilon", 1e-5, POSITIVE, "of every RMSNorm"),
+    ("rmsnorm", None, True, SWITCH, "an RMSNorm in the layer, after the gate"),
     ("residual_in_fp32", None, True, SWITCH, "residual stream, also with half-precision weights"),
     ("initializer_range", None, 0.02, NOT_NEGATIVE, "standard deviation of a new embedding"),
     ("tie_word_embeddings", "tie_embeddings", True, SWITCH, "the head is the embedding"),
@@ -893,7 +898,7 @@ _COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_re
 _COMMON |= {"time_step_rank", "_name_or_path"}
 _COMMON -= {"model_type", "attribute_map"}
 # Options of other programs that change the results, with the only value that is implemented.
-_OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
+_OTHERS = {"rms_norm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
 _OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
 
@@ -966,6 +971,11 @@ class Mamba2Config(PreTrainedConfig):
         _check(name("n_groups"), self.n_groups, rule, lambda g: h % g == 0)
         rule = f"must be at most {name('time_step_max')}, {self.time_step_max}"
         _check(name("time_step_min"), self.time_step_min, rule, lambda t: t <= self.time_step_max)
+
+    def to_dict(self):
+        """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
+        it never loads with other layers than these; here it is computed."""
+        return super().to_dict() | ({} if self.rmsnorm else {"num_heads": None})
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -340,6 +340,8 @@ def test_convolution_and_norm_lose_only_the_rounding_of_their_results(dtype):
 
 
 def gated_norm_by_hand(y, z, weight, config):
+    if not config.rmsnorm:
+        return y * z * torch.sigmoid(z)
     parts = (y * z * torch.sigmoid(z)).chunk(config.ngroups, dim=-1)
     squares = [(part**2).mean(-1, keepdim=True) + config.norm_epsilon for part in parts]
     parts = [part / torch.sqrt(square) for part, square in zip(parts, squares, strict=True)]
@@ -370,7 +372,7 @@ def layer_by_hand(layer, u, state=None, mask=None, seq_idx=None):
         B, C = (part.view(b, 1, c.ngroups, c.d_state) for part in (B, C))
         before = ssm.masked_fill(begins[:, None, None, None], 0)
         y, after = recurrence(x, dt, A, B, C, layer.D, before)
-        y = gated_norm_by_hand(y.flatten(2), z[:, None], layer.norm.weight, c)
+        y = gated_norm_by_hand(y.flatten(2), z[:, None], getattr(layer.norm, "weight", None), c)
         ys.append(torch.where(exists, layer.out_proj(y), 0))
         conv = torch.where(exists, window[:, 1:], conv)
         ssm = torch.where(exists[..., None], after, ssm)
@@ -384,6 +386,7 @@ LAYERS = [
     dict(d_model=14, headdim=3, expand=1.5, ngroups=7, d_state=3, d_conv=3),
     dict(d_model=1, headdim=1, expand=1, ngroups=1, d_state=1, dt_limit=(0.05, 0.2)),
     dict(d_conv=1, bias=True, conv_bias=True),
+    dict(rmsnorm=False),
 ]
 MASKS = """00000111111 11111100000 11100001111 11110000111 10110100101
            00000000000 11111111111 00000000001 10000000000 01111111110""".split()
@@ -427,9 +430,10 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
                 assert identical([part[skipped] for part in end], [old[skipped] for old in start])
 
 
-def test_a_layer_in_half_precision_keeps_its_state_in_float32_or_as_it_was_passed():
+@pytest.mark.parametrize("rmsnorm", [True, False])
+def test_a_layer_in_half_precision_keeps_its_state_in_float32_or_as_it_was_passed(rmsnorm):
     """And it computes steps dt and decays A in float32."""
-    exact = Mamba2(d_model=32, d_state=16, headdim=8, ngroups=2).to(DEVICE)
+    exact = Mamba2(d_model=32, d_state=16, headdim=8, ngroups=2, rmsnorm=rmsnorm).to(DEVICE)
     u, half = torch.randn(2, 100, 32, device=DEVICE), copy.deepcopy(exact).bfloat16()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         cast = in_pieces(exact.step, dict(u=u, state=None), "state", [99])
@@ -2415,6 +2419,70 @@ def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_pat
     norm, linear = Judge.from_pretrained(tmp_path).judge
     assert (norm.weight == 1).all() and (norm.bias == 0).all()
     assert 0 < linear.weight.abs().max() <= 32**-0.5
+
+
+# --------------------------------------------------------------------------------------- hybrids
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=8)
+BAMBA = SIZES | dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16)
+if Version(transformers.__version__) > Version("5.20.2"):  # before, its norm ignores groups
+    BAMBA["mamba_n_groups"] = 2
+ZAMBA = SIZES | dict(layers_block_type=["mamba", "hybrid"], mamba_ngroups=2, mamba_d_state=16)
+ZAMBA |= dict(time_step_min=0.4)
+NEMOTRON = dict(hidden_size=32, layers_block_type=["mamba", "attention"], mamba_num_heads=6)
+NEMOTRON |= dict(mamba_head_dim=8, n_groups=2, ssm_state_size=16, time_step_min=0.4)
+FALCON = BAMBA | dict(mamba_d_ssm=48, mamba_n_heads=6, mamba_n_groups=2, ssm_in_multiplier=0.7)
+FALCON |= dict(ssm_multipliers=[0.5, 2.0, 3.0, 0.2, 1.5], mamba_norm_before_gate=False)
+FALCON |= dict(mamba_proj_bias=True, projectors_bias=True)
+MIXERS = [  # a class in README's table of mixers, its module, and options of its configuration
+    ("BambaMixer", "bamba", BAMBA | dict(mamba_proj_bias=True, mamba_d_conv=3)),
+    ("BambaMixer", "bamba", BAMBA | dict(time_step_limit=(0.3, 0.9), rms_norm_eps=0.1)),
+    ("GraniteMoeHybridMambaLayer", "granitemoehybrid", BAMBA | dict(mamba_conv_bias=False)),
+    ("Zamba2MambaMixer", "zamba2", ZAMBA | dict(add_bias_linear=True)),
+    ("NemotronHMamba2Mixer", "nemotron_h", NEMOTRON | dict(use_bias=True)),
+    ("NemotronHMamba2Mixer", "nemotron_h", NEMOTRON | dict(layer_norm_epsilon=0.1)),
+    ("FalconH1Mixer", "falcon_h1", FALCON | dict(mamba_rms_norm=False)),
+    ("FalconH1Mixer", "falcon_h1", FALCON | dict(mamba_rms_norm=True)),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, module, options", MIXERS)
+def test_mixers_of_hybrids_in_transformers_load_as_the_table_in_the_readme_says(
+    name, module, options
+):
+    """Each row has options, made of the mixer's configuration c, and maybe lines that follow."""
+    there = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    mixer = getattr(there, name)
+    c = inspect.get_annotations(mixer.__init__, eval_str=True)["config"](**options)
+    theirs = mixer(c, layer_idx=0).eval()
+    for parameter in theirs.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    if module == "falcon_h1":  # which its model does
+        theirs.register_buffer("mup_vector", there.compute_mup_vector(c), persistent=False)
+    (row,) = re.findall(rf"^\|[^|]*`{name}`.*\| (.*) \|$", README.read_text(), re.M)
+    options, *lines = re.findall("`(.*?)`", row)
+    layer = eval(f"Mamba2(d_model=c.hidden_size, {options})")
+    layer.load_state_dict(theirs.state_dict())
+    for line in lines:
+        exec(line, dict(layer=layer, c=c, mixer=theirs))
+    u = torch.randn(2, 37, 32)
+    assert_close(layer(u), theirs(u), 1e-5)  # float32, in which their norms compute
+
+
+@torch.no_grad()
+def test_a_model_without_the_norm_is_saved_and_refused_by_transformers_own_class(tmp_path):
+    model = tiny(rmsnorm=False)
+    assert not any("mixer.norm" in name for name in model.state_dict())
+    assert_same_model(load(save(model, tmp_path)), model)
+    assert_same_model(load(original(tmp_path / "original", model, dict(rmsnorm=False))), model)
+    assert_refused_by_transformers(tmp_path)
+
+
+def assert_refused_by_transformers(folder):
+    for kind in (transformers.Mamba2ForCausalLM, transformers.AutoModelForCausalLM):
+        with pytest.raises(Exception, match="num_heads"):
+            kind.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
 # --------------------------------------------------------------------------- README and notebook
