@@ -470,7 +470,7 @@ class Mamba2(nn.Module):
                 that is not masked; None is all zeros.
             mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
                 the other outputs and the state are as if they had been left out. Their own outputs
-                are 0. Or an `Order` made of it, which several layers share.
+                are 0.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
                 The new state is then that after this rank's slice.
@@ -480,14 +480,24 @@ class Mamba2(nn.Module):
         return self(u, state, mask, seq_idx, group, **options)  # so that hooks run
 
     def forward(
-        self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None, return_state=False
+        self,
+        u,
+        state=None,
+        mask=None,
+        seq_idx=None,
+        group=None,
+        *,
+        reset=None,
+        lengths=None,
+        return_state=False,
     ):
-        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
+        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. Instead
+        of a mask, lengths (b) tell how many positions at the beginning of each row count."""
         sizes = {"d": self.config.hidden_size}
         _require(sizes, "b l d", u=u)
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b", "a mask", reset=reset)
-        order, lengths = Order.of(mask, sizes), None
+        order = Order.of(mask, sizes)
         if order is not None:
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
         zxbcdt = self.in_proj(u)
@@ -497,10 +507,10 @@ class Mamba2(nn.Module):
         if reset is not None and state is not None:
             state = _begin(state, _as_bool(reset))
         result = None
-        if kernels and order is None:
+        if kernels and lengths is None:
             result = kernels.layer(self, zxbcdt, state, seq_idx)
         if result is None:
-            result = self._convolve_and_scan(zxbcdt, state, order, seq_idx)
+            result = self._convolve_and_scan(zxbcdt, state, lengths, seq_idx)
         if group is not None:
             result = slices.send(*result)
         y, conv, ssm = result
@@ -509,23 +519,23 @@ class Mamba2(nn.Module):
             y = order.restore(y)
         return (y, Mamba2State(conv, ssm)) if return_state else y
 
-    def _convolve_and_scan(self, zxbcdt, state, order, seq_idx):
+    def _convolve_and_scan(self, zxbcdt, state, lengths, seq_idx):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
         (h, p, g, n), k = self.sizes, self.config.conv_kernel
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
-        if order is not None:  # masked positions write nothing to the state, which does not decay
-            dt = order.clear(dt)  # (b, l, h)
+        if lengths is not None:  # at dt = 0 the state does not change
+            dt = _clear(dt, lengths)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
         if state is None:
             state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
         conv, ssm = state
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
-        if order is not None:
+        if lengths is not None:
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            new_conv = last_inputs(window, k - 1, order.lengths, _sequence_number(seq_idx, k - 1))
+            new_conv = last_inputs(window, k - 1, lengths, _sequence_number(seq_idx, k - 1))
 
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
@@ -545,18 +555,19 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + mixer(norm(h)); h (b, l, d). Arguments are those of `Mamba2.step`."""
+    """A residual block: h + mixer(norm(h)); h (b, l, d). Arguments are those of `Mamba2`."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = Mamba2(config)
 
-    def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
-        if kernels and mask is None and group is None:
+    def forward(self, h, state=None, mask=None, seq_idx=None, group=None, lengths=None):
+        if kernels and mask is None and lengths is None and group is None:
             if (fused := kernels.block(self, h, state)) is not None:
                 return fused[0], Mamba2State(*fused[1:])
-        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
+        options = dict(lengths=lengths, return_state=True)
+        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, **options)
         return h + y, state
 
 
@@ -590,7 +601,6 @@ class Mamba2Backbone(nn.Module):
         order, lengths = Order.of(mask, dict(b=h.shape[0], l=h.shape[1])), None
         if order is not None:  # once for all layers
             h, seq_idx, lengths = order.sort(h), order.sort_labels(seq_idx), order.lengths
-            mask = order.inner()
         cache = Mamba2Cache(()) if cache is None else cache
         states, new_states = cache.states or [None] * len(self.layers), []
         label, slices = cache.seq_idx, None
@@ -605,7 +615,7 @@ class Mamba2Backbone(nn.Module):
                 hidden_states.append(h if order is None else order.restore(h))
             checkpoints = self.gradient_checkpointing and self.training
             run = functools.partial(recomputed, block, block) if checkpoints else block
-            h, state = run(h, state, mask, seq_idx, slices)
+            h, state = run(h, state, None, seq_idx, slices, lengths)
             new_states.append(state if keep_cache else None)  # None frees its memory
         h = self.norm_f(h)
         h = h if order is None else order.restore(h)
@@ -650,35 +660,24 @@ class Order:
     """Masked positions moved to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so
     the convolution meets only inputs that count, and SSD passes over the rest with dt = 0."""
 
-    def __init__(self, mask: Tensor, is_sorted=False):  # (b, l) bool
-        self.lengths, self.skipped = mask.sum(1), ~mask  # (b); (b, l), of sorted positions
-        self.index = self.place = None
-        if not is_sorted:
-            self.skipped, self.index = self.skipped.sort(dim=1, stable=True)
-            self.place = self.index.argsort(dim=1)  # (b, l), where each position goes
+    def __init__(self, mask: Tensor):  # (b, l) bool
+        self.lengths = mask.sum(1)  # (b)
+        self.index = (~mask).sort(dim=1, stable=True).indices  # (b, l), where they come from
+        self.place = self.index.argsort(dim=1)  # (b, l), where they go
 
     @classmethod
     def of(cls, mask, sizes):
-        """The order of a mask (b, l), bool or 0/1; None without one. An Order stays as it is."""
-        if mask is None or isinstance(mask, Order):
-            return mask
+        """The order of a mask (b, l), bool or 0/1; None without one."""
         _require(sizes, "b l", "a mask", mask=mask)
-        return cls(_as_bool(mask))
-
-    def inner(self):
-        """The order of rows that are sorted already: `sort` and `restore` only clear them."""
-        return Order(~self.skipped, is_sorted=True)
-
-    def clear(self, x):
-        """x (b, l, ...), sorted, with 0 at masked positions, even where x is NaN."""
-        return x.masked_fill(self.skipped[(..., *[None] * (x.dim() - 2))], 0)
+        return None if mask is None else cls(_as_bool(mask))
 
     def sort(self, x):
-        return self.clear(_take(x, self.index))
+        """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
+        return _clear(_take(x, self.index), self.lengths)
 
     def restore(self, x):
-        """The inverse of `sort`; masked positions stay 0."""
-        return _take(self.clear(x), self.place)
+        """The inverse of `sort`; masked positions are 0."""
+        return _take(_clear(x, self.lengths), self.place)
 
     def sort_labels(self, seq_idx):
         """(b, l) sorted; masked positions get the label of the last one that is not masked."""
@@ -686,7 +685,17 @@ class Order:
             return seq_idx
         labels = _take(seq_idx.long(), self.index)
         last = labels.gather(1, (self.lengths - 1).clamp(min=0)[:, None])  # (b, 1)
-        return torch.where(self.skipped, last, labels)
+        return torch.where(_skipped(labels, self.lengths), last, labels)
+
+
+def _skipped(x: Tensor, lengths: Tensor) -> Tensor:
+    """(b, l) bool: positions of x (b, l, ...) from `lengths` (b) on."""
+    return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+
+
+def _clear(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (b, l, ...) with 0 at positions from `lengths` (b) on."""
+    return x.masked_fill(_skipped(x, lengths)[(..., *[None] * (x.dim() - 2))], 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -779,9 +788,9 @@ def _begin(state: Mamba2State, rows: Tensor) -> Mamba2State:
     return state.map(lambda t: t.masked_fill(rows.view(-1, *[1] * (t.dim() - 1)), 0))
 
 
-def _take(x: Tensor, index: Tensor | None) -> Tensor:
-    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...); None is all of them."""
-    return x if index is None else x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
 def _borders(seq_idx: Tensor) -> Tensor:
