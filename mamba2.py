@@ -233,33 +233,6 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     return ys, state.flatten(1, 2)
 
 
-def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
-    """Check the arguments of SSD, and return in float32 at least: the logarithm of each step's
-    decay (b, l, h); D as (h, 1) or (h, p), or None; the state (b, h, p, n). The first decay of a
-    packed sequence is exp(-inf) = 0, which erases the state of the one before (Section 8.3)."""
-    sizes = {}
-    _require(sizes, "b l h p", x=x)
-    _require(sizes, "b l h", dt=dt)
-    _require(sizes, "h", A=A)
-    _require(sizes, "b l g n", B=B, C=C)
-    rule = f"groups of B and C, must divide the {sizes['h']} heads of x"
-    _check("g", sizes["g"], rule, lambda g: g > 0 and sizes["h"] % g == 0)
-    _require(sizes, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", D=D)
-    _require(sizes, "b h p n", initial_state=initial_state)
-    _require(sizes, "b l", "integers", seq_idx=seq_idx)
-    dtype = _at_least_float32(x.dtype)
-    log_decay = dt.to(dtype) * A.to(dtype)
-    if seq_idx is not None:
-        log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
-    if D is not None:
-        D = (D if D.dim() == 2 else D[:, None]).to(dtype)
-    if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
-    if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
-        initial_state = initial_state * log_decay.sum(1).exp()[..., None, None]
-    return log_decay, D, initial_state.to(dtype)
-
-
 # --------------------------------------------------------------------------------------------------
 # 2. The layer
 # --------------------------------------------------------------------------------------------------
@@ -298,26 +271,6 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
             tap = tap.masked_fill((number[:, j : j + l] != number[:, k - 1 :])[..., None], 0)
         y = torch.addcmul(y, weight[:, j], tap)
     return F.silu(y).to(x.dtype), final_state
-
-
-def last_inputs(window, count, lengths=None, number=None):
-    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d).
-    Only the first `lengths` (b) of a row's l inputs are real. Inputs become zero if the `number` of
-    their sequence is not that of the last one."""
-    start = window.shape[1] - count if lengths is None else lengths[:, None]
-    index = start + torch.arange(count, device=window.device)
-    index = index.expand(window.shape[0], -1)  # (b, k-1)
-    state = _take(window, index)  # a copy, which does not keep the whole window alive
-    if number is not None:
-        number = number.gather(1, index)
-        state = state.masked_fill((number != number[:, -1:])[..., None], 0)
-    return state
-
-
-def _sequence_number(seq_idx, before):
-    """(b, before + l): the number of the packed sequence at each position, 0 for the first one and
-    for the `before` positions in front; None without seq_idx."""
-    return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
@@ -654,6 +607,53 @@ class Mamba2LM(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 4. Helpers of sections 1 to 3
 # --------------------------------------------------------------------------------------------------
+
+
+def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
+    """Check the arguments of SSD, and return in float32 at least: the logarithm of each step's
+    decay (b, l, h); D as (h, 1) or (h, p), or None; the state (b, h, p, n). The first decay of a
+    packed sequence is exp(-inf) = 0, which erases the state of the one before (Section 8.3)."""
+    sizes = {}
+    _require(sizes, "b l h p", x=x)
+    _require(sizes, "b l h", dt=dt)
+    _require(sizes, "h", A=A)
+    _require(sizes, "b l g n", B=B, C=C)
+    rule = f"groups of B and C, must divide the {sizes['h']} heads of x"
+    _check("g", sizes["g"], rule, lambda g: g > 0 and sizes["h"] % g == 0)
+    _require(sizes, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", D=D)
+    _require(sizes, "b h p n", initial_state=initial_state)
+    _require(sizes, "b l", "integers", seq_idx=seq_idx)
+    dtype = _at_least_float32(x.dtype)
+    log_decay = dt.to(dtype) * A.to(dtype)
+    if seq_idx is not None:
+        log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
+    if D is not None:
+        D = (D if D.dim() == 2 else D[:, None]).to(dtype)
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+    if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
+        initial_state = initial_state * log_decay.sum(1).exp()[..., None, None]
+    return log_decay, D, initial_state.to(dtype)
+
+
+def last_inputs(window, count, lengths=None, number=None):
+    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d).
+    Only the first `lengths` (b) of a row's l inputs are real. Inputs become zero if the `number` of
+    their sequence is not that of the last one."""
+    start = window.shape[1] - count if lengths is None else lengths[:, None]
+    index = start + torch.arange(count, device=window.device)
+    index = index.expand(window.shape[0], -1)  # (b, k-1)
+    state = _take(window, index)  # a copy, which does not keep the whole window alive
+    if number is not None:
+        number = number.gather(1, index)
+        state = state.masked_fill((number != number[:, -1:])[..., None], 0)
+    return state
+
+
+def _sequence_number(seq_idx, before):
+    """(b, before + l): the number of the packed sequence at each position, 0 for the first one and
+    for the `before` positions in front; None without seq_idx."""
+    return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
 
 
 class Order:
