@@ -558,15 +558,15 @@ class Mamba2Backbone(nn.Module):
         states, new_states = cache.states or [None] * len(self.layers), []
         label, slices = cache.seq_idx, None
         if group is not None:
-            slices = Slices.of(group, label, seq_idx, lengths)
+            slices = Slices(group, label, seq_idx, lengths)
             label = slices.label
         elif seq_idx is not None:
             begins, label = follow_labels(label, seq_idx, lengths)
             states = [state and _begin(state, begins) for state in states]
+        checkpoints = self.gradient_checkpointing and self.training
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
                 hidden_states.append(h if order is None else order.restore(h))
-            checkpoints = self.gradient_checkpointing and self.training
             run = functools.partial(recomputed, block, block) if checkpoints else block
             h, state = run(h, state, None, seq_idx, slices, lengths)
             new_states.append(state if keep_cache else None)  # None frees its memory
@@ -750,11 +750,8 @@ class Mamba2Cache:
     def to(self, *args, **kwargs) -> Mamba2Cache:
         """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
-        device, length = states[0].ssm.device, self.length
-        length = length.to(device) if isinstance(length, Tensor) else length
-        return Mamba2Cache(
-            states, length, self.seq_idx if self.seq_idx is None else self.seq_idx.to(device)
-        )
+        others, device = (self.length, self.seq_idx), states[0].ssm.device
+        return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in others))
 
 
 NO_LABEL = torch.iinfo(torch.int64).min  # the label of a row in which all positions are masked
