@@ -122,6 +122,7 @@ def _without_autocast(function):
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1. Per head: time
     O(l p n), memory O(l (p + n) + p n), or O(l p n) if gradients are wanted."""
+    # dt A (b, l, h), -inf where a packed sequence begins; D (h, 1) or (h, p); state (b, h, p, n)
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype, r = x.dtype, x.shape[2] // B.shape[2]
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
@@ -427,7 +428,8 @@ class Mamba2(nn.Module):
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
                 The new state is then that after this rank's slice.
-            reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
+            reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
+                a group, at the beginning of this rank's slice.
         """
         options = dict(reset=reset, return_state=True)
         return self(u, state, mask, seq_idx, group, **options)  # so that hooks run
@@ -451,7 +453,7 @@ class Mamba2(nn.Module):
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b", "a mask", reset=reset)
         order = Order.of(mask, sizes)
-        if order is not None:
+        if order is not None:  # masked positions go to the end, where dt = 0 keeps the state
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
         zxbcdt = self.in_proj(u)
         if group is not None:
@@ -486,7 +488,7 @@ class Mamba2(nn.Module):
             state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
         conv, ssm = state
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
-        if lengths is not None:
+        if lengths is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
             new_conv = last_inputs(window, k - 1, lengths, _sequence_number(seq_idx, k - 1))
 
@@ -1485,7 +1487,7 @@ class GenerationCache:
             self.start(self._current())
         since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
         cache, new = (self.base, since) if self.current is None else (self.current, ids)
-        options["logits_to_keep"] = options["logits_to_keep"] or ids.shape[1]
+        options["logits_to_keep"] = options.get("logits_to_keep") or ids.shape[1]
         output = self.model(new, mask, cache, **options)
         self.since, self.current = since, output.cache
         return output
