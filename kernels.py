@@ -3364,26 +3364,6 @@ def decode(text, ids, mask, options):
     return text.decoder(ids)
 
 
-def ahead(steps):
-    """Steps (token, over): on a GPU `over` is read every eighth time, for it waits for the GPU."""
-    waiting = []
-    for token, over in steps:
-        if over is False or not over.is_cuda:
-            yield token, over
-            continue
-        waiting.append((token, over))
-        if len(waiting) == 8:
-            yield from _read(waiting)
-            waiting = []
-    if waiting:
-        yield from _read(waiting)
-
-
-def _read(steps):
-    tokens, overs = zip(*steps, strict=True)
-    return zip(tokens, torch.stack(overs).tolist(), strict=True)
-
-
 class Decoder:
     """Decodes a text with a DecodingGraph; when it is no longer used, the next text may.
 

@@ -43,6 +43,7 @@ import functools
 import importlib.util
 import math
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -121,6 +122,7 @@ def _without_autocast(function):
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
     """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1. Per head: time
     O(l p n), memory O(l (p + n) + p n), or O(l p n) if gradients are wanted."""
+    # dt A (b, l, h), -inf where a packed sequence begins; D (h, 1) or (h, p); state (b, h, p, n)
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype, r = x.dtype, x.shape[2] // B.shape[2]
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
@@ -138,10 +140,10 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 
 
 def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q, which is 0
-    on the diagonal and -inf above it. Its exponential is L. Differs: Listing 1 takes the difference
-    of two prefix sums, which loses the digits of a weak decay after a strong one, and is NaN after
-    an infinite one. This adds up each segment."""
+    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q, the
+    diagonal is 0, and -inf is above it. The exponential of the result is L. Differs: Listing 1
+    takes the difference of two prefix sums, which has few correct digits after a large sum, and is
+    NaN after an infinite one. This adds up each segment."""
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
     terms = log_decay[..., None].expand(*log_decay.shape, q)  # (..., q, s)
@@ -151,9 +153,9 @@ def segsum(log_decay: Tensor) -> Tensor:
 
 @_without_autocast
 def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1. C are the
-    queries, B the keys, dt x the values, and the decays L take the place of the softmax. Per head:
-    time O(l^2 (n + p)), memory O(l^2)."""
+    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1. C holds
+    the queries, B the keys, dt x the values, and the decays L take the place of the softmax. Per
+    head: time O(l^2 (n + p)), memory O(l^2)."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     if x.shape[1] == 0:
         return torch.zeros_like(x), state
@@ -169,7 +171,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
 
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
-    product. Here the recurrence is a loop, and slabs, so many chunks at once, bound the memory.
+    product. Here the recurrence is a loop. A slab is a group of chunks that are computed together:
+    `ssd` takes one slab after another, which bounds the memory.
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
@@ -218,7 +221,8 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     # 2. From the inputs of a chunk to what it adds to the state.
     written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
     written = written.unflatten(3, (-1, x.shape[-1]))  # (b, c, g, r, p, n)
-    # From the state before each chunk: 4. to its outputs, and then 3. to the state after it.
+    # A loop over the chunks: step 4 of Listing 1 adds what the state before a chunk contributes to
+    # its outputs, and then step 3 updates the state; from_start at the end is the whole decay.
     state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=B.shape[2]), []
     each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
     for C_c, inside_c, written_c, from_start_c in each:
@@ -228,31 +232,6 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
         ys.append(rearrange(y, "b g r q p -> b q (g r) p").to(dtype))
         state = torch.addcmul(written_c, from_start_c[..., -1:, :], state)
     return ys, state.flatten(1, 2)
-
-
-def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
-    """Check the arguments of SSD; return, in float32 at least, the logarithm of each step's decay
-    (b, l, h), -inf where another sequence begins, which erases the one before (Section 8.3); D as
-    (h, 1) or (h, p), or None; the state (b, h, p, n)."""
-    sizes = {}
-    _require(sizes, "b l h p", x=x)
-    _require(sizes, "b l h", dt=dt)
-    _require(sizes, "h", A=A)
-    _require(sizes, "b l g n", B=B, C=C)
-    rule = f"groups of B and C, must divide the {sizes['h']} heads of x"
-    _check("g", sizes["g"], rule, lambda g: g > 0 and sizes["h"] % g == 0)
-    _require(sizes, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", D=D)
-    _require(sizes, "b h p n", initial_state=initial_state)
-    _require(sizes, "b l", "integers", seq_idx=seq_idx)
-    dtype = _at_least_float32(x.dtype)
-    log_decay = dt.to(dtype) * A.to(dtype)
-    if seq_idx is not None:
-        log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
-    if D is not None:
-        D = (D if D.dim() == 2 else D[:, None]).to(dtype)
-    if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
-    return log_decay, D, initial_state.to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,7 +260,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
     number = _sequence_number(seq_idx, k - 1)
-    # 1 * is a copy: else the gradient of the state would keep the whole window's gradient alive.
+    # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     final_state = last_inputs(window, k - 1, None, number)
     dtype = _at_least_float32(x.dtype)
@@ -295,32 +274,14 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     return F.silu(y).to(x.dtype), final_state
 
 
-def last_inputs(window, count, lengths=None, number=None):
-    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d),
-    of which `lengths` (b) of the l inputs count; zero if of an earlier sequence by its `number`."""
-    start = window.shape[1] - count if lengths is None else lengths[:, None]
-    index = start + torch.arange(count, device=window.device)
-    index = index.expand(window.shape[0], -1)  # (b, k-1)
-    state = _take(window, index)  # a copy, which does not keep the whole window alive
-    if number is not None:
-        number = number.gather(1, index)
-        state = state.masked_fill((number != number[:, -1:])[..., None], 0)
-    return state
-
-
-def _sequence_number(seq_idx, before):
-    """(b, before + l): packed sequences counted from 0, what comes before in the first; or None."""
-    return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
-
-
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, of x * silu(gate) if there is a gate.
     x, gate and result (..., d), weight (d). The mean is over each of `groups` equal parts of the
     last axis (Section 8.1). The result has the dtype of the gate, or without one of weight."""
     if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
         return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
-    sizes, count = {}, x.dim() if isinstance(x, Tensor) else 1
-    _require(sizes, " ".join("stuvwxyd"[-count:]), x=x, gate=gate)  # any number of axes before d
+    sizes, axes = {}, x.dim() if isinstance(x, Tensor) else 1
+    _require(sizes, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is last, after any others
     _require(sizes, "d", weight=weight)
     rule = f"must divide the last axis of x, {sizes['d']}"
     _check("groups", groups, rule, lambda groups: groups > 0 and sizes["d"] % groups == 0)
@@ -364,6 +325,27 @@ class Mamba2State(NamedTuple):
     conv: Tensor  # (b, k-1, h p + 2 g n), the convolution's last inputs, in the projections' dtype
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
+    def map(self, function, *others: Mamba2State) -> Mamba2State:
+        """function(tensor, *tensors of the others) for conv and for ssm."""
+        return Mamba2State(*map(function, self, *others))
+
+    def select(self, rows) -> Mamba2State:
+        """Rows of the batch in a new order: integers, or a bool mask."""
+        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
+
+    def detach(self) -> Mamba2State:
+        """The state without its history of gradients."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> Mamba2State:
+        """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
+
+        Each step returns ssm in the dtype that it was passed in: bfloat16 takes half the memory,
+        and on a GPU less time, but rounds small contributions away. conv keeps its dtype.
+        """
+        ssm = self.ssm.to(*args, **kwargs)
+        return Mamba2State(self.conv.to(ssm.device), ssm)
+
 
 class Mamba2(nn.Module):
     """The Mamba-2 layer (Section 7.1, Figure 6), functional in its state:
@@ -373,8 +355,9 @@ class Mamba2(nn.Module):
                       └─ z ────────────────────────────────────┴─ norm(y silu(z)) ── out_proj ── out
 
     with A = -exp(A_log) and dt = softplus(dt + dt_bias), as in Mamba-1, clamped to time_step_limit.
+    With rmsnorm=False there is no norm, only y silu(z).
 
-        layer = Mamba2(d_model=256)          # any options of Mamba2Config, or a Mamba2Config;
+        layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these;
                                              # device and dtype mean what they do in nn.Linear
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state after the last position
@@ -383,13 +366,13 @@ class Mamba2(nn.Module):
     Initialisation is the original's; parameters have the names and shapes of published checkpoints.
     """
 
-    def __init__(self, config: Mamba2Config | None = None, *, device=None, dtype=None, **options):
-        super().__init__()
-        if config is None:
-            config = Mamba2Config(**options)
-        elif options or not isinstance(config, Mamba2Config):
-            found = f"{type(config).__name__} and options {sorted(options)}"
-            raise TypeError(f"{found}: pass a Mamba2Config, or options by name, as d_model=256")
+    def __init__(self, d_model=None, *, layer_idx=None, device=None, dtype=None, **options):
+        super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
+        config = d_model
+        if not isinstance(config, Mamba2Config):
+            config = Mamba2Config(**options, **({} if d_model is None else {"d_model": d_model}))
+        elif options:
+            raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
         self.config = config
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -398,7 +381,7 @@ class Mamba2(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.use_bias)
         self.conv1d = CausalConv1d(self.widths[1], config.conv_kernel, config.use_conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(h)) for _ in range(3))
-        self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g)
+        self.norm = RMSNorm(h * p, config.layer_norm_epsilon, groups=g) if config.rmsnorm else None
         self.out_proj = nn.Linear(h * p, config.hidden_size, bias=config.use_bias)
         self.reset_parameters()
         self.to(device, dtype)
@@ -416,7 +399,8 @@ class Mamba2(nn.Module):
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
-        nn.init.ones_(self.norm.weight)
+        if config.rmsnorm:
+            nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.D)
         # -A is uniform in [1, 16]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
@@ -425,68 +409,99 @@ class Mamba2(nn.Module):
         dt = torch.empty_like(A).uniform_(low, high).exp().clamp(min=config.time_step_floor)
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def step(self, u, state=None, mask=None, seq_idx=None, group=None):
+    def initial_state(self, batch: int) -> Mamba2State:
+        """The state before the first position: zeros, float32 at least."""
+        h, p, _, n = self.sizes
+        options = dict(device=self.A_log.device, dtype=_at_least_float32(self.A_log.dtype))
+        conv = torch.zeros(batch, self.config.conv_kernel - 1, self.widths[1], **options)
+        return Mamba2State(conv, torch.zeros(batch, h, p, n, **options))
+
+    def step(self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
 
         Args:
-            state: the Mamba2State that an earlier call returned; None is the empty one. Its
-                sequence is that of the first position that is not masked.
+            state: the Mamba2State that an earlier call returned, the past of the first position
+                that is not masked; None is all zeros.
             mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
                 the other outputs and the state are as if they had been left out. Their own outputs
-                are 0. Or an `Order` made of it, which several layers share.
+                are 0.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
-            group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
-                Both states are then those of the whole sequence, the same on every rank.
+            group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
+                The new state is then that after this rank's slice.
+            reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
+                a group, at the beginning of this rank's slice.
         """
-        return self(u, state, mask, seq_idx, group, return_state=True)  # so that hooks run
+        options = dict(reset=reset, return_state=True)
+        return self(u, state, mask, seq_idx, group, **options)  # so that hooks run
 
-    def forward(self, u, state=None, mask=None, seq_idx=None, group=None, *, return_state=False):
-        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`."""
+    def forward(
+        self,
+        u,
+        state=None,
+        mask=None,
+        seq_idx=None,
+        group=None,
+        *,
+        reset=None,
+        lengths=None,
+        return_state=False,
+    ):
+        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. Instead
+        of a mask, lengths (b) tell how many positions at the beginning of each row count."""
         sizes = {"d": self.config.hidden_size}
         _require(sizes, "b l d", u=u)
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
-        order, lengths = Order.of(mask, sizes), None
-        if order is not None:
+        _require(sizes, "b", "a mask", reset=reset)
+        order = Order.of(mask, sizes)
+        if order is not None:  # masked positions go to the end, where dt = 0 keeps the state
             u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
-        slices = Slices.of(group, self.config, u, lengths, seq_idx, state=state is not None)
-        zxbcdt, fused = self.in_proj(u), None
-        if kernels and order is None and slices is None:
-            fused = kernels.layer(self, zxbcdt, state, seq_idx)
-        y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, order, seq_idx, slices)
+        zxbcdt = self.in_proj(u)
+        if group is not None:
+            slices = Slices.of(group, None, seq_idx, lengths)
+            state = slices.receive(zxbcdt, state or self.initial_state(len(u)))
+        if reset is not None and state is not None:
+            state = _begin(state, _as_bool(reset))
+        result = None
+        if kernels and lengths is None:
+            result = kernels.layer(self, zxbcdt, state, seq_idx)
+        if result is None:
+            result = self._convolve_and_scan(zxbcdt, state, lengths, seq_idx)
+        if group is not None:
+            result = slices.send(*result)
+        y, conv, ssm = result
         y = self.out_proj(y)  # (b, l, d)
         if order is not None:
             y = order.restore(y)
         return (y, Mamba2State(conv, ssm)) if return_state else y
 
-    def _convolve_and_scan(self, zxbcdt, state, order, seq_idx, slices):
+    def _convolve_and_scan(self, zxbcdt, state, lengths, seq_idx):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
         (h, p, g, n), k = self.sizes, self.config.conv_kernel
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
-        if order is not None:  # masked positions write nothing to the state, which does not decay
-            dt = order.clear(dt)  # (b, l, h)
+        if lengths is not None:  # at dt = 0 the state does not change
+            dt = _clear(dt, lengths)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
-        conv, ssm = state or (xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None)
-        if slices is not None:
-            conv, conv_after = slices.states_of_convolution(xBC, conv)
+        if state is None:
+            state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
+        conv, ssm = state
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
-        if slices is not None:
-            new_conv = conv_after
-        elif order is not None:
+        if lengths is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            new_conv = last_inputs(window, k - 1, order.lengths, _sequence_number(seq_idx, k - 1))
+            new_conv = last_inputs(window, k - 1, lengths, _sequence_number(seq_idx, k - 1))
 
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
         B, C = (t.unflatten(2, (g, n)) for t in (B, C))  # (b, l, g, n)
         # Differs: published configs say 256, for the original's kernels; plain PyTorch prefers 64.
         options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=seq_idx)
-        scan = ssd if slices is None else functools.partial(ssd_of_slice, slices=slices)
-        y, new_ssm = scan(x, dt, A, B, C, self.D, initial_state=ssm, **options)
+        y, new_ssm = ssd(x, dt, A, B, C, self.D, initial_state=ssm, **options)
         new_ssm = new_ssm if ssm is None else new_ssm.to(ssm.dtype)
-        return self.norm(y.flatten(2), gate=z), new_conv, new_ssm
+        y = y.flatten(2)  # (b, l, h p)
+        y = self.norm(y, gate=z) if self.norm else (y * F.silu(z.to(dtype))).to(z.dtype)
+        return y, new_conv, new_ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,26 +510,28 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + mixer(norm(h)); h (b, l, d). Arguments are those of `Mamba2.step`."""
+    """A residual block: h + mixer(norm(h)); h (b, l, d). Arguments are those of `Mamba2`."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = Mamba2(config)
 
-    def forward(self, h, state=None, mask=None, seq_idx=None, group=None):
-        if kernels and mask is None and group is None:
+    def forward(self, h, state=None, mask=None, seq_idx=None, group=None, lengths=None):
+        if kernels and mask is None and lengths is None and group is None:
             if (fused := kernels.block(self, h, state)) is not None:
                 return fused[0], Mamba2State(*fused[1:])
-        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, return_state=True)
+        options = dict(lengths=lengths, return_state=True)
+        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, **options)
         return h + y, state
 
 
 class Mamba2Backbone(nn.Module):
-    """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d) to h
-    (b, l, d) and states, a Mamba2State for each layer; mask, seq_idx and group as in `Mamba2.step`.
-    The input of each block is appended to the list hidden_states, if there is one. The new states
-    are freed if keep_states is False."""
+    """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
+    Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
+    `Mamba2.step`, but the cache is that of the whole sequence on every rank. The cache also keeps
+    the last label of seq_idx: if the next call begins with another label, another sequence begins.
+    The input of each block is appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -526,34 +543,50 @@ class Mamba2Backbone(nn.Module):
     def forward(
         self,
         x,
-        states=None,
+        cache=None,
         mask=None,
         seq_idx=None,
         group=None,
         hidden_states=None,
-        keep_states=True,
+        keep_cache=True,
     ):
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
-        order = Order.of(mask, dict(b=h.shape[0], l=h.shape[1]))
+        order, lengths = Order.of(mask, dict(b=h.shape[0], l=h.shape[1])), None
         if order is not None:  # once for all layers
-            h, seq_idx, mask = order.sort(h), order.sort_labels(seq_idx), order.inner()
-        layers = self.layers[: self.config.num_hidden_layers]  # which early exit lowers
-        checkpoints, new_states = self.gradient_checkpointing and self.training, []
-        for block, state in zip(layers, states or [None] * len(layers), strict=True):
+            h, seq_idx, lengths = order.sort(h), order.sort_labels(seq_idx), order.lengths
+        cache = Mamba2Cache(()) if cache is None else cache
+        states, new_states = cache.states or [None] * len(self.layers), []
+        label, slices = cache.seq_idx, None
+        if group is not None:
+            slices = Slices(group, label, seq_idx, lengths)
+            label = slices.label
+        elif seq_idx is not None:
+            begins, label = follow_labels(label, seq_idx, lengths)
+            states = [state and _begin(state, begins) for state in states]
+        checkpoints = self.gradient_checkpointing and self.training
+        for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
                 hidden_states.append(h if order is None else order.restore(h))
             run = functools.partial(recomputed, block, block) if checkpoints else block
-            h, state = run(h, state, mask, seq_idx, group)
-            new_states.append(state if keep_states else None)  # it would only take memory
+            h, state = run(h, state, None, seq_idx, slices, lengths)
+            new_states.append(state if keep_cache else None)  # None frees its memory
         h = self.norm_f(h)
-        return h if order is None else order.restore(h), tuple(new_states)
+        h = h if order is None else order.restore(h)
+        if not keep_cache:
+            return h, None
+        # A tensor, because torch.compile would make another graph for each int.
+        length = torch.full((), h.shape[1], device=h.device)
+        if group is not None:
+            dist.all_reduce(length, group=group)
+            new_states = slices.last(new_states)
+        return h, Mamba2Cache(tuple(new_states), cache.length + length, label)
 
 
 class Mamba2LM(nn.Module):
-    """The language model (Section 9.2), and nothing else: from ids (b, l), and the states that an
-    earlier call returned, to logits (b, l, vocabulary) and states."""
+    """The language model (Section 9.2), and nothing else: from ids (b, l), and the Mamba2Cache that
+    an earlier call returned, to logits (b, l, vocabulary) and the new cache."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -565,9 +598,9 @@ class Mamba2LM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
-    def forward(self, ids, states=None):
-        h, states = self.backbone(ids, states)
-        return self.lm_head(h), states
+    def forward(self, ids, cache=None):
+        h, cache = self.backbone(ids, cache)
+        return self.lm_head(h), cache
 
 
 # This is the whole model. What follows makes it usable: checks, configuration, transformers, GPUs.
@@ -578,39 +611,75 @@ class Mamba2LM(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
+def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
+    """Check the arguments of SSD, and return in float32 at least: the logarithm of each step's
+    decay (b, l, h); D as (h, 1) or (h, p), or None; the state (b, h, p, n). The first decay of a
+    packed sequence is exp(-inf) = 0, which erases the state of the one before (Section 8.3)."""
+    sizes = {}
+    _require(sizes, "b l h p", x=x)
+    _require(sizes, "b l h", dt=dt)
+    _require(sizes, "h", A=A)
+    _require(sizes, "b l g n", B=B, C=C)
+    rule = f"groups of B and C, must divide the {sizes['h']} heads of x"
+    _check("g", sizes["g"], rule, lambda g: g > 0 and sizes["h"] % g == 0)
+    _require(sizes, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", D=D)
+    _require(sizes, "b h p n", initial_state=initial_state)
+    _require(sizes, "b l", "integers", seq_idx=seq_idx)
+    dtype = _at_least_float32(x.dtype)
+    log_decay = dt.to(dtype) * A.to(dtype)
+    if seq_idx is not None:
+        log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
+    if D is not None:
+        D = (D if D.dim() == 2 else D[:, None]).to(dtype)
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+    if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
+        initial_state = initial_state * log_decay.sum(1).exp()[..., None, None]
+    return log_decay, D, initial_state.to(dtype)
+
+
+def last_inputs(window, count, lengths=None, number=None):
+    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d).
+    Only the first `lengths` (b) of a row's l inputs are real. Inputs become zero if the `number` of
+    their sequence is not that of the last one."""
+    start = window.shape[1] - count if lengths is None else lengths[:, None]
+    index = start + torch.arange(count, device=window.device)
+    index = index.expand(window.shape[0], -1)  # (b, k-1)
+    state = _take(window, index)  # a copy, which does not keep the whole window alive
+    if number is not None:
+        number = number.gather(1, index)
+        state = state.masked_fill((number != number[:, -1:])[..., None], 0)
+    return state
+
+
+def _sequence_number(seq_idx, before):
+    """(b, before + l): the number of the packed sequence at each position, 0 for the first one and
+    for the `before` positions in front; None without seq_idx."""
+    return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
+
+
 class Order:
     """Masked positions moved to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so
     the convolution meets only inputs that count, and SSD passes over the rest with dt = 0."""
 
-    def __init__(self, mask: Tensor, is_sorted=False):  # (b, l) bool
-        self.lengths, self.skipped = mask.sum(1), ~mask  # (b); (b, l), of sorted positions
-        self.index = self.place = None
-        if not is_sorted:
-            self.skipped, self.index = self.skipped.sort(dim=1, stable=True)
-            self.place = self.index.argsort(dim=1)  # (b, l), where each position goes
+    def __init__(self, mask: Tensor):  # (b, l) bool
+        self.lengths = mask.sum(1)  # (b)
+        self.index = (~mask).sort(dim=1, stable=True).indices  # (b, l), where they come from
+        self.place = self.index.argsort(dim=1)  # (b, l), where they go
 
     @classmethod
     def of(cls, mask, sizes):
-        """The order of a mask (b, l), bool or 0/1; None without one. An Order stays as it is."""
-        if mask is None or isinstance(mask, Order):
-            return mask
+        """The order of a mask (b, l), bool or 0/1; None without one."""
         _require(sizes, "b l", "a mask", mask=mask)
-        return cls(_as_bool(mask))
-
-    def inner(self):
-        """The order of what is sorted already, for the layers of a model."""
-        return Order(~self.skipped, is_sorted=True)
-
-    def clear(self, x):
-        """x (b, l, ...), sorted, with 0 at masked positions, even where x is NaN."""
-        return x.masked_fill(self.skipped[(..., *[None] * (x.dim() - 2))], 0)
+        return None if mask is None else cls(_as_bool(mask))
 
     def sort(self, x):
-        return self.clear(_take(x, self.index))
+        """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
+        return _clear(_take(x, self.index), self.lengths)
 
     def restore(self, x):
-        """The inverse of `sort`; masked positions stay 0."""
-        return _take(self.clear(x), self.place)
+        """The inverse of `sort`; masked positions are 0."""
+        return _take(_clear(x, self.lengths), self.place)
 
     def sort_labels(self, seq_idx):
         """(b, l) sorted; masked positions get the label of the last one that is not masked."""
@@ -618,12 +687,109 @@ class Order:
             return seq_idx
         labels = _take(seq_idx.long(), self.index)
         last = labels.gather(1, (self.lengths - 1).clamp(min=0)[:, None])  # (b, 1)
-        return torch.where(self.skipped, last, labels)
+        return torch.where(_skipped(labels, self.lengths), last, labels)
 
 
-def _take(x: Tensor, index: Tensor | None) -> Tensor:
-    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...); None is all of them."""
-    return x if index is None else x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+def _skipped(x: Tensor, lengths: Tensor) -> Tensor:
+    """(b, l) bool: positions of x (b, l, ...) from `lengths` (b) on."""
+    return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+
+
+def _clear(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (b, l, ...) with 0 at positions from `lengths` (b) on."""
+    return x.masked_fill(_skipped(x, lengths)[(..., *[None] * (x.dim() - 2))], 0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mamba2Cache:
+    """The state of a whole model after some tokens: immutable, and of constant size.
+
+    A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
+    continue the same prompt in another way. torch.save and torch.load keep it in a file.
+    """
+
+    states: tuple[Mamba2State, ...]  # of each layer
+    length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
+    seq_idx: Tensor | None = None  # (b), the label of the sequence each row ended in, or NO_LABEL
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.length)
+
+    def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
+        """A cache of function(tensor, *tensors of the others), for each tensor but length."""
+        layers = zip(self.states, *(cache.states for cache in others), strict=True)
+        states = tuple(state.map(function, *layer) for state, *layer in layers)
+        labels = [cache.seq_idx for cache in (self, *others)]
+        label = None if self.seq_idx is None else function(*labels)
+        return Mamba2Cache(states, self.length, label)
+
+    def select(self, rows) -> Mamba2Cache:
+        """Rows of the batch in a new order: integers, or a bool mask."""
+        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
+
+    def repeat(self, times: int) -> Mamba2Cache:
+        """Each row `times` times, one after another: (b) becomes (b times). This forks a prompt."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
+
+    @staticmethod
+    def cat(caches) -> Mamba2Cache:
+        """One batch of the rows of several caches, whose prompts may have different lengths.
+
+        Its length is the longest one: a later call with whole sequences must pad them to it, on the
+        left.
+        """
+        first, *others = caches = [*caches]
+        if len({cache.seq_idx is None for cache in caches}) > 1:
+            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
+        joined = first.map(lambda *tensors: torch.cat(tensors), *others)
+        length = max(cache.get_seq_length() for cache in caches)
+        return Mamba2Cache(joined.states, length, joined.seq_idx)
+
+    def detach(self) -> Mamba2Cache:
+        """The cache without its history of gradients."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> Mamba2Cache:
+        """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
+        states = tuple(state.to(*args, **kwargs) for state in self.states)
+        others, device = (self.length, self.seq_idx), states[0].ssm.device
+        return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in others))
+
+
+NO_LABEL = torch.iinfo(torch.int64).min  # the label of a row in which all positions are masked
+torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load accepts them
+
+
+def follow_labels(label, seq_idx, lengths, group=None):
+    """Return two tensors (b): whether the first label of a row is another than the last one before
+    it, and the last label of the row.
+
+    label: (b), the last label before, or None; seq_idx: (b, l), the labels of the next positions,
+    of which the first `lengths` (b), or all of them, count. With a group, "before" includes the
+    slices of lower ranks, and the last label is that of all slices.
+    """
+    seq_idx = seq_idx.long()
+    if lengths is not None:
+        seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
+    # The first and the last label, (b, 2); NO_LABEL, which is at the end, if l = 0.
+    ends = F.pad(seq_idx, (0, 1), value=NO_LABEL)[:, [0, seq_idx.shape[1] - 1]]
+    label = torch.full_like(ends[:, 0], NO_LABEL) if label is None else label
+    ranks, rank = ([ends], 0) if group is None else (_gathered(ends, group), dist.get_rank(group))
+    for i, (first, last) in enumerate(ends.T for ends in ranks):
+        if i == rank:
+            begins = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
+        label = torch.where(last == NO_LABEL, label, last)
+    return begins, label
+
+
+def _begin(state: Mamba2State, rows: Tensor) -> Mamba2State:
+    """The state with zeros in these rows (b)."""
+    return state.map(lambda t: t.masked_fill(rows.view(-1, *[1] * (t.dim() - 1)), 0))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
 def _borders(seq_idx: Tensor) -> Tensor:
@@ -641,9 +807,13 @@ def _readable(x: Tensor) -> bool:
 
 
 def _as_bool(mask: Tensor) -> Tensor:
-    """The mask as bool; a float one is checked not to be meant for adding to attention scores."""
-    if mask.is_floating_point() and _readable(mask) and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("a mask holds other numbers than 0 and 1: pass additive_mask == 0")
+    """The mask as bool; a float one must not be one that is added to attention scores."""
+    if mask.is_floating_point() and _readable(mask) and mask.numel() > 0:
+        if not ((mask == 0) | (mask == 1)).all() or not mask.any():
+            raise ValueError(
+                "a float mask must hold 0 and 1, and some 1: pass additive_mask == 0 for an "
+                "additive one, or a bool mask if all is masked"
+            )
     return mask.bool()
 
 
@@ -715,10 +885,11 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
     ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
-    ("time_step_min", "dt_min", 0.001, POSITIVE, "initial dt is log-uniform from here"),
-    ("time_step_max", "dt_max", 0.1, POSITIVE, "to here"),
-    ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "and at least this"),
+    ("time_step_min", "dt_min", 0.001, POSITIVE, "lower bound of the initial dt, log-uniform"),
+    ("time_step_max", "dt_max", 0.1, POSITIVE, "upper bound of the initial dt"),
+    ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "least value of the initial dt"),
     ("layer_norm_epsilon", "norm_epsilon", 1e-5, POSITIVE, "of every RMSNorm"),
+    ("rmsnorm", None, True, SWITCH, "an RMSNorm in the layer, after the gate"),
     ("residual_in_fp32", None, True, SWITCH, "residual stream, also with half-precision weights"),
     ("initializer_range", None, 0.02, NOT_NEGATIVE, "standard deviation of a new embedding"),
     ("tie_word_embeddings", "tie_embeddings", True, SWITCH, "the head is the embedding"),
@@ -730,11 +901,12 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
 _COMMON = {n for n in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, n))}
+_COMMON = {name for name in _COMMON if not name.startswith("__")}
 _COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
 _COMMON |= {"time_step_rank", "_name_or_path"}
-_COMMON -= {"model_type"}
+_COMMON -= {"model_type", "attribute_map"}
 # Options of other programs that change the results, with the only value that is implemented.
-_OTHERS = {"rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False}
+_OTHERS = {"rms_norm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
 _OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
 
@@ -743,8 +915,8 @@ class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
 
     `OPTIONS` above lists them. Each can be passed, read and set under transformers' name, which is
-    also its name in `config.json`, or under that of the paper's code. Options of all transformers
-    configurations are accepted too. Unknown ones are a TypeError.
+    also its name in `config.json`, or under that of the paper's code (without transformers, only
+    passed). Options of all transformers configurations are accepted too; others are a TypeError.
     """
 
     model_type = "mamba2"
@@ -755,6 +927,9 @@ class Mamba2Config(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in options and name in options:
                 raise TypeError(f"{alias!r} and {name!r} are one option: give one of them")
+        words = {}  # names for messages: those that the caller uses
+        if options.keys() & self.attribute_map.keys():
+            words = {n: alias for alias, n in self.attribute_map.items() if n not in options}
         options = {self.attribute_map.get(name, name): value for name, value in options.items()}
         for name, default in _DEFAULTS.items():
             setattr(self, name, options.pop(name, default))
@@ -771,61 +946,67 @@ class Mamba2Config(PreTrainedConfig):
             # model_type and whose weight is accessed there without calling the module. Ours always
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
-        self.validate_architecture()
+        self.validate_architecture(words)
 
-    if transformers is None:  # whose class does this with attribute_map
-
-        def __getattr__(self, name):
-            if name not in self.attribute_map:
-                raise AttributeError(f"Mamba2Config has no attribute {name!r}")
-            return getattr(self, self.attribute_map[name])
-
-        def __setattr__(self, name, value):
-            super().__setattr__(self.attribute_map.get(name, name), value)
-
-    def validate_architecture(self):
+    def validate_architecture(self, words=types.MappingProxyType({})):
         """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
 
-        transformers calls this by its name, whenever it makes or changes a configuration.
+        transformers calls this by its name, whenever it makes or changes a configuration. words:
+        other names of options, for messages.
         """
+
+        def name(option):
+            return words.get(option, option)
+
         if isinstance(self.time_step_limit, list):  # JSON has no tuples
             self.time_step_limit = tuple(self.time_step_limit)
-        for name, _, _, kind, _ in OPTIONS:
-            _check(name, getattr(self, name), *kind)
-        p, inner = self.head_dim, self.expand * self.hidden_size
-        self.num_heads = h = round(inner) // p if self.num_heads is None else self.num_heads
-        rule = f"times head_dim, {p}, must be expand * hidden_size, {inner}; None computes it"
-        _check("num_heads", h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
+        for option, _, _, kind, _ in OPTIONS:
+            _check(name(option), getattr(self, option), *kind)
+        p, h, inner = self.head_dim, self.num_heads, round(self.expand * self.hidden_size)
+        rule = f"times {name('hidden_size')}, {self.hidden_size}, must be an integer"
+        whole = math.isclose(inner, self.expand * self.hidden_size)
+        _check(name("expand"), self.expand, rule, lambda _: whole)
+        product = f"expand * {name('hidden_size')} = {inner}"
+        if h is None:
+            sizes = [size for size in range(min(p, inner), 0, -1) if inner % size == 0]
+            sizes = [size for size in sizes if size % 16 == 0] or sizes[:3]
+            rule = f"must divide {product}: choose one of {str(sizes)[1:-1]}"
+            _check(name("head_dim"), p, rule, lambda p: inner % p == 0)
+            self.num_heads = h = inner // p
+        rule = f"times {name('head_dim')}, {p}, must be {product}; leave it out to compute it"
+        _check(name("num_heads"), h, rule, lambda h: COUNT[1](h) and h * p == inner)
         rule = f"must divide the number of heads, {h}"
-        _check("n_groups", self.n_groups, rule, lambda g: h % g == 0)
-        rule = f"must be at most time_step_max, {self.time_step_max}"
-        _check("time_step_min", self.time_step_min, rule, lambda low: low <= self.time_step_max)
+        _check(name("n_groups"), self.n_groups, rule, lambda g: h % g == 0)
+        rule = f"must be at most {name('time_step_max')}, {self.time_step_max}"
+        _check(name("time_step_min"), self.time_step_min, rule, lambda t: t <= self.time_step_max)
+
+    def to_dict(self):
+        """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
+        it never loads with other layers than these; here it is computed."""
+        return super().to_dict() | ({} if self.rmsnorm else {"num_heads": None})
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Read a `config.json`, in transformers' format (flash-linear-attention and mamba2-torch
         write it too) or in the original one. What is not implemented is a ValueError."""
         options = dict(config_dict)
-        if "ssm_cfg" in options:  # of the mamba_ssm package, such as state-spaces/mamba2-130m's
+        if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
             ssm_cfg = options.pop("ssm_cfg")
-            options = {"layer": "Mamba1", **options, **ssm_cfg}
-            options.pop("model_type", None)
+            options = {"layer": "Mamba1", **options, **ssm_cfg, "model_type": None}
             multiple = options.pop("pad_vocab_size_multiple", 8)
             options["vocab_size"] += -options["vocab_size"] % multiple
         kind = options.pop("model_type", None)
-        rule = "not a Mamba-2 checkpoint, whose is 'mamba2'"
+        rule = "must be 'mamba2'"
         _check("model_type", kind, rule, lambda v: v in (None, "mamba2", "mamba2-single-file"))
-        # transformers has written norm_before_gate = True, into Codestral's file too, but has never
-        # read it. It has effect in flash-linear-attention, whose files also have rmsnorm, norm_eps.
-        if kind and not options.keys() & {"rmsnorm", "norm_eps"}:
-            options.pop("norm_before_gate", None)
-        if "norm_eps" in options:
+        if "norm_eps" in options:  # of flash-linear-attention
             options["norm_epsilon"] = options.pop("norm_eps")
+        elif kind:  # transformers has written norm_before_gate = True, but has never read it
+            options.pop("norm_before_gate", None)
         for name in options.keys() & _OTHERS.keys():
             value, only = options.pop(name), _OTHERS[name]
             if value != only and (value or only):  # None means False, 0 or []
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
-        if "emb_initializer_range" in options:  # by mamba2-torch: one group; it computes the heads
+        if "emb_initializer_range" in options:  # of mamba2-torch, which computes the heads
             options.pop("num_heads", None)
         elif kind:  # options that are left out have transformers' defaults
             there = {cls.attribute_map.get(name, name) for name in options}
@@ -859,95 +1040,6 @@ if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
 
     class CausalLMOutputWithPast(CausalLMOutputWithPast):
         cache = property(lambda self: self.past_key_values)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Mamba2Cache:
-    """The state of a whole model after some tokens: immutable, and of constant size.
-
-    A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
-    continue the same prompt in another way. torch.save and torch.load keep it in a file.
-
-        states    a Mamba2State for each layer
-        length    tokens seen, masked ones included: a tensor (), so that a compiled or exported
-                  step does not depend on its value; get_seq_length() is an int
-        seq_idx   None without packing, or (b): the label of the sequence that each row ended in,
-                  NO_LABEL if all its positions were masked
-    """
-
-    states: tuple[Mamba2State, ...]
-    length: Tensor | int = 0
-    seq_idx: Tensor | None = None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(self.length)
-
-    def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
-        """A cache of function(tensor, *tensors of the others), for each tensor but length."""
-        rows = zip(*(cache.states for cache in (self, *others)), strict=True)
-        states = tuple(Mamba2State(*map(function, *layers)) for layers in rows)
-        labels = [cache.seq_idx for cache in (self, *others)]
-        if len({label is None for label in labels}) == 2:
-            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
-        return Mamba2Cache(states, self.length, None if labels[0] is None else function(*labels))
-
-    def select(self, rows) -> Mamba2Cache:
-        """Rows of the batch in a new order: integers, or a bool mask."""
-        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
-
-    def repeat(self, times: int) -> Mamba2Cache:
-        """Each row `times` times in a row: (b) becomes (b times). This forks a prompt."""
-        return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
-
-    @staticmethod
-    def cat(caches) -> Mamba2Cache:
-        """One batch of the rows of several caches, whose prompts may have different lengths.
-
-        Its length is the longest one: whole sequences are then padded to it on the left.
-        """
-        first, *others = caches = [*caches]
-        joined = first.map(lambda *tensors: torch.cat(tensors), *others)
-        length = max(cache.get_seq_length() for cache in caches)
-        return Mamba2Cache(joined.states, length, joined.seq_idx)
-
-    def detach(self) -> Mamba2Cache:
-        """The cache without its history of gradients."""
-        return self.map(Tensor.detach)
-
-    def to(self, *args, **kwargs) -> Mamba2Cache:
-        """The cache on another device, or with ssm in another dtype; arguments as for Tensor.to.
-
-        Steps keep the dtype of ssm: half of it takes half the memory and time, and forgets small
-        contributions sooner. conv, a few inputs, keeps its own.
-        """
-        states = tuple(Mamba2State(conv, ssm.to(*args, **kwargs)) for conv, ssm in self.states)
-        cache = Mamba2Cache(states, self.length, self.seq_idx)
-        return cache.map(lambda tensor: tensor.to(states[0].ssm.device))
-
-
-NO_LABEL = torch.iinfo(torch.int64).min
-torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load may make them
-
-
-def _follow_labels(past: Mamba2Cache, seq_idx, lengths) -> Mamba2Cache:
-    """The cache with zero states in rows where another sequence begins, and rows' last labels.
-
-    seq_idx: (b, l), labels of the next positions, of which the first `lengths` (b) count.
-    """
-    if seq_idx.shape[1] == 0:
-        return past
-    if lengths is not None:
-        seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
-    first, last = seq_idx[:, 0], seq_idx[:, -1]  # (b)
-    label = torch.full_like(first, NO_LABEL) if past.seq_idx is None else past.seq_idx
-    ended = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
-    states = _where(ended, past.map(torch.zeros_like), past).states
-    return Mamba2Cache(states, past.length, torch.where(last == NO_LABEL, label, last))
-
-
-def _where(rows, ours: Mamba2Cache, others: Mamba2Cache) -> Mamba2Cache:
-    """The other cache, with `ours` in these rows (b)."""
-    return others.map(lambda b, a: torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b), ours)
 
 
 class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
@@ -988,11 +1080,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
     ):
         """Load a published or saved model by its name on the hub or its folder, in the original
-        mamba_ssm format, in transformers' format, or Codestral-Mamba's.
-
-        Raises:
-            ValueError: the weights are not exactly those of the model that its config describes.
-        """
+        mamba_ssm format, in transformers' format, or Codestral-Mamba's. It is a ValueError if the
+        weights are not exactly those of the model that its config describes."""
         name = pretrained_model_name_or_path
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
@@ -1021,7 +1110,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         group=None,
         num_items_in_batch=None,
         segment_length=None,
-        progress=False,
         past_key_values=None,
         **others,
     ):
@@ -1032,26 +1120,29 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             trained ones: Mamba2Cache(states). past_key_values is another name of it.
         labels: (b, l), the tokens: each position that is not masked predicts the next one of
             its sequence, except -100. For the loss, logits are made of a few positions at a time.
-        logits_to_keep: None is all, but none with labels in training or in segments.
-        seq_idx: (b, l) integers, labels of packed sequences: where the label changes, also from
-            the last call to this one, another begins. Or position_ids, 0 where one begins.
+        logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
+            is all; but there are none if labels are given in training or in several segments.
+        seq_idx: (b, l) integers, labels of packed sequences, as in `Mamba2.step`. Without it,
+            and without a cache, position_ids may say it: they are 0 where one begins.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
             Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
-        segment_length: positions in a segment, see `_read` (with a group, in this rank's slice of
-            it); "auto" for about the least memory; 0 for all at once; None for the config's choice.
-        progress: show a progress bar over the segments.
+        segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
+            part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
-        if isinstance(past := _one_cache(cache, past_key_values), GenerationCache):
+        past = _one_cache(cache, past_key_values)
+        if isinstance(past, GenerationCache):
             options = dict(logits_to_keep=logits_to_keep, segment_length=segment_length)
             options["output_hidden_states"] = output_hidden_states
             return past.read(input_ids, attention_mask, inputs_embeds, **options)
-        x, mask, seq_idx = _tokens(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
-        b, l = x.shape[:2]
+        x, mask, seq_idx = _inputs(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
+        (b, l), targets = x.shape[:2], None
         length = self._segment_length(segment_length, b, l, group)
-        count, targets = max(1, -(-l // length)), None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
         if group is not None:
-            given = dict(labels=labels is not None, items=num_items_in_batch is not None)
-            _agree(group, x, segments=count, **given)
+            same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
+            same.update(labels=labels is not None, items=num_items_in_batch is not None)
+            _agree(group, self, x, seq_idx=seq_idx is not None, **same)
         if labels is not None:
             _require(dict(b=b, l=l), "b l", "integers", labels=labels)
             targets = next_tokens(labels.long(), mask, seq_idx, group, length)
@@ -1059,87 +1150,68 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
         first = 0  # the first position whose logits are wanted
-        if logits_to_keep is None and labels is not None and (self.training or count > 1):
-            first = l + 1  # none
+        if logits_to_keep is None and labels is not None and (self.training or l > length):
+            first = None  # no logits
         elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
-        whole, options = (x, mask, seq_idx, targets), (group, hidden_states, use_cache)
-        loss, h, cache = self._read(whole, past, length, first, progress, *options)
+        whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
+        start = first if hidden_states is None else 0
+        loss, h, cache = self._in_segments(whole, past, length, start, *options)
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
-                loss, items = (_all_gather(t[None], group).sum() for t in (loss, items))
+                loss, items = (_sum_of_ranks(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
-        hidden_states = None if hidden_states is None else (*hidden_states, h)
+        if hidden_states is not None:
+            hidden_states, h = (*hidden_states, h), None if first is None else h[:, first:]
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
         logits = None if h is None else self.lm_head(h)
         return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
 
-    def _read(self, whole, past, length, first, progress, group, hidden_states, use_cache):
+    def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
         """Backbone and loss over a sequence, in segments of `length` positions.
 
-        Each segment starts from the state after the one before, and no intermediate tensor spans
-        the whole sequence, except integers. Results and gradients are those of the whole. For the
-        backward pass only the states between segments are kept; a segment is computed again when
-        its turn comes, which costs one more forward pass. So memory grows as s + l / s with the
-        length s of a segment, and as the square root of l with the best s.
+        Each segment starts from the state after the one before, so that results and gradients are
+        those of the whole. For the backward pass only the states between segments are kept, and a
+        segment is computed again when its turn comes, which costs one more forward pass. So memory
+        grows as s + l / s with the length s of a segment: as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
-        Returns the summed loss or None; h (b, l - first, d) or None; the cache.
+        Returns the summed loss or None; h from the position `first` on, or None; the cache.
         """
         x, total = whole[0], whole[0].shape[1]
         count = max(1, -(-total // length))
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
-        segments = zip(*pieces, strict=True)
-        if progress:
-            from tqdm.auto import tqdm
-
-            segments = tqdm(segments, total=count, unit=" segments")
-        if count > 1 and hidden_states is not None:
-            raise ValueError("output_hidden_states needs segment_length=0: it holds all positions")
-        run = self._read_segment
-        run = run if count == 1 else functools.partial(recomputed, self, run)
+        run, losses, kept = self._in_one_piece, [], []
+        if count > 1:
+            run = functools.partial(recomputed, self, run)
+            if hidden_states is not None:
+                raise ValueError("output_hidden_states holds all positions: use segment_length=0")
         # Autocast as it is, but for its cache: with it, weights would be cast once for all
         # segments, and their gradients added in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
-        enabled, losses, kept = torch.is_autocast_enabled(device), [], []
+        enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
-            for i, piece in enumerate(segments):
-                wanted = use_cache or i < count - 1
-                loss, h, past = run(*piece, past, group, hidden_states, wanted)
+            for i, piece in enumerate(zip(*pieces, strict=True)):
+                keep = use_cache or i < count - 1
+                loss, h, cache = run(*piece, cache, group, hidden_states, keep)
                 losses.append(loss)
-                end = min((i + 1) * length, total)
-                if first < end or first == end == total:  # else the slice would keep all of h alive
+                # An empty view would keep the memory of all of h.
+                if first is not None and (first < (i + 1) * length or i == count - 1):
                     kept.append(h[:, max(0, first - i * length) :])
-        h = torch.cat(kept, dim=1) if kept else None
-        return None if losses[0] is None else sum(losses), h, past
+        loss = None if losses[0] is None else sum(losses)
+        return loss, torch.cat(kept, dim=1) if kept else None, cache
 
-    def _read_segment(self, x, mask, seq_idx, targets, past, group, hidden_states, use_cache):
+    def _in_one_piece(self, x, mask, seq_idx, targets, cache, *options):
         """The summed loss or None, the backbone's output (b, l, d), and the cache or None."""
-        order = None if mask is None else Order(mask)
-        labels, lengths = seq_idx, None
-        if order is not None:
-            labels, lengths = order.sort_labels(seq_idx), order.lengths
-        checkpoints = self.backbone.gradient_checkpointing and self.training
-        options = dict(states=len(past.states) > 0, checkpoints=checkpoints)
-        slices = Slices.of(group, self.config, x, lengths, labels, **options)
-        length = past.length + (x.shape[1] if slices is None else slices.length)
-        if seq_idx is not None:
-            past = _follow_labels(past, *((labels, lengths) if slices is None else slices.ends))
-        options = hidden_states, use_cache
-        h, states = self.backbone(x, past.states, order, seq_idx, slices, *options)
-        if not isinstance(length, Tensor):
-            length = torch.full((), length, device=h.device)
-        loss = None if targets is None else self.summed_loss(h, targets)
-        return loss, h, Mamba2Cache(states, length, past.seq_idx) if use_cache else None
+        h, cache = self.backbone(x, cache, mask, seq_idx, *options)
+        return None if targets is None else self.summed_loss(h, targets), h, cache
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
 
         The logits of a few rows at a time are made, used and freed, and made again for the backward
-        pass; if all rows are that few, their logits are kept for it.
+        pass; if one chunk holds all rows, its logits are kept.
         """
 
         def loss_of_rows(h, targets):
@@ -1147,7 +1219,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        # So many that logits take the memory of the head's weight; a GPU needs more work.
+        # hidden_size rows make logits as large as the head's weight; a GPU is slow with fewer.
         rows = max(self.config.hidden_size, 4096 if h.is_cuda else 64)
         chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
         if len(chunks) == 1:
@@ -1159,10 +1231,13 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         length = self.config.segment_length if length is None else length
         _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
-            raise ValueError("segment_length = 'auto': slices depend on it, so give it as a number")
+            raise ValueError(
+                "segment_length = 'auto': with a group, which slices it, give a number"
+            )
         if length == "auto":
-            # Memory is count times what is kept between segments, and l / count times what a
-            # position leaves for the backward pass: roughly these. The best count makes both equal.
+            # With `count` segments, count * between + l / count * inside numbers are kept: states,
+            # and what the positions of one segment leave for the backward pass. The count that
+            # makes both terms equal keeps the fewest.
             config, layer = self.config, self.backbone.layers[0]
             inner, channels, heads = layer.mixer.widths
             between = inner * config.state_size + (config.conv_kernel - 1) * channels
@@ -1170,7 +1245,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             if self.backbone.gradient_checkpointing:
                 inside = config.hidden_size + inside / config.num_hidden_layers
             count = math.ceil(math.sqrt(l * inside / between))
-            if self.device.type == "cuda":  # the GPU must have more to do than the host that asks
+            if self.device.type == "cuda":  # fewer, where launching kernels would take longest
                 count = min(count, int(b * l * layer.mixer.in_proj.weight.numel() / 7e10))
             length = -(-l // max(1, count))  # all of one length, but for the last
         return length or max(1, l)
@@ -1179,7 +1254,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
         """The Mamba2Cache after a prompt, which is read in segments: see `forward`."""
         options = {"segment_length": "auto", **options, "logits_to_keep": 1}
-        options |= dict(use_cache=True, return_dict=True)
+        options |= dict(use_cache=True, return_dict=True, output_hidden_states=False)
         return self(input_ids, attention_mask, cache, **options).cache
 
     @classmethod
@@ -1193,19 +1268,27 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         covers the whole sequence. The cache that is returned with `return_dict_in_generate=True`
         has, in rows that ended with `eos_token_id`, the state after that token.
         """
-        for name in {"seq_idx", "position_ids", "group"} & options.keys():
-            raise ValueError(f"{name}: read the prompt with `prefill`, and generate from its cache")
+        for name in ("seq_idx", "position_ids", "group"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"generate takes no {name}: read the prompt with `prefill`, and pass its cache"
+                )
         mask = options.get("attention_mask")
         if mask is not None and not mask[:, -1:].all():
             raise ValueError(
                 "attention_mask ends in 0, where the row's next token would be read: pad on the "
                 "left, tokenizer.padding_side = 'left'"
             )
+        config = self.generation_config if generation_config is None else generation_config
+        settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
+        if settings.get("assistant_early_exit") is not None:
+            raise ValueError("assistant_early_exit: pass an assistant_model with fewer layers")
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
         if not isinstance(cache, GenerationCache):
-            cache = GenerationCache(self, cache, self._end_tokens(generation_config, options))
-        assists = getattr(generation_config, "is_assistant", None)
+            cache = GenerationCache(self, cache)
+        assists = getattr(config, "is_assistant", None)
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
+        cache.keeps_prompt = settings["return_dict_in_generate"] and not cache.is_croppable
         if generation_config is None:
             options["use_cache"] = True
         else:  # transformers warns if a config and options are passed together
@@ -1214,23 +1297,14 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             generation_config.use_cache = True
         try:
             output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
+            if isinstance(output, dict) and not assists:
+                # The states of the last beams are not those of the texts that are returned.
+                ids, beams = output.sequences, hasattr(output, "beam_indices")
+                output[CACHE] = None if beams else cache.after(ids, settings["eos_token_id"])
+                output.cache = output[CACHE]
         finally:
-            cache.close()
-        if isinstance(output, dict) and not assists:
-            # The states of the last beams are not those of the texts that are returned.
-            output[CACHE] = None if hasattr(output, "beam_indices") else cache.current
-            output.cache = output[CACHE]
+            cache.decoder = None  # another text may use the CUDA graph
         return output
-
-    def _end_tokens(self, config, options):
-        """The ids that end a text whose cache is returned, or None."""
-        config = config or self.generation_config
-        if not options.get("return_dict_in_generate", config.return_dict_in_generate):
-            return None
-        end = self.generation_config.eos_token_id
-        end = end if config.eos_token_id is None else config.eos_token_id
-        end = options.get("eos_token_id", end)
-        return None if end is None else torch.as_tensor(end, device=self.device)
 
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
@@ -1239,11 +1313,11 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cache = kwargs.get(CACHE)
         kwargs.pop("tokenizer", None)  # of stop_strings
         if isinstance(cache, GenerationCache):
-            # True if the next token was sampled: an eos_token_id in the prompt ends no row.
-            cache.chosen = next_sequence_length == 1 and not kwargs.get("is_first_iteration")
             if cache.is_croppable:
                 new = input_ids.shape[1] - cache.get_seq_length()
                 next_sequence_length = new if new > 0 else next_sequence_length
+            elif next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
+                cache.keep_prompt()
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen "
@@ -1261,9 +1335,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
         transformers prepares prompt, sampling and stopping, so that all arguments mean the same;
         those that mean more than one token after the other, such as beams, are a ValueError. On
-        CUDA the host does not wait for each token: it checks for the end of the text every eight.
+        CUDA, where asking waits for the GPU, it looks for the end of the text every eight tokens.
         """
-        for name in ("assistant_model", "assistant_early_exit", "streamer", "stop_strings"):
+        for name in ("assistant_model", "streamer", "stop_strings"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
@@ -1272,76 +1346,77 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         """What transformers calls to generate, with all arguments prepared: an iterator."""
         mode = generation_config.get_generation_mode().value
         if mode not in ("greedy_search", "sample") or generation_config.num_return_sequences != 1:
-            raise ValueError(
-                f"stream yields one text for a prompt, and not by {mode}: generate does"
-            )
+            raise ValueError(f"stream yields one text for a prompt; for {mode}, use generate")
         output = self._prefill(ids, generation_config, kwargs)
-        steps = self._steps(ids, output, logits_processor, stopping_criteria, generation_config)
-        return self._until_over(kernels.ahead(steps) if kernels else steps)
-
-    @staticmethod
-    def _until_over(steps):
-        for token, over in steps:
-            yield token
-            if over:
-                return
+        return self._steps(ids, output, logits_processor, stopping_criteria, generation_config)
 
     @torch.no_grad()
     def _steps(self, ids, output, logits_processor, stopping_criteria, config):
-        """Yield tokens (b) after ids (b, l), which gave `output`, and whether all rows are over."""
+        """Yield tokens (b) after ids (b, l), which gave `output`, until all rows have ended."""
         unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
-        for i in range(max(1, min([config.max_length, *limits]) - ids.shape[1])):
-            if i > 0:
-                output = output.cache.read(ids[:, -1:])
+        tokens, alive, every = [], [], 8 if ids.is_cuda else 1
+        left = max(1, min([config.max_length, *limits]) - ids.shape[1])
+        while left > 0:
             scores = logits_processor(ids, output.logits[:, -1].float())
             if config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
                 token = scores.argmax(-1)
-            if ends:  # rows that have ended are filled up
+            if pads_rows:
                 token = token.masked_fill(~unfinished, pad)
-            ids = torch.cat([ids, token[:, None]], dim=1)
+            ids, left = torch.cat([ids, token[:, None]], dim=1), left - 1
             for criterion in criteria:
                 unfinished = unfinished & ~criterion(ids, scores)
-            yield token, ~unfinished.any() if criteria else False
+            if not criteria:
+                yield token
+            else:
+                tokens.append(token)
+                alive.append(unfinished.any())
+                if len(tokens) == every or left == 0:
+                    for token, goes_on in zip(tokens, torch.stack(alive).tolist(), strict=True):
+                        yield token
+                        if not goes_on:
+                            return
+                    tokens, alive = [], []
+            if left > 0:
+                output = output.cache.read(ids[:, -1:])
 
 
 class GenerationCache:
-    """What `generate` carries from token to token: a Mamba2Cache, exchanged for the next in place.
+    """What `generate` carries from token to token: a Mamba2Cache, replaced by the next in place.
 
-    It keeps the states of rows that have ended, and forgets tokens, for speculative decoding: a
-    state cannot be rewound, but an older one can be kept with the tokens since, and read again.
+    A state cannot be rewound, but an older one can be kept, and the tokens since read again. That
+    is how speculative decoding forgets tokens, and how rows that ended before others, and went on
+    reading padding, get the state after their last token.
 
         current       the state after all tokens: a Mamba2Cache, a Decoder of kernels.py that holds
                       it in a CUDA graph, or None if tokens were forgotten
-        base, since   an older state, and the tokens since then, or None
-        ended, kept   (b) rows whose text has ended, and a Mamba2Cache of their states at that time
-        last, chosen  the token that was read last, and whether the next one was sampled
+        base, since   in speculative decoding: an older state, and the tokens since then, or None
+        prompt        the Mamba2Cache after the prompt, if it will be needed
     """
 
     is_compileable = False
-    is_linear = (False,)  # if all were True, generate would pass tokens that were already read
+    is_linear = (False,)  # else transformers' `_prefill` would pass tokens that were already read
 
-    def __init__(self, model, cache: Mamba2Cache, eos: Tensor | None = None):
-        self.model, self.eos, self.decoder, self.mask = model, eos, None, None
-        self.is_croppable = self.chosen = False
-        self.last = self.ended = self.kept = None
+    def __init__(self, model, cache: Mamba2Cache):
+        self.model, self.decoder, self.mask, self.prompt = model, None, None, None
+        self.is_croppable = self.keeps_prompt = False
         self.start(cache)
 
     def start(self, cache: Mamba2Cache):
         self.base = self.current = cache
         self.length, self.since = cache.get_seq_length(), None
 
-    def close(self):
-        """Make `current` the Mamba2Cache after all tokens, and free a CUDA graph for others."""
-        cache = self._current()
-        self.current = cache if self.kept is None else _where(self.ended, self.kept, cache)
-        self.decoder = None
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beam_idx):
+        self.start(self._current().select(beam_idx))
 
     def _current(self):
         cache = self.current
@@ -1359,8 +1434,6 @@ class GenerationCache:
         rows = len(self.base.states[0].ssm) if self.base.states else b
         if b > rows:  # several samples or beams for each prompt
             self.start(self.base.repeat(b // rows))
-        if self.last is not None:
-            self._keep_ended()
         if self.is_croppable:
             output = self._read_again(ids, mask, options)
         elif kernels and (logits := kernels.decode(self, ids, mask, options)) is not None:
@@ -1369,38 +1442,39 @@ class GenerationCache:
             output = self.model(ids, mask, self._current(), embeds, **options)
             self.current = output.cache
         self.length += l
-        if self.eos is not None and self.chosen and not self.is_croppable:
-            self.last = ids[:, -1]
         output[CACHE] = self
         return output
 
-    def _keep_ended(self):
-        """Keep the states of rows that ended with the last token: they will read padding."""
-        rows = torch.isin(self.last, self.eos)
-        rows = rows if self.ended is None else rows & ~self.ended
-        if rows.any():
-            state = self._current()
-            self.kept = state if self.kept is None else _where(rows, state, self.kept)
-            self.ended = rows if self.ended is None else self.ended | rows
+    # For rows that end before others:
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
+    def keep_prompt(self):
+        """Called before the first token that was chosen is read."""
+        if self.keeps_prompt and self.prompt is None:
+            self.prompt = self._current()
 
-    def reorder_cache(self, beam_idx):
-        self.start(self._current().select(beam_idx))
+    def after(self, ids, eos):
+        """The cache after ids (b, l), the last of which were not read: in each row, after the first
+        of the tokens `eos` that was chosen."""
+        if eos is None or self.prompt is None:
+            return self._current()
+        text = ids[:, self.prompt.get_seq_length() - self.length - 1 : -1]
+        ended = torch.isin(text, torch.as_tensor(eos, device=ids.device)).cumsum(1)
+        counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
+        return self._current() if counts.all() else self.model.prefill(text, counts, self.prompt)
 
-    # Speculative decoding, for one row:
+    # For speculative decoding, of one row:
 
     def activate_past_recording(self):
         self.is_croppable = True
 
     def crop(self, tokens: int):
-        """Forget so many tokens as -tokens says; if that is none, all before are there to stay."""
-        start, self.length = self.base.get_seq_length(), self.length + int(tokens)
-        if self.length < start:
-            raise ValueError(f"crop({tokens}): {start - self.length} tokens were there to stay")
+        """Remove the last -tokens tokens; crop(0) makes all that were read permanent."""
+        since = self.length - self.base.get_seq_length()
+        if not -since <= tokens <= 0:
+            raise ValueError(f"crop({tokens}): it must be between {-since} and 0")
+        self.length += int(tokens)
         if tokens < 0:
-            self.current, self.since = None, self.since[:, : self.length - start]
+            self.current, self.since = None, self.since[:, : since + tokens]
         elif self.current is not None:
             self.start(self.current)
 
@@ -1413,7 +1487,7 @@ class GenerationCache:
             self.start(self._current())
         since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
         cache, new = (self.base, since) if self.current is None else (self.current, ids)
-        options["logits_to_keep"] = options["logits_to_keep"] or ids.shape[1]
+        options["logits_to_keep"] = options.get("logits_to_keep") or ids.shape[1]
         output = self.model(new, mask, cache, **options)
         self.since, self.current = since, output.cache
         return output
@@ -1429,18 +1503,19 @@ def _one_cache(cache, past_key_values):
     return Mamba2Cache(()) if cache is None else cache
 
 
-def _tokens(past, ids, embeds, attention_mask, seq_idx, others):
+def _inputs(past, ids, embeds, mask, seq_idx, others):
     """Checked: ids (b, l) or embeddings (b, l, d); the mask (b, l) of these, bool, or None if
-    nothing is masked; seq_idx (b, l) or None. others: arguments by name; only position_ids may be
-    among them, which are 0 where a packed sequence begins."""
+    nothing is masked; seq_idx (b, l) or None. others: arguments by name, which must be None, but
+    for position_ids."""
     position_ids = others.pop("position_ids", None)
     if others := [name for name, value in others.items() if value is not None]:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    sizes, mask = {}, attention_mask
+    sizes = {}
     _require(sizes, "b l", "integers", input_ids=ids)
     _require(sizes, "b l d", inputs_embeds=embeds)
+    _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
     if mask is not None:
         _require({}, "b l", "a mask", attention_mask=mask)
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
@@ -1448,33 +1523,29 @@ def _tokens(past, ids, embeds, attention_mask, seq_idx, others):
         mask = _as_bool(mask)
         # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and bool(mask.all()) else mask
-    _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
-    if position_ids is not None:
+    if position_ids is not None and seq_idx is None:
         begins = position_ids == 0
-        fits = begins | F.pad(position_ids.diff(dim=1) == 1, (1, 0))[:, : sizes["l"]]
-        if seq_idx is not None:  # then both must say the same
-            fits = fits & (F.pad(begins[:, 1:], (1, 0))[:, : sizes["l"]] == _borders(seq_idx))
-        fits = fits if mask is None else fits | ~mask
-        if past.states or (_readable(fits) and not fits.all()):
+        if not past.states:
+            seq_idx = begins.cumsum(1)
+        elif _readable(begins) and begins.any():
             raise ValueError(
-                "position_ids must count up from 0 in each packed sequence, and come without a "
-                "cache: leave them out, and pass seq_idx where packed sequences need labels"
+                "position_ids are 0, where a sequence begins, after a cache: pass seq_idx, or no "
+                "cache for a new sequence"
             )
-        seq_idx = begins.cumsum(1) if seq_idx is None else seq_idx
     return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
 
 
 def recomputed(module, function, *arguments):
-    """function(*arguments), computed again for the backward pass, for which nothing is kept. As in
-    all of autograd, it is an error if weights of the module were changed in place since."""
+    """function(*arguments), whose activations are not kept, but computed again for the backward
+    pass. It is an error if weights of the module were changed in place since, as in autograd."""
     if not torch.is_grad_enabled():
         return function(*arguments)
-    # Of these very tensors: FSDP exchanges a module's parameters between the two passes.
-    weights = () if torch.compiler.is_compiling() else module.parameters()
-    versions = [(weight, weight._version) for weight in weights]
+    # These tensors themselves, because FSDP replaces module.parameters() between both passes.
+    weights = [] if torch.compiler.is_compiling() else [*module.parameters()]
+    versions = [weight._version for weight in weights]
 
     def checked(*arguments):
-        if any(weight._version != version for weight, version in versions):
+        if [weight._version for weight in weights] != versions:
             raise RuntimeError(
                 "weights were modified in place between the forward pass and the backward pass, "
                 "which computes the former again: call backward() before optimizer.step()"
@@ -1492,16 +1563,14 @@ def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
     """
     if group is not None:
         return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
-    order = None if mask is None else Order(mask)
-    if order is not None:
+    if mask is not None:
+        order = Order(mask)
         labels, seq_idx = labels.masked_fill(~mask, -100), order.sort_labels(seq_idx)
-        labels = _take(labels, order.index)
+        targets = next_tokens(_take(labels, order.index), seq_idx=seq_idx)
+        return _take(targets, order.place).masked_fill(~mask, -100)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
     if seq_idx is not None:
-        ends = F.pad(_borders(seq_idx), (0, 1))[:, 1:]
-        targets = targets.masked_fill(ends, -100)
-    if order is not None:
-        targets = _take(targets, order.place).masked_fill(~mask, -100)
+        targets = targets.masked_fill(F.pad(_borders(seq_idx), (0, 1))[:, 1:], -100)
     return targets
 
 
@@ -1519,89 +1588,142 @@ def register_with_transformers():
 
 
 class Slices:
-    """What a rank knows of a sequence of which each rank of a group has a slice (Section 8.2).
+    """Each rank of a process group has a slice of the sequence (Section 8.2), of any length, 0 too:
 
-        y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
         model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
+        y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
 
-    Slices may have any lengths, 0 too. Each rank computes the states that its slice alone leaves,
-    the convolution's and SSD's. Two all-gathers per layer give the states before each slice, which
-    for SSD is the recurrence between chunks (step 3 of Listing 1) with slices for chunks. Bytes
-    that a rank sends per layer and forward pass to each of the R-1 others, at any length (e: bytes
-    of a number of the projections; 8 instead of 4 in a float64 layer; 2.65 MB in mamba2-2.7b):
+    What a layer needs of the slices before its own is the state. So a rank receives that from the
+    rank before, runs the layer as ever, and sends the new state to the next rank, which is then
+    always one layer behind; the backward pass goes the other way. If a layer on a slice takes one
+    unit of time, R ranks take n_layer + R - 1 units, and one GPU n_layer R. In each direction a
+    rank sends per layer, at any length (2.69 MB in mamba2-2.7b; twice that if all is float64),
 
-        b (4 h (p n + 1) + e (k-1) (h p + 2 g n))
+        4 b (h p n + (k-1) (h p + 2 g n)) bytes
 
-    The backward pass, recomputation and each further segment send the same again. For a loss, the
-    labels, mask and seq_idx of the whole sequence are gathered once, 24 bytes per position. As
-    every rank returns the whole sequence's loss, its gradients are R times what its slice adds to
-    them: averaged over the ranks, as in DDP and FSDP, they are the gradients in one process.
+    and again for each segment, and when that is recomputed. The model's cache is the last rank's,
+    sent to all. For a loss, the labels, mask and seq_idx of the whole sequence are gathered once,
+    24 bytes per position. As every rank returns the whole sequence's loss, its gradients are R
+    times what its slice adds to them: averaged over the ranks, as in DDP and FSDP, they are the
+    gradients in one process.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
-
-    Raises:
-        TypeError: group is not a process group that this rank belongs to.
-        ValueError: the ranks' options differ; every rank raises, before anything else is exchanged.
     """
 
     @classmethod
-    def of(cls, group, *arguments, **options):
-        """None without a group. The model passes its own on to its layers: it stays as it is."""
-        if group is None or isinstance(group, Slices):
-            return group
-        return cls(group, *arguments, **options)
+    def of(cls, group, *labels):
+        """`group` itself, if it is the Slices that a model made and passes to its layers."""
+        return group if isinstance(group, Slices) else cls(group, *labels)
 
-    def __init__(self, group, config, x, lengths, seq_idx, **options):
-        options.update({name: getattr(config, name) for name in _DEFAULTS})
-        self.length = sum(_agree(group, x, **options, seq_idx=seq_idx is not None))
-        self.group, self.rank = group, dist.get_rank(group)
-        (b, l), k = x.shape[:2], config.conv_kernel
-        self.lengths = torch.full((b,), l, device=x.device) if lengths is None else lengths
-        labels = x.new_zeros(b, l, dtype=torch.int64) if seq_idx is None else seq_idx.long()
-        self.number = _sequence_number(labels, k - 1)
-        # Of each slice: its first and last label, and how many inputs of the convolution's state it
-        # replaces: 0 if it is all masked, k for all k-1, also if another sequence begins in it.
-        ends = F.pad(labels, (0, 1))[:, [0, l - 1]]  # (b, 2)
-        replaced = self.lengths.masked_fill(_borders(labels).any(1), k).clamp(max=k)
-        known = _all_gather(torch.cat([ends, replaced[:, None]], dim=1), group)  # (R, b, 3)
-        self.replaced = known[..., 2:]  # (R, b, 1), 0 if all positions are masked
-        order = Order(repeat(self.replaced > 0, "R b 1 -> b (R 2)"))
-        labels = order.sort_labels(rearrange(known[..., :2], "R b two -> b (R two)"))
-        self.ends = labels, order.lengths  # as if these were all positions of the whole sequence
-        # (R, b, 1, 1), whether a slice begins with another sequence than the one before it ended.
-        self.begins = _take(_borders(labels), order.place)[:, ::2].T[..., None, None]
+    def __init__(self, group, label, seq_idx, lengths):
+        self.group, self.rank = group, _rank(group)
+        self.begins, self.label = None, label
+        if seq_idx is not None:
+            self.begins, self.label = follow_labels(label, seq_idx, lengths, group)
 
-    def states_of_convolution(self, xBC, state):
-        """The state (b, k-1, d) of the convolution before this slice, and after the last one."""
-        taps, states, state = state.shape[1], [], state.to(xBC.dtype)
-        mine = last_inputs(F.pad(xBC, (0, 0, taps, 0)), taps, self.lengths, self.number)
-        last = _all_gather(mine, self.group)  # (R, b, k-1, d), 0 where a slice has no input
-        index = self.replaced + torch.arange(taps, device=xBC.device)  # (R, b, k-1)
-        for i, begins in enumerate(self.begins):
-            states.append(state.masked_fill(begins, 0))
-            state = last[i] + _take(F.pad(states[-1], (0, 0, 0, taps + 1)), index[i])
-        # Not states[rank]: gradients must reach the all-gather on every rank, or others wait.
-        return torch.stack(states)[self.rank], state
+    def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
+        """The state after the slices of the ranks before; `state` on the first rank. x: what the
+        layer has computed before it needs the state."""
+        # What is received always requires gradients, or ranks would wait for some that never come.
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        state = Mamba2State(*_FromRankBefore.apply(self.group, x, anchor, *_wide(*state)))
+        return state if self.begins is None else _begin(state, self.begins)
+
+    def send(self, y: Tensor, conv: Tensor, ssm: Tensor):
+        """y and the state, which is sent to the next rank, as its gradient will be received."""
+        y, wide, ssm = _ToNextRank.apply(self.group, y, *_wide(conv, ssm))
+        return y, wide.to(conv.dtype), ssm
+
+    def last(self, states):
+        """On every rank the states of the last one."""
+        others = torch.tensor(self.rank < dist.get_world_size(self.group) - 1)
+        layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
+        layers = (t.masked_fill(others.to(t.device), 0) for t in layers)
+        layers = (_sum_of_ranks(t, self.group) for t in layers)
+        return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
 
-@_without_autocast
-def ssd_of_slice(x, dt, A, B, C, D, *, slices, chunk_size, initial_state, seq_idx):
-    """`ssd` of this rank's slice. initial_state and final_state are those of the whole sequence."""
-    y, written = ssd(x, dt, A, B, C, D, chunk_size=chunk_size, seq_idx=seq_idx)  # from zeros
-    log_decay, _, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
-    # Along the last axis, a GPU sums faster.
-    decay = F.pad(rearrange(log_decay, "b l h -> b h l"), (1, 0)).cumsum(2).exp()  # (b, h, 1+l)
-    mine = torch.cat([decay[..., -1:], written.flatten(2)], dim=2)  # (b, h, 1 + p n)
-    states = []
-    for last, begins in zip(_all_gather(mine, slices.group), slices.begins, strict=True):
-        states.append(state.masked_fill(begins[..., None], 0))
-        state = last[..., :1, None] * states[-1] + last[..., 1:].unflatten(2, state.shape[2:])
-    state_before = torch.stack(states)[slices.rank].to(C.dtype)  # as for the convolution
-    state_before = state_before.unflatten(1, (B.shape[2], -1))  # (b, g, r, p, n)
-    read = torch.einsum("blgn,bgrpn->blgrp", C, state_before).flatten(2, 3)  # (b, l, h, p)
-    decay = rearrange(decay[..., 1:].to(y.dtype), "b h l -> b l h 1")
-    return torch.addcmul(y, decay, read), state
+def _wide(conv, ssm):
+    """conv in float32 at least, for ranks may begin and end with it in different dtypes."""
+    return conv.to(_at_least_float32(conv.dtype)), ssm
+
+
+def _send(tensors, rank, group):
+    for tensor in tensors:
+        if 0 <= rank < dist.get_world_size(group) and tensor.numel() > 0:
+            dist.send(tensor.contiguous(), group=group, group_dst=rank)
+
+
+def _received(tensors, rank, group):
+    """Tensors like these from that rank; these if there is no such rank."""
+    if not 0 <= rank < dist.get_world_size(group):
+        return tensors
+    tensors = tuple(tensor.contiguous().clone() for tensor in tensors)
+    for tensor in tensors:
+        if tensor.numel() > 0:
+            dist.recv(tensor, group=group, group_src=rank)
+    return tensors
+
+
+class _FromRankBefore(torch.autograd.Function):
+    """Tensors of the rank before, or the first rank's own; their gradients are sent back. x and the
+    anchor get no gradient from here: they are inputs so that autograd always runs this backward,
+    and runs it before that of x."""
+
+    @staticmethod
+    def forward(ctx, group, x, anchor, *tensors):
+        ctx.group = group
+        return _received(tensors, dist.get_rank(group) - 1, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        rank = dist.get_rank(ctx.group)
+        _send(gradients, rank - 1, ctx.group)
+        return None, None, None, *(gradients if rank == 0 else (None, None))
+
+
+class _ToNextRank(torch.autograd.Function):
+    """y and tensors as they are; these are sent to the next rank, whose gradients are added."""
+
+    @staticmethod
+    def forward(ctx, group, y, *tensors):
+        ctx.group = group
+        _send(tensors, dist.get_rank(group) + 1, group)
+        return y, *tensors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *gradients):
+        rank, zeros = dist.get_rank(ctx.group), [torch.zeros_like(g) for g in gradients]
+        others = _received(zeros, rank + 1, ctx.group)
+        return None, dy, *map(torch.add, gradients, others)
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """The sum of x over all ranks, on each of them."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        dist.all_reduce(x := x.clone(), group=group)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
+
+
+_sum_of_ranks = _SumOfRanks.apply
+
+
+def _gathered(x, group):
+    """x of all ranks, in a list."""
+    ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(ranks, x.contiguous(), group=group)
+    return ranks
 
 
 def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
@@ -1609,49 +1731,35 @@ def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
     mask = torch.ones_like(labels) if mask is None else mask
     seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
     mine = torch.stack([labels, mask.long(), seq_idx]).split(length, dim=2)  # s of (3, b, l)
-    longest = int(_all_gather(labels.new_tensor([length]), group).max())
+    longest = int(max(_gathered(labels.new_tensor(length), group)))
     padded = torch.stack([F.pad(t, (0, longest - t.shape[2])) for t in mine])  # with mask 0
-    whole = rearrange(_all_gather(padded, group), "R s three b l -> three b (s R l)")
+    whole = rearrange(_gathered(padded, group), "R s three b l -> three b (s R l)")
     targets = next_tokens(whole[0], whole[1].bool(), whole[2])
     targets = rearrange(targets, "b (s R l) -> R s b l", s=len(mine), l=longest)
     own = zip(targets[dist.get_rank(group)], mine, strict=True)
     return torch.cat([t[:, : piece.shape[2]] for t, piece in own], dim=1)
 
 
-def _agree(group, x, **options):
-    """The lengths of x (b, l, ...) on all ranks, once it is sure that all else is the same."""
+def _rank(group):
+    """This rank's number in the group."""
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise TypeError(f"group = {group}: it must be a process group that this rank belongs to")
+    return dist.get_rank(group)
+
+
+def _agree(group, model, x, **options):
+    """Raise on every rank, before anything else is sent, unless all call in the same way."""
+    _rank(group)
+    options.update({name: getattr(model.config, name) for name in _DEFAULTS})
     options.update(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
-    options.update(autocast=torch.is_autocast_enabled(x.device.type))
+    options.update(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
+    options.update(checkpoints=model.backbone.gradient_checkpointing)
     ranks = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, (x.shape[1], options), group=group)
+    dist.all_gather_object(ranks, options, group=group)
     for name in options:
-        values = [others.get(name) for _, others in ranks]
+        values = [others.get(name) for others in ranks]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
-    return [length for length, _ in ranks]
-
-
-class _AllGather(torch.autograd.Function):
-    """Each rank's x, (R, ...). torch's own such function warns in 2.13 that it is deprecated."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        ranks = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather([*ranks.unbind()], x.contiguous(), group=group)
-        return ranks
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        parts = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(parts, gradient.contiguous(), group=ctx.group)
-        return parts.sum(0), None
-
-
-_all_gather = _AllGather.apply
 
 
 if kernels:  # may stand in for calls of these
