@@ -1295,15 +1295,12 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             options.pop("use_cache", None)
             generation_config = copy.copy(generation_config)
             generation_config.use_cache = True
-        try:
-            output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
-            if isinstance(output, dict) and not assists:
-                # The states of the last beams are not those of the texts that are returned.
-                ids, beams = output.sequences, hasattr(output, "beam_indices")
-                output[CACHE] = None if beams else cache.after(ids, settings["eos_token_id"])
-                output.cache = output[CACHE]
-        finally:
-            cache.decoder = None  # another text may use the CUDA graph
+        output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
+        if isinstance(output, dict) and not assists:
+            # The states of the last beams are not those of the texts that are returned.
+            ids, beams = output.sequences, hasattr(output, "beam_indices")
+            output[CACHE] = None if beams else cache.after(ids, settings["eos_token_id"])
+            output.cache = output[CACHE]
         return output
 
     def prepare_inputs_for_generation(

@@ -1568,9 +1568,9 @@ def test_a_stream_asks_a_gpu_every_eighth_token_whether_the_text_is_over(monkeyp
     output = mamba2.GenerationCache(model, Mamba2Cache(())).read(ids)
     model.register_forward_pre_hook(lambda *_: read.append(1))
     on_gpu = ids.as_subclass(type("OnGpu", (torch.Tensor,), dict(is_cuda=True)))
-    criteria = [lambda ids, _: torch.full((2,), ids.shape[1] == 12 + 11)]  # over after 11 tokens
+    over = lambda ids, _: torch.full((2,), ids.shape[1] == 12 + 11, device=DEVICE)
     config = transformers.GenerationConfig(max_length=12 + 20)
-    steps = model._steps(on_gpu, output, lambda _, scores: scores, criteria, config)
+    steps = model._steps(on_gpu, output, lambda _, scores: scores, [over], config)
     assert [len(read) for _ in steps] == [7] * 8 + [15] * 3
     # Nothing else that a step does waits for a number.
     asked, ask = [], torch.Tensor.__bool__
@@ -1867,7 +1867,8 @@ def test_generate_gives_plain_steps_to_a_graph_and_all_others_to_the_model(taken
     taken.clear()
     streamed(model, ids, attention_mask=mask, **GREEDY)
     model(ids, mask)  # outside of generate there is none
-    assert [(graph.steps, graph.closed) for graph in taken] == [(11, True)]
+    streamed(model, ids[-1:], cache=model.prefill(ids[-1:, :-1]), **GREEDY)
+    assert [(graph.steps, graph.closed) for graph in taken] == [(11, True), (12, True)]
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
@@ -3543,7 +3544,7 @@ def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
     """Whether a number is 1 or a multiple of 16, which Triton makes part of a kernel, stays."""
     layer, _ = kernel_layer(torch.float32)
     norm = mamba2.RMSNorm(layer.config.d_model, 1e-5).to(DEVICE)
-    varying = {*mamba2.kernels.VARYING, "NSPLIT"}  # NSPLIT: into one share of the heads, or more
+    varying = {*mamba2.kernels.VARYING, "NSPLIT", "HPS"}  # shares of a group's heads: few numbers
 
     def recording(*calls):  # which launches nothing
         for kernel, _, given, options in calls:
