@@ -1624,13 +1624,16 @@ class Slices:
         layer has computed before it needs the state."""
         # What is received always requires gradients, or ranks would wait for some that never come.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        state = Mamba2State(*_FromRankBefore.apply(self.group, x, anchor, *_wide(*state)))
+        flat = _FromRankBefore.apply(self.group, x, anchor, _flat(*state))
+        conv, ssm = flat.split([tensor.numel() for tensor in state])
+        ssm = ssm.view_as(state.ssm).to(state.ssm.dtype)
+        state = Mamba2State(conv.view_as(state.conv), ssm)
         return state if self.begins is None else _begin(state, self.begins)
 
     def send(self, y: Tensor, conv: Tensor, ssm: Tensor):
-        """y and the state, which is sent to the next rank, as its gradient will be received."""
-        y, wide, ssm = _ToNextRank.apply(self.group, y, *_wide(conv, ssm))
-        return y, wide.to(conv.dtype), ssm
+        """y and the state. The next rank gets the state too, and adds its gradient."""
+        y, _ = _ToNextRank.apply(self.group, y, _flat(conv, ssm))
+        return y, conv, ssm
 
     def last(self, states):
         """On every rank the states of the last one."""
@@ -1641,61 +1644,59 @@ class Slices:
         return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
 
-def _wide(conv, ssm):
-    """conv in float32 at least, for ranks may begin and end with it in different dtypes."""
-    return conv.to(_at_least_float32(conv.dtype)), ssm
+def _flat(conv, ssm):
+    """The state as one tensor, in one dtype on all ranks: autocast may give them different ones."""
+    dtype = _at_least_float32(torch.promote_types(conv.dtype, ssm.dtype))
+    return torch.cat([conv.to(dtype).flatten(), ssm.to(dtype).flatten()])
 
 
-def _send(tensors, rank, group):
-    for tensor in tensors:
-        if 0 <= rank < dist.get_world_size(group) and tensor.numel() > 0:
-            dist.send(tensor.contiguous(), group=group, group_dst=rank)
+def _send(tensor, rank, group):
+    """Begin to send the tensor to that rank, if there is one."""
+    if 0 <= rank < dist.get_world_size(group) and tensor.numel() > 0:
+        request = dist.isend(tensor.contiguous(), group=group, group_dst=rank)
+        if not tensor.is_cuda:  # NCCL itself keeps a tensor until it is sent
+            request.wait()
 
 
-def _received(tensors, rank, group):
-    """Tensors like these from that rank; these if there is no such rank."""
-    if not 0 <= rank < dist.get_world_size(group):
-        return tensors
-    tensors = tuple(tensor.contiguous().clone() for tensor in tensors)
-    for tensor in tensors:
-        if tensor.numel() > 0:
-            dist.recv(tensor, group=group, group_src=rank)
-    return tensors
+def _received(like, rank, group):
+    """A tensor like this from that rank; this one if there is no such rank."""
+    if not 0 <= rank < dist.get_world_size(group) or like.numel() == 0:
+        return like
+    dist.recv(tensor := torch.empty_like(like), group=group, group_src=rank)
+    return tensor
 
 
 class _FromRankBefore(torch.autograd.Function):
-    """Tensors of the rank before, or the first rank's own; their gradients are sent back. x and the
+    """The state of the rank before, or the first rank's own; its gradient is sent back. x and the
     anchor get no gradient from here: they are inputs so that autograd always runs this backward,
     and runs it before that of x."""
 
     @staticmethod
-    def forward(ctx, group, x, anchor, *tensors):
+    def forward(ctx, group, x, anchor, flat):
         ctx.group = group
-        return _received(tensors, dist.get_rank(group) - 1, group)
+        return _received(flat, dist.get_rank(group) - 1, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, gradient):
         rank = dist.get_rank(ctx.group)
-        _send(gradients, rank - 1, ctx.group)
-        return None, None, None, *(gradients if rank == 0 else (None, None))
+        _send(gradient, rank - 1, ctx.group)
+        return None, None, None, gradient if rank == 0 else None
 
 
 class _ToNextRank(torch.autograd.Function):
-    """y and tensors as they are; these are sent to the next rank, whose gradients are added."""
+    """y and the state as they are. The state is sent to the next rank, which returns a gradient."""
 
     @staticmethod
-    def forward(ctx, group, y, *tensors):
+    def forward(ctx, group, y, flat):
         ctx.group = group
-        _send(tensors, dist.get_rank(group) + 1, group)
-        return y, *tensors
+        _send(flat, dist.get_rank(group) + 1, group)
+        return y, flat
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, *gradients):
-        rank, zeros = dist.get_rank(ctx.group), [torch.zeros_like(g) for g in gradients]
-        others = _received(zeros, rank + 1, ctx.group)
-        return None, dy, *map(torch.add, gradients, others)
+    def backward(ctx, dy, zeros):
+        return None, dy, _received(zeros, dist.get_rank(ctx.group) + 1, ctx.group)
 
 
 class _SumOfRanks(torch.autograd.Function):
