@@ -1490,8 +1490,8 @@ class _Settings(NamedTuple):
 SETTINGS = {
     ("tma", 2, False): _Settings("tma", 64, 64, 4, 3, 2, 4),
     ("tma", 2, True): _Settings("tma", 32, 64, 8, 3, 2, 4),
-    ("tma", 4, False): _Settings("tma", 32, 64, 8, 2, 2, 4),
-    ("tma", 4, True): _Settings("tma", 32, 32, 8, 2, 2, 4),
+    ("tma", 4, False): _Settings("tma", 32, 64, 8, 2, 2, 8),
+    ("tma", 4, True): _Settings("tma", 32, 32, 8, 2, 2, 8),
     ("portable", 2, False): _Settings("portable", 64, 64, 8, 2, 1, 4),
     ("portable", 2, True): _Settings("portable", 32, 64, 8, 2, 1, 4),
     ("portable", 4, False): _Settings("portable", 32, 32, 8, 2, 1, 8),

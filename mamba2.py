@@ -1650,20 +1650,26 @@ def _flat(conv, ssm):
     return torch.cat([conv.to(dtype).flatten(), ssm.to(dtype).flatten()])
 
 
+def _exchange(operation, tensor, rank, group):
+    """Begin to send the tensor to that rank, or to receive it from there, if there is one."""
+    if not 0 <= rank < dist.get_world_size(group) or tensor.numel() == 0:
+        return []
+    return dist.batch_isend_irecv([dist.P2POp(operation, tensor, group=group, group_peer=rank)])
+
+
 def _send(tensor, rank, group):
-    """Begin to send the tensor to that rank, if there is one."""
-    if 0 <= rank < dist.get_world_size(group) and tensor.numel() > 0:
-        request = dist.isend(tensor.contiguous(), group=group, group_dst=rank)
+    for request in _exchange(dist.isend, tensor.contiguous(), rank, group):
         if not tensor.is_cuda:  # NCCL itself keeps a tensor until it is sent
             request.wait()
 
 
 def _received(like, rank, group):
     """A tensor like this from that rank; this one if there is no such rank."""
-    if not 0 <= rank < dist.get_world_size(group) or like.numel() == 0:
-        return like
-    dist.recv(tensor := torch.empty_like(like), group=group, group_src=rank)
-    return tensor
+    tensor = torch.empty_like(like)
+    requests = _exchange(dist.irecv, tensor, rank, group)
+    for request in requests:
+        request.wait()
+    return tensor if requests else like
 
 
 class _FromRankBefore(torch.autograd.Function):
@@ -1699,22 +1705,11 @@ class _ToNextRank(torch.autograd.Function):
         return None, dy, _received(zeros, dist.get_rank(ctx.group) + 1, ctx.group)
 
 
-class _SumOfRanks(torch.autograd.Function):
-    """The sum of x over all ranks, on each of them."""
+def _sum_of_ranks(x, group):
+    """The sum of x over all ranks, on each of them, whose gradients are summed as well."""
+    from torch.distributed.nn.functional import all_reduce  # needs a PyTorch with distributed
 
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        dist.all_reduce(x := x.clone(), group=group)
-        return x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
-
-
-_sum_of_ranks = _SumOfRanks.apply
+    return all_reduce(x, group=group)
 
 
 def _gathered(x, group):
