@@ -60,6 +60,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import MaxLengthCriteria
 
@@ -2513,10 +2514,11 @@ def test_the_commands_in_the_readme_are_understood(capsys):
     assert BLOCKS and len(commands) >= 5
     for command in commands:
         command_line().parse_args(command.split())
-    sampling = dict.fromkeys(GENERATION) | dict(temperature=0.8, top_k=5)
     for dtype in (None, "bfloat16"):
-        benchmark_generation("tiny", 2, 5, 3, [7, 70], dtype, sampling)
-    rows = re.findall(r"^ +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
+        benchmark_generation("tiny", 2, 5, 3, [7, 70], dtype, seconds=0.01)
+    rows = re.findall(
+        r"^model.stream +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M
+    )
     assert [int(length) for length, _ in rows] == [7, 70] * 2 and len({mb for _, mb in rows}) == 1
     benchmark_training("tiny", [40], ["plain", "both"])
     assert re.findall(r"^ +40 +\d+ +(kept|again) +[\w.]+ +[\d,]+$", capsys.readouterr().out, re.M)
@@ -2949,6 +2951,11 @@ def pairs(cases, variants):
 
 def in_each_dtype(cases):
     return pytest.mark.parametrize("case, dtype", pairs(cases, KERNEL_DTYPES), ids=str)
+
+
+def without_kernels(form, *args, **options):
+    with mock.patch.object(mamba2, "kernels", None):
+        return form(*args, **options)
 
 
 @contextlib.contextmanager
@@ -3839,78 +3846,192 @@ def test_the_largest_kernels_compile_for_other_gpus_and_fit(target):
 
 
 # --------------------------------------------------------------------------------------------------
-# Benchmark: `python test_mamba2.py` compares with transformers' own Mamba-2, in plain PyTorch
+# Benchmarks: python test_mamba2.py --help
 # --------------------------------------------------------------------------------------------------
 
-
-def milliseconds(functions, repeats=7):
-    """Median time of each function; they alternate, so that noise meets all of them."""
-    times = [[] for _ in functions]
-    for _ in range(repeats + 1):  # the first is for warming up
-        for function, record in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if CUDA:
-                torch.cuda.synchronize()
-            record.append(1e3 * (time.perf_counter() - start))
-    return [sorted(record[1:])[repeats // 2] for record in times]
+SHAPES = {
+    "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
+    "130m": dict(d_model=768, n_layer=24),
+    "2.7b": dict(d_model=2560, n_layer=64),
+    "codestral": dict(d_model=4096, n_layer=64, ngroups=8),
+}
+WORK = {  # parts to time, and on a GPU the shapes, rows of the batch and lengths
+    "ssd": (
+        ["fwd", "bwd", "fwd+bwd"],
+        [("2.7b", 8, 4096), ("130m", 8, 2048), ("2.7b", 1, 4096), ("codestral", 2, 8192)],
+    ),
+    "layer": (
+        ["fwd", "fwd+bwd", "fwd in graph", "fwd+bwd in graph"],
+        [("130m", 8, 2048), ("2.7b", 8, 4096)],
+    ),
+    "prefill": (["fwd", "fwd in graph"], [("130m", 1, 8192), ("2.7b", 1, 8192)]),
+    "token": (["fwd"], []),  # `generation` times it on a GPU
+}
 
 
 def where():
     return f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}"
 
 
-def benchmark():
+def milliseconds(call, seconds=2.0):
+    """Median time of a call and of its work on a GPU, from calls that take so long together."""
+    timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def random_model(shape):
+    torch.manual_seed(0)
+    with DEVICE:
+        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape]))
+
+
+def piece_of_work(work, shape, b, l):
+    """What is called here, the same in float64, and the arguments."""
+    torch.manual_seed(0)
+    config, dtype = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32
+    if work == "ssd":
+        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        widths, draw = [h * p, g * n, g * n], functools.partial(torch.randn, device=DEVICE)
+        x, B, C = draw(b, l, sum(widths), dtype=dtype).split(widths, -1)
+        x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
+        dt, A = F.softplus(draw(b, l, h) - 4), -1 - 15 * torch.rand(h, device=DEVICE)
+        return ssd, ssd, (x, dt, A, B, C, draw(h))
+    if work == "layer":
+        layer = Mamba2(config).to(DEVICE, dtype)
+        u = torch.randn(b, l, config.hidden_size, device=DEVICE, dtype=dtype)
+        return layer, copy.deepcopy(layer).double(), (u,)
+    model = random_model(shape).to(dtype).eval()
+    models = model, copy.deepcopy(model).double()
+    ids = torch.randint(config.vocab_size, (b, l), device=DEVICE)
+    if work == "prefill":
+        return *(functools.partial(m, logits_to_keep=1) for m in models), (ids,)
+    ids = ids[:, :1]
+    return *(functools.partial(m, cache=m.prefill(ids)) for m in models), (ids,)
+
+
+def in_mamba_ssm(work, ours, inputs):
+    """The same piece of work in the authors' package."""
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    from mamba_ssm.modules import mamba2 as layers
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+
+    built = layers.causal_conv1d_fn is not None  # which its one operation for a whole layer needs
+    draw = dict(device=DEVICE, dtype=torch.bfloat16)
+    if work == "ssd":
+        return lambda x, dt, A, B, C, D, **given: scan(x, dt, A, B, C, 256, D=D, **given)
+    if work == "layer":
+        peer = layers.Mamba2(ours.config.d_model, use_mem_eff_path=built, **draw)
+        peer.load_state_dict(ours.state_dict())
+        return peer
+    sizes = {k: getattr(ours.func.config, k) for k in ("d_model", "n_layer", "vocab_size")}
+    config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
+    peer, weights = MambaLMHeadModel(config, **draw).eval(), ours.func.state_dict().items()
+    peer.load_state_dict({k.replace("embeddings", "embedding"): w for k, w in weights})
+    return functools.partial(peer, num_last_tokens=1)
+
+
+def in_fla(work, ours, inputs):
+    """SSD in flash-linear-attention, where C, B and dt x are queries, keys and values."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def call(x, dt, A, B, C, D):
+        B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], dim=2) for t in (B, C))
+        y, _ = chunk_simple_gla(C, B, (x * dt[..., None]).to(x.dtype), dt * A, scale=1.0)
+        return y + (D[:, None] * x).to(y.dtype)
+
+    return call if work == "ssd" else None
+
+
+def in_transformers(work, ours, inputs):
     from transformers.models.mamba2 import modeling_mamba2 as their
 
-    torch.manual_seed(0)
+    if work == "ssd":
+        scan = functools.partial(their.mamba2_chunk_scan, chunk_size=256, return_final_states=True)
+        return lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, D=D)
+    module = ours if work == "layer" else ours.func
+    config = transformers.Mamba2Config(**module.config.to_dict())
+    peer = their.Mamba2Mixer(config, 0) if work == "layer" else their.Mamba2ForCausalLM(config)
+    peer.load_state_dict(module.state_dict())
+    if work == "token":
+        return functools.partial(peer, **{THEIR_CACHE: peer(*inputs, use_cache=True)[THEIR_CACHE]})
+    return peer if work == "layer" else functools.partial(peer, logits_to_keep=1)
+
+
+def measure(call, part, inputs, dy, plain):
+    """Milliseconds and bytes of a part, and the output or the first input's gradient."""
+    leaves = [t.detach().requires_grad_("bwd" in part) for t in inputs]
+    wanted = [*leaves, *(call.parameters() if isinstance(call, nn.Module) else ())]
+    forward = lambda: tensors(call(*leaves))[0]
+    backward = lambda y: torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)[0]
+    run = torch.no_grad()(forward)
+    if part == "bwd":
+        run = functools.partial(backward, forward())
+    elif "bwd" in part:  # no y may outlive it: a graph that is captured would use its nodes again
+        run = lambda: backward(forward())
+    found = run()
+    with contextlib.nullcontext() if CUDA else Bytes() as watch:
+        run()
+    if plain:
+        ms = milliseconds(run, 0.2 if CUDA else 2.0)
+    else:
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        ms = (do_bench_cudagraph if "graph" in part else do_bench)(run, return_mode="median")
+    return ms, "" if CUDA else f"{watch.peak / 2**20:8.0f}", found
+
+
+def print_row(work, shape, b, l):
+    """Errors are relative to float64, of the output or the first input's gradient, in one row."""
+    (ours, exact, inputs), parts = piece_of_work(work, shape, b, l), WORK[work][0]
+    sides = dict(ours=ours, plain=ours) if CUDA else dict(ours=ours)
+    peers = dict(mamba_ssm=in_mamba_ssm, fla=in_fla) if CUDA else dict(transformers=in_transformers)
+    for package in filter(importlib.util.find_spec, peers):
+        sides[package] = peers[package](work, ours, inputs)
+    if work == "token":
+        sides["compiled"] = functools.partial(torch.compile(ours.func), **ours.keywords)
+    one = [t[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
+    one = [t.double() if t.is_floating_point() else t for t in one]
+    graded = "bwd" in "".join(parts)
+    with torch.set_grad_enabled(graded):
+        want = tensors(exact(one[0].requires_grad_(graded), *one[1:]))[0]
+    dy = torch.randn(b, *want.shape[1:], device=DEVICE)
+    slope = torch.autograd.grad(want, one[0], dy[:1].double())[0] if graded else None
+    reference = {}
+    for (who, call), part in itertools.product(sides.items(), parts):
+        plain = who == "plain" or not (CUDA and RUNS)
+        if call is None or (plain and "graph" in part):
+            continue
+        kernels = None if who == "plain" else mamba2.kernels
+        try:
+            with mock.patch.object(mamba2, "kernels", kernels):
+                ms, peak, found = measure(call, part, inputs, dy, plain)
+        except Exception as problem:  # out of memory, or a peer that does not run here
+            print(f"{work}, {part}, {who}: {problem.__context__ or problem!r}"[:100])
+            continue
+        error = relative_error(found[:1], slope if "bwd" in part else want.detach())
+        ratio = ms / reference.setdefault(part, ms)
+        name = f"{work} {shape} b{b} l{l}"
+        print(f"{name:22} {part:17} {who:12}{ms:10.4f}{ratio:7.2f}  {error:.1e}{peak}", flush=True)
+
+
+def benchmark_work(*works, more=(), shape=None):
+    print(f"{where()}{'':16}{'ms':>9}  ratio    error{'' if CUDA else '     MiB'}")
+    for work in (*works, *more):
+        on_gpu = CUDA and shape != "tiny"
+        for row in WORK[work][1] if on_gpu else [(shape or "130m", 1, 2048)]:
+            if shape in (None, row[0]):
+                print_row(work, *row)
+                torch.cuda.empty_cache()
+
+
+def benchmark_cpu():
+    """Work on a CPU, also where there is a GPU, beside transformers' own Mamba-2."""
+    global CUDA, DEVICE
+    CUDA, DEVICE = False, torch.device("cpu")
     torch.set_num_threads(2)
-    print("shapes of mamba2-130m, float32, 2 threads, medians   transformers     ours", flush=True)
-
-    def report(name, pair, unit="ms"):
-        theirs, ours = pair
-        print(f"{name:48} {theirs:8.1f} {ours:8.1f} {unit:3} {theirs / ours:7.2f} to 1", flush=True)
-
-    def peak_mebibytes(function):
-        with Bytes() as watch:
-            function()
-        return watch.peak / 2**20
-
-    b, l, h, p, g, n = 1, 2048, 24, 64, 1, 128
-    inputs = [torch.randn(b, l, h, p), 0.1 * torch.rand(b, l, h), -16 * torch.rand(h)]
-    inputs += [torch.randn(b, l, g, n), torch.randn(b, l, g, n)]
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    u = torch.randn(b, l, 768, requires_grad=True)
-    config = dict(hidden_size=768, num_heads=h, n_groups=g, vocab_size=50288, num_hidden_layers=24)
-    config = transformers.Mamba2Config(**config, tie_word_embeddings=True)
-    layer, their_layer = Mamba2(d_model=768), their.Mamba2Mixer(config, layer_idx=0)
-    options = dict(chunk_size=256, return_final_states=True)
-    their_ssd = lambda: their.mamba2_chunk_scan(*inputs, **options)  # since transformers 5.21
-
-    def with_gradients(function):
-        return lambda: sum(tensor.sum() for tensor in tensors(function())).backward()
-
-    for what, *pair in (
-        (f"SSD, {l} positions", their_ssd, lambda: ssd(*inputs)),
-        (f"layer, {l} positions", lambda: their_layer(u), lambda: layer(u)),
-    ):
-        for how, mode in (("forward", torch.no_grad()), ("+ backward", with_gradients)):
-            calls = [mode(function) for function in pair]
-            report(f"{what}: {how}", milliseconds(calls))
-            report("    peak memory beside the inputs", map(peak_mebibytes, calls), "MiB")
-
-    model = Mamba2ForCausalLM(Mamba2Config()).eval()
-    their_model, token = transformers.Mamba2ForCausalLM(config).eval(), torch.tensor([[17]])
-    with torch.no_grad():
-        cache = model(token, use_cache=True).cache
-        given = {THEIR_CACHE: their_model(token, use_cache=True)[THEIR_CACHE]}
-        torch._inductor.config.freezing = True  # packs the weights for the CPU
-        for name, ours in (
-            ("decoding a token, 24 layers", model),
-            ("    the same, ours compiled", torch.compile(model)),
-        ):
-            pair = lambda: their_model(token, **given), lambda: ours(token, cache=cache)  # noqa: B023
-            report(name, milliseconds(pair, repeats=21))
+    torch._inductor.config.freezing = True  # packs the weights for the CPU
+    benchmark_work("ssd", "layer", "token")
 
 
 def benchmark_errors():
@@ -3921,14 +4042,13 @@ def benchmark_errors():
     dt, A = 10 ** (2 * torch.rand(b, l, h, **DRAW) - 3), -1 - 15 * torch.rand(h, **DRAW)
     inputs = dict(x=x, dt=dt, A=A, B=B, C=C, D=torch.ones(h, **DRAW))
     cotangents = [torch.randn_like(x), torch.randn(b, h, p, n, **DRAW)]
-    forms = {form.__name__: form for form in FORMS}
-    forms["ssd"] = functools.partial(without_kernels, ssd)
-    if CUDA and mamba2.kernels is not None:
-        forms["kernels.ssd"] = mamba2.kernels.ssd
+    forms = {form.__name__: functools.partial(without_kernels, form) for form in FORMS}
+    others = {}
+    if CUDA and RUNS:
+        others["kernels.ssd"] = mamba2.kernels.ssd
     if CUDA and importlib.util.find_spec("mamba_ssm"):
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
-
-        forms["mamba_ssm"] = functools.partial(scan, chunk_size=256, return_final_states=True)
+        scan = in_mamba_ssm("ssd", None, None)
+        others["mamba_ssm"] = functools.partial(scan, return_final_states=True)
     print(f"{where()}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are")
     print("norms of differences over norms; state and sums are float32 at least in every form")
     print(" " * 27, *(f"{name:>8}" for name in ("y", "state", *(f"d {name}" for name in inputs))))
@@ -3940,29 +4060,10 @@ def benchmark_errors():
         rounded = [cotangents[0].to(dtype), cotangents[1].to(high)]
         doubles = {k: t.double() for k, t in given.items()}
         exact = run_with_gradients(recurrence, doubles, [t.double() for t in rounded])
-        for name, form in forms.items():
-            if name not in ("kernels.ssd", "mamba_ssm") or dtype != torch.float64:
-                found = run_with_gradients(form, given, rounded)
-                errors = [f"{relative_error(found[key], exact[key]):8.1e}" for key in exact]
-                print(f"{name:16} {str(dtype)[6:]:10}", *errors, flush=True)
-
-
-def without_kernels(form, *args, **options):
-    with mock.patch.object(mamba2, "kernels", None):
-        return form(*args, **options)
-
-
-SHAPES = {
-    "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
-    "130m": dict(d_model=768, n_layer=24),
-    "2.7b": dict(d_model=2560, n_layer=64),
-}
-
-
-def random_model(shape):
-    torch.manual_seed(0)
-    with DEVICE:
-        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape]))
+        for name, form in (forms if dtype == torch.float64 else forms | others).items():
+            found = run_with_gradients(form, given, rounded)
+            errors = [f"{relative_error(found[key], exact[key]):8.1e}" for key in exact]
+            print(f"{name:16} {str(dtype)[6:]:10}", *errors, flush=True)
 
 
 def training_speed(model, b, l, steps=1, warm_up=None, autocast=True, **given):
@@ -4003,123 +4104,98 @@ def benchmark_training(shape, lengths, methods):
         else:
             model.gradient_checkpointing_disable()
         length = model._segment_length(segments, 1, l, None)
-        warm_up = dict(l=min(l, 3 * length), segment_length=length)
         row = f"{l:9,} {length:8,}  {'again' if layers else 'kept '} "
         try:
+            warm_up = dict(l=min(l, 3 * length), segment_length=length)
             speed, peak = training_speed(model, 1, l, warm_up=warm_up, segment_length=segments)
-            row += f"{peak:12.1f} {speed:11,.0f}"
+            print(f"{row}{peak:12.1f} {speed:11,.0f}", flush=True)
         except torch.OutOfMemoryError:
             model.zero_grad()
-            row += "   out of memory"
+            print(f"{row}   out of memory", flush=True)
         torch.cuda.empty_cache()
-        print(row, flush=True)
 
 
-PARALLEL_HELP = (
-    "what ranks share, engine, shape, rows of a rank, length, segment_length alone, on all"
-)
-PARALLEL = [
-    "rows:DDP:130m:8:4096:0:0",
-    "rows:FSDP2:2.7b:2:4096:0:0",
-    "sequence:DDP:2.7b:1:262144:8192:8192",
+PARALLEL = [  # engine, shape, rows of a rank, length, segment_length; all ranks share the slices
+    ("DDP", "130m", 8, 4096, 0),
+    ("FSDP2", "2.7b", 2, 4096, 0),
+    ("DDP of slices", "2.7b", 1, 262144, 8192),
 ]
+if not CUDA:
+    PARALLEL = [("DDP", "tiny", 8, 64, 0), ("DDP of slices", "tiny", 1, 64, 8)]
 
 
-def benchmark_parallel(cases, steps):
+def benchmark_parallel(steps=5):
     """Training on all GPUs against one of them: under torchrun, or as a single process."""
     global DEVICE
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-    given = {} if dist.is_torchelastic_launched() else alone
+    given = {}
+    if not dist.is_torchelastic_launched():
+        given = dict(store=dist.HashStore(), rank=0, world_size=1)
     if CUDA:
-        DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        given["device_id"] = DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
-        given["device_id"] = DEVICE
     dist.init_process_group("nccl" if CUDA else "gloo", **given)
     rank, world = dist.get_rank(), dist.get_world_size()
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, False)  # as in README
     options = dict(DDP=dict(gradient_as_bucket_view=True), FSDP2=dict(mp_policy=policy))
 
-    def show(*words):
-        if rank == 0:
-            print(*words, flush=True)
+    def speed(engine, shape, *sizes, **given):
+        model = random_model(shape).train()
+        if engine:
+            model = distribute(model, engine, **options[engine])
+        return training_speed(model, *sizes, steps, autocast=engine != "FSDP2", **given)
 
-    def on_ranks(engine, shape, *sizes, **given):
-        model = distribute(random_model(shape).train(), engine, **options[engine])
-        return training_speed(model, *sizes, autocast=engine != "FSDP2", **given)
-
-    show(f"{where()}, {world} ranks")
-    show("                                                tokens/s and GPU   peak GB   of one GPU")
-    for case in cases:
-        kind, engine, shape, *sizes = case.split(":")
-        b, l, *segments = map(int, sizes)
-        given, of_ranks = [dict(segment_length=segment) for segment in segments]
+    if rank == 0:
+        print(f"{where()}, {world} ranks: tokens/s per GPU, peak GB, ratio to one GPU")
+    for case in PARALLEL:
+        engine, shape, b, l, segment = case
+        given = dict(segment_length=segment)
         if rank == 0:
-            alone, peak = training_speed(random_model(shape).train(), b, l, steps, **given)
-            show(f"{case + ', one of them':48}{alone:16,.0f} {peak:9.1f}")
-        if kind == "sequence":
-            l, of_ranks["group"] = l // world, dist.group.WORLD
+            alone, peak = speed(None, shape, b, l, **given)
+            print(f"{case!s:45}{alone:12,.0f} {peak:8.1f}, one GPU", flush=True)
+        if "slices" in engine:
+            l, given["group"] = l // world, dist.group.WORLD
         gc.collect()
         torch.cuda.empty_cache()
         dist.barrier()
-        speed, peak = on_ranks(engine, shape, b, l, steps, **of_ranks)
+        together, peak = speed(engine.split()[0], shape, b, l, **given)
         if rank == 0:
-            show(f"{case:48}{speed:16,.0f} {peak:9.1f} {speed / alone:12.3f}")
+            print(f"{case!s:45}{together:12,.0f} {peak:8.1f} {together / alone:8.3f}", flush=True)
     dist.destroy_process_group()
 
 
 @torch.no_grad()
-def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampling):
-    """Time of a prompt and of each token after it, on a GPU in bfloat16, with CUDA graphs."""
+def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, seconds=2.0):
+    """Time of a prompt and of each token after it, greedily, on a GPU in bfloat16."""
     dtype = torch.bfloat16 if CUDA else torch.float32
-    known = name in SHAPES
-    model = random_model(name) if known else Mamba2ForCausalLM.from_pretrained(name)
+    model = random_model(name) if name in SHAPES else Mamba2ForCausalLM.from_pretrained(name)
     model = model.to(DEVICE, dtype).eval()
     model.generation_config.eos_token_id = None  # every text has the length that was asked for
-    sampling = {option: value for option, value in sampling.items() if value is not None}
-    sampling["do_sample"] = bool(sampling)
-
-    def prefill():
-        cache = model.prefill(ids[:, :-1])
-        return cache if state_dtype is None else cache.to(getattr(torch, state_dtype))
-
-    def streamed(count):
-        for _ in model.stream(ids, cache=cache, max_new_tokens=count, **sampling):
-            pass
-
-    def generated(count):
-        model.generate(ids, cache=cache, max_new_tokens=count, **sampling)
-
+    greedy = lambda count: dict(cache=cache, max_new_tokens=count, do_sample=False)
     ways = {
-        "model.stream": (streamed, [prompt, *contexts]),
-        "model.generate": (generated, [prompt]),
+        "model.stream": lambda count: [*model.stream(ids, **greedy(count))],
+        "model.generate": lambda count: model.generate(ids, **greedy(count)),
     }
-    if importlib.util.find_spec("mamba_ssm") and not sampling["do_sample"]:
-        from mamba_ssm.models.config_mamba import MambaConfig
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-        sizes = {name: getattr(model.config, name) for name in ("d_model", "n_layer", "vocab_size")}
-        config = MambaConfig(**sizes, d_intermediate=0, ssm_cfg=dict(layer="Mamba2"))
-        theirs = MambaLMHeadModel(config, device=DEVICE, dtype=dtype).eval()
-        run = lambda count: theirs.generate(ids, ids.shape[1] + count, cg=True)
-        ways["mamba_ssm, cg=True"] = run, [prompt]
-    print(f"{where()}, {name}, {dtype}, batch {batch}, {sampling}")
-    print("         context   prefill s   ms a token   MB of state")
-    for way, (run, lengths) in ways.items():
-        print(way)
-        for length in lengths:
+    if CUDA and importlib.util.find_spec("mamba_ssm"):
+        theirs = in_mamba_ssm("prefill", functools.partial(model), None).func
+        ways["mamba_ssm, cg=True"] = lambda count: theirs.generate(ids, prompt + 1 + count, cg=True)
+    print(f"{where()}, {name}, {dtype}, batch {batch}")
+    print("                       context   prefill s   ms a token   MB of state")
+    for way, run in ways.items():
+        for length in [prompt, *contexts] if way == "model.stream" else [prompt]:
             ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=DEVICE)
-            (reading,) = milliseconds([prefill], repeats=1)
-            cache = prefill()
-            first, all_ = milliseconds([functools.partial(run, n) for n in (1, new + 1)], repeats=5)
+            reading = milliseconds(lambda: model.prefill(ids[:, :-1]), seconds)  # noqa: B023
+            cache = model.prefill(ids[:, :-1])
+            cache = cache.to(getattr(torch, state_dtype)) if state_dtype else cache
+            begun, all_ = (milliseconds(functools.partial(run, n), seconds) for n in (1, new + 1))
             states = sum(t.nbytes for t in tensors(cache.states))
-            row = f"{length:16,} {1e-3 * reading:11.3f} {(all_ - first) / new:12.3f}"
+            row = f"{way:18}{length:12,} {reading / 1e3:11.3f} {(all_ - begun) / new:12.3f}"
             print(row, f"{states / 1e6:13.1f}", flush=True)
     weights = sum(weight.nbytes for weight in model.parameters())
     source = torch.empty(2**28 if CUDA else 2**26, device=DEVICE)
     target = torch.empty_like(source)
-    copy = milliseconds([lambda: target.copy_(source)])[0] / (2 * source.nbytes)  # per byte
-    print(f"floor: {(weights + 2 * states) * copy:.3f} ms a token, to read the weights", end=" ")
-    print("and to read and write the states, at the speed of a copy")
+    a_byte = milliseconds(lambda: target.copy_(source), seconds) / (2 * source.nbytes)
+    print(f"floor: {(weights + 2 * states) * a_byte:.3f} ms a token, to read the weights, and to")
+    print("read and write the states, at the speed of a copy")
 
 
 FIGURE = ROOT / ".figure.svg"
@@ -4186,12 +4262,9 @@ def draw_figure():
     print(f"{FIGURE} is drawn from the tables of README.md")
 
 
-GENERATION = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
-
-
 def command_line():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
-    parser.set_defaults(run=benchmark)
+    parser.set_defaults(run=benchmark_cpu)
     commands = parser.add_subparsers()
 
     def command(name, run, help_):
@@ -4202,18 +4275,19 @@ def command_line():
     def numbers(text):
         return [int(number) for number in text.split(",") if number]
 
-    command("cpu", benchmark, "against transformers' own Mamba-2, on the CPU (the default)")
+    command("cpu", benchmark_cpu, "beside transformers' own Mamba-2, on the CPU (the default)")
     command("errors", benchmark_errors, "of every form of SSD in every dtype, against float64")
     command("figure", draw_figure, "draw the README's figure from its tables")
+    command("parallel", benchmark_parallel, "training on several GPUs, under torchrun, against one")
+    for work in ("ssd", "layer", "prefill"):
+        add = command(work, functools.partial(benchmark_work, work), "this, PyTorch, and others")
+        add("more", nargs="*", help="more such work: ssd, layer, prefill")
+        add("--shape", choices=SHAPES, help="only this one; all unless given")
     add = command("training", benchmark_training, "memory and speed on long sequences, on a GPU")
     add("shape", choices=SHAPES, help="of which published model")
     add("lengths", type=numbers, help="of sequences, such as 8192,1048576")
     methods = ["plain", "layers", "segments", "both"]  # whole, checkpoints of layers, segments
     add("--methods", type=lambda text: text.split(","), default=methods, help=",".join(methods))
-    add = command("parallel", benchmark_parallel, "several GPUs against one, under torchrun")
-    default = PARALLEL if CUDA else ["rows:DDP:tiny:8:64:0:0"]
-    add("cases", nargs="*", default=default, help=f"{PARALLEL_HELP}, such as {PARALLEL[2]}")
-    add("--steps", type=int, default=5)
     add = command("generation", benchmark_generation, "time of a prompt, and of a token")
     add("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
     add("--batch", type=int, default=1, help="rows (1)")
@@ -4221,18 +4295,9 @@ def command_line():
     add("--new", type=int, default=256, help="tokens after it (256)")
     add("--contexts", type=numbers, default=[], help="such as 100,1000,10000: is it flat?")
     add("--state-dtype", help="such as bfloat16; float32 unless given")
-    for option, kind in GENERATION.items():
-        add(f"--{option.replace('_', '-')}", type=kind)
     return parser
 
 
-def main():
-    arguments = vars(command_line().parse_args())
-    run = arguments.pop("run")
-    if run is benchmark_generation:
-        arguments["sampling"] = {option: arguments.pop(option) for option in GENERATION}
-    run(**arguments)
-
-
 if __name__ == "__main__":
-    main()
+    arguments = vars(command_line().parse_args())
+    arguments.pop("run")(**arguments)
