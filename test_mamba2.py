@@ -2515,7 +2515,7 @@ def test_the_commands_in_the_readme_are_understood(capsys):
     for command in commands:
         command_line().parse_args(command.split())
     for dtype in (None, "bfloat16"):
-        benchmark_generation("tiny", 2, 5, 3, [7, 70], dtype, seconds=0.01)
+        benchmark_generation("tiny", 2, [7, 70], dtype, prompt=5, new=3, seconds=0.01)
     rows = re.findall(
         r"^model.stream +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M
     )
@@ -3855,17 +3855,12 @@ SHAPES = {
     "2.7b": dict(d_model=2560, n_layer=64),
     "codestral": dict(d_model=4096, n_layer=64, ngroups=8),
 }
-WORK = {  # parts to time, and on a GPU the shapes, rows of the batch and lengths
-    "ssd": (
-        ["fwd", "bwd", "fwd+bwd"],
-        [("2.7b", 8, 4096), ("130m", 8, 2048), ("2.7b", 1, 4096), ("codestral", 2, 8192)],
-    ),
-    "layer": (
-        ["fwd", "fwd+bwd", "fwd in graph", "fwd+bwd in graph"],
-        [("130m", 8, 2048), ("2.7b", 8, 4096)],
-    ),
-    "prefill": (["fwd", "fwd in graph"], [("130m", 1, 8192), ("2.7b", 1, 8192)]),
-    "token": (["fwd"], []),  # `generation` times it on a GPU
+LARGE = [("2.7b", 8, 4096), ("130m", 8, 2048)]
+WORK = {  # parts to time; on a GPU: shapes, rows of the batch, lengths
+    "ssd": ("fwd, bwd, fwd+bwd", [*LARGE, ("codestral", 2, 8192)]),
+    "layer": ("fwd, fwd+bwd, fwd in graph, fwd+bwd in graph", LARGE),
+    "prefill": ("fwd, fwd in graph", [("130m", 1, 8192), ("2.7b", 1, 8192)]),
+    "token": ("fwd", []),  # `generation` times it on a GPU
 }
 
 
@@ -3963,22 +3958,24 @@ def measure(call, part, inputs, dy, plain):
     leaves = [t.detach().requires_grad_("bwd" in part) for t in inputs]
     wanted = [*leaves, *(call.parameters() if isinstance(call, nn.Module) else ())]
     forward = lambda: tensors(call(*leaves))[0]
-    backward = lambda y: torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)[0]
+    backward = lambda y: torch.autograd.grad(y, wanted, dy, retain_graph=True)[0]
     run = torch.no_grad()(forward)
     if part == "bwd":
         run = functools.partial(backward, forward())
     elif "bwd" in part:  # no y may outlive it: a graph that is captured would use its nodes again
         run = lambda: backward(forward())
-    found = run()
-    with contextlib.nullcontext() if CUDA else Bytes() as watch:
-        run()
+    found, peak = run(), ""
+    if not CUDA:
+        with Bytes() as watch:
+            run()
+        peak = f"{watch.peak / 2**20:8.0f}"
     if plain:
         ms = milliseconds(run, 0.2 if CUDA else 2.0)
     else:
         from triton.testing import do_bench, do_bench_cudagraph
 
         ms = (do_bench_cudagraph if "graph" in part else do_bench)(run, return_mode="median")
-    return ms, "" if CUDA else f"{watch.peak / 2**20:8.0f}", found
+    return ms, peak, found
 
 
 def print_row(work, shape, b, l):
@@ -3992,13 +3989,15 @@ def print_row(work, shape, b, l):
         sides["compiled"] = functools.partial(torch.compile(ours.func), **ours.keywords)
     one = [t[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
     one = [t.double() if t.is_floating_point() else t for t in one]
-    graded = "bwd" in "".join(parts)
+    graded = "bwd" in parts
     with torch.set_grad_enabled(graded):
         want = tensors(exact(one[0].requires_grad_(graded), *one[1:]))[0]
-    dy = torch.randn(b, *want.shape[1:], device=DEVICE)
+    dy = torch.randn(b, *want.shape[1:], device=DEVICE).to(
+        torch.bfloat16 if CUDA else torch.float32
+    )
     slope = torch.autograd.grad(want, one[0], dy[:1].double())[0] if graded else None
     reference = {}
-    for (who, call), part in itertools.product(sides.items(), parts):
+    for (who, call), part in itertools.product(sides.items(), parts.split(", ")):
         plain = who == "plain" or not (CUDA and RUNS)
         if call is None or (plain and "graph" in part):
             continue
@@ -4096,22 +4095,20 @@ def training_speed(model, b, l, steps=1, warm_up=None, autocast=True, **given):
 def benchmark_training(shape, lengths, methods):
     """A step of training on one sequence: bfloat16 autocast, float32 weights, fused AdamW."""
     print(f"{where()}, mamba2-{shape}\n   length  segment  layers     peak GB    tokens/s")
-    model = random_model(shape).train()
     kinds = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
     for l, (segments, layers) in itertools.product(lengths, [kinds[method] for method in methods]):
+        model = random_model(shape).train()
         if layers:
             model.gradient_checkpointing_enable()
-        else:
-            model.gradient_checkpointing_disable()
         length = model._segment_length(segments, 1, l, None)
-        row = f"{l:9,} {length:8,}  {'again' if layers else 'kept '} "
+        warm_up = dict(l=min(l, 3 * length), segment_length=length)
         try:
-            warm_up = dict(l=min(l, 3 * length), segment_length=length)
             speed, peak = training_speed(model, 1, l, warm_up=warm_up, segment_length=segments)
-            print(f"{row}{peak:12.1f} {speed:11,.0f}", flush=True)
+            result = f"{peak:12.1f} {speed:11,.0f}"
         except torch.OutOfMemoryError:
-            model.zero_grad()
-            print(f"{row}   out of memory", flush=True)
+            result = "   out of memory"
+        print(f"{l:9,} {length:8,}  {'again' if layers else 'kept '} {result}", flush=True)
+        del model
         torch.cuda.empty_cache()
 
 
@@ -4164,7 +4161,7 @@ def benchmark_parallel(steps=5):
 
 
 @torch.no_grad()
-def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, seconds=2.0):
+def benchmark_generation(name, batch, contexts, state_dtype, prompt=100, new=256, seconds=2.0):
     """Time of a prompt and of each token after it, greedily, on a GPU in bfloat16."""
     dtype = torch.bfloat16 if CUDA else torch.float32
     model = random_model(name) if name in SHAPES else Mamba2ForCausalLM.from_pretrained(name)
@@ -4291,8 +4288,6 @@ def command_line():
     add = command("generation", benchmark_generation, "time of a prompt, and of a token")
     add("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
     add("--batch", type=int, default=1, help="rows (1)")
-    add("--prompt", type=int, default=100, help="its tokens (100)")
-    add("--new", type=int, default=256, help="tokens after it (256)")
     add("--contexts", type=numbers, default=[], help="such as 100,1000,10000: is it flat?")
     add("--state-dtype", help="such as bfloat16; float32 unless given")
     return parser
