@@ -2970,13 +2970,13 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
-def run_with_gradients(operation, inputs, cotangents, **static):
+def run_with_gradients(operation, inputs, cotangents):
     """Outputs by number and gradients by name, from the cotangents that are not None."""
     leaves = tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
-    floats = {k: t for k, t in leaves.items() if t is not None and t.is_floating_point()}
+    floats = {k: t for k, t in leaves.items() if torch.is_tensor(t) and t.is_floating_point()}
     for leaf in floats.values():
         leaf.requires_grad_()
-    outputs = tensors(operation(**leaves, **static))
+    outputs = tensors(operation(**leaves))
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     wanted = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
     if wanted:
@@ -2992,7 +2992,11 @@ def relative_error(found, exact):
     return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), features=""):
+P, N = (64, 128) if CUDA else (16, 16)  # headdim and d_state
+randn, rand = (functools.partial(draw, device=DEVICE) for draw in (torch.randn, torch.rand))
+
+
+def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
     """Arguments of SSD as in a layer: x, B, C in dtype, all else in float32.
 
     l: a number, or (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
@@ -3002,103 +3006,96 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), features=""
     """
     if isinstance(l, tuple):
         l = l[0] * (64 if dtype == torch.bfloat16 and n != 256 else 32) + l[1]
-    p, n, draw = p or (64 if CUDA else 16), n or (128 if CUDA else 16), dict(device=DEVICE)
     widths = [int("odd" in features), h * p, g * n, g * n]
-    _, x, B, C = torch.randn(b, l, sum(widths), **draw).to(dtype).split(widths, -1)
+    _, x, B, C = randn(b, l, sum(widths)).to(dtype).split(widths, -1)
     x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
     if "sliced" not in features and "odd" not in features:
         x, B, C = x.contiguous(), B.contiguous(), C.contiguous()
-    dt, A = 10 ** (2 * torch.rand(b, l, h, **draw) - 3), -1 - 15 * torch.rand(h, **draw)
+    dt, A = 10 ** (2 * rand(b, l, h) - 3), -1 - 15 * rand(h)
     if "extreme" in features:
-        dt = 10 ** (11 * torch.rand(b, l, h, **draw) - 8)
-        A = -(10 ** (6 * torch.rand(h, **draw) - 3))
+        dt, A = 10 ** (11 * rand(b, l, h) - 8), -(10 ** (6 * rand(h) - 3))
         if dtype == torch.float16:  # results of 1e5 would be infinite
             x, B = x / 8, B / 8
     elif "zero" in features:  # as at masked positions
-        dt = dt * (torch.rand(b, l, 1, **draw) < 0.5)
+        dt = dt * (rand(b, l, 1) < 0.5)
     elif "growing" in features:  # the first head's state, by some 4 % per step; others decay
         dt, A = 0.05 + dt / 2, torch.where(torch.arange(h, device=DEVICE) == 0, 0.7, A)
-    D = None if D is None else torch.randn(h, *((p,) if D else ()), **draw)
-    state = torch.randn(b, h, p, n, **draw) if "state" in features else None
+    D = None if D is None else randn(h, *((p,) if D else ()))
+    state = randn(b, h, p, n) if "state" in features else None
     if "low" in features:
         dt, A, D, state = (t.to(dtype) for t in (dt, A, D, state))
-    borders = torch.rand(b, l, **draw) < max(1.5 / l, 0.03)
-    seq_idx = borders.cumsum(1) % 3 if "seq" in features else None
-    return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx), {}
+    seq_idx = (rand(b, l) < max(1.5 / l, 0.03)).cumsum(1) % 3 if "seq" in features else None
+    return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx)
 
 
 def kernel_conv_inputs(dtype, b, l, d, width=0, start=0, k=4, features=""):
     """Arguments of the convolution; its channels begin at `start` of a tensor of that width."""
-    draw = dict(device=DEVICE)
-    x = torch.randn(b, l, width or d, **draw).to(dtype)[..., start : start + d]
-    state = torch.randn(b, k - 1, d, **draw).to(dtype)
-    state = state.float() if "other" in features else state
+    state = randn(b, k - 1, d).to(dtype)
     # Sequences of one to five positions, or of some twenty.
-    ids = (torch.rand(b, l, **draw) < (0.4 if k == 3 or l < 5 else 0.05)).cumsum(1) % 3
-    inputs = dict(
-        x=x,
-        weight=(torch.randn(d, k, **draw) / 2).to(dtype if k == 3 else torch.float32),
-        bias=torch.randn(d, **draw) if "bias" in features else None,
-        initial_state=state if "state" in features else None,
+    ids = (rand(b, l) < (0.4 if k == 3 or l < 5 else 0.05)).cumsum(1) % 3
+    return dict(
+        x=randn(b, l, width or d).to(dtype)[..., start : start + d],
+        weight=(randn(d, k) / 2).to(dtype if k == 3 else torch.float32),
+        bias=randn(d) if "bias" in features else None,
+        initial_state=(state.float() if "other" in features else state)
+        if "state" in features
+        else None,
         seq_idx=ids.to(torch.int32 if k == 4 else torch.int64) if "seq" in features else None,
     )
-    return inputs, {}
 
 
 def kernel_norm_inputs(dtype, rows, d, width=0, groups=1, features="gate"):
     """features: gate; high: x is in float32. The gate, or else x, is a slice of a wider tensor."""
-    wide = torch.randn(1, rows, width or d, device=DEVICE)[..., :d]
-    x = torch.randn(1, rows, d, device=DEVICE) if "gate" in features else wide
-    inputs = dict(x=x if "high" in features else x.to(dtype))
-    inputs["weight"] = torch.randn(d, device=DEVICE).to(dtype if rows % 2 else torch.float32)
-    if "gate" in features:
-        inputs["gate"] = wide.to(dtype)
-    return inputs, dict(eps=1e-5, groups=groups)
+    wide = randn(1, rows, width or d)[..., :d]
+    x, gate = (randn(1, rows, d), wide.to(dtype)) if "gate" in features else (wide, None)
+    weight = randn(d).to(dtype if rows % 2 else torch.float32)
+    x = x if "high" in features else x.to(dtype)
+    return dict(x=x, weight=weight, gate=gate, eps=1e-5, groups=groups)
 
 
-def kernel_middle_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, k=4, features=""):
+def kernel_middle_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, k=4, features=""):
     """Arguments of a layer's middle: the projection, the state, and parameters as in a layer.
 
     features: state, seq, limit, no_bias; other: the state has other dtypes; tiny: steps are of 1e-7
     to 3e-4, and the state is empty.
     """
-    p, n, draw = p or (64 if CUDA else 16), n or (128 if CUDA else 16), dict(device=DEVICE)
-    d, dt_bias = h * p + 2 * g * n, torch.randn(h, **draw) - 3
-    zxbcdt = torch.randn(b, l, h * p + d + h, **draw)
-    conv, ssm = torch.randn(b, k - 1, d, **draw).to(dtype), torch.randn(b, h, p, n, **draw)
+    d, dt_bias = h * p + 2 * g * n, randn(h) - 3
+    zxbcdt, conv, ssm = randn(b, l, h * p + d + h), randn(b, k - 1, d).to(dtype), randn(b, h, p, n)
     if "other" in features:
         conv, ssm = conv.float(), ssm.to(HALF)
     if "tiny" in features:
-        zxbcdt[..., -h:] = -8 - 8 * torch.rand(b, l, h, **draw) - dt_bias
+        zxbcdt[..., -h:] = -8 - 8 * rand(b, l, h) - dt_bias
         ssm = torch.zeros_like(ssm)
     elif l == 1:
         zxbcdt[..., -h:] *= 8  # steps from 1e-12 to 30
-    inputs = dict(
+    return dict(
         zxbcdt=zxbcdt.to(dtype),
         conv=conv if "state" in features else None,
         ssm=ssm if "state" in features else None,
-        seq_idx=(torch.rand(b, l, **draw) < 0.05).cumsum(1) % 3 if "seq" in features else None,
-        weight=torch.randn(d, 1, k, **draw) / 2,
-        bias=None if "no_bias" in features else torch.randn(d, **draw).to(dtype),
+        seq_idx=(rand(b, l) < 0.05).cumsum(1) % 3 if "seq" in features else None,
+        weight=randn(d, 1, k) / 2,
+        bias=None if "no_bias" in features else randn(d).to(dtype),
         dt_bias=dt_bias,
-        A_log=torch.rand(h, **draw) * 2,
-        D=torch.randn(h, **draw).to(dtype),
-        norm_weight=torch.randn(h * p, **draw).to(dtype),
+        A_log=rand(h) * 2,
+        D=randn(h).to(dtype),
+        norm_weight=randn(h * p).to(dtype),
+        groups=g,
+        eps=1e-5,
+        dt_limit=(0.02, 0.2) if "limit" in features else (0.0, math.inf),
     )
-    limit = (0.02, 0.2) if "limit" in features else (0.0, math.inf)
-    return inputs, dict(groups=g, eps=1e-5, dt_limit=limit)
 
 
 def kernel_norm_linear_inputs(dtype, rows, d, outputs, groups=1, features=""):
-    draw = lambda *shape: torch.randn(*shape, device=DEVICE).to(dtype)
-    inputs = dict(x=draw(rows, 1, d), norm_weight=draw(d), weight=draw(outputs, d))
-    if "bias" in features:
-        inputs["bias"] = draw(outputs)
-    if "gate" in features:
-        inputs["gate"] = draw(rows, 1, d + 16)[..., 8:-8]
-    if "residual" in features:
-        inputs["residual"] = draw(rows, 1, outputs).float()
-    return inputs, dict(eps=1e-5, groups=groups)
+    return dict(
+        x=randn(rows, 1, d).to(dtype),
+        norm_weight=randn(d).to(dtype),
+        weight=randn(outputs, d).to(dtype),
+        bias=randn(outputs).to(dtype) if "bias" in features else None,
+        gate=randn(rows, 1, d + 16).to(dtype)[..., 8:-8] if "gate" in features else None,
+        residual=randn(rows, 1, outputs).to(dtype).float() if "residual" in features else None,
+        eps=1e-5,
+        groups=groups,
+    )
 
 
 def layer_middle(
@@ -3133,9 +3130,10 @@ KERNELS = {  # how inputs are drawn, and the twin
 
 
 def kernel_inputs(operation, dtype, **options):
-    """Tensors by name; other arguments by name; whether there are gradients."""
-    inputs, static = KERNELS[operation][0](dtype, **options)
-    return inputs, static, operation != "norm_linear" and options.get("l") != 1
+    """Arguments by name, and whether they may have gradients."""
+    inputs = KERNELS[operation][0](dtype, **options)
+    token = operation == "layer_middle" and options["l"] == 1
+    return inputs, operation != "norm_linear" and not token
 
 
 # Of SSD in bfloat16 and float16, products have operands of 8 and 11 bits; in float32 they are sums
@@ -3150,7 +3148,7 @@ KERNEL_TOLERANCE = {
 KERNEL_SMALL = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 
 
-def assert_kernel_right(operation, inputs, static, graded=True, only=None, tolerance=None):
+def assert_kernel_right(operation, inputs, graded=True, only=None, tolerance=None):
     """Values and gradients of a kernel are those of its twin; `only`: of one output's cotangent."""
     twin, kernel = KERNELS[operation][1], getattr(mamba2.kernels, operation)
     dtype, step = next(iter(inputs.values())).dtype, operation == "layer_middle" and not graded
@@ -3158,14 +3156,14 @@ def assert_kernel_right(operation, inputs, static, graded=True, only=None, toler
     exact_inputs = tree_map_only(torch.Tensor, widened, inputs)
     before = tree_map_only(torch.Tensor, torch.clone, inputs)
     with torch.no_grad():
-        cotangents = tensors(twin(**exact_inputs, **static))
+        cotangents = tensors(twin(**exact_inputs))
     for i, output in enumerate(cotangents):
         cotangents[i] = torch.randn_like(output).to(HALF) if only in (None, i) and graded else None
     with torch.set_grad_enabled(graded):
-        exact = run_with_gradients(twin, exact_inputs, cotangents, **static)
-        rounded = without_kernels(run_with_gradients, twin, inputs, cotangents, **static)
+        exact = run_with_gradients(twin, exact_inputs, cotangents)
+        rounded = without_kernels(run_with_gradients, twin, inputs, cotangents)
         with poisoned():
-            found = run_with_gradients(kernel, inputs, cotangents, **static)
+            found = run_with_gradients(kernel, inputs, cotangents)
     assert identical(inputs, before), "an input was modified"
     assert found.keys() == exact.keys()
     for key in exact:
@@ -3296,29 +3294,24 @@ def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
 
 
 def test_kernel_ssd_is_right_where_a_state_grows_by_two_to_the_110_in_a_chunk():
-    inputs, _ = kernel_ssd_inputs(torch.float32, 31, h=2, features="state")
+    inputs = kernel_ssd_inputs(torch.float32, 31, h=2, features="state")
     inputs |= dict(dt=torch.full_like(inputs["dt"], 2.5), A=torch.tensor([1.0, -1], device=DEVICE))
     # Exponents of 110, of 24 bits, are right to 2^-17, and so are powers of 2 to 2^-17.5.
-    assert_kernel_right("ssd", inputs, {}, tolerance=3e-5)
+    assert_kernel_right("ssd", inputs, tolerance=3e-5)
 
 
-KERNEL_REPEATED = {
-    "ssd": dict(l=35, h=4, g=2, features="state seq sliced"),
-    "ssd, copied": dict(l=35, h=2, features="odd"),
-    "causal_conv1d": dict(l=9, d=96 if CUDA else 8, features="bias state"),
-    "rms_norm": dict(rows=9, d=96),
-    "rms_norm, without a gate": dict(rows=9, d=96, features=""),
-    "layer_middle": dict(l=9, h=2, g=2, features="state seq limit"),
-}
+KERNEL_REPEATED = [
+    *("ssd: groups, slices of one tensor", "ssd: slices at odd addresses, from zero"),
+    *("causal_conv1d: 64 positions, 3 taps", "layer_middle: 70 positions, groups"),
+    *(f"rms_norm: (7, 96, 200), 1 groups, {features}" for features in ("gate", "alone")),
+]
 
 
 @in_each_dtype(KERNEL_REPEATED)
 def test_kernel_has_the_same_bits_again_and_with_gradients_of_any_kind(case, dtype):
-    operation, options = case.split(",")[0], KERNEL_REPEATED[case]
-    if operation != "rms_norm":
-        options = options | (dict(b=2, l=200) if CUDA else dict(b=1))
-    inputs, static, _ = kernel_inputs(operation, dtype, **options)
-    kernel = functools.partial(getattr(mamba2.kernels, operation), **static)
+    operation, case = case.split(": ")
+    inputs, _ = kernel_inputs(operation, dtype, **KERNEL_CASES[operation][case])
+    kernel = getattr(mamba2.kernels, operation)
 
     def run(cotangents):
         with torch.no_grad():
@@ -3364,27 +3357,27 @@ def test_kernel_is_nan_where_its_twin_is_and_nowhere_else(case, dtype):
     at = {"zxbcdt": (0, 0, -1), "dt": (0, 9, 0)}.get(name, (0, 9 * (name in "xBC"), 0, 0))
     for l in (150 if CUDA else 40,) if operation == "ssd" else (1, 70 if CUDA else 9):
         sizes = dict(b=1, h=2, g=2, p=16, n=16, features="state limit")
-        inputs, static, graded = kernel_inputs(operation, dtype, l=l, **sizes)
+        inputs, graded = kernel_inputs(operation, dtype, l=l, **sizes)
         inputs[name] = inputs[name].clone()
         at = at[: inputs[name].dim()]
         inputs[name][at] = NAN
         with torch.no_grad():
-            outputs = without_kernels(exact, **inputs, **static)
+            outputs = without_kernels(exact, **inputs)
         assert 0 < outputs[0].isnan().sum() < outputs[0].numel()
         cotangents = [torch.randn_like(o) if graded else None for o in outputs]
         with torch.set_grad_enabled(graded):
-            due = without_kernels(run_with_gradients, exact, inputs, cotangents, **static)
+            due = without_kernels(run_with_gradients, exact, inputs, cotangents)
             if cause == "negative dt":
                 inputs["dt"][at] = -0.05
-            found = run_with_gradients(kernel, inputs, cotangents, **static)
+            found = run_with_gradients(kernel, inputs, cotangents)
         for key in due:
             assert not (due[key].isnan() & ~found[key].isnan()).any(), f"{key} lacks NaN"
         for seq_idx in (None, (torch.arange(l, device=DEVICE) >= l // 2)[None].long()):
             inputs["seq_idx"] = seq_idx
             with torch.no_grad():
-                found = kernel(**inputs, **static)
+                found = kernel(**inputs)
                 inputs[name][at] = NAN
-                allowed = without_kernels(twin, **inputs, **static)
+                allowed = without_kernels(twin, **inputs)
             for i, (f, a) in enumerate(zip(found, allowed, strict=True)):
                 assert not (f.isnan() & ~a.isnan()).any(), f"output {i} has more NaN"
 
@@ -3439,7 +3432,11 @@ KERNEL_LOUD = {
         "5 taps": lambda i: dict(weight=i["x"][0].mT, initial_state=None),
         "channels of x": lambda i: dict(x=i["x"].mT.contiguous().mT),
     },
-    "rms_norm": {"8200 channels": lambda i: {k: i[k].repeat_interleave(1025, -1) for k in i}},
+    "rms_norm": {
+        "8200 channels": lambda i: {
+            k: i[k].repeat_interleave(1025, -1) for k in ("x", "weight", "gate")
+        }
+    },
 }
 
 
@@ -3448,14 +3445,14 @@ def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warn
     case, monkeypatch
 ):
     operation = case.split(",")[0]
-    inputs, static, graded = kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case])
-    given, kernel = inputs | static, getattr(mamba2.kernels, operation)
+    given, graded = kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case])
+    kernel = getattr(mamba2.kernels, operation)
     takes = lambda **given: kernel(**given) is not None  # the middle answers itself
     takes = getattr(mamba2.kernels, f"takes_{operation}", takes)
     assert takes(**given)
-    changes = [lambda i: {k: t.to("meta") for k, t in i.items() if isinstance(t, torch.Tensor)}]
-    for name, tensor in inputs.items():
-        if tensor is None:
+    changes = [lambda i: tree_map_only(torch.Tensor, lambda t: t.to("meta"), i)]
+    for name, tensor in given.items():
+        if not torch.is_tensor(tensor):
             continue
         others = [tensor[None], tensor[..., 1:], tensor[:0]]
         others += [] if operation == "layer_middle" else [1.0]  # whose arguments are a layer's
@@ -3477,7 +3474,7 @@ def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warn
             with pytest.raises(ValueError, match=r"kernels\.\w+: .*; mamba2\.\w+ takes any tensor"):
                 kernel(**changed)
     for message, change in KERNEL_LOUD.get(case, {}).items():
-        changed, twin = given | change(inputs), getattr(mamba2, operation)
+        changed, twin = given | change(given), getattr(mamba2, operation)
         monkeypatch.setattr(mamba2.kernels, "_said", set())
         with pytest.warns(match=f"plain PyTorch runs .*{message}"):
             found = twin(**changed)
@@ -3709,7 +3706,7 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
 )
 def test_kernels_run_whichever_switch_of_tf32_is_set():
-    inputs, _ = kernel_ssd_inputs(torch.float32, 40, p=16, n=16)
+    inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16)
     switch = torch.backends.cuda.matmul
     before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
     try:
@@ -3790,7 +3787,7 @@ def test_kernel_layer_in_autocast_is_the_layer_in_float64():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernel_runs_on_the_gpu_of_its_tensors():
-    inputs, _ = kernel_ssd_inputs(torch.bfloat16, 200, features="state seq")
+    inputs = kernel_ssd_inputs(torch.bfloat16, 200, features="state seq")
     expected = run_with_gradients(mamba2.kernels.ssd, inputs, [inputs["x"], None])
     inputs = {k: t.to("cuda:1") for k, t in inputs.items()}
     found = run_with_gradients(mamba2.kernels.ssd, inputs, [inputs["x"], None])
@@ -3805,8 +3802,8 @@ def test_kernels_reach_beyond_two_to_the_31_elements():
     torch.cuda.empty_cache()
     # 4.5e9 elements of the projection and of its gradient, 2.2e9 of what the convolution, SSD and
     # the norm write, 8.7e9 of states at the borders of chunks. All but the last row is ballast.
-    inputs, static, _ = kernel_inputs("layer_middle", torch.bfloat16, l=53_000, b=8, h=80)
-    kernel = functools.partial(mamba2.kernels.layer_middle, **static)
+    inputs, _ = kernel_inputs("layer_middle", torch.bfloat16, l=53_000, b=8, h=80)
+    kernel = mamba2.kernels.layer_middle
     dy = torch.randn(8, 53_000, 80 * 64, device=DEVICE, dtype=torch.bfloat16)
     big = run_with_gradients(kernel, inputs, [dy, None, None])
     one = inputs | dict(zxbcdt=inputs["zxbcdt"][7:])
