@@ -2521,7 +2521,8 @@ def test_the_commands_in_the_readme_are_understood(capsys):
     )
     assert [int(length) for length, _ in rows] == [7, 70] * 2 and len({mb for _, mb in rows}) == 1
     benchmark_training("tiny", [40], ["plain", "both"])
-    assert re.findall(r"^ +40 +\d+ +(kept|again) +[\w.]+ +[\d,]+$", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^ +40 +(plain|both) +\d+ +[\w.]+ +[\d,]+$", capsys.readouterr().out, re.M)
+    assert rows == ["plain", "both"]
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -3883,11 +3884,8 @@ def piece_of_work(work, shape, b, l):
     config, dtype = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32
     if work == "ssd":
         h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
-        widths, draw = [h * p, g * n, g * n], functools.partial(torch.randn, device=DEVICE)
-        x, B, C = draw(b, l, sum(widths), dtype=dtype).split(widths, -1)
-        x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
-        dt, A = F.softplus(draw(b, l, h) - 4), -1 - 15 * torch.rand(h, device=DEVICE)
-        return ssd, ssd, (x, dt, A, B, C, draw(h))
+        inputs = kernel_ssd_inputs(dtype, l, b, h, p, n, g, features="sliced")
+        return ssd, ssd, [t for t in inputs.values() if t is not None]
     if work == "layer":
         layer = Mamba2(config).to(DEVICE, dtype)
         u = torch.randn(b, l, config.hidden_size, device=DEVICE, dtype=dtype)
@@ -4062,51 +4060,54 @@ def benchmark_errors():
             print(f"{name:16} {str(dtype)[6:]:10}", *errors, flush=True)
 
 
-def training_speed(model, b, l, steps=1, warm_up=None, autocast=True, **given):
-    """Tokens per second of training on (b, l) random tokens, with fused AdamW, and peak GB.
-
-    warm_up: other arguments of the first step, which is not timed: it compiles.
+def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_length=0, **given):
+    """The length of a segment, tokens per second and peak GB of training on (b, l) random tokens:
+    bfloat16 autocast, float32 weights, fused AdamW. again: layers are computed again.
     """
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = random_model(shape).train()
+    if again:
+        model.gradient_checkpointing_enable()
+    length = model._segment_length(segment_length, b, l, None)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, False)  # as in README
+    options = dict(DDP=dict(gradient_as_bucket_view=True), FSDP2=dict(mp_policy=policy))
+    if engine:
+        model = distribute(model, engine, **options[engine])
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
-    vocabulary = getattr(model, "module", model).config.vocab_size  # the module of DDP
 
-    def step(l=l, **given):
-        ids = torch.randint(vocabulary, (b, l), device=DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-            loss = model(ids, labels=ids, **given).loss
+    def step(l):
+        ids = torch.randint(Mamba2Config(**SHAPES[shape]).vocab_size, (b, l), device=DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=engine != "FSDP2"):
+            loss = model(ids, labels=ids, segment_length=length, **given).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()  # waits for the GPU
 
-    step(**given | (warm_up or {}))
+    step(min(l, 3 * length))  # compiles
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     for _ in range(steps):
-        step(**given)
+        step(l)
     speed = b * l * steps / (time.perf_counter() - start)
-    return speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+    return length, speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+
+
+METHODS = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
 
 
 def benchmark_training(shape, lengths, methods):
-    """A step of training on one sequence: bfloat16 autocast, float32 weights, fused AdamW."""
-    print(f"{where()}, mamba2-{shape}\n   length  segment  layers     peak GB    tokens/s")
-    kinds = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
-    for l, (segments, layers) in itertools.product(lengths, [kinds[method] for method in methods]):
-        model = random_model(shape).train()
-        if layers:
-            model.gradient_checkpointing_enable()
-        length = model._segment_length(segments, 1, l, None)
-        warm_up = dict(l=min(l, 3 * length), segment_length=length)
+    print(f"{where()}, mamba2-{shape}\n   length   method  segment     peak GB    tokens/s")
+    for l, method in itertools.product(lengths, methods):
+        segment_length, again = METHODS[method]
         try:
-            speed, peak = training_speed(model, 1, l, warm_up=warm_up, segment_length=segments)
-            result = f"{peak:12.1f} {speed:11,.0f}"
+            found = training_speed(shape, 1, l, again=again, segment_length=segment_length)
+            length, speed, peak = found
+            print(f"{l:9,} {method:>8} {length:8,}{peak:12.1f} {speed:11,.0f}", flush=True)
         except torch.OutOfMemoryError:
-            result = "   out of memory"
-        print(f"{l:9,} {length:8,}  {'again' if layers else 'kept '} {result}", flush=True)
-        del model
-        torch.cuda.empty_cache()
+            print(f"{l:9,} {method:>8}   out of memory", flush=True)
 
 
 PARALLEL = [  # engine, shape, rows of a rank, length, segment_length; all ranks share the slices
@@ -4118,7 +4119,7 @@ if not CUDA:
     PARALLEL = [("DDP", "tiny", 8, 64, 0), ("DDP of slices", "tiny", 1, 64, 8)]
 
 
-def benchmark_parallel(steps=5):
+def benchmark_parallel():
     """Training on all GPUs against one of them: under torchrun, or as a single process."""
     global DEVICE
     given = {}
@@ -4129,31 +4130,20 @@ def benchmark_parallel(steps=5):
         torch.cuda.set_device(DEVICE)
     dist.init_process_group("nccl" if CUDA else "gloo", **given)
     rank, world = dist.get_rank(), dist.get_world_size()
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, False)  # as in README
-    options = dict(DDP=dict(gradient_as_bucket_view=True), FSDP2=dict(mp_policy=policy))
-
-    def speed(engine, shape, *sizes, **given):
-        model = random_model(shape).train()
-        if engine:
-            model = distribute(model, engine, **options[engine])
-        return training_speed(model, *sizes, steps, autocast=engine != "FSDP2", **given)
-
     if rank == 0:
         print(f"{where()}, {world} ranks: tokens/s per GPU, peak GB, ratio to one GPU")
     for case in PARALLEL:
         engine, shape, b, l, segment = case
-        given = dict(segment_length=segment)
+        given = dict(steps=5, segment_length=segment)
         if rank == 0:
-            alone, peak = speed(None, shape, b, l, **given)
+            _, alone, peak = training_speed(shape, b, l, **given)
             print(f"{case!s:45}{alone:12,.0f} {peak:8.1f}, one GPU", flush=True)
         if "slices" in engine:
             l, given["group"] = l // world, dist.group.WORLD
-        gc.collect()
-        torch.cuda.empty_cache()
         dist.barrier()
-        together, peak = speed(engine.split()[0], shape, b, l, **given)
+        _, speed, peak = training_speed(shape, b, l, engine.split()[0], **given)
         if rank == 0:
-            print(f"{case!s:45}{together:12,.0f} {peak:8.1f} {together / alone:8.3f}", flush=True)
+            print(f"{case!s:45}{speed:12,.0f} {peak:8.1f} {speed / alone:8.3f}", flush=True)
     dist.destroy_process_group()
 
 
@@ -4280,8 +4270,7 @@ def command_line():
     add = command("training", benchmark_training, "memory and speed on long sequences, on a GPU")
     add("shape", choices=SHAPES, help="of which published model")
     add("lengths", type=numbers, help="of sequences, such as 8192,1048576")
-    methods = ["plain", "layers", "segments", "both"]  # whole, checkpoints of layers, segments
-    add("--methods", type=lambda text: text.split(","), default=methods, help=",".join(methods))
+    add("--methods", type=lambda text: text.split(","), default=[*METHODS], help=",".join(METHODS))
     add = command("generation", benchmark_generation, "time of a prompt, and of a token")
     add("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
     add("--batch", type=int, default=1, help="rows (1)")
