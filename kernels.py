@@ -6,8 +6,8 @@ over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the si
 meaning of its namesake in mamba2.py (its twin, in plain PyTorch), can run on these tensors. Where
 the answer is no, mamba2.py goes on in plain PyTorch; that it did is said once, if the tensors are
 on a GPU and looked like ones for a kernel. Nothing is compiled at install, only Triton at the first
-call; without Triton or a GPU every answer is no. `python kernels.py` times all of it on a GPU,
-`python kernels.py --targets` compiles SSD's kernels for other GPUs, without one.
+call; without Triton or a GPU every answer is no. `python kernels.py --targets` compiles SSD's
+kernels for other GPUs, without one; `python test_mamba2.py ssd layer prefill` times all on a GPU.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
@@ -124,7 +124,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -3682,211 +3681,7 @@ def _print_targets(words: list[str]) -> None:
                 print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Times: python kernels.py [words; only rows with one in their name]
-# --------------------------------------------------------------------------------------------------
-#
-# A row is a piece of work in bfloat16; each of its lines is one implementation: ours, mamba2.py in
-# plain PyTorch, mamba_ssm if it can be imported. Columns: the median of triton.testing.do_bench in
-# ms ("in graph": replayed by a CUDA graph, without the CPU's time for each launch); the ratio to
-# ours; the error relative to float64, of the output or of the first input's gradient, in the first
-# row of the batch.
-
-
-def _median(call, in_graph=False) -> float:
-    from triton.testing import do_bench
-
-    if not in_graph:
-        return do_bench(call, return_mode="median")
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # from which a capture that fails does not return by itself
-        call()
-        with torch.cuda.graph(graph, stream=stream):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    return do_bench(graph.replay, return_mode="median")
-
-
-def _measure(part, call, weights, inputs, dy):
-    """Milliseconds, and what is compared with float64. part: fwd, bwd or fwd+bwd, also in graph."""
-    first = lambda outputs: outputs[0] if isinstance(outputs, tuple) else outputs  # noqa: E731
-    leaves = [t.detach() for t in inputs]
-    if "bwd" not in part:
-        with torch.no_grad():
-            return _median(lambda: call(*leaves), "graph" in part), first(call(*leaves))
-    wanted = [*(t.requires_grad_() for t in leaves), *weights]
-
-    def backward(y):
-        return torch.autograd.grad(y, wanted, dy.to(y.dtype), retain_graph=True)
-
-    both = lambda: backward(first(call(*leaves)))  # noqa: E731
-    found = both()[0]
-    if part == "bwd":
-        return _median(functools.partial(backward, first(call(*leaves)))), found
-    # No output may live on while a graph is captured: its AccumulateGrad nodes would be used again,
-    # on the stream on which they were made.
-    return _median(both, "graph" in part), found
-
-
-def _print_row(name, inputs, sides, exact, parts=("fwd", "bwd")) -> None:
-    """sides: for each implementation, a call and its weights; exact: a call in float64."""
-    one = [t.detach()[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
-    one = [t.double() if t.is_floating_point() else t for t in one]
-    graded = one[0].requires_grad_("bwd" in "".join(parts)).requires_grad
-    want = exact(*one)
-    want = want[0] if isinstance(want, tuple) else want
-    dy = torch.randn(len(inputs[0]), *want.shape[1:], device="cuda", dtype=torch.bfloat16)
-    dwant = torch.autograd.grad(want, one[0], dy[:1].double())[0] if graded else None
-    ours = {}
-    for who, (call, weights) in sides.items():
-        for part in parts:
-            if "graph" in part and who == "plain":
-                continue  # too many launches for one graph
-            try:
-                ms, found = _measure(part, call, weights, inputs, dy)
-            except Exception as problem:  # out of memory, or a peer that does not run here
-                problem = problem.__context__ or problem  # what came first, inside a capture
-                print(f"{name}, {part}, {who}: {repr(problem)[:90]}")
-                break
-            right = dwant if "bwd" in part else want
-            error = ((found[:1].double() - right).norm() / right.norm()).item()
-            ratio = ms / ours.setdefault(part, ms)
-            print(f"{name:26} {part:16} {who:10}{ms:9.4f}{ratio:7.1f}  {error:.1e}", flush=True)
-
-
-def _peers() -> dict:
-    """What mamba_ssm does of the work below, or what makes it from our module."""
-    try:
-        from mamba_ssm.models.config_mamba import MambaConfig
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-        from mamba_ssm.modules import mamba2 as layers
-        from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
-        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
-    except Exception as error:  # it may fail to be imported in many ways
-        print("without mamba_ssm:", repr(error)[:80])
-        return {}
-    built = layers.causal_conv1d_fn is not None  # which its one operation for a whole layer needs
-
-    def layer(ours):
-        sizes = dict(d_model=ours.config.d_model, device="cuda", dtype=torch.bfloat16)
-        peer = layers.Mamba2(**sizes, use_mem_eff_path=built)
-        peer.load_state_dict(ours.state_dict())
-        return peer, tuple(peer.parameters())
-
-    def prefill(ours):
-        sizes = dict(d_model=ours.config.d_model, n_layer=ours.config.n_layer)
-        config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
-        config.vocab_size = ours.config.vocab_size
-        peer = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16)
-        weights = ours.state_dict().items()
-        peer.load_state_dict({k.replace("embeddings", "embedding"): w for k, w in weights})
-        return lambda ids: peer(ids, num_last_tokens=1).logits, ()
-
-    def norm(x, weight, gate=None):
-        if gate is None:
-            return rms_norm_fn(x, weight, None, eps=1e-5)
-        return rmsnorm_fn(x, weight, None, z=gate, eps=1e-5, norm_before_gate=False)
-
-    def ssd(x, dt, A, B, C, D):
-        return scan(x, dt, A, B, C, 256, D=D)
-
-    return dict(ssd=(ssd, ()), norm=(norm, ()), layer=layer, prefill=prefill)
-
-
-def _print_times(words: list[str]) -> None:
-    if not (TRITON and torch.cuda.is_available()):
-        print("python kernels.py [words] times the kernels on a GPU; it needs CUDA and Triton")
-        return
-    import mamba2 as plain  # whose `kernels` is this file, executed once more
-
-    ours, plain.kernels, peers = plain.kernels, None, _peers()
-    draw = dict(device="cuda", dtype=torch.bfloat16)
-
-    def fused(call):
-        def run(*inputs):
-            plain.kernels = ours
-            try:
-                return call(*inputs)
-            finally:
-                plain.kernels = None
-
-        return run
-
-    def sides(work, call, module=None):
-        weights = () if module is None else tuple(module.parameters())
-        found = dict(ours=(fused(call), weights), plain=(call, weights))
-        if work in peers:
-            found["mamba_ssm"] = peers[work] if module is None else peers[work](module)
-        return found
-
-    def of_ssd(name, b, l, h, g=1, p=64, n=128):
-        x, B, C = torch.randn(b, l, h * p + 2 * g * n, **draw).split([h * p, g * n, g * n], -1)
-        x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
-        dt = nn.functional.softplus(torch.randn(b, l, h, device="cuda") - 4)
-        A, D = -torch.rand(h, device="cuda") * 15 - 1, torch.randn(h, device="cuda")
-        _print_row(name, (x, dt, A, B, C, D), sides("ssd", plain.ssd), plain.ssd)
-
-    def of_conv(name, b, l, h):
-        widths = [h * 64, h * 64 + 256, h]
-        xBC = torch.randn(b, l, sum(widths), **draw).split(widths, -1)[1]
-        inputs = xBC, torch.randn(widths[1], 4, **draw), torch.randn(widths[1], **draw)
-        _print_row(name, inputs, sides("conv", plain.causal_conv1d), plain.causal_conv1d)
-
-    def of_norm(name, b, l, h):
-        norm = lambda x, weight, z=None: plain.rms_norm(x, weight, 1e-5, gate=z)  # noqa: E731
-        z = torch.randn(b, l, h * 64 + 1800, **draw)[..., : h * 64]
-        inputs = torch.randn(b, l, h * 64, **draw), torch.randn(h * 64, **draw), z
-        _print_row(name, inputs, sides("norm", norm), norm)
-        inputs = torch.randn(b, l, h * 32, device="cuda"), torch.randn(h * 32, **draw)
-        _print_row(f"{name}, no gate", inputs, sides("norm", norm), norm)
-
-    def of_layer(name, b, l, h):
-        layer = plain.Mamba2(d_model=32 * h).to(**draw)
-        parts = "fwd", "fwd+bwd", "fwd in graph", "fwd+bwd in graph"
-        u, exact = torch.randn(b, l, 32 * h, **draw), deepcopy(layer).double()
-        _print_row(name, (u,), sides("layer", layer, layer), exact, parts)
-
-    def of_prefill(name, l, d_model, n_layer):
-        config = plain.Mamba2Config(d_model=d_model, n_layer=n_layer)
-        with torch.device("cuda"):
-            model = plain.Mamba2ForCausalLM(config).bfloat16().eval()
-        call = lambda ids, of=model: of(ids, logits_to_keep=1).logits  # noqa: E731
-        ids, exact = (
-            torch.randint(config.vocab_size, (1, l), device="cuda"),
-            deepcopy(model).double(),
-        )
-        found = sides("prefill", call)
-        if "prefill" in peers:
-            found["mamba_ssm"] = peers["prefill"](model)
-        exact = functools.partial(call, of=exact)
-        with torch.no_grad():
-            _print_row(name, (ids,), found, exact, ("fwd", "fwd in graph"))
-
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
-    print(f"{'':54}{'ms':>9}{'ratio':>7}  error")
-    for name, row, *sizes in (
-        ("ssd 2.7b b8 l4096", of_ssd, 8, 4096, 80),
-        ("ssd 130m b8 l2048", of_ssd, 8, 2048, 24),
-        ("ssd 2.7b b1 l4096", of_ssd, 1, 4096, 80),
-        ("ssd Codestral b2 l8192", of_ssd, 2, 8192, 128, 8),
-        ("conv 130m b8 l2048", of_conv, 8, 2048, 24),
-        ("conv 2.7b b8 l4096", of_conv, 8, 4096, 80),
-        ("norm 130m b8 l2048", of_norm, 8, 2048, 24),
-        ("norm 2.7b b8 l4096", of_norm, 8, 4096, 80),
-        ("layer 130m b8 l2048", of_layer, 8, 2048, 24),
-        ("layer 2.7b b8 l4096", of_layer, 8, 4096, 80),
-        ("prefill 130m b1 l8192", of_prefill, 8192, 768, 24),
-        ("prefill 2.7b b1 l8192", of_prefill, 8192, 2560, 64),
-    ):
-        if not words or any(word in name for word in words):
-            row(name, *sizes)
-            torch.cuda.empty_cache()
-
-
 if __name__ == "__main__":
-    if "--targets" in sys.argv:
-        _print_targets([word for word in sys.argv[1:] if word != "--targets"])
-    else:
-        _print_times(sys.argv[1:])
+    if "--targets" not in sys.argv:
+        sys.exit("python kernels.py --targets [words]; the benchmarks are those of test_mamba2.py")
+    _print_targets([word for word in sys.argv[1:] if word != "--targets"])

@@ -60,6 +60,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import MaxLengthCriteria
 
@@ -2513,13 +2514,15 @@ def test_the_commands_in_the_readme_are_understood(capsys):
     assert BLOCKS and len(commands) >= 5
     for command in commands:
         command_line().parse_args(command.split())
-    sampling = dict.fromkeys(GENERATION) | dict(temperature=0.8, top_k=5)
     for dtype in (None, "bfloat16"):
-        benchmark_generation("tiny", 2, 5, 3, [7, 70], dtype, sampling)
-    rows = re.findall(r"^ +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M)
+        benchmark_generation("tiny", 2, [7, 70], dtype, prompt=5, new=3, seconds=0.01)
+    rows = re.findall(
+        r"^model.stream +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M
+    )
     assert [int(length) for length, _ in rows] == [7, 70] * 2 and len({mb for _, mb in rows}) == 1
     benchmark_training("tiny", [40], ["plain", "both"])
-    assert re.findall(r"^ +40 +\d+ +(kept|again) +[\w.]+ +[\d,]+$", capsys.readouterr().out, re.M)
+    rows = re.findall(r"^ +40 +(plain|both) +\d+ +[\w.]+ +[\d,]+$", capsys.readouterr().out, re.M)
+    assert rows == ["plain", "both"]
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -2953,6 +2956,11 @@ def in_each_dtype(cases):
     return pytest.mark.parametrize("case, dtype", pairs(cases, KERNEL_DTYPES), ids=str)
 
 
+def without_kernels(form, *args, **options):
+    with mock.patch.object(mamba2, "kernels", None):
+        return form(*args, **options)
+
+
 @contextlib.contextmanager
 def poisoned():
     """Memory allocated in here holds NaN, so that what a kernel does not write is noticed."""
@@ -2965,13 +2973,13 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
-def run_with_gradients(operation, inputs, cotangents, **static):
+def run_with_gradients(operation, inputs, cotangents):
     """Outputs by number and gradients by name, from the cotangents that are not None."""
     leaves = tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
-    floats = {k: t for k, t in leaves.items() if t is not None and t.is_floating_point()}
+    floats = {k: t for k, t in leaves.items() if torch.is_tensor(t) and t.is_floating_point()}
     for leaf in floats.values():
         leaf.requires_grad_()
-    outputs = tensors(operation(**leaves, **static))
+    outputs = tensors(operation(**leaves))
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     wanted = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if c is not None]
     if wanted:
@@ -2987,7 +2995,12 @@ def relative_error(found, exact):
     return ((found - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), features=""):
+P, N = (64, 128) if CUDA else (16, 16)  # headdim and d_state
+randn = lambda *shape: torch.randn(*shape, device=DEVICE)
+rand = lambda *shape: torch.rand(*shape, device=DEVICE)
+
+
+def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
     """Arguments of SSD as in a layer: x, B, C in dtype, all else in float32.
 
     l: a number, or (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
@@ -2997,103 +3010,96 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, D=(), features=""
     """
     if isinstance(l, tuple):
         l = l[0] * (64 if dtype == torch.bfloat16 and n != 256 else 32) + l[1]
-    p, n, draw = p or (64 if CUDA else 16), n or (128 if CUDA else 16), dict(device=DEVICE)
     widths = [int("odd" in features), h * p, g * n, g * n]
-    _, x, B, C = torch.randn(b, l, sum(widths), **draw).to(dtype).split(widths, -1)
+    _, x, B, C = randn(b, l, sum(widths)).to(dtype).split(widths, -1)
     x, B, C = x.unflatten(2, (h, p)), B.unflatten(2, (g, n)), C.unflatten(2, (g, n))
     if "sliced" not in features and "odd" not in features:
         x, B, C = x.contiguous(), B.contiguous(), C.contiguous()
-    dt, A = 10 ** (2 * torch.rand(b, l, h, **draw) - 3), -1 - 15 * torch.rand(h, **draw)
+    dt, A = 10 ** (2 * rand(b, l, h) - 3), -1 - 15 * rand(h)
     if "extreme" in features:
-        dt = 10 ** (11 * torch.rand(b, l, h, **draw) - 8)
-        A = -(10 ** (6 * torch.rand(h, **draw) - 3))
+        dt, A = 10 ** (11 * rand(b, l, h) - 8), -(10 ** (6 * rand(h) - 3))
         if dtype == torch.float16:  # results of 1e5 would be infinite
             x, B = x / 8, B / 8
     elif "zero" in features:  # as at masked positions
-        dt = dt * (torch.rand(b, l, 1, **draw) < 0.5)
+        dt = dt * (rand(b, l, 1) < 0.5)
     elif "growing" in features:  # the first head's state, by some 4 % per step; others decay
         dt, A = 0.05 + dt / 2, torch.where(torch.arange(h, device=DEVICE) == 0, 0.7, A)
-    D = None if D is None else torch.randn(h, *((p,) if D else ()), **draw)
-    state = torch.randn(b, h, p, n, **draw) if "state" in features else None
+    D = None if D is None else randn(h, *((p,) if D else ()))
+    state = randn(b, h, p, n) if "state" in features else None
     if "low" in features:
         dt, A, D, state = (t.to(dtype) for t in (dt, A, D, state))
-    borders = torch.rand(b, l, **draw) < max(1.5 / l, 0.03)
-    seq_idx = borders.cumsum(1) % 3 if "seq" in features else None
-    return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx), {}
+    seq_idx = (rand(b, l) < max(1.5 / l, 0.03)).cumsum(1) % 3 if "seq" in features else None
+    return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx)
 
 
 def kernel_conv_inputs(dtype, b, l, d, width=0, start=0, k=4, features=""):
     """Arguments of the convolution; its channels begin at `start` of a tensor of that width."""
-    draw = dict(device=DEVICE)
-    x = torch.randn(b, l, width or d, **draw).to(dtype)[..., start : start + d]
-    state = torch.randn(b, k - 1, d, **draw).to(dtype)
-    state = state.float() if "other" in features else state
+    state = randn(b, k - 1, d).to(dtype)
     # Sequences of one to five positions, or of some twenty.
-    ids = (torch.rand(b, l, **draw) < (0.4 if k == 3 or l < 5 else 0.05)).cumsum(1) % 3
-    inputs = dict(
-        x=x,
-        weight=(torch.randn(d, k, **draw) / 2).to(dtype if k == 3 else torch.float32),
-        bias=torch.randn(d, **draw) if "bias" in features else None,
-        initial_state=state if "state" in features else None,
+    ids = (rand(b, l) < (0.4 if k == 3 or l < 5 else 0.05)).cumsum(1) % 3
+    return dict(
+        x=randn(b, l, width or d).to(dtype)[..., start : start + d],
+        weight=(randn(d, k) / 2).to(dtype if k == 3 else torch.float32),
+        bias=randn(d) if "bias" in features else None,
+        initial_state=(state.float() if "other" in features else state)
+        if "state" in features
+        else None,
         seq_idx=ids.to(torch.int32 if k == 4 else torch.int64) if "seq" in features else None,
     )
-    return inputs, {}
 
 
 def kernel_norm_inputs(dtype, rows, d, width=0, groups=1, features="gate"):
     """features: gate; high: x is in float32. The gate, or else x, is a slice of a wider tensor."""
-    wide = torch.randn(1, rows, width or d, device=DEVICE)[..., :d]
-    x = torch.randn(1, rows, d, device=DEVICE) if "gate" in features else wide
-    inputs = dict(x=x if "high" in features else x.to(dtype))
-    inputs["weight"] = torch.randn(d, device=DEVICE).to(dtype if rows % 2 else torch.float32)
-    if "gate" in features:
-        inputs["gate"] = wide.to(dtype)
-    return inputs, dict(eps=1e-5, groups=groups)
+    wide = randn(1, rows, width or d)[..., :d]
+    x, gate = (randn(1, rows, d), wide.to(dtype)) if "gate" in features else (wide, None)
+    weight = randn(d).to(dtype if rows % 2 else torch.float32)
+    x = x if "high" in features else x.to(dtype)
+    return dict(x=x, weight=weight, gate=gate, eps=1e-5, groups=groups)
 
 
-def kernel_middle_inputs(dtype, l, b=2, h=3, p=None, n=None, g=1, k=4, features=""):
+def kernel_middle_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, k=4, features=""):
     """Arguments of a layer's middle: the projection, the state, and parameters as in a layer.
 
     features: state, seq, limit, no_bias; other: the state has other dtypes; tiny: steps are of 1e-7
     to 3e-4, and the state is empty.
     """
-    p, n, draw = p or (64 if CUDA else 16), n or (128 if CUDA else 16), dict(device=DEVICE)
-    d, dt_bias = h * p + 2 * g * n, torch.randn(h, **draw) - 3
-    zxbcdt = torch.randn(b, l, h * p + d + h, **draw)
-    conv, ssm = torch.randn(b, k - 1, d, **draw).to(dtype), torch.randn(b, h, p, n, **draw)
+    d, dt_bias = h * p + 2 * g * n, randn(h) - 3
+    zxbcdt, conv, ssm = randn(b, l, h * p + d + h), randn(b, k - 1, d).to(dtype), randn(b, h, p, n)
     if "other" in features:
         conv, ssm = conv.float(), ssm.to(HALF)
     if "tiny" in features:
-        zxbcdt[..., -h:] = -8 - 8 * torch.rand(b, l, h, **draw) - dt_bias
+        zxbcdt[..., -h:] = -8 - 8 * rand(b, l, h) - dt_bias
         ssm = torch.zeros_like(ssm)
     elif l == 1:
         zxbcdt[..., -h:] *= 8  # steps from 1e-12 to 30
-    inputs = dict(
+    return dict(
         zxbcdt=zxbcdt.to(dtype),
         conv=conv if "state" in features else None,
         ssm=ssm if "state" in features else None,
-        seq_idx=(torch.rand(b, l, **draw) < 0.05).cumsum(1) % 3 if "seq" in features else None,
-        weight=torch.randn(d, 1, k, **draw) / 2,
-        bias=None if "no_bias" in features else torch.randn(d, **draw).to(dtype),
+        seq_idx=(rand(b, l) < 0.05).cumsum(1) % 3 if "seq" in features else None,
+        weight=randn(d, 1, k) / 2,
+        bias=None if "no_bias" in features else randn(d).to(dtype),
         dt_bias=dt_bias,
-        A_log=torch.rand(h, **draw) * 2,
-        D=torch.randn(h, **draw).to(dtype),
-        norm_weight=torch.randn(h * p, **draw).to(dtype),
+        A_log=rand(h) * 2,
+        D=randn(h).to(dtype),
+        norm_weight=randn(h * p).to(dtype),
+        groups=g,
+        eps=1e-5,
+        dt_limit=(0.02, 0.2) if "limit" in features else (0.0, math.inf),
     )
-    limit = (0.02, 0.2) if "limit" in features else (0.0, math.inf)
-    return inputs, dict(groups=g, eps=1e-5, dt_limit=limit)
 
 
 def kernel_norm_linear_inputs(dtype, rows, d, outputs, groups=1, features=""):
-    draw = lambda *shape: torch.randn(*shape, device=DEVICE).to(dtype)
-    inputs = dict(x=draw(rows, 1, d), norm_weight=draw(d), weight=draw(outputs, d))
-    if "bias" in features:
-        inputs["bias"] = draw(outputs)
-    if "gate" in features:
-        inputs["gate"] = draw(rows, 1, d + 16)[..., 8:-8]
-    if "residual" in features:
-        inputs["residual"] = draw(rows, 1, outputs).float()
-    return inputs, dict(eps=1e-5, groups=groups)
+    return dict(
+        x=randn(rows, 1, d).to(dtype),
+        norm_weight=randn(d).to(dtype),
+        weight=randn(outputs, d).to(dtype),
+        bias=randn(outputs).to(dtype) if "bias" in features else None,
+        gate=randn(rows, 1, d + 16).to(dtype)[..., 8:-8] if "gate" in features else None,
+        residual=randn(rows, 1, outputs).to(dtype).float() if "residual" in features else None,
+        eps=1e-5,
+        groups=groups,
+    )
 
 
 def layer_middle(
@@ -3128,9 +3134,10 @@ KERNELS = {  # how inputs are drawn, and the twin
 
 
 def kernel_inputs(operation, dtype, **options):
-    """Tensors by name; other arguments by name; whether there are gradients."""
-    inputs, static = KERNELS[operation][0](dtype, **options)
-    return inputs, static, operation != "norm_linear" and options.get("l") != 1
+    """Arguments by name, and whether they may have gradients."""
+    inputs = KERNELS[operation][0](dtype, **options)
+    token = operation == "layer_middle" and options["l"] == 1
+    return inputs, operation != "norm_linear" and not token
 
 
 # Of SSD in bfloat16 and float16, products have operands of 8 and 11 bits; in float32 they are sums
@@ -3145,7 +3152,7 @@ KERNEL_TOLERANCE = {
 KERNEL_SMALL = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}
 
 
-def assert_kernel_right(operation, inputs, static, graded=True, only=None, tolerance=None):
+def assert_kernel_right(operation, inputs, graded=True, only=None, tolerance=None):
     """Values and gradients of a kernel are those of its twin; `only`: of one output's cotangent."""
     twin, kernel = KERNELS[operation][1], getattr(mamba2.kernels, operation)
     dtype, step = next(iter(inputs.values())).dtype, operation == "layer_middle" and not graded
@@ -3153,14 +3160,14 @@ def assert_kernel_right(operation, inputs, static, graded=True, only=None, toler
     exact_inputs = tree_map_only(torch.Tensor, widened, inputs)
     before = tree_map_only(torch.Tensor, torch.clone, inputs)
     with torch.no_grad():
-        cotangents = tensors(twin(**exact_inputs, **static))
+        cotangents = tensors(twin(**exact_inputs))
     for i, output in enumerate(cotangents):
         cotangents[i] = torch.randn_like(output).to(HALF) if only in (None, i) and graded else None
     with torch.set_grad_enabled(graded):
-        exact = run_with_gradients(twin, exact_inputs, cotangents, **static)
-        rounded = without_kernels(run_with_gradients, twin, inputs, cotangents, **static)
+        exact = run_with_gradients(twin, exact_inputs, cotangents)
+        rounded = without_kernels(run_with_gradients, twin, inputs, cotangents)
         with poisoned():
-            found = run_with_gradients(kernel, inputs, cotangents, **static)
+            found = run_with_gradients(kernel, inputs, cotangents)
     assert identical(inputs, before), "an input was modified"
     assert found.keys() == exact.keys()
     for key in exact:
@@ -3291,29 +3298,24 @@ def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
 
 
 def test_kernel_ssd_is_right_where_a_state_grows_by_two_to_the_110_in_a_chunk():
-    inputs, _ = kernel_ssd_inputs(torch.float32, 31, h=2, features="state")
+    inputs = kernel_ssd_inputs(torch.float32, 31, h=2, features="state")
     inputs |= dict(dt=torch.full_like(inputs["dt"], 2.5), A=torch.tensor([1.0, -1], device=DEVICE))
     # Exponents of 110, of 24 bits, are right to 2^-17, and so are powers of 2 to 2^-17.5.
-    assert_kernel_right("ssd", inputs, {}, tolerance=3e-5)
+    assert_kernel_right("ssd", inputs, tolerance=3e-5)
 
 
-KERNEL_REPEATED = {
-    "ssd": dict(l=35, h=4, g=2, features="state seq sliced"),
-    "ssd, copied": dict(l=35, h=2, features="odd"),
-    "causal_conv1d": dict(l=9, d=96 if CUDA else 8, features="bias state"),
-    "rms_norm": dict(rows=9, d=96),
-    "rms_norm, without a gate": dict(rows=9, d=96, features=""),
-    "layer_middle": dict(l=9, h=2, g=2, features="state seq limit"),
-}
+KERNEL_REPEATED = [
+    *("ssd: groups, slices of one tensor", "ssd: slices at odd addresses, from zero"),
+    *("causal_conv1d: 64 positions, 3 taps", "layer_middle: 70 positions, groups"),
+    *(f"rms_norm: (7, 96, 200), 1 groups, {features}" for features in ("gate", "alone")),
+]
 
 
 @in_each_dtype(KERNEL_REPEATED)
 def test_kernel_has_the_same_bits_again_and_with_gradients_of_any_kind(case, dtype):
-    operation, options = case.split(",")[0], KERNEL_REPEATED[case]
-    if operation != "rms_norm":
-        options = options | (dict(b=2, l=200) if CUDA else dict(b=1))
-    inputs, static, _ = kernel_inputs(operation, dtype, **options)
-    kernel = functools.partial(getattr(mamba2.kernels, operation), **static)
+    operation, case = case.split(": ")
+    inputs, _ = kernel_inputs(operation, dtype, **KERNEL_CASES[operation][case])
+    kernel = getattr(mamba2.kernels, operation)
 
     def run(cotangents):
         with torch.no_grad():
@@ -3328,6 +3330,7 @@ def test_kernel_has_the_same_bits_again_and_with_gradients_of_any_kind(case, dty
     want = want[len(cotangents) :]
     negated = [torch.complex(c.float(), -c.float()).conj().imag for c in cotangents]
     assert all(gradient.is_neg() for gradient in negated)
+    assert identical(run_with_gradients(kernel, inputs, negated), want)
     with Bytes() as watched:  # a mode sees one operation, and no launches that it could not follow
         assert identical(run_with_gradients(kernel, inputs, negated), want)
     assert watched.largest > 0
@@ -3359,27 +3362,27 @@ def test_kernel_is_nan_where_its_twin_is_and_nowhere_else(case, dtype):
     at = {"zxbcdt": (0, 0, -1), "dt": (0, 9, 0)}.get(name, (0, 9 * (name in "xBC"), 0, 0))
     for l in (150 if CUDA else 40,) if operation == "ssd" else (1, 70 if CUDA else 9):
         sizes = dict(b=1, h=2, g=2, p=16, n=16, features="state limit")
-        inputs, static, graded = kernel_inputs(operation, dtype, l=l, **sizes)
+        inputs, graded = kernel_inputs(operation, dtype, l=l, **sizes)
         inputs[name] = inputs[name].clone()
         at = at[: inputs[name].dim()]
         inputs[name][at] = NAN
         with torch.no_grad():
-            outputs = without_kernels(exact, **inputs, **static)
+            outputs = without_kernels(exact, **inputs)
         assert 0 < outputs[0].isnan().sum() < outputs[0].numel()
         cotangents = [torch.randn_like(o) if graded else None for o in outputs]
         with torch.set_grad_enabled(graded):
-            due = without_kernels(run_with_gradients, exact, inputs, cotangents, **static)
+            due = without_kernels(run_with_gradients, exact, inputs, cotangents)
             if cause == "negative dt":
                 inputs["dt"][at] = -0.05
-            found = run_with_gradients(kernel, inputs, cotangents, **static)
+            found = run_with_gradients(kernel, inputs, cotangents)
         for key in due:
             assert not (due[key].isnan() & ~found[key].isnan()).any(), f"{key} lacks NaN"
         for seq_idx in (None, (torch.arange(l, device=DEVICE) >= l // 2)[None].long()):
             inputs["seq_idx"] = seq_idx
             with torch.no_grad():
-                found = kernel(**inputs, **static)
+                found = kernel(**inputs)
                 inputs[name][at] = NAN
-                allowed = without_kernels(twin, **inputs, **static)
+                allowed = without_kernels(twin, **inputs)
             for i, (f, a) in enumerate(zip(found, allowed, strict=True)):
                 assert not (f.isnan() & ~a.isnan()).any(), f"output {i} has more NaN"
 
@@ -3434,7 +3437,11 @@ KERNEL_LOUD = {
         "5 taps": lambda i: dict(weight=i["x"][0].mT, initial_state=None),
         "channels of x": lambda i: dict(x=i["x"].mT.contiguous().mT),
     },
-    "rms_norm": {"8200 channels": lambda i: {k: i[k].repeat_interleave(1025, -1) for k in i}},
+    "rms_norm": {
+        "8200 channels": lambda i: {
+            k: i[k].repeat_interleave(1025, -1) for k in ("x", "weight", "gate")
+        }
+    },
 }
 
 
@@ -3443,14 +3450,14 @@ def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warn
     case, monkeypatch
 ):
     operation = case.split(",")[0]
-    inputs, static, graded = kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case])
-    given, kernel = inputs | static, getattr(mamba2.kernels, operation)
+    given, graded = kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case])
+    kernel = getattr(mamba2.kernels, operation)
     takes = lambda **given: kernel(**given) is not None  # the middle answers itself
     takes = getattr(mamba2.kernels, f"takes_{operation}", takes)
     assert takes(**given)
-    changes = [lambda i: {k: t.to("meta") for k, t in i.items() if isinstance(t, torch.Tensor)}]
-    for name, tensor in inputs.items():
-        if tensor is None:
+    changes = [lambda i: tree_map_only(torch.Tensor, lambda t: t.to("meta"), i)]
+    for name, tensor in given.items():
+        if not torch.is_tensor(tensor):
             continue
         others = [tensor[None], tensor[..., 1:], tensor[:0]]
         others += [] if operation == "layer_middle" else [1.0]  # whose arguments are a layer's
@@ -3472,7 +3479,7 @@ def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warn
             with pytest.raises(ValueError, match=r"kernels\.\w+: .*; mamba2\.\w+ takes any tensor"):
                 kernel(**changed)
     for message, change in KERNEL_LOUD.get(case, {}).items():
-        changed, twin = given | change(inputs), getattr(mamba2, operation)
+        changed, twin = given | change(given), getattr(mamba2, operation)
         monkeypatch.setattr(mamba2.kernels, "_said", set())
         with pytest.warns(match=f"plain PyTorch runs .*{message}"):
             found = twin(**changed)
@@ -3704,7 +3711,7 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
 )
 def test_kernels_run_whichever_switch_of_tf32_is_set():
-    inputs, _ = kernel_ssd_inputs(torch.float32, 40, p=16, n=16)
+    inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16)
     switch = torch.backends.cuda.matmul
     before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
     try:
@@ -3785,7 +3792,7 @@ def test_kernel_layer_in_autocast_is_the_layer_in_float64():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernel_runs_on_the_gpu_of_its_tensors():
-    inputs, _ = kernel_ssd_inputs(torch.bfloat16, 200, features="state seq")
+    inputs = kernel_ssd_inputs(torch.bfloat16, 200, features="state seq")
     expected = run_with_gradients(mamba2.kernels.ssd, inputs, [inputs["x"], None])
     inputs = {k: t.to("cuda:1") for k, t in inputs.items()}
     found = run_with_gradients(mamba2.kernels.ssd, inputs, [inputs["x"], None])
@@ -3800,8 +3807,8 @@ def test_kernels_reach_beyond_two_to_the_31_elements():
     torch.cuda.empty_cache()
     # 4.5e9 elements of the projection and of its gradient, 2.2e9 of what the convolution, SSD and
     # the norm write, 8.7e9 of states at the borders of chunks. All but the last row is ballast.
-    inputs, static, _ = kernel_inputs("layer_middle", torch.bfloat16, l=53_000, b=8, h=80)
-    kernel = functools.partial(mamba2.kernels.layer_middle, **static)
+    inputs, _ = kernel_inputs("layer_middle", torch.bfloat16, l=53_000, b=8, h=80)
+    kernel = mamba2.kernels.layer_middle
     dy = torch.randn(8, 53_000, 80 * 64, device=DEVICE, dtype=torch.bfloat16)
     big = run_with_gradients(kernel, inputs, [dy, None, None])
     one = inputs | dict(zxbcdt=inputs["zxbcdt"][7:])
@@ -3841,78 +3848,188 @@ def test_the_largest_kernels_compile_for_other_gpus_and_fit(target):
 
 
 # --------------------------------------------------------------------------------------------------
-# Benchmark: `python test_mamba2.py` compares with transformers' own Mamba-2, in plain PyTorch
+# Benchmarks: python test_mamba2.py --help
 # --------------------------------------------------------------------------------------------------
 
-
-def milliseconds(functions, repeats=7):
-    """Median time of each function; they alternate, so that noise meets all of them."""
-    times = [[] for _ in functions]
-    for _ in range(repeats + 1):  # the first is for warming up
-        for function, record in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if CUDA:
-                torch.cuda.synchronize()
-            record.append(1e3 * (time.perf_counter() - start))
-    return [sorted(record[1:])[repeats // 2] for record in times]
+SHAPES = {
+    "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
+    "130m": dict(d_model=768, n_layer=24),
+    "2.7b": dict(d_model=2560, n_layer=64),
+    "codestral": dict(d_model=4096, n_layer=64, ngroups=8),
+}
+LARGE = [("2.7b", 8, 4096), ("130m", 8, 2048)]
+WORK = {  # parts to time; on a GPU: shapes, rows of the batch, lengths
+    "ssd": ("fwd, bwd, fwd+bwd", [*LARGE, ("codestral", 2, 8192)]),
+    "layer": ("fwd, fwd+bwd, fwd in graph, fwd+bwd in graph", LARGE),
+    "prefill": ("fwd, fwd in graph", [("130m", 1, 8192), ("2.7b", 1, 8192)]),
+    "token": ("fwd", []),  # `generation` times it on a GPU
+}
 
 
 def where():
     return f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}"
 
 
-def benchmark():
+def milliseconds(call, seconds=2.0):
+    """Median time of a call and of its work on a GPU, from calls that take so long together."""
+    timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def random_model(shape):
+    torch.manual_seed(0)
+    with DEVICE:
+        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape]))
+
+
+def piece_of_work(work, shape, b, l):
+    """What is called here, the same in float64, and the arguments."""
+    torch.manual_seed(0)
+    config, dtype = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32
+    if work == "ssd":
+        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
+        inputs = kernel_ssd_inputs(dtype, l, b, h, p, n, g, features="sliced")
+        return ssd, ssd, [t for t in inputs.values() if t is not None]
+    if work == "layer":
+        layer = Mamba2(config).to(DEVICE, dtype)
+        return layer, copy.deepcopy(layer).double(), (randn(b, l, config.hidden_size).to(dtype),)
+    model = random_model(shape).to(dtype).eval()
+    models = model, copy.deepcopy(model).double()
+    ids = torch.randint(config.vocab_size, (b, l), device=DEVICE)
+    if work == "prefill":
+        return *(functools.partial(m, logits_to_keep=1) for m in models), (ids,)
+    ids = ids[:, :1]
+    return *(functools.partial(m, cache=m.prefill(ids)) for m in models), (ids,)
+
+
+def in_mamba_ssm(work, ours, inputs):
+    """The same piece of work in the authors' package."""
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    from mamba_ssm.modules import mamba2 as layers
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
+
+    built = layers.causal_conv1d_fn is not None  # which its one operation for a whole layer needs
+    draw = dict(device=DEVICE, dtype=torch.bfloat16)
+    if work == "ssd":
+        return lambda x, dt, A, B, C, D, **given: scan(x, dt, A, B, C, 256, D=D, **given)
+    if work == "layer":
+        peer = layers.Mamba2(ours.config.d_model, use_mem_eff_path=built, **draw)
+        peer.load_state_dict(ours.state_dict())
+        return peer
+    sizes = {k: getattr(ours.func.config, k) for k in ("d_model", "n_layer", "vocab_size")}
+    config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
+    peer, weights = MambaLMHeadModel(config, **draw).eval(), ours.func.state_dict().items()
+    peer.load_state_dict({k.replace("embeddings", "embedding"): w for k, w in weights})
+    return functools.partial(peer, num_last_tokens=1)
+
+
+def in_fla(work, ours, inputs):
+    """SSD in flash-linear-attention, where C, B and dt x are queries, keys and values."""
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def call(x, dt, A, B, C, D):
+        B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], dim=2) for t in (B, C))
+        y, _ = chunk_simple_gla(C, B, (x * dt[..., None]).to(x.dtype), g=dt * A, scale=1.0)
+        return y + (D[:, None] * x).to(y.dtype)
+
+    return call if work == "ssd" else None
+
+
+def in_transformers(work, ours, inputs):
     from transformers.models.mamba2 import modeling_mamba2 as their
 
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    print("shapes of mamba2-130m, float32, 2 threads, medians   transformers     ours", flush=True)
+    if work == "ssd":
+        scan = functools.partial(their.mamba2_chunk_scan, chunk_size=256, return_final_states=True)
+        return lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, D=D)
+    module = ours if work == "layer" else ours.func
+    config = transformers.Mamba2Config(**module.config.to_dict())
+    peer = their.Mamba2Mixer(config, 0) if work == "layer" else their.Mamba2ForCausalLM(config)
+    peer.load_state_dict(module.state_dict())
+    if work == "token":
+        return functools.partial(peer, **{THEIR_CACHE: peer(*inputs, use_cache=True)[THEIR_CACHE]})
+    return peer if work == "layer" else functools.partial(peer, logits_to_keep=1)
 
-    def report(name, pair, unit="ms"):
-        theirs, ours = pair
-        print(f"{name:48} {theirs:8.1f} {ours:8.1f} {unit:3} {theirs / ours:7.2f} to 1", flush=True)
 
-    def peak_mebibytes(function):
+def measure(call, part, inputs, dy, plain):
+    """Milliseconds and bytes of a part, and the output or the first input's gradient."""
+    leaves = [t.detach().requires_grad_("bwd" in part) for t in inputs]
+    wanted = [*leaves, *(call.parameters() if isinstance(call, nn.Module) else ())]
+    forward = lambda: tensors(call(*leaves))[0]
+    backward = lambda y: torch.autograd.grad(y, wanted, dy, retain_graph=True)[0]
+    run = torch.no_grad()(forward)
+    if part == "bwd":
+        run = functools.partial(backward, forward())
+    elif "bwd" in part:  # no y may outlive it: a graph that is captured would use its nodes again
+        run = lambda: backward(forward())
+    found, peak = run(), ""
+    if not CUDA:
         with Bytes() as watch:
-            function()
-        return watch.peak / 2**20
+            run()
+        peak = f"{watch.peak / 2**20:8.0f}"
+    if plain:
+        ms = milliseconds(run, 0.2 if CUDA else 2.0)
+    else:
+        from triton.testing import do_bench, do_bench_cudagraph
 
-    b, l, h, p, g, n = 1, 2048, 24, 64, 1, 128
-    inputs = [torch.randn(b, l, h, p), 0.1 * torch.rand(b, l, h), -16 * torch.rand(h)]
-    inputs += [torch.randn(b, l, g, n), torch.randn(b, l, g, n)]
-    inputs = [tensor.requires_grad_() for tensor in inputs]
-    u = torch.randn(b, l, 768, requires_grad=True)
-    config = dict(hidden_size=768, num_heads=h, n_groups=g, vocab_size=50288, num_hidden_layers=24)
-    config = transformers.Mamba2Config(**config, tie_word_embeddings=True)
-    layer, their_layer = Mamba2(d_model=768), their.Mamba2Mixer(config, layer_idx=0)
-    options = dict(chunk_size=256, return_final_states=True)
-    their_ssd = lambda: their.mamba2_chunk_scan(*inputs, **options)  # since transformers 5.21
+        ms = (do_bench_cudagraph if "graph" in part else do_bench)(run, return_mode="median")
+    return ms, peak, found
 
-    def with_gradients(function):
-        return lambda: sum(tensor.sum() for tensor in tensors(function())).backward()
 
-    for what, *pair in (
-        (f"SSD, {l} positions", their_ssd, lambda: ssd(*inputs)),
-        (f"layer, {l} positions", lambda: their_layer(u), lambda: layer(u)),
-    ):
-        for how, mode in (("forward", torch.no_grad()), ("+ backward", with_gradients)):
-            calls = [mode(function) for function in pair]
-            report(f"{what}: {how}", milliseconds(calls))
-            report("    peak memory beside the inputs", map(peak_mebibytes, calls), "MiB")
+def print_row(work, shape, b, l):
+    """Errors are relative to float64, of the output or the first input's gradient, in one row."""
+    (ours, exact, inputs), parts = piece_of_work(work, shape, b, l), WORK[work][0]
+    sides = dict(ours=ours, plain=ours) if CUDA else dict(ours=ours)
+    peers = dict(mamba_ssm=in_mamba_ssm, fla=in_fla) if CUDA else dict(transformers=in_transformers)
+    for package, peer in peers.items():
+        try:
+            sides[package] = peer(work, ours, inputs)
+        except Exception as problem:  # an import may fail in many ways
+            print(f"without {package}: {problem!r}"[:100])
+    if work == "token":
+        sides["compiled"] = functools.partial(torch.compile(ours.func), **ours.keywords)
+    one = [t[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
+    one = [t.double() if t.is_floating_point() else t for t in one]
+    graded = "bwd" in parts
+    with torch.set_grad_enabled(graded):
+        want = tensors(exact(one[0].requires_grad_(graded), *one[1:]))[0]
+    dy = randn(b, *want.shape[1:]).to(torch.bfloat16 if CUDA else torch.float32)
+    slope = torch.autograd.grad(want, one[0], dy[:1].double())[0] if graded else None
+    reference = {}
+    for (who, call), part in itertools.product(sides.items(), parts.split(", ")):
+        plain = who == "plain" or not (CUDA and RUNS)
+        if call is None or (plain and "graph" in part):
+            continue
+        kernels = None if who == "plain" else mamba2.kernels
+        try:
+            with mock.patch.object(mamba2, "kernels", kernels):
+                ms, peak, found = measure(call, part, inputs, dy, plain)
+        except Exception as problem:  # out of memory, or a peer that does not run here
+            print(f"{work}, {part}, {who}: {problem.__context__ or problem!r}"[:100])
+            continue
+        error = relative_error(found[:1], slope if "bwd" in part else want.detach())
+        ratio = ms / reference.setdefault(part, ms)
+        name = f"{work} {shape} b{b} l{l}"
+        print(f"{name:22} {part:17} {who:12}{ms:10.4f}{ratio:7.2f}  {error:.1e}{peak}", flush=True)
 
-    model = Mamba2ForCausalLM(Mamba2Config()).eval()
-    their_model, token = transformers.Mamba2ForCausalLM(config).eval(), torch.tensor([[17]])
-    with torch.no_grad():
-        cache = model(token, use_cache=True).cache
-        given = {THEIR_CACHE: their_model(token, use_cache=True)[THEIR_CACHE]}
-        torch._inductor.config.freezing = True  # packs the weights for the CPU
-        for name, ours in (
-            ("decoding a token, 24 layers", model),
-            ("    the same, ours compiled", torch.compile(model)),
-        ):
-            pair = lambda: their_model(token, **given), lambda: ours(token, cache=cache)  # noqa: B023
-            report(name, milliseconds(pair, repeats=21))
+
+def benchmark_work(*works, more=(), shape=None):
+    print(f"{where()}{'':16}{'ms':>9}  ratio    error{'' if CUDA else '     MiB'}")
+    for work in (*works, *more):
+        on_gpu = CUDA and shape != "tiny"
+        for row in WORK[work][1] if on_gpu else [(shape or "130m", 1, 2048)]:
+            if shape in (None, row[0]):
+                print_row(work, *row)
+                torch.cuda.empty_cache()
+
+
+def benchmark_cpu():
+    """Work on a CPU, also where there is a GPU, beside transformers' own Mamba-2."""
+    global CUDA, DEVICE
+    CUDA, DEVICE = False, torch.device("cpu")
+    torch.set_num_threads(2)
+    torch._inductor.config.freezing = True  # packs the weights for the CPU
+    benchmark_work("ssd", "layer", "token")
 
 
 def benchmark_errors():
@@ -3923,14 +4040,13 @@ def benchmark_errors():
     dt, A = 10 ** (2 * torch.rand(b, l, h, **DRAW) - 3), -1 - 15 * torch.rand(h, **DRAW)
     inputs = dict(x=x, dt=dt, A=A, B=B, C=C, D=torch.ones(h, **DRAW))
     cotangents = [torch.randn_like(x), torch.randn(b, h, p, n, **DRAW)]
-    forms = {form.__name__: form for form in FORMS}
-    forms["ssd"] = functools.partial(without_kernels, ssd)
-    if CUDA and mamba2.kernels is not None:
-        forms["kernels.ssd"] = mamba2.kernels.ssd
+    forms = {form.__name__: functools.partial(without_kernels, form) for form in FORMS}
+    others = {}
+    if CUDA and RUNS:
+        others["kernels.ssd"] = mamba2.kernels.ssd
     if CUDA and importlib.util.find_spec("mamba_ssm"):
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
-
-        forms["mamba_ssm"] = functools.partial(scan, chunk_size=256, return_final_states=True)
+        scan = in_mamba_ssm("ssd", None, None)
+        others["mamba_ssm"] = functools.partial(scan, return_final_states=True)
     print(f"{where()}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are")
     print("norms of differences over norms; state and sums are float32 at least in every form")
     print(" " * 27, *(f"{name:>8}" for name in ("y", "state", *(f"d {name}" for name in inputs))))
@@ -3942,186 +4058,132 @@ def benchmark_errors():
         rounded = [cotangents[0].to(dtype), cotangents[1].to(high)]
         doubles = {k: t.double() for k, t in given.items()}
         exact = run_with_gradients(recurrence, doubles, [t.double() for t in rounded])
-        for name, form in forms.items():
-            if name not in ("kernels.ssd", "mamba_ssm") or dtype != torch.float64:
-                found = run_with_gradients(form, given, rounded)
-                errors = [f"{relative_error(found[key], exact[key]):8.1e}" for key in exact]
-                print(f"{name:16} {str(dtype)[6:]:10}", *errors, flush=True)
+        for name, form in (forms if dtype == torch.float64 else forms | others).items():
+            found = run_with_gradients(form, given, rounded)
+            errors = [f"{relative_error(found[key], exact[key]):8.1e}" for key in exact]
+            print(f"{name:16} {str(dtype)[6:]:10}", *errors, flush=True)
 
 
-def without_kernels(form, *args, **options):
-    with mock.patch.object(mamba2, "kernels", None):
-        return form(*args, **options)
-
-
-SHAPES = {
-    "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
-    "130m": dict(d_model=768, n_layer=24),
-    "2.7b": dict(d_model=2560, n_layer=64),
-}
-
-
-def random_model(shape):
-    torch.manual_seed(0)
-    with DEVICE:
-        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape]))
-
-
-def training_speed(model, b, l, steps=1, warm_up=None, autocast=True, **given):
-    """Tokens per second of training on (b, l) random tokens, with fused AdamW, and peak GB.
-
-    warm_up: other arguments of the first step, which is not timed: it compiles.
+def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_length=0, **given):
+    """The length of a segment, tokens per second and peak GB of training on (b, l) random tokens:
+    bfloat16 autocast, float32 weights, fused AdamW. again: layers are computed again.
     """
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = random_model(shape).train()
+    if again:
+        model.gradient_checkpointing_enable()
+    length = model._segment_length(segment_length, b, l, None)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, False)  # as in README
+    options = dict(DDP=dict(gradient_as_bucket_view=True), FSDP2=dict(mp_policy=policy))
+    if engine:
+        model = distribute(model, engine, **options[engine])
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
-    vocabulary = getattr(model, "module", model).config.vocab_size  # the module of DDP
 
-    def step(l=l, **given):
-        ids = torch.randint(vocabulary, (b, l), device=DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-            loss = model(ids, labels=ids, **given).loss
+    def step(l):
+        ids = torch.randint(Mamba2Config(**SHAPES[shape]).vocab_size, (b, l), device=DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=engine != "FSDP2"):
+            loss = model(ids, labels=ids, segment_length=length, **given).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()  # waits for the GPU
 
-    step(**given | (warm_up or {}))
+    step(min(l, 3 * length))  # compiles
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     for _ in range(steps):
-        step(**given)
+        step(l)
     speed = b * l * steps / (time.perf_counter() - start)
-    return speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+    return length, speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+
+
+METHODS = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
 
 
 def benchmark_training(shape, lengths, methods):
-    """A step of training on one sequence: bfloat16 autocast, float32 weights, fused AdamW."""
-    print(f"{where()}, mamba2-{shape}\n   length  segment  layers     peak GB    tokens/s")
-    model = random_model(shape).train()
-    kinds = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
-    for l, (segments, layers) in itertools.product(lengths, [kinds[method] for method in methods]):
-        if layers:
-            model.gradient_checkpointing_enable()
-        else:
-            model.gradient_checkpointing_disable()
-        length = model._segment_length(segments, 1, l, None)
-        warm_up = dict(l=min(l, 3 * length), segment_length=length)
-        row = f"{l:9,} {length:8,}  {'again' if layers else 'kept '} "
+    print(f"{where()}, mamba2-{shape}\n   length   method  segment     peak GB    tokens/s")
+    for l, method in itertools.product(lengths, methods):
+        segment_length, again = METHODS[method]
         try:
-            speed, peak = training_speed(model, 1, l, warm_up=warm_up, segment_length=segments)
-            row += f"{peak:12.1f} {speed:11,.0f}"
+            found = training_speed(shape, 1, l, again=again, segment_length=segment_length)
+            length, speed, peak = found
+            print(f"{l:9,} {method:>8} {length:8,}{peak:12.1f} {speed:11,.0f}", flush=True)
         except torch.OutOfMemoryError:
-            model.zero_grad()
-            row += "   out of memory"
-        torch.cuda.empty_cache()
-        print(row, flush=True)
+            print(f"{l:9,} {method:>8}   out of memory", flush=True)
 
 
-PARALLEL_HELP = (
-    "what ranks share, engine, shape, rows of a rank, length, segment_length alone, on all"
-)
-PARALLEL = [
-    "rows:DDP:130m:8:4096:0:0",
-    "rows:FSDP2:2.7b:2:4096:0:0",
-    "sequence:DDP:2.7b:1:262144:8192:8192",
+PARALLEL = [  # engine, shape, rows of a rank, length, segment_length; all ranks share the slices
+    ("DDP", "130m", 8, 4096, 0),
+    ("FSDP2", "2.7b", 2, 4096, 0),
+    ("DDP of slices", "2.7b", 1, 262144, 8192),
 ]
+if not CUDA:
+    PARALLEL = [("DDP", "tiny", 8, 64, 0), ("DDP of slices", "tiny", 1, 64, 8)]
 
 
-def benchmark_parallel(cases, steps):
+def benchmark_parallel():
     """Training on all GPUs against one of them: under torchrun, or as a single process."""
     global DEVICE
-    alone = dict(store=dist.HashStore(), rank=0, world_size=1)
-    given = {} if dist.is_torchelastic_launched() else alone
+    given = {}
+    if not dist.is_torchelastic_launched():
+        given = dict(store=dist.HashStore(), rank=0, world_size=1)
     if CUDA:
-        DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        given["device_id"] = DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(DEVICE)
-        given["device_id"] = DEVICE
     dist.init_process_group("nccl" if CUDA else "gloo", **given)
     rank, world = dist.get_rank(), dist.get_world_size()
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, False)  # as in README
-    options = dict(DDP=dict(gradient_as_bucket_view=True), FSDP2=dict(mp_policy=policy))
-
-    def show(*words):
+    if rank == 0:
+        print(f"{where()}, {world} ranks: tokens/s per GPU, peak GB, ratio to one GPU")
+    for case in PARALLEL:
+        engine, shape, b, l, segment = case
+        given = dict(steps=5, segment_length=segment)
         if rank == 0:
-            print(*words, flush=True)
-
-    def on_ranks(engine, shape, *sizes, **given):
-        model = distribute(random_model(shape).train(), engine, **options[engine])
-        return training_speed(model, *sizes, autocast=engine != "FSDP2", **given)
-
-    show(f"{where()}, {world} ranks")
-    show("                                                tokens/s and GPU   peak GB   of one GPU")
-    for case in cases:
-        kind, engine, shape, *sizes = case.split(":")
-        b, l, *segments = map(int, sizes)
-        given, of_ranks = [dict(segment_length=segment) for segment in segments]
-        if rank == 0:
-            alone, peak = training_speed(random_model(shape).train(), b, l, steps, **given)
-            show(f"{case + ', one of them':48}{alone:16,.0f} {peak:9.1f}")
-        if kind == "sequence":
-            l, of_ranks["group"] = l // world, dist.group.WORLD
-        gc.collect()
-        torch.cuda.empty_cache()
+            _, alone, peak = training_speed(shape, b, l, **given)
+            print(f"{case!s:45}{alone:12,.0f} {peak:8.1f}, one GPU", flush=True)
+        if "slices" in engine:
+            l, given["group"] = l // world, dist.group.WORLD
         dist.barrier()
-        speed, peak = on_ranks(engine, shape, b, l, steps, **of_ranks)
+        _, speed, peak = training_speed(shape, b, l, engine.split()[0], **given)
         if rank == 0:
-            show(f"{case:48}{speed:16,.0f} {peak:9.1f} {speed / alone:12.3f}")
+            print(f"{case!s:45}{speed:12,.0f} {peak:8.1f} {speed / alone:8.3f}", flush=True)
     dist.destroy_process_group()
 
 
 @torch.no_grad()
-def benchmark_generation(name, batch, prompt, new, contexts, state_dtype, sampling):
-    """Time of a prompt and of each token after it, on a GPU in bfloat16, with CUDA graphs."""
+def benchmark_generation(name, batch, contexts, state_dtype, prompt=100, new=256, seconds=2.0):
+    """Time of a prompt and of each token after it, greedily, on a GPU in bfloat16."""
     dtype = torch.bfloat16 if CUDA else torch.float32
-    known = name in SHAPES
-    model = random_model(name) if known else Mamba2ForCausalLM.from_pretrained(name)
+    model = random_model(name) if name in SHAPES else Mamba2ForCausalLM.from_pretrained(name)
     model = model.to(DEVICE, dtype).eval()
     model.generation_config.eos_token_id = None  # every text has the length that was asked for
-    sampling = {option: value for option, value in sampling.items() if value is not None}
-    sampling["do_sample"] = bool(sampling)
-
-    def prefill():
-        cache = model.prefill(ids[:, :-1])
-        return cache if state_dtype is None else cache.to(getattr(torch, state_dtype))
-
-    def streamed(count):
-        for _ in model.stream(ids, cache=cache, max_new_tokens=count, **sampling):
-            pass
-
-    def generated(count):
-        model.generate(ids, cache=cache, max_new_tokens=count, **sampling)
-
+    greedy = lambda count: dict(cache=cache, max_new_tokens=count, do_sample=False)
     ways = {
-        "model.stream": (streamed, [prompt, *contexts]),
-        "model.generate": (generated, [prompt]),
+        "model.stream": lambda count: [*model.stream(ids, **greedy(count))],
+        "model.generate": lambda count: model.generate(ids, **greedy(count)),
     }
-    if importlib.util.find_spec("mamba_ssm") and not sampling["do_sample"]:
-        from mamba_ssm.models.config_mamba import MambaConfig
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-        sizes = {name: getattr(model.config, name) for name in ("d_model", "n_layer", "vocab_size")}
-        config = MambaConfig(**sizes, d_intermediate=0, ssm_cfg=dict(layer="Mamba2"))
-        theirs = MambaLMHeadModel(config, device=DEVICE, dtype=dtype).eval()
-        run = lambda count: theirs.generate(ids, ids.shape[1] + count, cg=True)
-        ways["mamba_ssm, cg=True"] = run, [prompt]
-    print(f"{where()}, {name}, {dtype}, batch {batch}, {sampling}")
-    print("         context   prefill s   ms a token   MB of state")
-    for way, (run, lengths) in ways.items():
-        print(way)
-        for length in lengths:
+    if CUDA and importlib.util.find_spec("mamba_ssm"):
+        theirs = in_mamba_ssm("prefill", functools.partial(model), None).func
+        ways["mamba_ssm, cg=True"] = lambda count: theirs.generate(ids, prompt + 1 + count, cg=True)
+    print(f"{where()}, {name}, {dtype}, batch {batch}")
+    print("                       context   prefill s   ms a token   MB of state")
+    for way, run in ways.items():
+        for length in [prompt, *contexts] if way == "model.stream" else [prompt]:
             ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=DEVICE)
-            (reading,) = milliseconds([prefill], repeats=1)
-            cache = prefill()
-            first, all_ = milliseconds([functools.partial(run, n) for n in (1, new + 1)], repeats=5)
+            reading = milliseconds(lambda: model.prefill(ids[:, :-1]), seconds)  # noqa: B023
+            cache = model.prefill(ids[:, :-1])
+            cache = cache.to(getattr(torch, state_dtype)) if state_dtype else cache
+            begun, all_ = (milliseconds(functools.partial(run, n), seconds) for n in (1, new + 1))
             states = sum(t.nbytes for t in tensors(cache.states))
-            row = f"{length:16,} {1e-3 * reading:11.3f} {(all_ - first) / new:12.3f}"
+            row = f"{way:18}{length:12,} {reading / 1e3:11.3f} {(all_ - begun) / new:12.3f}"
             print(row, f"{states / 1e6:13.1f}", flush=True)
     weights = sum(weight.nbytes for weight in model.parameters())
     source = torch.empty(2**28 if CUDA else 2**26, device=DEVICE)
     target = torch.empty_like(source)
-    copy = milliseconds([lambda: target.copy_(source)])[0] / (2 * source.nbytes)  # per byte
-    print(f"floor: {(weights + 2 * states) * copy:.3f} ms a token, to read the weights", end=" ")
-    print("and to read and write the states, at the speed of a copy")
+    a_byte = milliseconds(lambda: target.copy_(source), seconds) / (2 * source.nbytes)
+    print(f"floor: {(weights + 2 * states) * a_byte:.3f} ms a token, to read the weights, and to")
+    print("read and write the states, at the speed of a copy")
 
 
 FIGURE = ROOT / ".figure.svg"
@@ -4188,12 +4250,9 @@ def draw_figure():
     print(f"{FIGURE} is drawn from the tables of README.md")
 
 
-GENERATION = dict(temperature=float, top_k=int, top_p=float, min_p=float, repetition_penalty=float)
-
-
 def command_line():
     parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
-    parser.set_defaults(run=benchmark)
+    parser.set_defaults(run=benchmark_cpu)
     commands = parser.add_subparsers()
 
     def command(name, run, help_):
@@ -4204,37 +4263,26 @@ def command_line():
     def numbers(text):
         return [int(number) for number in text.split(",") if number]
 
-    command("cpu", benchmark, "against transformers' own Mamba-2, on the CPU (the default)")
+    command("cpu", benchmark_cpu, "beside transformers' own Mamba-2, on the CPU (the default)")
     command("errors", benchmark_errors, "of every form of SSD in every dtype, against float64")
     command("figure", draw_figure, "draw the README's figure from its tables")
+    command("parallel", benchmark_parallel, "training on several GPUs, under torchrun, against one")
+    for work in ("ssd", "layer", "prefill"):
+        add = command(work, functools.partial(benchmark_work, work), "this, PyTorch, and others")
+        add("more", nargs="*", help="more such work: ssd, layer, prefill")
+        add("--shape", choices=SHAPES, help="only this one; all unless given")
     add = command("training", benchmark_training, "memory and speed on long sequences, on a GPU")
     add("shape", choices=SHAPES, help="of which published model")
     add("lengths", type=numbers, help="of sequences, such as 8192,1048576")
-    methods = ["plain", "layers", "segments", "both"]  # whole, checkpoints of layers, segments
-    add("--methods", type=lambda text: text.split(","), default=methods, help=",".join(methods))
-    add = command("parallel", benchmark_parallel, "several GPUs against one, under torchrun")
-    default = PARALLEL if CUDA else ["rows:DDP:tiny:8:64:0:0"]
-    add("cases", nargs="*", default=default, help=f"{PARALLEL_HELP}, such as {PARALLEL[2]}")
-    add("--steps", type=int, default=5)
+    add("--methods", type=lambda text: text.split(","), default=[*METHODS], help=",".join(METHODS))
     add = command("generation", benchmark_generation, "time of a prompt, and of a token")
     add("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
     add("--batch", type=int, default=1, help="rows (1)")
-    add("--prompt", type=int, default=100, help="its tokens (100)")
-    add("--new", type=int, default=256, help="tokens after it (256)")
     add("--contexts", type=numbers, default=[], help="such as 100,1000,10000: is it flat?")
     add("--state-dtype", help="such as bfloat16; float32 unless given")
-    for option, kind in GENERATION.items():
-        add(f"--{option.replace('_', '-')}", type=kind)
     return parser
 
 
-def main():
-    arguments = vars(command_line().parse_args())
-    run = arguments.pop("run")
-    if run is benchmark_generation:
-        arguments["sampling"] = {option: arguments.pop(option) for option in GENERATION}
-    run(**arguments)
-
-
 if __name__ == "__main__":
-    main()
+    arguments = vars(command_line().parse_args())
+    arguments.pop("run")(**arguments)
