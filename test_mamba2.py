@@ -3778,6 +3778,33 @@ def test_kernel_layer_is_captured_in_a_cuda_graph_and_replayed_on_other_input():
 
 
 @needs_cuda
+def test_kernel_training_compiled_with_reduce_overhead_is_training():
+    layer, _ = kernel_layer(torch.float32)
+    u = torch.randn(2, 300, 256, device=DEVICE)
+    model = tiny(d_model=256, headdim=64, d_state=128).to(DEVICE).train()
+    ids = tokens(2, 300)
+    losses = (
+        (layer, lambda layer: layer(u).square().mean()),
+        (model, lambda model: model(ids, labels=ids).loss),
+    )
+    for module, loss in losses:
+        found = []
+        for compiles in (False, True):
+            trained = copy.deepcopy(module)
+            optimizer = torch.optim.SGD(trained.parameters(), lr=1e-2)
+            call = torch.compile(trained, mode="reduce-overhead") if compiles else trained
+            for _ in range(4):  # the first two of which record CUDA graphs
+                torch.compiler.cudagraph_mark_step_begin()
+                loss(call).backward()
+                gradients = [weight.grad.clone() for weight in trained.parameters()]
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(gradients)
+        for eager, compiled in zip(*found, strict=True):
+            assert relative_error(compiled, eager) <= 1e-3
+
+
+@needs_cuda
 def test_kernel_layer_in_autocast_is_the_layer_in_float64():
     layer, exact = kernel_layer(torch.float32)
     u = torch.randn(2, 300, layer.config.d_model, device=DEVICE)
