@@ -1026,12 +1026,12 @@ class Mamba2Config(PreTrainedConfig):
 #
 # Names that no documentation promises; a test looks for each. transformers calls or reads in a
 # model: `_init_weights`, `_is_hf_initialized` (of a parameter: loaded, not to be drawn),
-# `_tied_weights_keys`, `_no_split_modules` (for device_map), `_is_stateful` (False allows
-# speculative decoding), `_supports_default_dynamic_cache` (False: generate makes no cache of its
-# own), `_prefill` (the first forward pass of generate). And of torch: `Tensor._version` counts
-# changes in place; kernels.py uses others to see whether anybody else watches:
-# `_C._are_functorch_transforms_active`, `_C._len_torch_dispatch_stack`,
-# `autograd.forward_ad._current_level`, `_subclasses.fake_tensor.FakeTensor`.
+# `_tied_weights_keys`, `_no_split_modules` (for device_map), `_supports_default_dynamic_cache`
+# (False: before 5.24, generate would make a cache), `_prefill` (the first forward pass of
+# generate). And of torch: `Tensor._version` counts changes in place; kernels.py uses others to see
+# whether anybody else watches: `_C._are_functorch_transforms_active`,
+# `_C._len_torch_dispatch_stack`, `autograd.forward_ad._current_level`,
+# `_subclasses.fake_tensor.FakeTensor`.
 
 # The name of the cache in transformers' outputs and calls. Callers of this file may use either.
 CACHE = "cache"
@@ -1047,12 +1047,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
-    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]
-    _is_stateful = False
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
@@ -1257,10 +1255,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         options |= dict(use_cache=True, return_dict=True, output_hidden_states=False)
         return self(input_ids, attention_mask, cache, **options).cache
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False
-
     def generate(self, inputs=None, generation_config=None, **options):
         """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
@@ -1268,12 +1262,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         covers the whole sequence. The cache that is returned with `return_dict_in_generate=True`
         has, in rows that ended with `eos_token_id`, the state after that token.
         """
+        rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"generate takes no {name}: read the prompt with `prefill`, and pass its cache"
-                )
-        mask = options.get("attention_mask")
+            _check(name, options.get(name), rule, lambda value: value is None)
+        mask, ids = options.get("attention_mask"), options.get("input_ids", inputs)
         if mask is not None and not mask[:, -1:].all():
             raise ValueError(
                 "attention_mask ends in 0, where the row's next token would be read: pad on the "
@@ -1281,18 +1273,16 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             )
         config = self.generation_config if generation_config is None else generation_config
         settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
-        if settings.get("assistant_early_exit") is not None:
-            raise ValueError("assistant_early_exit: pass an assistant_model with fewer layers")
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
         if not isinstance(cache, GenerationCache):
             cache = GenerationCache(self, cache)
         assists = getattr(config, "is_assistant", None)
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
-        cache.keeps_prompt = settings["return_dict_in_generate"] and not cache.is_croppable
-        if generation_config is None:
+        cache.keeps_prompt = settings["return_dict_in_generate"]
+        cache.has_whole_text = mask is None or ids is None or mask.shape[1] == ids.shape[1]
+        if generation_config is None or "use_cache" in options:
             options["use_cache"] = True
         else:  # transformers warns if a config and options are passed together
-            options.pop("use_cache", None)
             generation_config = copy.copy(generation_config)
             generation_config.use_cache = True
         output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
@@ -1306,13 +1296,12 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
     ):
-        """What transformers calls for the arguments of each forward pass."""
+        """What transformers calls for the arguments of each forward pass: the new tokens."""
         cache = kwargs.get(CACHE)
         kwargs.pop("tokenizer", None)  # of stop_strings
         if isinstance(cache, GenerationCache):
             if cache.is_croppable:
-                new = input_ids.shape[1] - cache.get_seq_length()
-                next_sequence_length = new if new > 0 else next_sequence_length
+                next_sequence_length = input_ids.shape[1] - cache.seen
             elif next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
                 cache.keep_prompt()
         if next_sequence_length is not None and next_sequence_length <= 0:
@@ -1356,8 +1345,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
-        tokens, alive, every = [], [], 8 if ids.is_cuda else 1
         left = max(1, min([config.max_length, *limits]) - ids.shape[1])
+        tokens, alive, every = [], [], 8 if criteria and ids.is_cuda else 1
         while left > 0:
             scores = logits_processor(ids, output.logits[:, -1].float())
             if config.do_sample:
@@ -1369,125 +1358,124 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             ids, left = torch.cat([ids, token[:, None]], dim=1), left - 1
             for criterion in criteria:
                 unfinished = unfinished & ~criterion(ids, scores)
-            if not criteria:
-                yield token
-            else:
-                tokens.append(token)
-                alive.append(unfinished.any())
-                if len(tokens) == every or left == 0:
-                    for token, goes_on in zip(tokens, torch.stack(alive).tolist(), strict=True):
-                        yield token
-                        if not goes_on:
-                            return
-                    tokens, alive = [], []
+            tokens.append(token)
+            alive.append(unfinished)
+            if len(tokens) == every or left == 0:
+                goes_on = torch.stack(alive).any(1).tolist() if criteria else [True]
+                for token, more in zip(tokens, goes_on, strict=True):
+                    yield token
+                    if not more:
+                        return
+                tokens, alive = [], []
             if left > 0:
                 output = output.cache.read(ids[:, -1:])
 
 
 class GenerationCache:
-    """What `generate` carries from token to token: a Mamba2Cache, replaced by the next in place.
+    """What `generate` carries from token to token: the current state, and an older one.
 
     A state cannot be rewound, but an older one can be kept, and the tokens since read again. That
     is how speculative decoding forgets tokens, and how rows that ended before others, and went on
     reading padding, get the state after their last token.
 
-        current       the state after all tokens: a Mamba2Cache, a Decoder of kernels.py that holds
-                      it in a CUDA graph, or None if tokens were forgotten
-        base, since   in speculative decoding: an older state, and the tokens since then, or None
-        prompt        the Mamba2Cache after the prompt, if it will be needed
+        current, seen   the latest state, after `seen` tokens: a Mamba2Cache, or a Decoder of
+                        kernels.py that holds it in a CUDA graph
+        kept            an older Mamba2Cache: after the prompt, or, in speculative decoding, after
+                        tokens that will not be forgotten; None if there is none
+        length          tokens in the text: more than `seen` if some were forgotten
     """
 
-    is_compileable = False
+    is_compileable = is_croppable = keeps_prompt = False
     is_linear = (False,)  # else transformers' `_prefill` would pass tokens that were already read
 
     def __init__(self, model, cache: Mamba2Cache):
-        self.model, self.decoder, self.mask, self.prompt = model, None, None, None
-        self.is_croppable = self.keeps_prompt = False
-        self.start(cache)
-
-    def start(self, cache: Mamba2Cache):
-        self.base = self.current = cache
-        self.length, self.since = cache.get_seq_length(), None
+        self.model, self.decoder, self.kept, self.current = model, None, None, cache
+        self.length = self.seen = cache.get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
     def reorder_cache(self, beam_idx):
-        self.start(self._current().select(beam_idx))
+        self.current = self.state().select(beam_idx)
 
-    def _current(self):
-        cache = self.current
-        if cache is None:  # tokens were forgotten
-            mask = None if self.mask is None else self.mask[:, : self.length]
-            cache = self.model.prefill(self.since, mask, self.base)
-        if not isinstance(cache, Mamba2Cache):  # a Decoder of kernels.py, which copies its states
-            cache = Mamba2Cache(tuple(Mamba2State(*state) for state in cache.states()), self.length)
-        return cache
+    def state(self) -> Mamba2Cache:
+        """The latest state, copied if it is in a CUDA graph."""
+        if isinstance(self.current, Mamba2Cache):
+            return self.current
+        return Mamba2Cache(tuple(Mamba2State(*s) for s in self.current.states()), self.seen)
 
     def read(self, ids=None, mask=None, embeds=None, **options):
-        """The model's output for more tokens; arguments are those of its forward."""
+        """The model's output for the tokens after `current`; arguments are those of its forward."""
         b, l = (embeds if ids is None else ids).shape[:2]
-        options |= dict(use_cache=True, return_dict=True)
-        rows = len(self.base.states[0].ssm) if self.base.states else b
-        if b > rows:  # several samples or beams for each prompt
-            self.start(self.base.repeat(b // rows))
+        length = self.seen + l
+        if isinstance(self.current, Mamba2Cache) and self.current.states:
+            rows = len(self.current.states[0].ssm)
+            if b > rows:  # several samples or beams for each prompt
+                self.current = self.current.repeat(b // rows)
+        logits = None
         if self.is_croppable:
-            output = self._read_again(ids, mask, options)
-        elif kernels and (logits := kernels.decode(self, ids, mask, options)) is not None:
-            output = CausalLMOutputWithPast(logits=logits)
-        else:
-            output = self.model(ids, mask, self._current(), embeds, **options)
+            ids = self._read_settled(ids, mask, options)
+        elif kernels:
+            logits = kernels.decode(self, ids, mask, options)
+        if logits is None:
+            options |= dict(use_cache=True, return_dict=True)
+            output = self.model(ids, mask, self.state(), embeds, **options)
             self.current = output.cache
-        self.length += l
-        output[CACHE] = self
+        else:
+            output = CausalLMOutputWithPast(logits=logits)
+        output[CACHE], self.seen, self.length = self, length, length
         return output
 
-    # For rows that end before others:
-
     def keep_prompt(self):
-        """Called before the first token that was chosen is read."""
-        if self.keeps_prompt and self.prompt is None:
-            self.prompt = self._current()
+        """Called before a token that was chosen is read."""
+        if self.keeps_prompt and self.kept is None:
+            self.kept = self.state()
 
     def after(self, ids, eos):
         """The cache after ids (b, l), the last of which were not read: in each row, after the first
         of the tokens `eos` that was chosen."""
-        if eos is None or self.prompt is None:
-            return self._current()
-        text = ids[:, self.prompt.get_seq_length() - self.length - 1 : -1]
-        ended = torch.isin(text, torch.as_tensor(eos, device=ids.device)).cumsum(1)
-        counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
-        return self._current() if counts.all() else self.model.prefill(text, counts, self.prompt)
+        if self.kept is None:
+            return self.state()
+        text = ids[:, self.kept.get_seq_length() - self.length - 1 : -1]  # read since
+        counts = torch.ones_like(text, dtype=torch.bool)
+        if eos is not None and not self.is_croppable:
+            ended = torch.isin(text, torch.as_tensor(eos, device=ids.device)).cumsum(1)
+            counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
+        if self.seen == self.length and counts.all():
+            return self.state()
+        return self.model.prefill(text, counts, self.kept)
 
     # For speculative decoding, of one row:
 
     def activate_past_recording(self):
+        if not self.has_whole_text:
+            raise ValueError("speculative decoding takes the whole sequence, not new tokens alone")
         self.is_croppable = True
 
     def crop(self, tokens: int):
-        """Remove the last -tokens tokens; crop(0) makes all that were read permanent."""
-        since = self.length - self.base.get_seq_length()
-        if not -since <= tokens <= 0:
-            raise ValueError(f"crop({tokens}): it must be between {-since} and 0")
-        self.length += int(tokens)
+        """Forget the last -tokens tokens; crop(0) makes all that were read permanent."""
+        tokens, since = int(tokens), self.length - self.kept.get_seq_length()
+        _check("tokens", tokens, f"must be between -{since} and 0", lambda n: -since <= n <= 0)
+        self.length += tokens
         if tokens < 0:
-            self.current, self.since = None, self.since[:, : since + tokens]
-        elif self.current is not None:
-            self.start(self.current)
+            self.current, self.seen = self.kept, self.kept.get_seq_length()
+        elif self.seen == self.length:
+            self.kept = self.current
 
-    def _read_again(self, ids, mask, options):
-        """The output for ids (1, l) after the tokens that were not forgotten."""
-        if ids is None or options.get("output_hidden_states"):
-            raise ValueError("speculative decoding takes input_ids, and returns no hidden states")
-        self.mask = mask
-        if self.current is None and self.since.shape[1] > 32:  # too many to read each time
-            self.start(self._current())
-        since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
-        cache, new = (self.base, since) if self.current is None else (self.current, ids)
-        options["logits_to_keep"] = options.get("logits_to_keep") or ids.shape[1]
-        output = self.model(new, mask, cache, **options)
-        self.since, self.current = since, output.cache
-        return output
+    def _read_settled(self, ids, mask, options):
+        """Read those of ids (1, l) that cannot be forgotten, if they are many, and return the rest:
+        proposed tokens, and perhaps some before them, which are read again at each attempt."""
+        if options["output_hidden_states"]:
+            raise ValueError("speculative decoding returns no hidden states")
+        settled = ids.shape[1] - options["logits_to_keep"]
+        many = 0 if self.kept is None else 32  # of a prompt, all
+        self.kept = self.kept or self.current
+        if settled > many:
+            mask = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + settled]
+            options = dict(segment_length=options["segment_length"])
+            self.kept = self.model.prefill(ids[:, :settled], mask, self.current, **options)
+            self.current, ids = self.kept, ids[:, settled:]
+        return ids
 
 
 def _one_cache(cache, past_key_values):
