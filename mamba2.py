@@ -1027,11 +1027,10 @@ class Mamba2Config(PreTrainedConfig):
 # Names that no documentation promises; a test looks for each. transformers calls or reads in a
 # model: `_init_weights`, `_is_hf_initialized` (of a parameter: loaded, not to be drawn),
 # `_tied_weights_keys`, `_no_split_modules` (for device_map), `_supports_default_dynamic_cache`
-# (False: before 5.24, generate would make a cache), `_prefill` (the first forward pass of
-# generate). And of torch: `Tensor._version` counts changes in place; kernels.py uses others to see
-# whether anybody else watches: `_C._are_functorch_transforms_active`,
-# `_C._len_torch_dispatch_stack`, `autograd.forward_ad._current_level`,
-# `_subclasses.fake_tensor.FakeTensor`.
+# (before 5.24: whether generate makes a cache), `_prefill` (the first forward pass of generate).
+# And of torch: `Tensor._version` counts changes in place. kernels.py asks by others whether anybody
+# else watches: `_C._are_functorch_transforms_active`, `_C._len_torch_dispatch_stack`,
+# `autograd.forward_ad._current_level`, `_subclasses.fake_tensor.FakeTensor`.
 
 # The name of the cache in transformers' outputs and calls. Callers of this file may use either.
 CACHE = "cache"
@@ -1074,19 +1073,17 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a published or saved model by its name on the hub or its folder, in the original
         mamba_ssm format, in transformers' format, or Codestral-Mamba's. It is a ValueError if the
         weights are not exactly those of the model that its config describes."""
-        name = pretrained_model_name_or_path
+        name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             hint = "_keys_to_ignore_on_load_missing may name weights that a class of yours adds"
             raise ValueError(f"{str(name)!r} does not fit {cls.__name__}: {wrong}; {hint}")
-        return (model, info) if output_loading_info else model
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, but always under transformers' names."""
@@ -1177,33 +1174,30 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
         Returns the summed loss or None; h from the position `first` on, or None; the cache.
         """
-        x, total = whole[0], whole[0].shape[1]
-        count = max(1, -(-total // length))
+
+        def run(x, mask, seq_idx, targets, cache, keep_cache):
+            h, cache = self.backbone(x, cache, mask, seq_idx, group, hidden_states, keep_cache)
+            return None if targets is None else self.summed_loss(h, targets), h, cache
+
+        x, losses, kept = whole[0], [], []
+        count = max(1, -(-x.shape[1] // length))
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
-        run, losses, kept = self._in_one_piece, [], []
-        if count > 1:
-            run = functools.partial(recomputed, self, run)
-            if hidden_states is not None:
-                raise ValueError("output_hidden_states holds all positions: use segment_length=0")
+        if count > 1 and hidden_states is not None:
+            raise ValueError("output_hidden_states holds all positions: use segment_length=0")
         # Autocast as it is, but for its cache: with it, weights would be cast once for all
         # segments, and their gradients added in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
         enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
             for i, piece in enumerate(zip(*pieces, strict=True)):
-                keep = use_cache or i < count - 1
-                loss, h, cache = run(*piece, cache, group, hidden_states, keep)
+                arguments = *piece, cache, use_cache or i < count - 1
+                loss, h, cache = recomputed(self, run, *arguments) if count > 1 else run(*arguments)
                 losses.append(loss)
                 # An empty view would keep the memory of all of h.
                 if first is not None and (first < (i + 1) * length or i == count - 1):
                     kept.append(h[:, max(0, first - i * length) :])
         loss = None if losses[0] is None else sum(losses)
         return loss, torch.cat(kept, dim=1) if kept else None, cache
-
-    def _in_one_piece(self, x, mask, seq_idx, targets, cache, *options):
-        """The summed loss or None, the backbone's output (b, l, d), and the cache or None."""
-        h, cache = self.backbone(x, cache, mask, seq_idx, *options)
-        return None if targets is None else self.summed_loss(h, targets), h, cache
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
@@ -1229,22 +1223,20 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         length = self.config.segment_length if length is None else length
         _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
-            raise ValueError(
-                "segment_length = 'auto': with a group, which slices it, give a number"
-            )
+            raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
             # With `count` segments, count * between + l / count * inside numbers are kept: states,
             # and what the positions of one segment leave for the backward pass. The count that
             # makes both terms equal keeps the fewest.
-            config, layer = self.config, self.backbone.layers[0]
-            inner, channels, heads = layer.mixer.widths
+            config, layer = self.config, self.backbone.layers[0].mixer
+            inner, channels, _ = layer.widths
             between = inner * config.state_size + (config.conv_kernel - 1) * channels
-            inside = 4 * (inner + channels + heads)
+            inside = 4 * sum(layer.widths)
             if self.backbone.gradient_checkpointing:
                 inside = config.hidden_size + inside / config.num_hidden_layers
             count = math.ceil(math.sqrt(l * inside / between))
             if self.device.type == "cuda":  # fewer, where launching kernels would take longest
-                count = min(count, int(b * l * layer.mixer.in_proj.weight.numel() / 7e10))
+                count = min(count, int(b * l * layer.in_proj.weight.numel() / 7e10))
             length = -(-l // max(1, count))  # all of one length, but for the last
         return length or max(1, l)
 
@@ -1266,11 +1258,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("seq_idx", "position_ids", "group"):
             _check(name, options.get(name), rule, lambda value: value is None)
         mask, ids = options.get("attention_mask"), options.get("input_ids", inputs)
-        if mask is not None and not mask[:, -1:].all():
-            raise ValueError(
-                "attention_mask ends in 0, where the row's next token would be read: pad on the "
-                "left, tokenizer.padding_side = 'left'"
-            )
+        rule = "must end in 1, where a row's next token is read: pad on the left"
+        _check("attention_mask", mask, rule, lambda mask: mask is None or mask[:, -1:].all())
         config = self.generation_config if generation_config is None else generation_config
         settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
@@ -1303,12 +1292,13 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             if cache.is_croppable:
                 next_sequence_length = input_ids.shape[1] - cache.seen
             elif next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
-                cache.keep_prompt()
+                if cache.keeps_prompt and cache.kept is None:
+                    cache.kept = cache.state()
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen "
-                f"{cache.get_seq_length()}: give the whole sequence with at least one new token, "
-                "or new tokens with an attention_mask that covers the whole sequence"
+                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {cache.seen}: "
+                "give the whole sequence with at least one new token, or new tokens with an "
+                "attention_mask that covers the whole sequence"
             )
         kwargs |= dict(next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
@@ -1320,8 +1310,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 print(tokenizer.decode(token), end="", flush=True)
 
         transformers prepares prompt, sampling and stopping, so that all arguments mean the same;
-        those that mean more than one token after the other, such as beams, are a ValueError. On
-        CUDA, where asking waits for the GPU, it looks for the end of the text every eight tokens.
+        those that mean more than one token after the other, such as beams, are an error. On CUDA,
+        where asking waits for the GPU, it looks for the end of the text every eight tokens.
         """
         for name in ("assistant_model", "streamer", "stop_strings"):
             if options.get(name) is not None:
@@ -1343,9 +1333,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads
         pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
-        left = max(1, min([config.max_length, *limits]) - ids.shape[1])
+        left = max(1, stopping_criteria.max_length - ids.shape[1])
         tokens, alive, every = [], [], 8 if criteria and ids.is_cuda else 1
         while left > 0:
             scores = logits_processor(ids, output.logits[:, -1].float())
@@ -1426,11 +1415,6 @@ class GenerationCache:
         output[CACHE], self.seen, self.length = self, length, length
         return output
 
-    def keep_prompt(self):
-        """Called before a token that was chosen is read."""
-        if self.keeps_prompt and self.kept is None:
-            self.kept = self.state()
-
     def after(self, ids, eos):
         """The cache after ids (b, l), the last of which were not read: in each row, after the first
         of the tokens `eos` that was chosen."""
@@ -1483,8 +1467,6 @@ def _one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None:
         raise TypeError("cache and past_key_values are one argument: give one of them")
     cache = past_key_values if cache is None else cache
-    if not isinstance(cache, (Mamba2Cache, GenerationCache, type(None))):
-        raise TypeError(f"cache is a {type(cache).__name__}: it must be a Mamba2Cache")
     return Mamba2Cache(()) if cache is None else cache
 
 
@@ -1498,11 +1480,10 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     sizes = {}
-    _require(sizes, "b l", "integers", input_ids=ids)
     _require(sizes, "b l d", inputs_embeds=embeds)
-    _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
+    integers = dict(input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
+    _require(sizes, "b l", "integers", **integers)
     if mask is not None:
-        _require({}, "b l", "a mask", attention_mask=mask)
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
         mask = _as_bool(mask)
@@ -1561,10 +1542,9 @@ def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
 
 def register_with_transformers():
     """Make AutoConfig and AutoModelForCausalLM use this file for "mamba2"."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
-    AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
+    transformers.AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
+    model = transformers.AutoModelForCausalLM
+    model.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------

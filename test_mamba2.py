@@ -1231,7 +1231,7 @@ REFUSED = [  # arguments of forward, and what the error says
     (dict(attention_mask=IDS - 2.0), ValueError, "must hold 0 and 1, .* == 0"),
     (dict(attention_mask=0.0 * IDS), ValueError, "and some 1: .* == 0"),
     (dict(seq_idx=IDS[:, :8]), ValueError, r"seq_idx has shape \(2, 8\): .* \(2, 9\)"),
-    (dict(past_key_values=transformers.DynamicCache()), TypeError, "cache is a DynamicCache"),
+    (dict(past_key_values=transformers.DynamicCache()), AttributeError, "'DynamicCache' object"),
     (dict.fromkeys(CACHE_NAMES, Mamba2Cache(())), TypeError, "are one argument"),
     (dict(cache="one row"), ValueError, r"state has shape \(1, 3, 96\): .* \(2, 3, 96\)"),
     (dict(cu_seq_lens_q=IDS[0]), TypeError, "unexpected keyword argument 'cu_seq_lens_q'"),
@@ -1570,8 +1570,9 @@ def test_a_stream_asks_a_gpu_every_eighth_token_whether_the_text_is_over(monkeyp
     model.register_forward_pre_hook(lambda *_: read.append(1))
     on_gpu = ids.as_subclass(type("OnGpu", (torch.Tensor,), dict(is_cuda=True)))
     over = lambda ids, _: torch.full((2,), ids.shape[1] == 12 + 11, device=DEVICE)
-    config = transformers.GenerationConfig(max_length=12 + 20)
-    steps = model._steps(on_gpu, output, lambda _, scores: scores, [over], config)
+    criteria = transformers.StoppingCriteriaList([over, MaxLengthCriteria(12 + 20)])
+    config = transformers.GenerationConfig()
+    steps = model._steps(on_gpu, output, lambda _, scores: scores, criteria, config)
     assert [len(read) for _ in steps] == [7] * 8 + [15] * 3
     # Nothing else that a step does waits for a number.
     asked, ask = [], torch.Tensor.__bool__
@@ -1629,16 +1630,18 @@ def test_a_streamer_sees_each_token_and_every_stop_is_kept():
 def test_what_generate_and_stream_cannot_do_is_refused():
     model, ids = tiny(), tokens(1, 12)
     cache, dynamic = model.prefill(ids), transformers.DynamicCache()
+    attributes = {
+        "'DynamicCache' object has no attribute": dict(cache=dynamic),
+        "'tuple' object has no attribute": dict(past_key_values=((1, 2),)),
+    }
     types = {
-        "cache is a DynamicCache: it must be a Mamba2Cache": dict(cache=dynamic),
-        "cache is a tuple": dict(past_key_values=((1, 2),)),
         "are one argument": dict(cache=cache, past_key_values=cache),
         "input_ids is torch.float32: .* of integers": dict(input_ids=ids.float()),
     }
     values = {
         "tempratur": dict(tempratur=1.0),
         "the cache has seen 12: give the whole sequence": dict(cache=cache),
-        "attention_mask ends in 0.*pad on the left": dict(attention_mask=0 * ids),
+        "attention_mask = .*: must end in 1.*pad on the left": dict(attention_mask=0 * ids),
     }
     for name in ("seq_idx", "position_ids", "group"):
         values[f"{name} = .*: generate takes none: read the prompt with `prefill`"] = {name: ids}
@@ -1653,9 +1656,16 @@ def test_what_generate_and_stream_cannot_do_is_refused():
     alone = dict(cache=cache, attention_mask=torch.ones(1, 24, device=DEVICE))
     alone |= dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
     generations = {"returns no hidden states": speculative, "not new tokens alone": alone}
-    for call, others in ((model.generate, generations), (model.stream, streams)):
-        for message, options in (types | values | others).items():
-            with pytest.raises(TypeError if message in types else ValueError, match=message):
+    for call, error, cases in (
+        (model.generate, AttributeError, attributes),
+        (model.generate, TypeError, types),
+        (model.generate, ValueError, values | generations),
+        (model.stream, AttributeError, attributes),
+        (model.stream, TypeError, types),
+        (model.stream, ValueError, values | streams),
+    ):
+        for message, options in cases.items():
+            with pytest.raises(error, match=message):
                 call(**{"input_ids": ids, "max_new_tokens": 3, **options})
 
 
