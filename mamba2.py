@@ -1109,16 +1109,16 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         **others,
     ):
         """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
-        attention_mask: (b, l), or longer on the left, for what the cache has seen; positions
-            where it is 0 are skipped, wherever they occur.
+        attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 where a
+            position is skipped, as in `Mamba2.step`.
         cache: the Mamba2Cache of an earlier call, or one of any states to start from, such as
             trained ones: Mamba2Cache(states). past_key_values is another name of it.
         labels: (b, l), the tokens: each position that is not masked predicts the next one of
-            its sequence, except -100. For the loss, logits are made of a few positions at a time.
+            its sequence, except -100.
         logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
             is all; but there are none if labels are given in training or in several segments.
-        seq_idx: (b, l) integers, labels of packed sequences, as in `Mamba2.step`. Without it,
-            and without a cache, position_ids may say it: they are 0 where one begins.
+        seq_idx: (b, l), as in `Mamba2.step`. Without it, and without a cache, packed sequences
+            begin where position_ids are 0.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
             Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
@@ -1144,10 +1144,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
-        first = 0  # the first position whose logits are wanted
-        if logits_to_keep is None and labels is not None and (self.training or l > length):
-            first = None  # no logits
-        elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
+        no_logits = logits_to_keep is None and labels is not None and (self.training or l > length)
+        first = l if no_logits else 0  # the first position whose logits are wanted
+        if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
         start = first if hidden_states is None else 0
@@ -1158,9 +1157,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 loss, items = (_sum_of_ranks(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
         if hidden_states is not None:
-            hidden_states, h = (*hidden_states, h), None if first is None else h[:, first:]
+            hidden_states, h = (*hidden_states, h), h[:, first:]
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
-        logits = None if h is None else self.lm_head(h)
+        logits = None if no_logits else self.lm_head(h)
         return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
@@ -1172,7 +1171,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         grows as s + l / s with the length s of a segment: as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
-        Returns the summed loss or None; h from the position `first` on, or None; the cache.
+        Returns the summed loss or None; h from the position `first` on; the cache or None.
         """
 
         def run(x, mask, seq_idx, targets, cache, keep_cache):
@@ -1193,11 +1192,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 arguments = *piece, cache, use_cache or i < count - 1
                 loss, h, cache = recomputed(self, run, *arguments) if count > 1 else run(*arguments)
                 losses.append(loss)
-                # An empty view would keep the memory of all of h.
-                if first is not None and (first < (i + 1) * length or i == count - 1):
+                if first < (i + 1) * length or i == count - 1:  # a view keeps the memory of all h
                     kept.append(h[:, max(0, first - i * length) :])
         loss = None if losses[0] is None else sum(losses)
-        return loss, torch.cat(kept, dim=1) if kept else None, cache
+        return loss, torch.cat(kept, dim=1), cache
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
@@ -1243,8 +1241,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
         """The Mamba2Cache after a prompt, which is read in segments: see `forward`."""
-        options = {"segment_length": "auto", **options, "logits_to_keep": 1}
-        options |= dict(use_cache=True, return_dict=True, output_hidden_states=False)
+        fixed = dict(use_cache=True, return_dict=True, output_hidden_states=False, logits_to_keep=1)
+        options = {"segment_length": "auto", **options, **fixed}
         return self(input_ids, attention_mask, cache, **options).cache
 
     def generate(self, inputs=None, generation_config=None, **options):
@@ -1264,11 +1262,13 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
         if not isinstance(cache, GenerationCache):
-            cache = GenerationCache(self, cache)
+            samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+            cache = GenerationCache(self, cache if samples == 1 else cache.repeat(samples))
         assists = getattr(config, "is_assistant", None)
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
-        cache.keeps_prompt = settings["return_dict_in_generate"]
-        cache.has_whole_text = mask is None or ids is None or mask.shape[1] == ids.shape[1]
+        eos = settings["eos_token_id"]
+        cache.keeps_prompt = settings["return_dict_in_generate"] and eos is not None
+        cache.lacks_ids = mask is not None and ids is not None and mask.shape[1] > ids.shape[1]
         if generation_config is None or "use_cache" in options:
             options["use_cache"] = True
         else:  # transformers warns if a config and options are passed together
@@ -1277,8 +1277,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
         if isinstance(output, dict) and not assists:
             # The states of the last beams are not those of the texts that are returned.
-            ids, beams = output.sequences, hasattr(output, "beam_indices")
-            output[CACHE] = None if beams else cache.after(ids, settings["eos_token_id"])
+            beams = hasattr(output, "beam_indices")
+            output[CACHE] = None if beams else cache.after(output.sequences, eos)
             output.cache = output[CACHE]
         return output
 
@@ -1374,7 +1374,7 @@ class GenerationCache:
         length          tokens in the text: more than `seen` if some were forgotten
     """
 
-    is_compileable = is_croppable = keeps_prompt = False
+    is_compileable = is_croppable = keeps_prompt = lacks_ids = False
     is_linear = (False,)  # else transformers' `_prefill` would pass tokens that were already read
 
     def __init__(self, model, cache: Mamba2Cache):
@@ -1395,13 +1395,7 @@ class GenerationCache:
 
     def read(self, ids=None, mask=None, embeds=None, **options):
         """The model's output for the tokens after `current`; arguments are those of its forward."""
-        b, l = (embeds if ids is None else ids).shape[:2]
-        length = self.seen + l
-        if isinstance(self.current, Mamba2Cache) and self.current.states:
-            rows = len(self.current.states[0].ssm)
-            if b > rows:  # several samples or beams for each prompt
-                self.current = self.current.repeat(b // rows)
-        logits = None
+        length, logits = self.seen + (embeds if ids is None else ids).shape[1], None
         if self.is_croppable:
             ids = self._read_settled(ids, mask, options)
         elif kernels:
@@ -1416,13 +1410,13 @@ class GenerationCache:
         return output
 
     def after(self, ids, eos):
-        """The cache after ids (b, l), the last of which were not read: in each row, after the first
-        of the tokens `eos` that was chosen."""
+        """The cache after a text of ids (b, l), the last of which were not read: in each row, after
+        the first of the tokens `eos` that was chosen."""
         if self.kept is None:
             return self.state()
         text = ids[:, self.kept.get_seq_length() - self.length - 1 : -1]  # read since
         counts = torch.ones_like(text, dtype=torch.bool)
-        if eos is not None and not self.is_croppable:
+        if not self.is_croppable:
             ended = torch.isin(text, torch.as_tensor(eos, device=ids.device)).cumsum(1)
             counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
         if self.seen == self.length and counts.all():
@@ -1432,7 +1426,7 @@ class GenerationCache:
     # For speculative decoding, of one row:
 
     def activate_past_recording(self):
-        if not self.has_whole_text:
+        if self.lacks_ids:
             raise ValueError("speculative decoding takes the whole sequence, not new tokens alone")
         self.is_croppable = True
 
@@ -1451,15 +1445,15 @@ class GenerationCache:
         proposed tokens, and perhaps some before them, which are read again at each attempt."""
         if options["output_hidden_states"]:
             raise ValueError("speculative decoding returns no hidden states")
-        settled = ids.shape[1] - options["logits_to_keep"]
-        many = 0 if self.kept is None else 32  # of a prompt, all
+        length, new = options["segment_length"], options["logits_to_keep"]  # new: proposed tokens
+        many = 0 if self.kept is None else 32  # of a prompt all are read
         self.kept = self.kept or self.current
-        if settled > many:
-            mask = None if mask is None else mask[:, : mask.shape[1] - ids.shape[1] + settled]
-            options = dict(segment_length=options["segment_length"])
-            self.kept = self.model.prefill(ids[:, :settled], mask, self.current, **options)
-            self.current, ids = self.kept, ids[:, settled:]
-        return ids
+        if ids.shape[1] - new <= many:
+            return ids
+        settled = ids[:, :-new], None if mask is None else mask[:, :-new]
+        self.kept = self.model.prefill(*settled, self.current, segment_length=length)
+        self.current = self.kept
+        return ids[:, -new:]
 
 
 def _one_cache(cache, past_key_values):
@@ -1494,10 +1488,7 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
         if not past.states:
             seq_idx = begins.cumsum(1)
         elif _readable(begins) and begins.any():
-            raise ValueError(
-                "position_ids are 0, where a sequence begins, after a cache: pass seq_idx, or no "
-                "cache for a new sequence"
-            )
+            raise ValueError("position_ids are 0 after a cache: pass seq_idx, or no cache")
     return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
 
 
