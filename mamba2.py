@@ -1318,17 +1318,15 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
 
-    def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        """What transformers calls to generate, with all arguments prepared: an iterator."""
-        mode = generation_config.get_generation_mode().value
-        if mode not in ("greedy_search", "sample") or generation_config.num_return_sequences != 1:
-            raise ValueError(f"stream yields one text for a prompt; for {mode}, use generate")
-        output = self._prefill(ids, generation_config, kwargs)
-        return self._steps(ids, output, logits_processor, stopping_criteria, generation_config)
-
     @torch.no_grad()
-    def _steps(self, ids, output, logits_processor, stopping_criteria, config):
-        """Yield tokens (b) after ids (b, l), which gave `output`, until all rows have ended."""
+    def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """What transformers calls to generate, with all arguments prepared: yield tokens (b) after
+        ids (b, l), until all rows have ended."""
+        config = generation_config
+        mode = config.get_generation_mode().value
+        if mode not in ("greedy_search", "sample") or config.num_return_sequences != 1:
+            raise ValueError(f"stream yields one text for a prompt; for {mode}, use generate")
+        output = self._prefill(ids, config, kwargs)
         unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads

@@ -1565,14 +1565,14 @@ def test_streams_and_threads_of_one_model_do_not_disturb_each_other():
 
 def test_a_stream_asks_a_gpu_every_eighth_token_whether_the_text_is_over(monkeypatch):
     model, ids, read = tiny(), tokens(2, 12), []
-    output = mamba2.GenerationCache(model, Mamba2Cache(())).read(ids)
-    model.register_forward_pre_hook(lambda *_: read.append(1))
+    cache = {mamba2.CACHE: mamba2.GenerationCache(model, Mamba2Cache(()))}
+    model.backbone.register_forward_pre_hook(lambda *_: read.append(1))
     on_gpu = ids.as_subclass(type("OnGpu", (torch.Tensor,), dict(is_cuda=True)))
     over = lambda ids, _: torch.full((2,), ids.shape[1] == 12 + 11, device=DEVICE)
     criteria = transformers.StoppingCriteriaList([over, MaxLengthCriteria(12 + 20)])
-    config = transformers.GenerationConfig()
-    steps = model._steps(on_gpu, output, lambda _, scores: scores, criteria, config)
-    assert [len(read) for _ in steps] == [7] * 8 + [15] * 3
+    config = transformers.GenerationConfig(num_return_sequences=1)
+    tokens_read = model._stream(on_gpu, lambda _, scores: scores, criteria, config, **cache)
+    assert [len(read) for _ in tokens_read] == [8] * 8 + [16] * 3
     # Nothing else that a step does waits for a number.
     asked, ask = [], torch.Tensor.__bool__
     stream = model.stream(ids, **dict(GREEDY, eos_token_id=VOCABULARY))
@@ -1665,7 +1665,7 @@ def test_what_generate_and_stream_cannot_do_is_refused():
     ):
         for message, options in cases.items():
             with pytest.raises(error, match=message):
-                call(**{"input_ids": ids, "max_new_tokens": 3, **options})
+                list(call(**{"input_ids": ids, "max_new_tokens": 3, **options}))
 
 
 def without_graphs(model, ids, **options):
