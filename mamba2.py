@@ -1248,9 +1248,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, **options):
         """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
-        With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask that
-        covers the whole sequence. The cache that is returned with `return_dict_in_generate=True`
-        has, in rows that ended with `eos_token_id`, the state after that token.
+        With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
+        whole. The cache that is returned with `return_dict_in_generate=True` has, in rows that
+        ended with `eos_token_id`, the state after that token.
         """
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
@@ -1266,8 +1266,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             cache = GenerationCache(self, cache if samples == 1 else cache.repeat(samples))
         assists = getattr(config, "is_assistant", None)
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
-        eos = settings["eos_token_id"]
-        cache.keeps_prompt = settings["return_dict_in_generate"] and eos is not None
+        cache.eos = settings["eos_token_id"] if settings["return_dict_in_generate"] else None
         cache.lacks_ids = mask is not None and ids is not None and mask.shape[1] > ids.shape[1]
         if generation_config is None or "use_cache" in options:
             options["use_cache"] = True
@@ -1278,7 +1277,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(output, dict) and not assists:
             # The states of the last beams are not those of the texts that are returned.
             beams = hasattr(output, "beam_indices")
-            output[CACHE] = None if beams else cache.after(output.sequences, eos)
+            output[CACHE] = None if beams else cache.after(output.sequences)
             output.cache = output[CACHE]
         return output
 
@@ -1292,13 +1291,12 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             if cache.is_croppable:
                 next_sequence_length = input_ids.shape[1] - cache.seen
             elif next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
-                if cache.keeps_prompt and cache.kept is None:
+                if cache.eos is not None and cache.kept is None:
                     cache.kept = cache.state()
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {cache.seen}: "
-                "give the whole sequence with at least one new token, or new tokens with an "
-                "attention_mask that covers the whole sequence"
+                "give the whole sequence and new tokens, or these with an attention_mask of all"
             )
         kwargs |= dict(next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
@@ -1367,16 +1365,16 @@ class GenerationCache:
 
         current, seen   the latest state, after `seen` tokens: a Mamba2Cache, or a Decoder of
                         kernels.py that holds it in a CUDA graph
-        kept            an older Mamba2Cache: after the prompt, or, in speculative decoding, after
-                        tokens that will not be forgotten; None if there is none
-        length          tokens in the text: more than `seen` if some were forgotten
+        kept            an older Mamba2Cache, or None: after the prompt, if rows may end by `eos`;
+                        in speculative decoding, after tokens that will not be forgotten
+        length          tokens in the text: more than `seen` after others were forgotten
     """
 
-    is_compileable = is_croppable = keeps_prompt = lacks_ids = False
+    is_compileable = is_croppable = lacks_ids = False
     is_linear = (False,)  # else transformers' `_prefill` would pass tokens that were already read
 
     def __init__(self, model, cache: Mamba2Cache):
-        self.model, self.decoder, self.kept, self.current = model, None, None, cache
+        self.model, self.current, self.kept, self.decoder, self.eos = model, cache, None, None, None
         self.length = self.seen = cache.get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -1395,7 +1393,7 @@ class GenerationCache:
         """The model's output for the tokens after `current`; arguments are those of its forward."""
         length, logits = self.seen + (embeds if ids is None else ids).shape[1], None
         if self.is_croppable:
-            ids = self._read_settled(ids, mask, options)
+            ids = self._left_to_read(ids, mask, options)
         elif kernels:
             logits = kernels.decode(self, ids, mask, options)
         if logits is None:
@@ -1407,15 +1405,15 @@ class GenerationCache:
         output[CACHE], self.seen, self.length = self, length, length
         return output
 
-    def after(self, ids, eos):
+    def after(self, ids):
         """The cache after a text of ids (b, l), the last of which were not read: in each row, after
-        the first of the tokens `eos` that was chosen."""
+        the first `eos` that was chosen."""
         if self.kept is None:
             return self.state()
         text = ids[:, self.kept.get_seq_length() - self.length - 1 : -1]  # read since
         counts = torch.ones_like(text, dtype=torch.bool)
         if not self.is_croppable:
-            ended = torch.isin(text, torch.as_tensor(eos, device=ids.device)).cumsum(1)
+            ended = torch.isin(text, torch.as_tensor(self.eos, device=ids.device)).cumsum(1)
             counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
         if self.seen == self.length and counts.all():
             return self.state()
@@ -1438,18 +1436,18 @@ class GenerationCache:
         elif self.seen == self.length:
             self.kept = self.current
 
-    def _read_settled(self, ids, mask, options):
-        """Read those of ids (1, l) that cannot be forgotten, if they are many, and return the rest:
-        proposed tokens, and perhaps some before them, which are read again at each attempt."""
+    def _left_to_read(self, ids, mask, options):
+        """Which of ids (1, l) are still to be read: those that may be forgotten, the last ones, and
+        a few settled ones before them, which are read again until all are accepted. The prompt,
+        and many settled tokens, are read here, once."""
         if options["output_hidden_states"]:
             raise ValueError("speculative decoding returns no hidden states")
-        length, new = options["segment_length"], options["logits_to_keep"]  # new: proposed tokens
-        many = 0 if self.kept is None else 32  # of a prompt all are read
+        new, few = options["logits_to_keep"], 0 if self.kept is None else 32
         self.kept = self.kept or self.current
-        if ids.shape[1] - new <= many:
+        if ids.shape[1] - new <= few:
             return ids
-        settled = ids[:, :-new], None if mask is None else mask[:, :-new]
-        self.kept = self.model.prefill(*settled, self.current, segment_length=length)
+        settled = ids[:, :-new], None if mask is None else mask[:, :-new], self.current
+        self.kept = self.model.prefill(*settled, segment_length=options["segment_length"])
         self.current = self.kept
         return ids[:, -new:]
 

@@ -1542,7 +1542,7 @@ def test_speculative_decoding_forgets_what_may_be_forgotten_and_nothing_else():
         seen += read - forget
         cache.crop(-forget)
         assert cache.get_seq_length() == seen
-        assert_same_state(cache.after(ids[:, : seen + 1], 7), model(ids[:, :seen]).cache, F64)
+        assert_same_state(cache.after(ids[:, : seen + 1]), model(ids[:, :seen]).cache, F64)
     with pytest.raises(ValueError, match="must be between -4 and 0"):
         cache.crop(-50)
     with pytest.raises(ValueError, match="must be between -4 and 0"):
