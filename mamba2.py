@@ -1023,14 +1023,6 @@ class Mamba2Config(PreTrainedConfig):
 # --------------------------------------------------------------------------------------------------
 # 6. transformers: cache, loss, segments, loading, generation
 # --------------------------------------------------------------------------------------------------
-#
-# Names that no documentation promises; a test looks for each. transformers calls or reads in a
-# model: `_init_weights`, `_is_hf_initialized` (of a parameter: loaded, not to be drawn),
-# `_tied_weights_keys`, `_no_split_modules` (for device_map), `_supports_default_dynamic_cache`
-# (before 5.24: whether generate makes a cache), `_prefill` (the first forward pass of generate).
-# And of torch: `Tensor._version` counts changes in place. kernels.py asks by others whether anybody
-# else watches: `_C._are_functorch_transforms_active`, `_C._len_torch_dispatch_stack`,
-# `autograd.forward_ad._current_level`, `_subclasses.fake_tensor.FakeTensor`.
 
 # The name of the cache in transformers' outputs and calls. Callers of this file may use either.
 CACHE = "cache"
@@ -1048,8 +1040,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
-    _no_split_modules = ["Mamba2Block"]
-    _supports_default_dynamic_cache = classmethod(lambda cls: False)
+    _no_split_modules = ["Mamba2Block"]  # for device_map
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes no cache
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
@@ -1065,7 +1057,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module):
         if isinstance(module, Mamba2):
-            if not getattr(module.A_log, "_is_hf_initialized", False):
+            if not getattr(module.A_log, "_is_hf_initialized", False):  # by loading
                 module.reset_parameters(depth=self.config.num_hidden_layers)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
