@@ -1103,14 +1103,11 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
         attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 where a
             position is skipped, as in `Mamba2.step`.
-        cache: the Mamba2Cache of an earlier call, or one of any states to start from, such as
-            trained ones: Mamba2Cache(states). past_key_values is another name of it.
-        labels: (b, l), the tokens: each position that is not masked predicts the next one of
-            its sequence, except -100.
+        cache, or past_key_values: the Mamba2Cache of an earlier call, or Mamba2Cache(any states).
+        labels: (b, l), the tokens, or -100: each position predicts the next one, see `next_tokens`.
         logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
             is all; but there are none if labels are given in training or in several segments.
-        seq_idx: (b, l), as in `Mamba2.step`. Without it, and without a cache, packed sequences
-            begin where position_ids are 0.
+        seq_idx: (b, l), as in `Mamba2.step`. None: packed sequences begin where position_ids are 0.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
             Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
@@ -1132,7 +1129,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             _agree(group, self, x, seq_idx=seq_idx is not None, **same)
         if labels is not None:
             _require(dict(b=b, l=l), "b l", "integers", labels=labels)
-            targets = next_tokens(labels.long(), mask, seq_idx, group, length)
+            text = labels.long(), mask, seq_idx
+            targets = _next_tokens_of_slices(*text, length, group) if group else next_tokens(*text)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1273,24 +1271,22 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             output.cache = output[CACHE]
         return output
 
-    def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
-    ):
-        """What transformers calls for the arguments of each forward pass: the new tokens."""
-        cache = kwargs.get(CACHE)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        """What transformers calls for the arguments of each forward pass."""
+        cache, new = kwargs.get(CACHE), kwargs.get("next_sequence_length")
         kwargs.pop("tokenizer", None)  # of stop_strings
         if isinstance(cache, GenerationCache):
             if cache.is_croppable:
-                next_sequence_length = input_ids.shape[1] - cache.seen
-            elif next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
+                new = input_ids.shape[1] - cache.seen
+            elif new == 1 and not kwargs.get("is_first_iteration"):
                 if cache.eos is not None and cache.kept is None:
                     cache.kept = cache.state()
-        if next_sequence_length is not None and next_sequence_length <= 0:
+        if new is not None and new <= 0:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {cache.seen}: "
                 "give the whole sequence and new tokens, or these with an attention_mask of all"
             )
-        kwargs |= dict(next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds)
+        kwargs |= dict(next_sequence_length=new, inputs_embeds=inputs_embeds)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def stream(self, input_ids, **options):
@@ -1500,14 +1496,9 @@ def recomputed(module, function, *arguments):
     return checkpoint(checked, *arguments, use_reentrant=False)
 
 
-def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
-    """(b, l), for each position the label that it has to predict; -100 where there is none.
-
-    That is the label of the next position that is not masked, unless it is of another sequence.
-    With a group: for this rank's slices, of `length` positions in each segment.
-    """
-    if group is not None:
-        return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
+def next_tokens(labels, mask=None, seq_idx=None):
+    """(b, l), for each position that is not masked the label that it has to predict: that of the
+    next such position, unless it is of another sequence; -100 where there is none."""
     if mask is not None:
         order = Order(mask)
         labels, seq_idx = labels.masked_fill(~mask, -100), order.sort_labels(seq_idx)
