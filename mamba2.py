@@ -1354,7 +1354,8 @@ class GenerationCache:
         current, seen   the latest state, after `seen` tokens: a Mamba2Cache, or a Decoder of
                         kernels.py that holds it in a CUDA graph
         kept            an older Mamba2Cache, or None: after the prompt, if rows may end by `eos`;
-                        in speculative decoding, after tokens that will not be forgotten
+                        in speculative decoding, after tokens that are hardly ever forgotten
+        first           in speculative decoding, the Mamba2Cache before all of the tokens
         length          tokens in the text: more than `seen` after others were forgotten
     """
 
@@ -1415,10 +1416,12 @@ class GenerationCache:
         self.is_croppable = True
 
     def crop(self, tokens: int):
-        """Forget the last -tokens tokens; crop(0) makes all that were read permanent."""
-        tokens, since = int(tokens), self.length - self.kept.get_seq_length()
+        """Forget the last -tokens tokens; crop(0) says that all were accepted."""
+        tokens, since = int(tokens), self.length - self.first.get_seq_length()
         _check("tokens", tokens, f"must be between -{since} and 0", lambda n: -since <= n <= 0)
         self.length += tokens
+        if self.length < self.kept.get_seq_length():  # for an assistant with another tokenizer
+            self.kept = self.first
         if tokens < 0:
             self.current, self.seen = self.kept, self.kept.get_seq_length()
         elif self.seen == self.length:
@@ -1430,8 +1433,9 @@ class GenerationCache:
         and many settled tokens, are read here, once."""
         if options["output_hidden_states"]:
             raise ValueError("speculative decoding returns no hidden states")
-        new, few = options["logits_to_keep"], 0 if self.kept is None else 32
-        self.kept = self.kept or self.current
+        new, few = options["logits_to_keep"], 32
+        if self.kept is None:
+            self.first, self.kept, few = self.current, self.current, 0
         if ids.shape[1] - new <= few:
             return ids
         settled = ids[:, :-new], None if mask is None else mask[:, :-new], self.current
@@ -1488,8 +1492,8 @@ def recomputed(module, function, *arguments):
     def checked(*arguments):
         if [weight._version for weight in weights] != versions:
             raise RuntimeError(
-                "weights were modified in place between the forward pass and the backward pass, "
-                "which computes the former again: call backward() before optimizer.step()"
+                "weights were modified in place since the forward pass, which backward() computes "
+                "again: call it before optimizer.step()"
             )
         return function(*arguments)
 

@@ -1535,7 +1535,7 @@ def test_speculative_decoding_forgets_what_may_be_forgotten_and_nothing_else():
     model, ids, seen = tiny(dtype=torch.float64), tokens(1, 100), 0
     cache = GenerationCache(model, Mamba2Cache(()))
     cache.activate_past_recording()
-    for read, forget in ((5, 0), (6, 2), (40, 3), (3, 3), (1, 0), (4, 1), (2, 1)):
+    for read, forget in ((5, 0), (6, 2), (40, 3), (3, 3), (1, 0), (4, 1), (2, 9), (3, 1), (2, 1)):
         new, fork = ids[:, cache.seen : seen + read], copy.copy(cache)
         logits = model(new, cache=cache, logits_to_keep=read).logits
         assert_close(logits, model(ids[:, : seen + read]).logits[:, seen:], F64)
@@ -1544,10 +1544,9 @@ def test_speculative_decoding_forgets_what_may_be_forgotten_and_nothing_else():
         cache.crop(-forget)
         assert cache.get_seq_length() == seen
         assert_same_state(cache.after(ids[:, : seen + 1]), model(ids[:, :seen]).cache, F64)
-    with pytest.raises(ValueError, match="must be between -4 and 0"):
-        cache.crop(-50)
-    with pytest.raises(ValueError, match="must be between -4 and 0"):
-        cache.crop(5)
+    for count in (-seen - 1, 5):
+        with pytest.raises(ValueError, match=f"must be between -{seen} and 0"):
+            cache.crop(count)
 
 
 def test_streams_and_threads_of_one_model_do_not_disturb_each_other():
