@@ -3354,7 +3354,7 @@ def decode(text, ids, mask, options):
         text.decoder = False
         graph = DecodingGraph.take(text.model, text.current)
         if graph is not None:
-            text.decoder = Decoder(text.model, graph, type(text.base))
+            text.decoder = Decoder(text.model, graph, type(text.current))
     if not text.decoder:
         return None
     if text.current is not text.decoder:

@@ -1023,15 +1023,6 @@ class Mamba2Config(PreTrainedConfig):
 # --------------------------------------------------------------------------------------------------
 # 6. transformers: cache, loss, segments, loading, generation
 # --------------------------------------------------------------------------------------------------
-#
-# Names that no documentation promises; a test looks for each. transformers calls or reads in a
-# model: `_init_weights`, `_is_hf_initialized` (of a parameter: loaded, not to be drawn),
-# `_tied_weights_keys`, `_no_split_modules` (for device_map), `_is_stateful` (False allows
-# speculative decoding), `_supports_default_dynamic_cache` (False: generate makes no cache of its
-# own), `_prefill` (the first forward pass of generate). And of torch: `Tensor._version` counts
-# changes in place; kernels.py uses others to see whether anybody else watches:
-# `_C._are_functorch_transforms_active`, `_C._len_torch_dispatch_stack`,
-# `autograd.forward_ad._current_level`, `_subclasses.fake_tensor.FakeTensor`.
 
 # The name of the cache in transformers' outputs and calls. Callers of this file may use either.
 CACHE = "cache"
@@ -1047,12 +1038,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
-    main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
-    _no_split_modules = ["Mamba2Block"]
-    _is_stateful = False
+    _no_split_modules = ["Mamba2Block"]  # for device_map
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes no cache
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
@@ -1068,7 +1057,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module):
         if isinstance(module, Mamba2):
-            if not getattr(module.A_log, "_is_hf_initialized", False):
+            if not getattr(module.A_log, "_is_hf_initialized", False):  # by loading
                 module.reset_parameters(depth=self.config.num_hidden_layers)
         elif isinstance(module, nn.Linear):
             module.reset_parameters()
@@ -1076,19 +1065,17 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs
-    ):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a published or saved model by its name on the hub or its folder, in the original
         mamba_ssm format, in transformers' format, or Codestral-Mamba's. It is a ValueError if the
         weights are not exactly those of the model that its config describes."""
-        name = pretrained_model_name_or_path
+        name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             hint = "_keys_to_ignore_on_load_missing may name weights that a class of yours adds"
             raise ValueError(f"{str(name)!r} does not fit {cls.__name__}: {wrong}; {hint}")
-        return (model, info) if output_loading_info else model
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, but always under transformers' names."""
@@ -1114,16 +1101,13 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         **others,
     ):
         """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
-        attention_mask: (b, l), or longer on the left, for what the cache has seen; positions
-            where it is 0 are skipped, wherever they occur.
-        cache: the Mamba2Cache of an earlier call, or one of any states to start from, such as
-            trained ones: Mamba2Cache(states). past_key_values is another name of it.
-        labels: (b, l), the tokens: each position that is not masked predicts the next one of
-            its sequence, except -100. For the loss, logits are made of a few positions at a time.
+        attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 where a
+            position is skipped, as in `Mamba2.step`.
+        cache, or past_key_values: the Mamba2Cache of an earlier call, or Mamba2Cache(any states).
+        labels: (b, l), the tokens, or -100: each position predicts the next one, see `next_tokens`.
         logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
             is all; but there are none if labels are given in training or in several segments.
-        seq_idx: (b, l) integers, labels of packed sequences, as in `Mamba2.step`. Without it,
-            and without a cache, position_ids may say it: they are 0 where one begins.
+        seq_idx: (b, l), as in `Mamba2.step`. None: packed sequences begin where position_ids are 0.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
             Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
@@ -1145,14 +1129,14 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             _agree(group, self, x, seq_idx=seq_idx is not None, **same)
         if labels is not None:
             _require(dict(b=b, l=l), "b l", "integers", labels=labels)
-            targets = next_tokens(labels.long(), mask, seq_idx, group, length)
+            text = labels.long(), mask, seq_idx
+            targets = _next_tokens_of_slices(*text, length, group) if group else next_tokens(*text)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
-        first = 0  # the first position whose logits are wanted
-        if logits_to_keep is None and labels is not None and (self.training or l > length):
-            first = None  # no logits
-        elif isinstance(logits_to_keep, int) and logits_to_keep > 0:
+        no_logits = logits_to_keep is None and labels is not None and (self.training or l > length)
+        first = l if no_logits else 0  # the first position whose logits are wanted
+        if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
         start = first if hidden_states is None else 0
@@ -1163,9 +1147,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 loss, items = (_sum_of_ranks(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
         if hidden_states is not None:
-            hidden_states, h = (*hidden_states, h), None if first is None else h[:, first:]
+            hidden_states, h = (*hidden_states, h), h[:, first:]
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
-        logits = None if h is None else self.lm_head(h)
+        logits = None if no_logits else self.lm_head(h)
         return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
@@ -1177,35 +1161,31 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         grows as s + l / s with the length s of a segment: as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
-        Returns the summed loss or None; h from the position `first` on, or None; the cache.
+        Returns the summed loss or None; h from the position `first` on; the cache or None.
         """
-        x, total = whole[0], whole[0].shape[1]
-        count = max(1, -(-total // length))
+
+        def run(x, mask, seq_idx, targets, cache, keep_cache):
+            h, cache = self.backbone(x, cache, mask, seq_idx, group, hidden_states, keep_cache)
+            return None if targets is None else self.summed_loss(h, targets), h, cache
+
+        x, losses, kept = whole[0], [], []
+        count = max(1, -(-x.shape[1] // length))
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
-        run, losses, kept = self._in_one_piece, [], []
-        if count > 1:
-            run = functools.partial(recomputed, self, run)
-            if hidden_states is not None:
-                raise ValueError("output_hidden_states holds all positions: use segment_length=0")
+        if count > 1 and hidden_states is not None:
+            raise ValueError("output_hidden_states holds all positions: use segment_length=0")
         # Autocast as it is, but for its cache: with it, weights would be cast once for all
         # segments, and their gradients added in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
         enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
             for i, piece in enumerate(zip(*pieces, strict=True)):
-                keep = use_cache or i < count - 1
-                loss, h, cache = run(*piece, cache, group, hidden_states, keep)
+                arguments = *piece, cache, use_cache or i < count - 1
+                loss, h, cache = recomputed(self, run, *arguments) if count > 1 else run(*arguments)
                 losses.append(loss)
-                # An empty view would keep the memory of all of h.
-                if first is not None and (first < (i + 1) * length or i == count - 1):
+                if first < (i + 1) * length or i == count - 1:  # a view keeps the memory of all h
                     kept.append(h[:, max(0, first - i * length) :])
         loss = None if losses[0] is None else sum(losses)
-        return loss, torch.cat(kept, dim=1) if kept else None, cache
-
-    def _in_one_piece(self, x, mask, seq_idx, targets, cache, *options):
-        """The summed loss or None, the backbone's output (b, l, d), and the cache or None."""
-        h, cache = self.backbone(x, cache, mask, seq_idx, *options)
-        return None if targets is None else self.summed_loss(h, targets), h, cache
+        return loss, torch.cat(kept, dim=1), cache
 
     def summed_loss(self, h, targets):
         """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
@@ -1231,97 +1211,82 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         length = self.config.segment_length if length is None else length
         _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
-            raise ValueError(
-                "segment_length = 'auto': with a group, which slices it, give a number"
-            )
+            raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
             # With `count` segments, count * between + l / count * inside numbers are kept: states,
             # and what the positions of one segment leave for the backward pass. The count that
             # makes both terms equal keeps the fewest.
-            config, layer = self.config, self.backbone.layers[0]
-            inner, channels, heads = layer.mixer.widths
+            config, layer = self.config, self.backbone.layers[0].mixer
+            inner, channels, _ = layer.widths
             between = inner * config.state_size + (config.conv_kernel - 1) * channels
-            inside = 4 * (inner + channels + heads)
+            inside = 4 * sum(layer.widths)
             if self.backbone.gradient_checkpointing:
                 inside = config.hidden_size + inside / config.num_hidden_layers
             count = math.ceil(math.sqrt(l * inside / between))
             if self.device.type == "cuda":  # fewer, where launching kernels would take longest
-                count = min(count, int(b * l * layer.mixer.in_proj.weight.numel() / 7e10))
+                count = min(count, int(b * l * layer.in_proj.weight.numel() / 7e10))
             length = -(-l // max(1, count))  # all of one length, but for the last
         return length or max(1, l)
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
         """The Mamba2Cache after a prompt, which is read in segments: see `forward`."""
-        options = {"segment_length": "auto", **options, "logits_to_keep": 1}
-        options |= dict(use_cache=True, return_dict=True, output_hidden_states=False)
+        fixed = dict(use_cache=True, return_dict=True, output_hidden_states=False, logits_to_keep=1)
+        options = {"segment_length": "auto", **options, **fixed}
         return self(input_ids, attention_mask, cache, **options).cache
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls):
-        return False
 
     def generate(self, inputs=None, generation_config=None, **options):
         """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
-        With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask that
-        covers the whole sequence. The cache that is returned with `return_dict_in_generate=True`
-        has, in rows that ended with `eos_token_id`, the state after that token.
+        With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
+        whole. The cache that is returned with `return_dict_in_generate=True` has, in rows that
+        ended with `eos_token_id`, the state after that token.
         """
+        rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"generate takes no {name}: read the prompt with `prefill`, and pass its cache"
-                )
-        mask = options.get("attention_mask")
-        if mask is not None and not mask[:, -1:].all():
-            raise ValueError(
-                "attention_mask ends in 0, where the row's next token would be read: pad on the "
-                "left, tokenizer.padding_side = 'left'"
-            )
+            _check(name, options.get(name), rule, lambda value: value is None)
+        mask, ids = options.get("attention_mask"), options.get("input_ids", inputs)
+        rule = "must end in 1, where a row's next token is read: pad on the left"
+        _check("attention_mask", mask, rule, lambda mask: mask is None or mask[:, -1:].all())
         config = self.generation_config if generation_config is None else generation_config
         settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
-        if settings.get("assistant_early_exit") is not None:
-            raise ValueError("assistant_early_exit: pass an assistant_model with fewer layers")
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
         if not isinstance(cache, GenerationCache):
-            cache = GenerationCache(self, cache)
+            samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+            cache = GenerationCache(self, cache if samples == 1 else cache.repeat(samples))
         assists = getattr(config, "is_assistant", None)
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
-        cache.keeps_prompt = settings["return_dict_in_generate"] and not cache.is_croppable
-        if generation_config is None:
+        cache.eos = settings["eos_token_id"] if settings["return_dict_in_generate"] else None
+        cache.lacks_ids = mask is not None and ids is not None and mask.shape[1] > ids.shape[1]
+        if generation_config is None or "use_cache" in options:
             options["use_cache"] = True
         else:  # transformers warns if a config and options are passed together
-            options.pop("use_cache", None)
             generation_config = copy.copy(generation_config)
             generation_config.use_cache = True
         output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
         if isinstance(output, dict) and not assists:
             # The states of the last beams are not those of the texts that are returned.
-            ids, beams = output.sequences, hasattr(output, "beam_indices")
-            output[CACHE] = None if beams else cache.after(ids, settings["eos_token_id"])
+            beams = hasattr(output, "beam_indices")
+            output[CACHE] = None if beams else cache.after(output.sequences)
             output.cache = output[CACHE]
         return output
 
-    def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, inputs_embeds=None, **kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         """What transformers calls for the arguments of each forward pass."""
-        cache = kwargs.get(CACHE)
+        cache, new = kwargs.get(CACHE), kwargs.get("next_sequence_length")
         kwargs.pop("tokenizer", None)  # of stop_strings
         if isinstance(cache, GenerationCache):
             if cache.is_croppable:
-                new = input_ids.shape[1] - cache.get_seq_length()
-                next_sequence_length = new if new > 0 else next_sequence_length
-            elif next_sequence_length == 1 and not kwargs.get("is_first_iteration"):
-                cache.keep_prompt()
-        if next_sequence_length is not None and next_sequence_length <= 0:
+                new = input_ids.shape[1] - cache.seen
+            elif new == 1 and not kwargs.get("is_first_iteration"):
+                if cache.eos is not None and cache.kept is None:
+                    cache.kept = cache.state()
+        if new is not None and new <= 0:
             raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen "
-                f"{cache.get_seq_length()}: give the whole sequence with at least one new token, "
-                "or new tokens with an attention_mask that covers the whole sequence"
+                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {cache.seen}: "
+                "give the whole sequence and new tokens, or these with an attention_mask of all"
             )
-        kwargs |= dict(next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds)
+        kwargs |= dict(next_sequence_length=new, inputs_embeds=inputs_embeds)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def stream(self, input_ids, **options):
@@ -1331,33 +1296,30 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 print(tokenizer.decode(token), end="", flush=True)
 
         transformers prepares prompt, sampling and stopping, so that all arguments mean the same;
-        those that mean more than one token after the other, such as beams, are a ValueError. On
-        CUDA, where asking waits for the GPU, it looks for the end of the text every eight tokens.
+        those that mean more than one token after the other, such as beams, are an error. On CUDA,
+        where asking waits for the GPU, it looks for the end of the text every eight tokens.
         """
         for name in ("assistant_model", "streamer", "stop_strings"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
 
-    def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        """What transformers calls to generate, with all arguments prepared: an iterator."""
-        mode = generation_config.get_generation_mode().value
-        if mode not in ("greedy_search", "sample") or generation_config.num_return_sequences != 1:
-            raise ValueError(f"stream yields one text for a prompt; for {mode}, use generate")
-        output = self._prefill(ids, generation_config, kwargs)
-        return self._steps(ids, output, logits_processor, stopping_criteria, generation_config)
-
     @torch.no_grad()
-    def _steps(self, ids, output, logits_processor, stopping_criteria, config):
-        """Yield tokens (b) after ids (b, l), which gave `output`, until all rows have ended."""
+    def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """What transformers calls to generate, with all arguments prepared: yield tokens (b) after
+        ids (b, l), until all rows have ended."""
+        config = generation_config
+        mode = config.get_generation_mode().value
+        if mode not in ("greedy_search", "sample") or config.num_return_sequences != 1:
+            raise ValueError(f"stream yields one text for a prompt; for {mode}, use generate")
+        output = self._prefill(ids, config, kwargs)
         unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads
         pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)]
         criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
-        tokens, alive, every = [], [], 8 if ids.is_cuda else 1
-        left = max(1, min([config.max_length, *limits]) - ids.shape[1])
+        left = max(1, stopping_criteria.max_length - ids.shape[1])
+        tokens, alive, every = [], [], 8 if criteria and ids.is_cuda else 1
         while left > 0:
             scores = logits_processor(ids, output.logits[:, -1].float())
             if config.do_sample:
@@ -1369,125 +1331,117 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             ids, left = torch.cat([ids, token[:, None]], dim=1), left - 1
             for criterion in criteria:
                 unfinished = unfinished & ~criterion(ids, scores)
-            if not criteria:
-                yield token
-            else:
-                tokens.append(token)
-                alive.append(unfinished.any())
-                if len(tokens) == every or left == 0:
-                    for token, goes_on in zip(tokens, torch.stack(alive).tolist(), strict=True):
-                        yield token
-                        if not goes_on:
-                            return
-                    tokens, alive = [], []
+            tokens.append(token)
+            alive.append(unfinished)
+            if len(tokens) == every or left == 0:
+                goes_on = torch.stack(alive).any(1).tolist() if criteria else [True]
+                for token, more in zip(tokens, goes_on, strict=True):
+                    yield token
+                    if not more:
+                        return
+                tokens, alive = [], []
             if left > 0:
                 output = output.cache.read(ids[:, -1:])
 
 
 class GenerationCache:
-    """What `generate` carries from token to token: a Mamba2Cache, replaced by the next in place.
+    """What `generate` carries from token to token: the current state, and an older one.
 
     A state cannot be rewound, but an older one can be kept, and the tokens since read again. That
     is how speculative decoding forgets tokens, and how rows that ended before others, and went on
     reading padding, get the state after their last token.
 
-        current       the state after all tokens: a Mamba2Cache, a Decoder of kernels.py that holds
-                      it in a CUDA graph, or None if tokens were forgotten
-        base, since   in speculative decoding: an older state, and the tokens since then, or None
-        prompt        the Mamba2Cache after the prompt, if it will be needed
+        current, seen   the latest state, after `seen` tokens: a Mamba2Cache, or a Decoder of
+                        kernels.py that holds it in a CUDA graph
+        kept            an older Mamba2Cache, or None: after the prompt, if rows may end by `eos`;
+                        in speculative decoding, after tokens that are hardly ever forgotten
+        first           in speculative decoding, the Mamba2Cache before all of the tokens
+        length          tokens in the text: more than `seen` after others were forgotten
     """
 
-    is_compileable = False
+    is_compileable = is_croppable = lacks_ids = False
     is_linear = (False,)  # else transformers' `_prefill` would pass tokens that were already read
 
     def __init__(self, model, cache: Mamba2Cache):
-        self.model, self.decoder, self.mask, self.prompt = model, None, None, None
-        self.is_croppable = self.keeps_prompt = False
-        self.start(cache)
-
-    def start(self, cache: Mamba2Cache):
-        self.base = self.current = cache
-        self.length, self.since = cache.get_seq_length(), None
+        self.model, self.current, self.kept, self.decoder, self.eos = model, cache, None, None, None
+        self.length = self.seen = cache.get_seq_length()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
     def reorder_cache(self, beam_idx):
-        self.start(self._current().select(beam_idx))
+        self.current = self.state().select(beam_idx)
 
-    def _current(self):
-        cache = self.current
-        if cache is None:  # tokens were forgotten
-            mask = None if self.mask is None else self.mask[:, : self.length]
-            cache = self.model.prefill(self.since, mask, self.base)
-        if not isinstance(cache, Mamba2Cache):  # a Decoder of kernels.py, which copies its states
-            cache = Mamba2Cache(tuple(Mamba2State(*state) for state in cache.states()), self.length)
-        return cache
+    def state(self) -> Mamba2Cache:
+        """The latest state, copied if it is in a CUDA graph."""
+        if isinstance(self.current, Mamba2Cache):
+            return self.current
+        return Mamba2Cache(tuple(Mamba2State(*s) for s in self.current.states()), self.seen)
 
     def read(self, ids=None, mask=None, embeds=None, **options):
-        """The model's output for more tokens; arguments are those of its forward."""
-        b, l = (embeds if ids is None else ids).shape[:2]
-        options |= dict(use_cache=True, return_dict=True)
-        rows = len(self.base.states[0].ssm) if self.base.states else b
-        if b > rows:  # several samples or beams for each prompt
-            self.start(self.base.repeat(b // rows))
+        """The model's output for the tokens after `current`; arguments are those of its forward."""
+        length, logits = self.seen + (embeds if ids is None else ids).shape[1], None
         if self.is_croppable:
-            output = self._read_again(ids, mask, options)
-        elif kernels and (logits := kernels.decode(self, ids, mask, options)) is not None:
-            output = CausalLMOutputWithPast(logits=logits)
-        else:
-            output = self.model(ids, mask, self._current(), embeds, **options)
+            ids = self._left_to_read(ids, mask, options)
+        elif kernels:
+            logits = kernels.decode(self, ids, mask, options)
+        if logits is None:
+            options |= dict(use_cache=True, return_dict=True)
+            output = self.model(ids, mask, self.state(), embeds, **options)
             self.current = output.cache
-        self.length += l
-        output[CACHE] = self
+        else:
+            output = CausalLMOutputWithPast(logits=logits)
+        output[CACHE], self.seen, self.length = self, length, length
         return output
 
-    # For rows that end before others:
-
-    def keep_prompt(self):
-        """Called before the first token that was chosen is read."""
-        if self.keeps_prompt and self.prompt is None:
-            self.prompt = self._current()
-
-    def after(self, ids, eos):
-        """The cache after ids (b, l), the last of which were not read: in each row, after the first
-        of the tokens `eos` that was chosen."""
-        if eos is None or self.prompt is None:
-            return self._current()
-        text = ids[:, self.prompt.get_seq_length() - self.length - 1 : -1]
-        ended = torch.isin(text, torch.as_tensor(eos, device=ids.device)).cumsum(1)
-        counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
-        return self._current() if counts.all() else self.model.prefill(text, counts, self.prompt)
+    def after(self, ids):
+        """The cache after a text of ids (b, l), the last of which were not read: in each row, after
+        the first `eos` that was chosen."""
+        if self.kept is None:
+            return self.state()
+        text = ids[:, self.kept.get_seq_length() - self.length - 1 : -1]  # read since
+        counts = torch.ones_like(text, dtype=torch.bool)
+        if not self.is_croppable:
+            ended = torch.isin(text, torch.as_tensor(self.eos, device=ids.device)).cumsum(1)
+            counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
+        if self.seen == self.length and counts.all():
+            return self.state()
+        return self.model.prefill(text, counts, self.kept)
 
     # For speculative decoding, of one row:
 
     def activate_past_recording(self):
+        if self.lacks_ids:
+            raise ValueError("speculative decoding takes the whole sequence, not new tokens alone")
         self.is_croppable = True
 
     def crop(self, tokens: int):
-        """Remove the last -tokens tokens; crop(0) makes all that were read permanent."""
-        since = self.length - self.base.get_seq_length()
-        if not -since <= tokens <= 0:
-            raise ValueError(f"crop({tokens}): it must be between {-since} and 0")
-        self.length += int(tokens)
+        """Forget the last -tokens tokens; crop(0) says that all were accepted."""
+        tokens, since = int(tokens), self.length - self.first.get_seq_length()
+        _check("tokens", tokens, f"must be between -{since} and 0", lambda n: -since <= n <= 0)
+        self.length += tokens
+        if self.length < self.kept.get_seq_length():  # for an assistant with another tokenizer
+            self.kept = self.first
         if tokens < 0:
-            self.current, self.since = None, self.since[:, : since + tokens]
-        elif self.current is not None:
-            self.start(self.current)
+            self.current, self.seen = self.kept, self.kept.get_seq_length()
+        elif self.seen == self.length:
+            self.kept = self.current
 
-    def _read_again(self, ids, mask, options):
-        """The output for ids (1, l) after the tokens that were not forgotten."""
-        if ids is None or options.get("output_hidden_states"):
-            raise ValueError("speculative decoding takes input_ids, and returns no hidden states")
-        self.mask = mask
-        if self.current is None and self.since.shape[1] > 32:  # too many to read each time
-            self.start(self._current())
-        since = ids if self.since is None else torch.cat([self.since, ids], dim=1)
-        cache, new = (self.base, since) if self.current is None else (self.current, ids)
-        options["logits_to_keep"] = options.get("logits_to_keep") or ids.shape[1]
-        output = self.model(new, mask, cache, **options)
-        self.since, self.current = since, output.cache
-        return output
+    def _left_to_read(self, ids, mask, options):
+        """Which of ids (1, l) are still to be read: those that may be forgotten, the last ones, and
+        a few settled ones before them, which are read again until all are accepted. The prompt,
+        and many settled tokens, are read here, once."""
+        if options["output_hidden_states"]:
+            raise ValueError("speculative decoding returns no hidden states")
+        new, few = options["logits_to_keep"], 32
+        if self.kept is None:
+            self.first, self.kept, few = self.current, self.current, 0
+        if ids.shape[1] - new <= few:
+            return ids
+        settled = ids[:, :-new], None if mask is None else mask[:, :-new], self.current
+        self.kept = self.model.prefill(*settled, segment_length=options["segment_length"])
+        self.current = self.kept
+        return ids[:, -new:]
 
 
 def _one_cache(cache, past_key_values):
@@ -1495,8 +1449,6 @@ def _one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None:
         raise TypeError("cache and past_key_values are one argument: give one of them")
     cache = past_key_values if cache is None else cache
-    if not isinstance(cache, (Mamba2Cache, GenerationCache, type(None))):
-        raise TypeError(f"cache is a {type(cache).__name__}: it must be a Mamba2Cache")
     return Mamba2Cache(()) if cache is None else cache
 
 
@@ -1510,11 +1462,10 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     sizes = {}
-    _require(sizes, "b l", "integers", input_ids=ids)
     _require(sizes, "b l d", inputs_embeds=embeds)
-    _require(sizes, "b l", "integers", seq_idx=seq_idx, position_ids=position_ids)
+    integers = dict(input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
+    _require(sizes, "b l", "integers", **integers)
     if mask is not None:
-        _require({}, "b l", "a mask", attention_mask=mask)
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
         mask = _as_bool(mask)
@@ -1525,10 +1476,7 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
         if not past.states:
             seq_idx = begins.cumsum(1)
         elif _readable(begins) and begins.any():
-            raise ValueError(
-                "position_ids are 0, where a sequence begins, after a cache: pass seq_idx, or no "
-                "cache for a new sequence"
-            )
+            raise ValueError("position_ids are 0 after a cache: pass seq_idx, or no cache")
     return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
 
 
@@ -1544,22 +1492,17 @@ def recomputed(module, function, *arguments):
     def checked(*arguments):
         if [weight._version for weight in weights] != versions:
             raise RuntimeError(
-                "weights were modified in place between the forward pass and the backward pass, "
-                "which computes the former again: call backward() before optimizer.step()"
+                "weights were modified in place since the forward pass, which backward() computes "
+                "again: call it before optimizer.step()"
             )
         return function(*arguments)
 
     return checkpoint(checked, *arguments, use_reentrant=False)
 
 
-def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
-    """(b, l), for each position the label that it has to predict; -100 where there is none.
-
-    That is the label of the next position that is not masked, unless it is of another sequence.
-    With a group: for this rank's slices, of `length` positions in each segment.
-    """
-    if group is not None:
-        return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
+def next_tokens(labels, mask=None, seq_idx=None):
+    """(b, l), for each position that is not masked the label that it has to predict: that of the
+    next such position, unless it is of another sequence; -100 where there is none."""
     if mask is not None:
         order = Order(mask)
         labels, seq_idx = labels.masked_fill(~mask, -100), order.sort_labels(seq_idx)
@@ -1573,10 +1516,9 @@ def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
 
 def register_with_transformers():
     """Make AutoConfig and AutoModelForCausalLM use this file for "mamba2"."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
-    AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
+    transformers.AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
+    model = transformers.AutoModelForCausalLM
+    model.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
