@@ -205,6 +205,32 @@ def _transformed() -> bool:
     return inside or forward_ad._current_level >= 0
 
 
+_plans = {}
+
+
+def _planned(plan: Callable) -> Callable:
+    """plan(*arguments), which is kept for all tensors of the same shape, strides, dtype and device.
+    It must depend on nothing else of them."""
+
+    @functools.wraps(plan)
+    def find(*arguments):
+        key = (
+            plan,
+            *[
+                (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a)
+                for a in arguments
+            ],
+        )
+        found = _plans.get(key)
+        if found is None:
+            if len(_plans) > 10_000:  # inputs of ever new lengths
+                _plans.clear()
+            found = _plans[key] = plan(*arguments)
+        return found
+
+    return find
+
+
 class _Declared:
     """What an operation takes and returns. All that is said of it elsewhere follows from this: the
     answer to whether it can run, the warning, the error, and for torch.compile its signature and
@@ -256,41 +282,55 @@ class _Declared:
         self.floats = sum(not integers for *_, integers in self.tensors)
         self.numbers = [number for number in numbers.split(", ") if number]
 
-    def _stray(self, tensors) -> str | None:
-        """Why no kernel is meant for one of these tensors, whatever the others are."""
+    def refusal(self, *inputs) -> tuple[str | None, bool]:
+        """Why the operation cannot run on these inputs, or None; and whether to say so."""
         if not TRITON:
-            return "triton is not installed, or too old"
-        compiling, device = torch.compiler.is_compiling(), None
+            return "triton is not installed, or too old", False
+        compiling = torch.compiler.is_compiling()
         if not compiling and _transformed():
-            return "a transform is active, which needs to see every operation"
-        wanted = not self.graded and torch.is_grad_enabled()
-        for (name, optional, _, integers), tensor in zip(self.tensors, tensors, strict=False):
+            return "a transform is active, which needs to see every operation", False
+        fake, wanted = compiling, not self.graded and torch.is_grad_enabled()
+        for (name, optional, *_), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None and optional:
                 continue
             if not isinstance(tensor, Tensor):
-                return f"{name} is not a tensor"
+                return f"{name} is not a tensor", False
             if not compiling and _lies_elsewhere(tensor):
-                return f"the numbers of {name} are not those at its address"
-            if device is None:
-                device = tensor.device
-                if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
-                    return "the kernels need tensors on a CUDA device"
+                return f"the numbers of {name} are not those at its address", False
+            if wanted and tensor.requires_grad:
+                return "gradients are wanted", False
+            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
+        reason, loud, sizes = (self._misfit if fake else self._known_misfit)(*inputs)
+        if reason is None and self.beyond:
+            reason = self.beyond(sizes, *inputs)
+        return reason, loud
+
+    def _misfit(self, *inputs) -> tuple[str | None, bool, dict]:
+        """The answer of `refusal` as far as it follows from shapes, strides, dtypes and device; and
+        the size of each letter."""
+        device, sizes = inputs[0].device, {"1": 1}
+        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+            return "the kernels need tensors on a CUDA device", False, sizes
+        for (name, _, _, integers), tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is None:
+                continue
             if tensor.device != device:
-                return f"{name} is not on the device of the other tensors"
+                return f"{name} is not on the device of the other tensors", False, sizes
             if integers:
                 if tensor.is_floating_point() or tensor.is_complex():
-                    return f"{name} does not hold integers"
+                    return f"{name} does not hold integers", False, sizes
             elif tensor.dtype not in DTYPES:
-                return f"{name} is not bfloat16, float16 or float32"
+                return f"{name} is not bfloat16, float16 or float32", False, sizes
             elif INTERPRET and tensor.dtype == torch.bfloat16:
-                return f"{name} is bfloat16, which the interpreter gets wrong"
-            if wanted and tensor.requires_grad:
-                return "gradients are wanted"
-        return None
+                return f"{name} is bfloat16, which the interpreter gets wrong", False, sizes
+        reason = self._fill(sizes, inputs)
+        return reason or self._limit(sizes, inputs), reason is None, sizes
 
-    def _sizes(self, inputs) -> dict | str:
-        """The size of each letter; or why the inputs do not fit together."""
-        sizes, numbers = {"1": 1}, inputs[len(self.tensors) :]
+    _known_misfit = _planned(_misfit)
+
+    def _fill(self, sizes, inputs) -> str | None:
+        """Find the size of each letter; or why the inputs do not fit together."""
+        numbers = inputs[len(self.tensors) :]
         for late in (False, True):  # what may be None comes after what follows from the others
             for (name, optional, shapes, _), tensor in zip(self.tensors, inputs, strict=False):
                 if optional is not late or tensor is None:
@@ -300,7 +340,7 @@ class _Declared:
             reason = self.rules(sizes, *numbers) if self.rules and not late else None
             if reason is not None:
                 return reason
-        return sizes
+        return None
 
     def _limit(self, sizes, inputs) -> str | None:
         """What of these inputs is beyond the kernels."""
@@ -321,17 +361,7 @@ class _Declared:
                 return f"the channels of {name} are not next to each other in memory"
             if "int" in kind and tensor.dtype not in (torch.int32, torch.int64):
                 return f"{name} is {tensor.dtype}; it must be int32 or int64"
-        return self.beyond and self.beyond(sizes, *inputs)
-
-    def refusal(self, *inputs) -> tuple[str | None, bool]:
-        """Why the operation cannot run on these inputs, or None; and whether to say so."""
-        reason = self._stray(inputs)
-        if reason is not None:
-            return reason, False
-        sizes = self._sizes(inputs)
-        if isinstance(sizes, str):
-            return sizes, False
-        return self._limit(sizes, inputs), True
+        return None
 
     def takes(self, *inputs) -> bool:
         """Whether the operation can run on these inputs; the reason why not is said once."""
@@ -353,7 +383,8 @@ class _Declared:
     def empty(self, *inputs):
         """Its results, of which only shape and dtype count."""
         named = {name: tensor for (name, *_), tensor in zip(self.tensors, inputs, strict=False)}
-        sizes, made = self._sizes(inputs), []
+        sizes, made = {"1": 1}, []
+        self._fill(sizes, inputs)
         for _, wide, axes, dtypes, _ in self.results:
             shape = [*(sizes["..."] if wide else ()), *(sizes[x] - less for x, less in axes)]
             dtype = None
@@ -538,65 +569,60 @@ def _power_of_2(a: int) -> int:
     return 1 << (a - 1).bit_length()
 
 
-_compiled = {}
+class _Plan:
+    """Launches without their tensors, in turn: (kernel, grid, numbers, options).
 
+    A kernel takes the tensors and numbers that it names. If there is a number for the name of a
+    tensor, it is the name of the tensor to take instead. `tiles` are the shape, strides and block
+    of those tensors that kernels get as descriptors.
 
-def _launch(*calls):
-    """Launch kernels in turn; a call is (kernel, grid, given, options).
-
-    given: arguments by name, of which a kernel takes those that it names. To find the compiled
-    kernel for them takes Triton longer than to launch it. So it is kept here, by all that a
-    compilation may depend on: constants, numbers, dtypes, and whether an address is a multiple of
-    16.
+    To find the compiled kernel for some arguments takes Triton longer than to launch it. So a plan
+    keeps what it launches, by all else that a compilation may depend on: the tensors' dtypes, and
+    whether their addresses are multiples of 16.
     """
-    calls = [
-        (kernel, grid, _arguments(kernel)[0](given), options)
-        for kernel, grid, given, options in calls
-    ]
-    if INTERPRET:
-        for kernel, grid, values, options in calls:
-            kernel[grid](*values, **options)
-        return
-    device = torch.cuda.current_device()
-    keys = [_key(device, *call) for call in calls]
-    found = [_compiled.get(key) for key in keys]
-    if None in found:
-        new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
-        # At the same time: one after the other takes half as long again.
-        with concurrent.futures.ThreadPoolExecutor(len(new)) as pool:
-            compiled = list(pool.map(functools.partial(_compile, device), new.values()))
-        new = dict(zip(new, compiled, strict=True))
-        if len(_compiled) > 10_000:  # inputs of ever new lengths
-            _compiled.clear()
-        _compiled.update(new)
-        found = [f or new[key] for key, f in zip(keys, found, strict=True)]
-    for compiled, (_, grid, values, _) in zip(found, calls, strict=True):
-        compiled[grid](*values)
+
+    def __init__(self, *calls, tiles=()):
+        self.calls, self.tiles, self.ready = calls, dict(tiles), {}
+
+    def __call__(self, **tensors):
+        kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
+        launches = self.ready.get(key := tuple(kinds))
+        tensors |= self.descriptors(tensors)
+        if launches is None:
+            launches = self.ready[key] = self.compiled(tensors)
+        for launch, pick, numbers in launches:
+            launch(*pick(tensors), *numbers)
+
+    def descriptors(self, tensors):
+        return {name: TensorDescriptor(tensors[name], *tile) for name, tile in self.tiles.items()}
+
+    def compiled(self, tensors):
+        """Of each call what launches it, what picks its tensors, and its numbers."""
+        parts = []
+        for kernel, _, numbers, _ in self.calls:
+            names = _tensors(kernel)
+            pick = operator.itemgetter(*[numbers.get(name, name) for name in names])
+            parts.append((pick, [numbers[name] for name in kernel.arg_names[len(names) :]]))
+        if INTERPRET:
+            launches = [functools.partial(k[grid], **options) for k, grid, _, options in self.calls]
+        else:
+            # At the same time: one after the other takes half as long again.
+            with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+                given = itertools.repeat(torch.cuda.current_device()), itertools.repeat(tensors)
+                kernels = list(pool.map(_compile, *given, self.calls, parts))
+            launches = [k[grid] for k, (_, grid, *_) in zip(kernels, self.calls, strict=True)]
+        return [(launch, *part) for launch, part in zip(launches, parts, strict=True)]
 
 
-@functools.cache
-def _arguments(kernel):
-    """What picks a kernel's arguments, and how many are tensors, which come first."""
-    names = kernel.arg_names
-    return operator.itemgetter(*names), sum(name.endswith(("_ptr", "_mem")) for name in names)
+def _tensors(kernel) -> list[str]:
+    """Names of the tensors that a kernel takes, which come first."""
+    return [name for name in kernel.arg_names if name.endswith(("_ptr", "_mem"))]
 
 
-def _key(device, kernel, grid, values, options):
-    """All that the compilation of a kernel may depend on."""
-    tensors = _arguments(kernel)[1]
-    types = [
-        None if t is None
-        else (t.dtype, t.data_ptr() % 16) if isinstance(t, Tensor)
-        else t.base.dtype  # of a descriptor
-        for t in values[:tensors]
-    ]  # fmt: skip
-    return device, kernel.fn, values[tensors:], *options.values(), *types
-
-
-def _compile(device, call):
-    kernel, grid, values, options = call
+def _compile(device, tensors, call, part):
+    (kernel, grid, _, options), (pick, numbers) = call, part
     with torch.cuda.device(device):  # a thread begins with device 0
-        return kernel.warmup(*values, grid=grid, **options)
+        return kernel.warmup(*pick(tensors), *numbers, grid=grid, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1585,20 +1611,13 @@ def _row(t, TMA):
     return (sl if l > 1 else sb if b > 1 else h * w) * t.element_size() // 16
 
 
-def _tiles(t, TMA, *block):
-    """t, or its descriptor in tiles; what a tile has outside t reads as zero and is not written.
-
-    A (b, l, h, w) tensor is seen as (b, h, l, w), so that a tile (Q, W) is one head's positions.
-    """
-    if not TMA:
-        return t
-    shape, stride = t.shape, t.stride()
-    if t.ndim == 4:
-        (b, l, h, w), (sb, sl, sh, _) = shape, stride
-        shape, block = [b, h, l, w], (1, 1, *block)
-        # The stride along an axis of size 1 may be anything, but has to be addressable.
-        stride = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
-    return TensorDescriptor(t, list(shape), list(stride), list(block))
+def _tiling(t, *block):
+    """What makes a descriptor of t in tiles (Q, W), one head's positions: t is (b, l, h, w), and
+    seen as (b, h, l, w). What a tile has outside t reads as zero and is not written."""
+    (b, l, h, w), (sb, sl, sh, _) = t.shape, t.stride()
+    # The stride along an axis of size 1 may be anything, but has to be addressable.
+    strides = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
+    return [b, h, l, w], strides, [1, 1, *block]
 
 
 def _strides(name, t, axes):
@@ -1610,83 +1629,96 @@ def _strides(name, t, axes):
 SIZES = 16, 32, 64, 128, 256  # of headdim and d_state
 
 
-# What makes dt and A of the numbers that a layer has for them; see `prep_kernel`.
-class _Raw(NamedTuple):
-    dt_bias: Tensor
-    low: float
-    high: float
+# dt_bias and the limits of dt, if dt and A are a layer's numbers for them; see `prep_kernel`.
+NOT_RAW = None, 0.0, 0.0
 
 
-def _given(settings, Q, PB, precision, series, raw, x, dt, A, B, C, D, initial_state, seq_idx):
-    """What kernels of both directions are given, and what those with tiles of 64 columns of n are
-    given instead; and the call of `prep_kernel`."""
+def _ssd_shared(settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
+    """What both directions' plans share: numbers, and what replaces them for tiles of 64 columns of
+    n; descriptors; and the call of `prep_kernel`."""
     (b, l, h, p), (g, n), TMA = x.shape, B.shape[2:], settings.TMA
     nc, NB = _cdiv(l, Q), max(64, n)
-    f32 = dict(device=x.device, dtype=torch.float32)
-    series, end = torch.empty(series * b * h, nc * Q, **f32), torch.empty(b * h, nc, **f32)
-    # Without resets nobody reads run; `end` stands in for its address.
-    run = end
-    if seq_idx is not None:
-        run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
-    bias, low, high = raw or (None, 0.0, 0.0)
-    given = dict(
-        x_mem=_tiles(x, TMA, Q, PB), B_mem=_tiles(B, TMA, Q, NB), C_mem=_tiles(C, TMA, Q, NB),
+    numbers = dict(
         x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA),
-        dt_ptr=dt, A_ptr=A, bias_ptr=bias, D_ptr=D, init_ptr=initial_state, seq_ptr=seq_idx,
-        series_mem=_tiles(series, TMA, 1, Q), series_ptr=series, end_ptr=end, run_ptr=run,
         **_strides("dt", dt, "blh"), **_strides("A", A, "h"), **_strides("D", D, "hp"),
-        **_strides("i", initial_state, "bhpn"), **_strides("seq", seq_idx, "bl"),
+        **_strides("i", init, "bhpn"), **_strides("seq", seq_idx, "bl"),
         low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, NPB=_cdiv(p, PB), P=p, N=n,
-        RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
+        RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=init is not None,
         Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages, TMA=TMA,
         PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
     )  # fmt: skip
-    narrow = dict(B_mem=_tiles(B, TMA, Q, 64), C_mem=_tiles(C, TMA, Q, 64), NB=64)
-    prep = prep_kernel, (b * nc, _cdiv(h, 16), 1), given, dict(num_warps=4)
-    return given, narrow, prep
+    narrow = dict(B_mem="B_narrow_mem", C_mem="C_narrow_mem", NB=64)
+    tiles = dict(
+        x_mem=_tiling(x, Q, PB), B_mem=_tiling(B, Q, NB), C_mem=_tiling(C, Q, NB),
+        B_narrow_mem=_tiling(B, Q, 64), C_narrow_mem=_tiling(C, Q, 64),
+    )  # fmt: skip
+    prep = prep_kernel, (b * nc, _cdiv(h, 16), 1), numbers, dict(num_warps=4)
+    return numbers, narrow, tiles, prep
+
+
+def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
+    """The tensors that both directions' kernels take."""
+    b, _, h, _ = x.shape
+    series = torch.empty(series * b * h, nc * Q, device=x.device, dtype=torch.float32)
+    end = run = torch.empty(b * h, nc, device=x.device, dtype=torch.float32)
+    if seq_idx is not None:  # else nobody reads run
+        run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
+    return dict(
+        x_mem=x, B_mem=B, C_mem=C, B_narrow_mem=B, C_narrow_mem=C, series_mem=series,
+        series_ptr=series, end_ptr=end, run_ptr=run, dt_ptr=dt, A_ptr=A, bias_ptr=bias, D_ptr=D,
+        init_ptr=init, seq_ptr=seq_idx,
+    )  # fmt: skip
 
 
 def _ssd_forward(x, dt, A, B, C, D, initial_state, seq_idx):
-    return _ssd_forward_from(None, x, dt, A, B, C, D, initial_state, seq_idx)
+    return _ssd_forward_from(NOT_RAW, x, dt, A, B, C, D, initial_state, seq_idx)
+
+
+@_planned
+def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
+    b, _, h, _ = x.shape
+    # Of the state only 32 rows fit beside the parts of the factors of tf32x3, whatever d_state is.
+    Q, PB = settings.Q, 32 if precision == "tf32x3" else settings.PB
+    numbers, narrow, tiles, prep = _ssd_shared(
+        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
+    )
+    nc, npb = numbers["NC"], numbers["NPB"]
+    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device, settings.programs)))
+    nseg = _cdiv(nc, cps)
+    numbers.update(NSEG=nseg, CPS=cps, HAS_D=D is not None, SEGMENTS=nseg > 1)
+    calls, pipeline = [prep], dict(num_stages=settings.stages)
+    if nseg > 1:
+        grid = b * (nseg - 1) * h * npb, _cdiv(numbers["N"], 64), 1
+        calls.append((segment_kernel, grid, numbers | narrow, dict(num_warps=4, **pipeline)))
+    else:
+        del tiles["B_narrow_mem"], tiles["C_narrow_mem"]
+    options = dict(num_warps=settings.warps, **pipeline)
+    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
+    tiles["series_mem"] = [3 * b * h, nc * Q], [nc * Q, 1], [1, Q]
+    return _Plan(*calls, tiles=tiles if settings.TMA else ()), nc, nseg
 
 
 def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     (b, l, h, p), n = x.shape, B.shape[3]
-    y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
-    final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
+    f32 = dict(device=x.device, dtype=torch.float32)
+    y, final = x.new_empty(b, l, h, p), torch.empty(b, h, p, n, **f32)
     x, B, C, precision = _operands(x, B, C)
     settings = _settings(x, n)
-    PB = settings.PB
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
-        # registers than there are, and ten times as long. Of the state only 32 rows fit beside the
-        # parts of the factors, whatever d_state is.
-        precision, PB = "tf32x3", 32
+        # registers than there are, and ten times as long.
+        precision = "tf32x3"
     if initial_state is None and settings.warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
         initial_state = torch.zeros_like(final)
-    given, narrow, prep = _given(
-        settings, settings.Q, PB, precision, 3, raw, x, dt, A, B, C, D, initial_state, seq_idx
-    )
-    nc, npb = given["NC"], given["NPB"]
-    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device, settings.programs)))
-    nseg = _cdiv(nc, cps)
+    inputs = x, dt, A, B, C, D, initial_state, seq_idx
+    plan, nc, nseg = _ssd_forward_plan(settings, precision, *raw, *inputs)
     seg = decay = None
     if nseg > 1:
-        seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
-        decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
-    given.update(
-        y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay, NSEG=nseg, CPS=cps,
-        HAS_D=D is not None, SEGMENTS=nseg > 1,
-    )  # fmt: skip
-    calls, pipeline = [prep], dict(num_stages=settings.stages)
-    if nseg > 1:
-        grid = b * (nseg - 1) * h * npb, _cdiv(n, 64), 1
-        calls.append((segment_kernel, grid, given | narrow, dict(num_warps=4, **pipeline)))
-    options = dict(num_warps=settings.warps, **pipeline)
-    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), given, options))
-    _launch(*calls)
+        seg, decay = torch.empty(b, nseg, h, p, n, **f32), torch.empty(b, nseg, h, **f32)
+    tensors = _ssd_tensors(3, settings.Q, nc, raw[0], *inputs)
+    plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
     return y, final
 
 
@@ -1697,9 +1729,46 @@ def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
     ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
     given_D = torch.zeros_like(A) if D is None else D
     given = x, dt, A, B, C, given_D, initial_state, seq_idx
-    (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, None, *given)
-    _fold((sums, dD, dA))
+    (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
+    _fold(sums, dD, dA)
     return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
+
+
+@_planned
+def _ssd_backward_plan(
+    settings, Q, precision, bias, low, high, dx, ddt, dB, dy, dfinal, x, dt, A, B, C, D, init,
+    seq_idx,
+):  # fmt: skip
+    (b, _, h, p), (g, n), PB = x.shape, B.shape[2:], settings.PB
+    numbers, narrow, tiles, prep = _ssd_shared(
+        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
+    )
+    nc, npb, NB = numbers["NC"], numbers["NPB"], numbers["NB"]
+    nsplit, hps = _split(h // g, 2 * b * nc * g, _slots(x.device, settings.programs))
+    programs, wide = b * nc * g * nsplit, D.numel()
+    # Sums, per chunk: the parts of dD, then those of dA, then those of dt_bias's.
+    columns = wide + (h if bias is None else 2 * h)
+    numbers.update(
+        dy_row=_row(dy, settings.TMA), dx_row=_row(dx, settings.TMA), dB_sl=dB.stride(1),
+        ddt_sl=ddt.stride(1), **_strides("f", dfinal, "bhpn"), SUMS=columns, WIDE=wide,
+        NSPLIT=nsplit, HPS=hps, PROGRAMS=programs, HAS_DFINAL=dfinal is not None,
+        D_VECTOR=D.ndim == 2,
+    )  # fmt: skip
+    tiles.update(
+        dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB),
+        series_mem=([(3 + 5 * npb) * b * h, nc * Q], [nc * Q, 1], [1, Q]),
+        borders_mem=([2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]),
+    )  # fmt: skip
+    options = dict(num_warps=settings.warps, num_stages=settings.stages)
+    grid, finish = (b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1), dict(num_warps=settings.finish)
+    plan = _Plan(
+        prep,
+        (border_kernel, (b * h * npb, 1, 2), numbers, options),
+        (chunk_kernel, (2 * programs, 1, 1), numbers, options),
+        (finish_kernel, grid, numbers | narrow, finish),
+        tiles=tiles if settings.TMA else (),
+    )
+    return plan, nc, npb, programs, columns
 
 
 def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1707,55 +1776,33 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     the rows of different batch elements follow one another.
 
     Returns:
-        What `_fold` has to sum, and to where: into dD, dA, and the gradient of raw.dt_bias if there
-        is one. And the gradient of the initial state.
+        What `_fold` has to sum, and to where: into dD, dA, and the gradient of dt_bias if there is
+        one. And the gradient of the initial state.
     """
-    (b, _, h, p), (g, n) = x.shape, B.shape[2:]
-    dinit, dD = x.new_empty(0), torch.empty_like(D, memory_format=torch.contiguous_format)
-    if initial_state is not None:
-        dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    sums_to = [dD, torch.empty(h, device=x.device, dtype=A.dtype)]
-    if raw is not None:
-        sums_to.append(torch.empty_like(raw.dt_bias, memory_format=torch.contiguous_format))
+    (b, _, h, p), n, bias = x.shape, B.shape[3], raw[0]
+    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    dinit = x.new_empty(0) if initial_state is None else contiguous(initial_state)
+    sums_to = [contiguous(t) for t in (D, A, bias) if t is not None]
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
     dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
     settings = _settings(x, n)
-    Q, PB, TMA = settings.Q, settings.PB, settings.TMA
-    if precision == "ieee" and x.element_size() == 4 and not TMA:
+    Q = settings.Q
+    if precision == "ieee" and x.element_size() == 4 and not settings.TMA:
         Q = 16  # chunk_kernel spills 2 KB with 32, as a product that is true fp32 takes registers
-    npb = _cdiv(p, PB)
-    given, narrow, prep = _given(
-        settings, Q, PB, precision, 3 + 5 * npb, raw, x, dt, A, B, C, D, initial_state, seq_idx
+    inputs = x, dt, A, B, C, D, initial_state, seq_idx
+    plan, nc, npb, programs, columns = _ssd_backward_plan(
+        settings, Q, precision, *raw, dx, ddt, dB, dy, dfinal, *inputs
     )
-    nc = given["NC"]
-    nsplit, hps = _split(h // g, 2 * b * nc * g, _slots(x.device, settings.programs))
-    programs = b * nc * g * nsplit
     f32 = dict(device=x.device, dtype=torch.float32)
-    borders = torch.empty(2 * b * h * nc, p, n, device=x.device, dtype=x.dtype)
-    W = torch.empty(programs, Q, Q, device=x.device, dtype=x.dtype)
-    parts = torch.empty(2 * programs, Q, n, **f32)
-    cross = torch.empty(npb * b * h, nc, PB, **f32)
-    # Per chunk: the parts of dD, then those of dA, then those of dt_bias's.
-    wide = dD.numel()
-    sums = torch.empty(b * nc, wide + (h if raw is None else 2 * h), **f32)
-    given.update(
-        dy_mem=_tiles(dy, TMA, Q, PB), dx_mem=_tiles(dx, TMA, Q, PB),
-        borders_mem=_tiles(borders, TMA, 1, PB, given["NB"]),
-        dy_row=_row(dy, TMA), dx_row=_row(dx, TMA),
-        dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=W, parts_ptr=parts, cross_ptr=cross,
-        sums_ptr=sums, dB_ptr=dB, dC_ptr=dC, ddt_ptr=ddt, dB_sl=dB.stride(1), ddt_sl=ddt.stride(1),
-        **_strides("f", dfinal, "bhpn"),
-        SUMS=sums.shape[1], WIDE=wide, NSPLIT=nsplit, HPS=hps, PROGRAMS=programs,
-        HAS_DFINAL=dfinal is not None, D_VECTOR=D.ndim == 2,
+    sums = torch.empty(b * nc, columns, **f32)
+    plan(
+        **_ssd_tensors(3 + 5 * npb, Q, nc, bias, *inputs),
+        dy_mem=dy, dx_mem=dx, borders_mem=x.new_empty(2 * b * h * nc, p, n),
+        dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=x.new_empty(programs, Q, Q),
+        parts_ptr=torch.empty(2 * programs, Q, n, **f32),
+        cross_ptr=torch.empty(npb * b * h, nc, settings.PB, **f32), sums_ptr=sums, dB_ptr=dB,
+        dC_ptr=dC, ddt_ptr=ddt,
     )  # fmt: skip
-    options = dict(num_warps=settings.warps, num_stages=settings.stages)
-    grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1
-    _launch(
-        prep,
-        (border_kernel, (b * h * npb, 1, 2), given, options),
-        (chunk_kernel, (2 * programs, 1, 1), given, options),
-        (finish_kernel, grid, given | narrow, dict(num_warps=settings.finish)),
-    )
     if dx is not dx_to:
         dx_to.copy_(dx)
     return (sums, *sums_to), dinit
@@ -1895,21 +1942,21 @@ def _fold_kernel(
     tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
 
 
-def _fold(*sums: tuple[Tensor, ...]) -> None:
-    """Sum the rows of matrices, each into up to three tensors, one after the other."""
+@_planned
+def _fold_plan(partial, *outs):
     # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
     # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    calls = []
-    for partial, *outs in sums:
-        (first, second, third), sizes = [*outs, partial, partial][:3], [t.numel() for t in outs]
-        n_first, n_second, n_third = [*sizes, 0, 0][:3]
-        given = dict(
-            partial_ptr=partial, first_ptr=first, second_ptr=second, third_ptr=third,
-            rows=partial.shape[0], columns=partial.shape[1],
-            n_first=n_first, n_second=n_second, n_third=n_third, ROWS=64, COLUMNS=32,
-        )  # fmt: skip
-        calls.append((_fold_kernel, (_cdiv(partial.shape[1], 32), 1, 1), given, dict(num_warps=4)))
-    _launch(*calls)
+    (rows, columns), sizes = partial.shape, [t.numel() for t in outs] + [0, 0]
+    numbers = dict(zip(("n_first", "n_second", "n_third"), sizes, strict=False))
+    numbers.update(rows=rows, columns=columns, ROWS=64, COLUMNS=32)
+    return _Plan((_fold_kernel, (_cdiv(columns, 32), 1, 1), numbers, dict(num_warps=4)))
+
+
+def _fold(partial: Tensor, *outs: Tensor) -> None:
+    """Sum the rows of a matrix into up to three tensors, one after the other."""
+    first, second, third = [*outs, partial, partial][:3]
+    plan = _fold_plan(partial, *outs)
+    plan(partial_ptr=partial, first_ptr=first, second_ptr=second, third_ptr=third)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2264,35 +2311,48 @@ def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple
     return blocks, q_rows
 
 
-def _conv_forward(x, weight, bias, state, seq_idx):
-    (b, l, d), k = x.shape, weight.shape[-1]
-    y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
-    final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
-    tiles = dict(CONV_FORWARD)
+@_planned
+def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
+    """For both directions, and how many blocks of positions it has; x stands in for what is not
+    there."""
+    (b, l, d), backward = x.shape, dx is not None
+    tiles = dict(CONV_BACKWARD if backward else CONV_FORWARD)
     options = dict(num_warps=tiles.pop("num_warps"))
-    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], CONV_FORWARD_ROWS)
-    given = _conv_given(_conv_unit(x), q_rows, x, weight, bias, state, seq_idx)
-    given.update(y_ptr=y, final_ptr=final, **tiles)
-    _launch((_conv_forward_kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), given, options))
+    choices = CONV_BACKWARD_ROWS if backward else CONV_FORWARD_ROWS
+    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], choices)
+    unit = min(_conv_unit(x), _conv_unit(dx)) if backward else _conv_unit(x)
+    numbers = dict(
+        l=l, q_rows=q_rows, d_units=d // unit, x_batch_units=x.stride(0) // unit,
+        x_row_units=x.stride(1) // unit, UNIT=unit, K=weight.shape[-1], BIAS=bias is not None,
+        STATE=state is not None, SEQ=seq_idx is not None, DFINAL=dfinal is not None, **tiles,
+    )  # fmt: skip
+    if backward:
+        numbers.update(dx_row_units=dx.stride(1) // unit)
+    given = dict(bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dfinal_ptr=dfinal)
+    numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
+    kernel = _conv_backward_kernel if backward else _conv_forward_kernel
+    return _Plan((kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), numbers, options)), blocks
+
+
+def _conv_forward(x, weight, bias, state, seq_idx):
+    y, final = x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[-1] - 1, x.shape[2])
+    weight, bias, state, seq_idx = _contiguous(weight, bias, state, seq_idx)
+    plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
+    plan(
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
+        final_ptr=final,
+    )  # fmt: skip
     return y, final
 
 
-def _conv_given(unit, q_rows, x, weight, bias, state, seq_idx):
-    """What both kernels are given; x stands in for what is not there."""
-    tensors = dict(weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx)
-    given = {name: x if t is None else t.contiguous() for name, t in tensors.items()}
-    given.update(
-        x_ptr=x, l=x.shape[1], q_rows=q_rows, d_units=x.shape[2] // unit,
-        x_batch_units=x.stride(0) // unit, x_row_units=x.stride(1) // unit, UNIT=unit,
-        K=weight.shape[-1], BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None,
-    )  # fmt: skip
-    return given
+def _contiguous(*tensors):
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums, dstate = _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)
-    _fold(sums)
+    _fold(*sums)
     _, dweight, dbias = sums
     return [dx, dweight, dbias, dstate]
 
@@ -2305,23 +2365,19 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
         bias. And the gradient of the state.
     """
     x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
-    (b, l, d), k = x.shape, weight.shape[-1]
+    d, k = x.shape[2], weight.shape[-1]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
-    unit = min(_conv_unit(x), _conv_unit(dx))
-    tiles = dict(CONV_BACKWARD)
-    options = dict(num_warps=tiles.pop("num_warps"))
-    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], CONV_BACKWARD_ROWS)
-    partial = torch.empty((blocks, d * (k + 1)), dtype=torch.float32, device=x.device)
-    dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy
-    given = _conv_given(unit, q_rows, x, weight, bias, state, seq_idx)
-    given.update(
-        dy_ptr=dy.contiguous(), dfinal_ptr=x if dfinal is None else dfinal.contiguous(), dx_ptr=dx,
-        dstate_ptr=dstate, partial_ptr=partial, dx_row_units=dx.stride(1) // unit,
-        DFINAL=dfinal is not None, **tiles,
+    dy = torch.zeros_like(x) if dy is None else dy
+    given = _contiguous(weight, bias, state, seq_idx, dy, dfinal)
+    weight, bias, state, seq_idx, dy, dfinal = given
+    plan, blocks = _conv_plan(x, weight, bias, state, seq_idx, dfinal, dx)
+    partial = torch.empty(blocks, d * (k + 1), dtype=torch.float32, device=x.device)
+    plan(
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
+        dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
-    _launch((_conv_backward_kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), given, options))
     return (partial, dweight, dbias), dstate
 
 
@@ -2399,7 +2455,6 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 # only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
 
 
-@functools.cache
 def _norm_tiles(size: int) -> dict:
     """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
     if size <= 256:
@@ -2416,11 +2471,11 @@ def _processors(device: torch.device) -> int:
     return 2 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
-    """How many programs per group walk over the rows, and their tiles."""
+def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> int:
+    """How many programs per group walk over the rows."""
     tiles = _norm_tiles(size)
     slots = _cdiv(_processors(device) * 16 // _norm_warps(tiles), groups)
-    return min(slots, _cdiv(rows, tiles["R"])), tiles
+    return min(slots, _cdiv(rows, tiles["R"]))
 
 
 def _norm_warps(tiles: dict) -> int:
@@ -2580,38 +2635,51 @@ def _norm_backward_kernel(
         tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
 
 
-def _rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The tensor (..., d), and how far apart its rows lie; a copy if they do not lie evenly."""
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor (..., d), if its rows lie evenly, stride(-2) apart; else a copy."""
     sizes, strides = tensor.shape, tensor.stride()
     even = all(strides[i - 1] == sizes[i] * strides[i] for i in range(1, tensor.ndim - 1))
     if even and tensor.ndim > 1 and strides[-1] == 1:
-        return tensor, strides[-2]
-    rows = tensor.reshape(-1, sizes[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return rows, rows.stride(0)
+        return tensor
+    return tensor.reshape(-1, sizes[-1]).contiguous()
+
+
+@_planned
+def _norm_plan(y, z, eps, groups, dy=None, dz=None):
+    """For both directions, and how many rows of partial sums it has."""
+    rows, size, backward = y.numel() // y.shape[-1], y.shape[-1] // groups, dy is not None
+    named, tiles = dict(y=y, z=z, dy=dy, dz=dz), _norm_tiles(size)
+    apart = {name: y.stride(-2) if t is None else t.stride(-2) for name, t in named.items()}
+    unit, slots = _unit(size, *apart.values()), _norm_slots(size, rows, groups, y.device)
+    numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
+    numbers.update(
+        rows=rows, slots=slots, eps=eps, groups=groups, size_units=size // unit,
+        GATE=z is not None, UNIT=unit, **tiles,
+    )  # fmt: skip
+    if z is None:
+        numbers.update(z_ptr="y_ptr", dz_ptr="y_ptr")
+    kernel, blocks = _norm_forward_kernel, _cdiv(rows, tiles["R"])
+    options = dict(num_warps=_norm_warps(tiles))
+    if backward:
+        kernel, blocks = _norm_backward_kernel, slots
+        if size > 2048 and PTX:  # an option of NVIDIA's GPUs
+            options["maxnreg"] = 128
+    return _Plan((kernel, (blocks * groups, 1, 1), numbers, options)), slots
 
 
 def _norm_forward(y, z, weight, eps, groups):
     out = torch.empty(y.shape, dtype=(weight if z is None else z).dtype, device=y.device)
-    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
-    y, y_row = _rows(y)
-    z, z_row = _rows(z) if gate else (y, y_row)
-    unit, tiles = _unit(size, y_row, z_row), _norm_tiles(size)
-    given = dict(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out, rows=rows, eps=eps,
-        groups=groups, size_units=size // unit, y_row_units=y_row // unit,
-        z_row_units=z_row // unit, GATE=gate, UNIT=unit, **tiles,
-    )  # fmt: skip
-    grid, options = (_cdiv(rows, tiles["R"]) * groups, 1, 1), dict(num_warps=_norm_warps(tiles))
-    _launch((_norm_forward_kernel, grid, given, options))
+    y, z = _rows(y), None if z is None else _rows(z)
+    plan, _ = _norm_plan(y, z, eps, groups)
+    plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
     return out
 
 
 def _norm_backward(dout, y, z, weight, eps, groups):
-    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    dz = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dy = y.new_empty(y.shape)
+    dz = y.new_empty(0) if z is None else z.new_empty(z.shape)
     sums = _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)
-    _fold(sums)
+    _fold(*sums)
     return [dy, dz, sums[1]]
 
 
@@ -2622,24 +2690,14 @@ def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
         What `_fold` has to sum, and to where: into dweight.
     """
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
-    y, y_row = _rows(y)
-    z, z_row = _rows(z) if gate else (y, y_row)
-    dy, dy_row = _rows(dy)
-    dz, dz_row = _rows(dz) if gate else (y, y_row)
-    unit = _unit(size, y_row, z_row, dy_row, dz_row)
-    slots, tiles = _norm_slots(size, rows, groups, y.device)
-    partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
-    given = dict(
+    y, dy = _rows(y), _rows(dy)
+    z, dz = (None, None) if z is None else (_rows(z), _rows(dz))
+    plan, slots = _norm_plan(y, z, eps, groups, dy, dz)
+    partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
+    plan(
         y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
-        dz_ptr=dz, partial_ptr=partial, rows=rows, slots=slots, eps=eps, groups=groups,
-        size_units=size // unit, y_row_units=y_row // unit, z_row_units=z_row // unit,
-        dy_row_units=dy_row // unit, dz_row_units=dz_row // unit, GATE=gate, UNIT=unit, **tiles,
+        dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
-    options = dict(num_warps=_norm_warps(tiles))
-    if size > 2048 and PTX:  # an option of NVIDIA's GPUs
-        options["maxnreg"] = 128
-    _launch((_norm_backward_kernel, (slots * groups, 1, 1), given, options))
     return partial, dweight
 
 
@@ -2719,7 +2777,7 @@ def _middle_forward(
     z, xBC, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
     xBC, conv = _conv_forward(xBC, weight, bias, conv, seq_idx)
     x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
-    raw = _Raw(dt_bias.contiguous(), low, high)
+    raw = dt_bias.contiguous(), low, high
     y, ssm = _ssd_forward_from(raw, x, dt, A_log, B, C, D, ssm, seq_idx)
     y = y.view(z.shape)
     return _norm_forward(y, z, norm_weight, eps, groups), conv, ssm, xBC, y
@@ -2741,13 +2799,14 @@ def _middle_backward(
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
     norm_sums = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
-    raw = _Raw(dt_bias.contiguous(), low, high)
+    raw = dt_bias.contiguous(), low, high
     ssd_sums, dinit = _ssd_backward_into(
         dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
     )
     given = dconv, xBC_in, weight, bias, conv, seq_idx
     conv_sums, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
-    _fold(norm_sums, ssd_sums, conv_sums)
+    for sums in (norm_sums, ssd_sums, conv_sums):
+        _fold(*sums)
     (_, dnorm_weight), (_, dD, dA_log, ddt_bias), (_, dweight, dbias) = (
         norm_sums, ssd_sums, conv_sums
     )  # fmt: skip
@@ -2955,31 +3014,37 @@ def _step_kernel(
             tl.store(new_conv_ptr + (j - 1) * d + x_at, x_u[j], mask=mask_p)
 
 
-def _step_into(
-    y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high
-):
-    """Run the kernel, with results to the first three tensors."""
+@_planned
+def _step_plan(xBC, dt, ssm, weight, bias, low, high):
     (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
-    g, nb, programs = (
-        (d - h * p) // (2 * n),
-        _power_of_2(n),
-        STEP_PROGRAMS * _processors(xBC.device),
-    )
+    g, nb = (d - h * p) // (2 * n), _power_of_2(n)
+    programs = STEP_PROGRAMS * _processors(xBC.device)
     large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
     config = dict(STEP_LARGE if large else STEP_SMALL)
     pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), _power_of_2(p))
     tiles = h // g * _cdiv(p, pb)  # in a group
     share = _cdiv(tiles, min(tiles, _cdiv(programs, b * g)))  # of one program
-    given = dict(
-        xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv.contiguous(), ssm_ptr=ssm.contiguous(),
-        weight_ptr=weight.contiguous(), bias_ptr=xBC if bias is None else bias.contiguous(),
-        dt_bias_ptr=dt_bias.contiguous(), A_log_ptr=A_log.contiguous(), D_ptr=D.contiguous(),
-        y_ptr=y, new_conv_ptr=new_conv, new_ssm_ptr=new_ssm, xBC_sb=xBC.stride(0),
-        dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
+    numbers = dict(
+        xBC_sb=xBC.stride(0), dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
         G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
     )  # fmt: skip
+    if bias is None:
+        numbers.update(bias_ptr="xBC_ptr")
+    return _Plan((_step_kernel, (b * g, _cdiv(tiles, share), 1), numbers, config))
+
+
+def _step_into(
+    y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high
+):
+    """Run the kernel, with results to the first three tensors."""
+    given = _contiguous(conv, ssm, weight, bias, dt_bias, A_log, D)
+    conv, ssm, weight, bias, dt_bias, A_log, D = given
     with torch.cuda.device_of(xBC):
-        _launch((_step_kernel, (b * g, _cdiv(tiles, share), 1), given, config))
+        _step_plan(xBC, dt, ssm, weight, bias, low, high)(
+            xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv, ssm_ptr=ssm, weight_ptr=weight, bias_ptr=bias,
+            dt_bias_ptr=dt_bias, A_log_ptr=A_log, D_ptr=D, y_ptr=y, new_conv_ptr=new_conv,
+            new_ssm_ptr=new_ssm,
+        )  # fmt: skip
 
 
 def _step_forward(xBC, dt, conv, ssm, *others):
@@ -3166,30 +3231,37 @@ def _norm_linear_kernel(
     tl.store(out_ptr + r[:, None] * out_row + o[None, :], out_ro, mask=mask_ro)
 
 
-def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, groups):
-    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
-    size, outputs = x.shape[-1] // groups, weight.shape[0]
-    rows = x.numel() // x.shape[-1]
-    x, x_row = _rows(x)
-    gate_, gate_row = (x, 0) if gate is None else _rows(gate)
-    residual_, residual_row = (x, 0) if residual is None else _rows(residual)
+@_planned
+def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
+    size, outputs, rows = x.shape[-1] // groups, weight.shape[0], x.numel() // x.shape[-1]
     alone = rows == 1 and gate is None
     config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR_TILES)
     config["KB"] = min(config["KB"], _power_of_2(size))
     warps = 4 * _processors(x.device)
     while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
         config["OB"] //= 2
-    warps = dict(num_warps=config.pop("num_warps"))
-    given = dict(
-        x_ptr=x, gate_ptr=gate_, norm_ptr=norm_weight.contiguous(), weight_ptr=weight,
-        bias_ptr=x if bias is None else bias.contiguous(), residual_ptr=residual_, out_ptr=out,
-        x_row=x_row, gate_row=gate_row, weight_row=weight.stride(0), residual_row=residual_row,
+    options = dict(num_warps=config.pop("num_warps"))
+    numbers = dict(
+        x_row=x.stride(-2), gate_row=0 if gate is None else gate.stride(-2),
+        weight_row=weight.stride(0), residual_row=0 if residual is None else residual.stride(-2),
         out_row=outputs, rows=rows, outputs=outputs, eps=eps, SIZE=size, GROUPS=groups,
         GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
         RB=_power_of_2(rows), **config,
     )  # fmt: skip
-    _launch((_norm_linear_kernel, (_cdiv(outputs, config["OB"]), 1, 1), given, warps))
+    given = dict(gate_ptr=gate, bias_ptr=bias, residual_ptr=residual)
+    numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
+    return _Plan((_norm_linear_kernel, (_cdiv(outputs, config["OB"]), 1, 1), numbers, options))
+
+
+def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, groups):
+    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    x, gate, residual = [t if t is None else _rows(t) for t in (x, gate, residual)]
+    norm_weight, bias = _contiguous(norm_weight, bias)
+    _norm_linear_plan(x, weight, bias, gate, residual, eps, groups)(
+        x_ptr=x, gate_ptr=gate, norm_ptr=norm_weight, weight_ptr=weight, bias_ptr=bias,
+        residual_ptr=residual, out_ptr=out,
+    )  # fmt: skip
     return out
 
 
@@ -3607,16 +3679,22 @@ def _calls_of_ssd(kind, dtype, n):
     x, B, C = wide.split([h * p, g * n, g * n], 2)
     x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
     dt, dy, per_head = torch.empty(b, l, h, **draw), torch.empty_like(x), torch.empty(h, **f32)
-    inputs = _Raw(per_head, 0.0, math.inf), x, dt, per_head, B, C, per_head, None, None
-    before = module._launch, module._kind, module._segments
-    module._kind = lambda device: kind
+    inputs = (per_head, 0.0, math.inf), x, dt, per_head, B, C, per_head, None, None
+    before = module._Plan.__call__, module._kind, module._segments, module._plans
+
+    def record(plan, **tensors):
+        tensors |= plan.descriptors(tensors)
+        for kernel, grid, numbers, options in plan.calls:
+            given = {name: tensors[numbers.get(name, name)] for name in _tensors(kernel)}
+            calls[kernel.fn.__name__] = kernel, grid, numbers | given, options
+
+    module._Plan.__call__, module._kind, module._plans = record, lambda device: kind, {}
     module._segments = lambda *sizes: 2
-    module._launch = lambda *new: calls.update({call[0].fn.__name__: call for call in new})
     try:
         _ssd_forward_from(*inputs)
         _ssd_backward_into(x, dt, B, C, dy, None, *inputs)
     finally:
-        module._launch, module._kind, module._segments = before
+        module._Plan.__call__, module._kind, module._segments, module._plans = before
     return calls
 
 

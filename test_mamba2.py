@@ -3281,6 +3281,7 @@ def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
     if mamba2.kernels.PORTABLE and "d_state 256" in case and dtype != torch.bfloat16:
         pytest.skip("the portable settings have no room for a d_state of 256 in 4 bytes")
     options = dict(KERNEL_CASES[operation][case])
+    monkeypatch.setattr(mamba2.kernels, "_plans", {})
     for name in options.keys() & {"segments", "split"}:
         forced = options.pop(name)
         monkeypatch.setattr(mamba2.kernels, f"_{name}", lambda *sizes, forced=forced: forced)
@@ -3546,16 +3547,16 @@ def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
     norm = mamba2.RMSNorm(layer.config.d_model, 1e-5).to(DEVICE)
     varying = {*mamba2.kernels.VARYING, "NSPLIT", "HPS"}  # shares of a group's heads: few numbers
 
-    def recording(*calls):  # which launches nothing
-        for kernel, _, given, options in calls:
-            numbers = kernel.arg_names[mamba2.kernels._arguments(kernel)[1] :]
+    def recording(plan, **tensors):  # which launches nothing
+        for kernel, _, given, options in plan.calls:
+            numbers = kernel.arg_names[len(mamba2.kernels._tensors(kernel)) :]
             named = [(k, given[k]) for k in numbers if k not in varying]
             constants = kernel.fn.__annotations__
             kinds = [(k, v) if k in constants else (k, v == 1, v % 16 == 0) for k, v in named]
             compiled[-1].add((kernel.fn, *options.values(), *kinds))
 
     compiled = []
-    monkeypatch.setattr(mamba2.kernels, "_launch", recording)
+    monkeypatch.setattr(mamba2.kernels._Plan, "__call__", recording)
     for b, l in ((1, 2), (1, 16), (2, 17), (3, 48), (16, 3), (1, 70)):
         compiled.append(set())
         u = torch.randn(b, l, layer.config.d_model, device=DEVICE, requires_grad=True)
