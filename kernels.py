@@ -1,12 +1,11 @@
 """Fused Triton kernels for mamba2.py: SSD, short convolution and norm, alone and as one operation,
 forward and backward, and one token of a layer.
 
-`mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take
-over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the
-meaning of its namesake in mamba2.py (its twin, in plain PyTorch), can run on these tensors. Where
-the answer is no, mamba2.py goes on in plain PyTorch; that it did is said once, if the tensors are
-on a GPU and looked like ones for a kernel. Nothing is compiled at install, only Triton at the first
-call; without Triton or a GPU every answer is no. `python kernels.py` times all of it on a GPU,
+`mamba2.py` loads this file by its path. An operation here has the signature and the meaning of its
+namesake in mamba2.py (its twin, in plain PyTorch), but returns None where it cannot run on these
+tensors. Then mamba2.py goes on in plain PyTorch; a warning says so once, if the tensors are on a
+GPU and looked like ones for a kernel. Nothing is compiled at install; Triton compiles at the first
+call. Without Triton or a GPU every result is None. `python kernels.py` times all of it on a GPU,
 `python kernels.py --targets` compiles SSD's kernels for other GPUs, without one.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
@@ -14,8 +13,8 @@ call; without Triton or a GPU every answer is no. `python kernels.py` times all 
            └─────> z ───────────────────────────────────────────────────┴──> rms_norm
 
 A layer without a mask does all of this in one operation, `layer_middle`, with the same kernels: a
-small layer waits for the CPU longer than for the GPU. The operation answers None where it cannot,
-and then the three are asked one by one. For one token, without gradients, `layer_step` does all of
+small layer waits for the CPU longer than for the GPU. Where it cannot run, the three are asked one
+by one. For one token, without gradients, `layer_step` does all of
 the first line, from projection to y, in one kernel, and `norm_linear` a norm with the projection
 after it. The twins of these three are lines of the layer and of its block.
 
@@ -196,8 +195,10 @@ _said = set()
 def _lies_elsewhere(tensor: Tensor) -> bool:
     """Whether a kernel would not find its numbers at its address, as they are."""
     kind = type(tensor)  # a subclass such as DTensor keeps them in other tensors
-    wraps = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind is not FakeTensor
-    return wraps or tensor.is_neg()
+    if kind not in (Tensor, nn.Parameter, FakeTensor):
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return True
+    return tensor.is_neg()
 
 
 def _transformed() -> bool:
@@ -214,14 +215,11 @@ def _planned(plan: Callable) -> Callable:
 
     @functools.wraps(plan)
     def find(*arguments):
-        key = (
-            plan,
-            *[
-                (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a)
-                for a in arguments
-            ],
-        )
-        found = _plans.get(key)
+        kinds = [
+            (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a)
+            for a in arguments
+        ]
+        found = _plans.get(key := (plan, *kinds))
         if found is None:
             if len(_plans) > 10_000:  # inputs of ever new lengths
                 _plans.clear()
@@ -231,10 +229,10 @@ def _planned(plan: Callable) -> Callable:
     return find
 
 
-class _Declared:
-    """What an operation takes and returns. All that is said of it elsewhere follows from this: the
-    answer to whether it can run, the warning, the error, and for torch.compile its signature and
-    the kind of its results.
+class _Operation:
+    """An operation and what it takes and returns. All that is said of it elsewhere follows from
+    this: whether it can run, the warning, and for torch.compile its signature and the kind of its
+    results. Calling it runs `forward`, or returns None if it cannot run; see `_operator`.
 
     takes    the tensors: names, with a `?` if they may be None, and axes by letters (`k-1` is one
              less than k, `...` any axes; alternatives are between `|`). After a colon: `int`, they
@@ -263,24 +261,26 @@ class _Declared:
     )
 
     def __init__(
-        self, name, takes, numbers="", gives="", *, graded=True, twin=None, rules=None,
-        limits=None, beyond=None,
+        self, name, takes, numbers="", gives="", forward=None, backward=None, *, graded=True,
+        rules=None, limits=None, beyond=None,
     ):  # fmt: skip
-        self.name, self.twin, self.graded = name, twin or f"mamba2.{name}", graded
+        self.name, self.graded = name, graded
         self.rules, self.limits, self.beyond = rules, limits or {}, beyond
-        self.tensors, self.results, self.special = [], [], []
+        self.tensors, self.results = [], []
         for names, axes, kind in _lines(takes):
             shapes = [_axes(shape) for shape in axes.split("|")]
-            for name in names:
-                if kind:
-                    self.special.append((len(self.tensors), name.strip("?"), kind))
-                self.tensors.append((name.strip("?"), "?" in name, shapes, "int" in kind))
+            self.tensors += [(name.strip("?"), "?" in name, shapes, kind) for name in names]
         for (name,), axes, kind in _lines(gives):
             dtypes = [word.split("|") for word in kind if word != "kept"]
             self.results.append((name, *_axes(axes), dtypes, "kept" in kind))
         self.kept = sum(kept for *_, kept in self.results)
-        self.floats = sum(not integers for *_, integers in self.tensors)
+        self.floats = sum("int" not in kind for *_, kind in self.tensors)
         self.numbers = [number for number in numbers.split(", ") if number]
+        if forward and TRITON:  # else nothing will ask; an old torch, as 2.6, cannot register it
+            self.run = _operator(self, forward, backward)
+
+    def __call__(self, *inputs):
+        return self.run(*inputs) if self.takes(*inputs, depth=5) else None
 
     def refusal(self, *inputs) -> tuple[str | None, bool]:
         """Why the operation cannot run on these inputs, or None; and whether to say so."""
@@ -311,12 +311,12 @@ class _Declared:
         device, sizes = inputs[0].device, {"1": 1}
         if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
             return "the kernels need tensors on a CUDA device", False, sizes
-        for (name, _, _, integers), tensor in zip(self.tensors, inputs, strict=False):
+        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None:
                 continue
             if tensor.device != device:
                 return f"{name} is not on the device of the other tensors", False, sizes
-            if integers:
+            if "int" in kind:
                 if tensor.is_floating_point() or tensor.is_complex():
                     return f"{name} does not hold integers", False, sizes
             elif tensor.dtype not in DTYPES:
@@ -349,13 +349,12 @@ class _Declared:
             if size not in allowed if few else not allowed[0] <= size <= allowed[-1]:
                 rule = f"one of {allowed}" if few else f"{allowed[0]} to {allowed[-1]}"
                 return f"{self.WORDS[letter].format(size)}; it must be {rule}"
-        first = self.tensors[0][0]
-        for at, name, kind in self.special:
-            tensor = inputs[at]
+        x, first = inputs[0], self.tensors[0][0]
+        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None:
                 continue
-            if "one" in kind and tensor.dtype != inputs[0].dtype:
-                dtypes = f"{tensor.dtype} and {inputs[0].dtype}"
+            if "one" in kind and tensor.dtype != x.dtype:
+                dtypes = f"{tensor.dtype} and {x.dtype}"
                 return f"{name} and {first} are {dtypes}; they must have one dtype"
             if "row" in kind and tensor.stride(-1) != 1:
                 return f"the channels of {name} are not next to each other in memory"
@@ -363,22 +362,17 @@ class _Declared:
                 return f"{name} is {tensor.dtype}; it must be int32 or int64"
         return None
 
-    def takes(self, *inputs) -> bool:
-        """Whether the operation can run on these inputs; the reason why not is said once."""
+    def takes(self, *inputs, depth=4) -> bool:
+        """Whether the operation can run on these inputs. A loud reason why not is said once, as a
+        warning for the caller so many calls above this one."""
         reason, loud = self.refusal(*inputs)
         if reason is None:
             return True
         if loud and not torch.compiler.is_compiling() and (self.name, reason) not in _said:
             _said.add((self.name, reason))
             message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=depth)
         return False
-
-    def check(self, *inputs) -> None:
-        """Raise a ValueError if the operation cannot run on these inputs."""
-        reason, _ = self.refusal(*inputs)
-        if reason is not None:
-            raise ValueError(f"kernels.{self.name}: {reason}; {self.twin} takes any tensors")
 
     def empty(self, *inputs):
         """Its results, of which only shape and dtype count."""
@@ -451,7 +445,7 @@ def _free_namespace() -> str:
 NAMESPACE = _free_namespace()
 
 
-def _operation(declared: _Declared, forward, backward=None):
+def _operator(declared: _Operation, forward, backward):
     """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
 
     forward(*inputs)               the declared results
@@ -463,8 +457,6 @@ def _operation(declared: _Declared, forward, backward=None):
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
     (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature.)
     """
-    if not TRITON:
-        return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{declared.name}"
     count, kept = declared.floats, declared.kept
     inputs_in_all = len(declared.tensors) + len(declared.numbers)
@@ -1816,7 +1808,7 @@ def _ssd_beyond(sizes, x, *_):
     return "there are no settings for this kind of GPU, or it has too little shared memory"
 
 
-SSD = _Declared(
+SSD = _Operation(
     "ssd",
     """
     x               b l h p
@@ -1834,15 +1826,9 @@ SSD = _Declared(
     rules=lambda s: "the groups do not divide the heads" if s["h"] % s["g"] else None,
     limits=dict(p=SIZES, n=SIZES),
     beyond=_ssd_beyond,
+    forward=_ssd_forward,
+    backward=_ssd_backward,
 )
-_ssd = _operation(SSD, _ssd_forward, _ssd_backward)
-
-
-def takes_ssd(
-    x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None
-) -> bool:  # fmt: skip
-    """Whether `ssd` can run on these tensors; a user on a GPU is told once what it cannot."""
-    return SSD.takes(x, dt, A, B, C, D, initial_state, seq_idx)
 
 
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
@@ -1862,13 +1848,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
     16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The
     gradients cannot be differentiated again.
-
-    Raises:
-        ValueError: what the kernels cannot take, which is what `takes_ssd` says no to.
     """
-    given = (x, dt, A, B, C, D, initial_state, seq_idx)
-    SSD.check(*given)
-    return _ssd(*given)
+    return SSD(x, dt, A, B, C, D, initial_state, seq_idx)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2392,7 +2373,7 @@ def _conv_beyond(sizes, x, *_):
     return None
 
 
-CONV = _Declared(
+CONV = _Operation(
     "causal_conv1d",
     """
     x               b l d     : row
@@ -2407,13 +2388,9 @@ CONV = _Declared(
     """,
     limits=dict(k=range(2, 5)),
     beyond=_conv_beyond,
+    forward=_conv_forward,
+    backward=_conv_backward,
 )
-_conv = _operation(CONV, _conv_forward, _conv_backward)
-
-
-def takes_causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None) -> bool:
-    """Whether `causal_conv1d` can run on these tensors; what it cannot is said once, on a GPU."""
-    return CONV.takes(x, weight, bias, initial_state, seq_idx)
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
@@ -2430,14 +2407,12 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
                                  back over that border. The state belongs to the first sequence.
     Returns y (b, l, d) and the last k-1 rows of u (b, k-1, d), both in x's dtype; rows of another
     sequence than the last position's are zeros.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_causal_conv1d` says no to.
     """
-    CONV.check(x, weight, bias, initial_state, seq_idx)
+    if not CONV.takes(x, weight, bias, initial_state, seq_idx):
+        return None
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)  # rounds as the twin does
-    return _conv(x, weight, bias, initial_state, seq_idx)
+    return CONV.run(x, weight, bias, initial_state, seq_idx)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2638,8 +2613,8 @@ def _norm_backward_kernel(
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor (..., d), if its rows lie evenly, stride(-2) apart; else a copy."""
     sizes, strides = tensor.shape, tensor.stride()
-    even = all(strides[i - 1] == sizes[i] * strides[i] for i in range(1, tensor.ndim - 1))
-    if even and tensor.ndim > 1 and strides[-1] == 1:
+    even = [strides[i - 1] == sizes[i] * strides[i] for i in range(1, len(sizes) - 1)]
+    if len(sizes) > 1 and strides[-1] == 1 and all(even):
         return tensor
     return tensor.reshape(-1, sizes[-1]).contiguous()
 
@@ -2653,7 +2628,7 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     unit, slots = _unit(size, *apart.values()), _norm_slots(size, rows, groups, y.device)
     numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
     numbers.update(
-        rows=rows, slots=slots, eps=eps, groups=groups, size_units=size // unit,
+        rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
         GATE=z is not None, UNIT=unit, **tiles,
     )  # fmt: skip
     if z is None:
@@ -2710,7 +2685,7 @@ def _norm_rules(sizes, eps, groups):
     return None
 
 
-NORM = _Declared(
+NORM = _Operation(
     "rms_norm",
     """
     x, gate?  ... d
@@ -2720,13 +2695,9 @@ NORM = _Declared(
     gives="out ... d : gate|weight",
     rules=_norm_rules,
     limits=dict(channels=range(1, 8193)),
+    forward=_norm_forward,
+    backward=_norm_backward,
 )
-_norm = _operation(NORM, _norm_forward, _norm_backward)
-
-
-def takes_rms_norm(x, weight, eps, *, gate=None, groups=1) -> bool:
-    """Whether `rms_norm` can run on these tensors; what it cannot is said once, on a GPU."""
-    return NORM.takes(x, gate, weight, eps, groups)
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
@@ -2738,12 +2709,8 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     weight   (d)
     groups              equal parts of d that are normalised apart; d / groups at most 8,192
     Returns (..., d) in the gate's dtype, or in weight's without a gate.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_rms_norm` says no to.
     """
-    NORM.check(x, gate, weight, eps, groups)
-    return _norm(x, gate, weight, float(eps), groups)
+    return NORM(x, gate, weight, eps, groups)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2823,7 +2790,7 @@ def _middle_rules(sizes, groups, *_):
     return None
 
 
-MIDDLE = _Declared(
+MIDDLE = _Operation(
     "layer_middle",
     """
     zxbcdt             b l w
@@ -2846,8 +2813,9 @@ MIDDLE = _Declared(
     rules=_middle_rules,
     limits=dict(p=SIZES, n=SIZES, k=range(2, 5), channels=range(1, 8193)),
     beyond=_ssd_beyond,
+    forward=_middle_forward,
+    backward=_middle_backward,
 )
-_middle = _operation(MIDDLE, _middle_forward, _middle_backward)
 
 
 def layer_middle(
@@ -2875,17 +2843,19 @@ def layer_middle(
             return None
         z, xBC, dt = _columns(zxbcdt, weight, dt_bias, norm_weight)
         step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
-        norm, limits = (z, norm_weight, eps), dict(dt_limit=dt_limit, out=out)
-        if not (takes_rms_norm(*norm, gate=z, groups=groups) and takes_layer_step(*step, **limits)):
+        if not NORM.takes(z, z, norm_weight, eps, groups):  # z is as y will be
             return None
-        y, conv, ssm = layer_step(*step, **limits)
-        return rms_norm(y, *norm[1:], gate=z, groups=groups), conv, ssm
+        result = layer_step(*step, dt_limit=dt_limit, out=out)
+        if result is None:
+            return None
+        y, *state = result
+        return rms_norm(y, norm_weight, eps, gate=z, groups=groups), *state
     weights, numbers = (weight, bias, dt_bias, A_log, D, norm_weight), (eps, *dt_limit)
     numbers = groups, *map(float, numbers)
     if MIDDLE.refusal(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)[0] is not None:
         return None
     conv = None if conv is None else conv.to(zxbcdt.dtype)  # rounds as the twin does
-    y, conv, new_ssm = _middle(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
+    y, conv, new_ssm = MIDDLE.run(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
     if ssm is not None and ssm.dtype.itemsize == 2:
         new_ssm = new_ssm.to(ssm.dtype)
     return y, conv, new_ssm
@@ -3063,7 +3033,7 @@ def _step_rules(sizes, *_):
     return None
 
 
-STEP = _Declared(
+STEP = _Operation(
     "layer_step",
     """
     xBC                b 1 d     : row
@@ -3081,11 +3051,10 @@ STEP = _Declared(
     new_ssm            b h p n   : ssm
     """,
     graded=False,
-    twin="mamba2.Mamba2",
     rules=_step_rules,
     limits=dict(n=range(1, 1025)),
+    forward=_step_forward,
 )
-_step = _operation(STEP, _step_forward)
 
 
 def _out_beyond(sizes, xBC, conv, new_conv, ssm, new_ssm):
@@ -3101,25 +3070,15 @@ def _out_beyond(sizes, xBC, conv, new_conv, ssm, new_ssm):
     return None
 
 
-STEP_OUT = _Declared(
+STEP_OUT = _Operation(
     "layer_step",
     """
     xBC           b 1 d
     conv, out[0]  b k-1 d
     ssm, out[1]   b h p n
     """,
-    twin="mamba2.Mamba2",
     beyond=_out_beyond,
 )
-
-
-def takes_layer_step(
-    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
-) -> bool:  # fmt: skip
-    """Whether `layer_step` can run on these tensors; what it cannot is said once, on a GPU."""
-    if not STEP.takes(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *dt_limit):
-        return False
-    return out is None or STEP_OUT.takes(xBC, conv, out[0], ssm, out[1])
 
 
 def layer_step(
@@ -3136,16 +3095,13 @@ def layer_step(
                         graph. out[1] may be ssm itself, out[0] must not be conv.
     Returns y (b, 1, h p) and the new conv, both in xBC's dtype, and the new ssm in ssm's dtype. The
     arithmetic is fp32. There are no gradients.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_layer_step` says no to.
     """
     given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
     dt_limit = tuple(map(float, dt_limit))
-    STEP.check(*given, *dt_limit)
     if out is None:
-        return _step(*given, *dt_limit)
-    STEP_OUT.check(xBC, conv, out[0], ssm, out[1])
+        return STEP(*given, *dt_limit)
+    if not (STEP.takes(*given, *dt_limit) and STEP_OUT.takes(xBC, conv, out[0], ssm, out[1])):
+        return None
     y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
     _step_into(y, *out, *given, *dt_limit)
     return y, *out
@@ -3244,7 +3200,7 @@ def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
     numbers = dict(
         x_row=x.stride(-2), gate_row=0 if gate is None else gate.stride(-2),
         weight_row=weight.stride(0), residual_row=0 if residual is None else residual.stride(-2),
-        out_row=outputs, rows=rows, outputs=outputs, eps=eps, SIZE=size, GROUPS=groups,
+        out_row=outputs, rows=rows, outputs=outputs, eps=float(eps), SIZE=size, GROUPS=groups,
         GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
         RB=_power_of_2(rows), **config,
     )  # fmt: skip
@@ -3273,7 +3229,7 @@ def _norm_linear_rules(sizes, eps, groups):
     return None
 
 
-NORM_LINEAR = _Declared(
+NORM_LINEAR = _Operation(
     "norm_linear",
     """
     x            ... d
@@ -3286,17 +3242,9 @@ NORM_LINEAR = _Declared(
     numbers="float eps, int groups",
     gives="out ... o : weight residual",
     graded=False,
-    twin="mamba2.Mamba2Block",
     rules=_norm_linear_rules,
+    forward=_norm_linear_forward,
 )
-_norm_linear = _operation(NORM_LINEAR, _norm_linear_forward)
-
-
-def takes_norm_linear(
-    x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None
-) -> bool:
-    """Whether `norm_linear` can run on these tensors."""
-    return NORM_LINEAR.takes(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
@@ -3305,58 +3253,8 @@ def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, 
     x, gate (..., d), together at most NORM_LINEAR_ROWS rows; norm_weight (d); weight (o, d); bias
     (o); residual (..., o). Returns (..., o) in weight's dtype, or in the wider one of it and
     residual's. Nothing is rounded on the way: the arithmetic is fp32. There are no gradients.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_norm_linear` says no to.
     """
-    given = x, norm_weight, weight, bias, gate, residual, float(eps), groups
-    NORM_LINEAR.check(*given)
-    return _norm_linear(*given)
-
-
-# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
-ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
-
-
-def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
-        return False
-    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
-    return ADDS and halves and type(weight) is nn.Parameter and bias is None
-
-
-def block_step(h, state, norm, layer):
-    """A token in a residual block; its twin is `mamba2.Mamba2Block`. None, if it cannot be taken.
-
-    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
-    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
-
-    h (b, 1, d); state: a Mamba2State; norm, layer: the block's RMSNorm and Mamba2, as it makes them
-    Returns the new h, conv and ssm.
-    """
-    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
-    last = layer.norm.weight, layer.norm.eps, layer.out_proj.weight, layer.out_proj.bias
-    few = takes_norm_linear(*first) and last[2].stride(1) == 1
-    if not (few or _adds(h, *last[2:])):
-        return None
-    zxbcdt = norm_linear(*first) if few else layer.in_proj(norm(h))
-    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
-    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
-    step = xBC, dt, *state, *weights
-    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
-    rest = dict(gate=z, groups=layer.norm.groups, residual=h)
-    if few and not takes_norm_linear(z, *last, **rest):  # z is as y will be
-        return None
-    if not takes_layer_step(*step, **options):
-        return None
-    y, conv, ssm = layer_step(*step, **options)
-    if few:
-        h = norm_linear(y, *last, **rest)
-    else:
-        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
-        h = torch.addmm(h[:, 0], y, last[2].t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
-    return h, conv, ssm
+    return NORM_LINEAR(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3402,16 +3300,55 @@ def layer(layer, zxbcdt, state, seq_idx):
     return layer_middle(zxbcdt, conv, ssm, seq_idx, *weights, **options)
 
 
+# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
+ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
+
+
+def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
+        return False
+    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
+    return ADDS and halves and type(weight) is nn.Parameter and bias is None
+
+
 def block(block, h, state):
-    """One token in a Mamba2Block, as `block_step`: h, conv and ssm; or None."""
+    """One token in a Mamba2Block: h (b, 1, d), conv and ssm; or None.
+
+    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
+    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
+    """
     if state is None or h.shape[1] != 1 or not _is(block.mixer, "Mamba2"):
         return None
-    norm, mixer = block.norm, block.mixer
-    parts = [(mixer.in_proj, "Linear"), (mixer.out_proj, "Linear"), (norm, "RMSNorm")]
-    parts += [(mixer.conv1d, "CausalConv1d"), (mixer.norm, "RMSNorm")]
+    norm, layer = block.norm, block.mixer
+    parts = [(layer.in_proj, "Linear"), (layer.out_proj, "Linear"), (norm, "RMSNorm")]
+    parts += [(layer.conv1d, "CausalConv1d"), (layer.norm, "RMSNorm")]
     if torch.is_autocast_enabled(h.device.type) or not all([_is(*part) for part in parts]):
         return None
-    return block_step(h, state, norm, mixer)
+    weight, bias = layer.out_proj.weight, layer.out_proj.bias
+    eps, groups = layer.norm.eps, layer.norm.groups
+    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
+    zxbcdt = norm_linear(*first) if weight.stride(1) == 1 else None
+    few = zxbcdt is not None
+    if not (few or _adds(h, weight, bias)):
+        return None
+    zxbcdt = zxbcdt if few else layer.in_proj(norm(h))
+    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
+    last = layer.norm.weight, weight, bias, z, h, eps, groups
+    if few and not NORM_LINEAR.takes(z, *last):  # z is as y will be
+        return None
+    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
+    if (result := layer_step(xBC, dt, *state, *weights, **options)) is None:
+        return None
+    y, conv, ssm = result
+    if few:
+        options = dict(gate=z, groups=groups, residual=h)
+        h = norm_linear(y, layer.norm.weight, eps, weight, bias, **options)
+    else:
+        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
+        h = torch.addmm(h[:, 0], y, weight.t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
+    return h, conv, ssm
 
 
 def decode(text, ids, mask, options):
