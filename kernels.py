@@ -201,11 +201,6 @@ def _lies_elsewhere(tensor: Tensor) -> bool:
     return tensor.is_neg()
 
 
-def _transformed() -> bool:
-    inside = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-    return inside or forward_ad._current_level >= 0
-
-
 _plans = {}
 
 
@@ -287,7 +282,8 @@ class _Operation:
         if not TRITON:
             return "triton is not installed, or too old", False
         compiling = torch.compiler.is_compiling()
-        if not compiling and _transformed():
+        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        if not compiling and (transformed or forward_ad._current_level >= 0):
             return "a transform is active, which needs to see every operation", False
         fake, wanted = compiling, not self.graded and torch.is_grad_enabled()
         for (name, optional, *_), tensor in zip(self.tensors, inputs, strict=False):
@@ -546,19 +542,6 @@ def _allows_tf32() -> bool:
     if hasattr(switch, "fp32_precision"):  # PyTorch 2.9; once it is set, the other raises
         return switch.fp32_precision == "tf32"
     return switch.allow_tf32
-
-
-# Triton's own of these two take the CPU ten times as long.
-
-
-def _cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def _power_of_2(a: int) -> int:
-    """The smallest that is at least a."""
-    return 1 << (a - 1).bit_length()
 
 
 class _Plan:
@@ -1559,11 +1542,11 @@ def _operands(*tensors):
 
 
 @functools.cache
-def _slots(device, programs):
-    """How many programs run at once, given how many do on a multiprocessor."""
+def _processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
     if device.type != "cuda":
-        return 8
-    return programs * torch.cuda.get_device_properties(device).multi_processor_count
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _segments(programs, nc, slots):
@@ -1573,8 +1556,8 @@ def _segments(programs, nc, slots):
 
 def _split(heads, programs, slots):
     """Cut the heads of a group in (parts, heads per part), so that one wave of programs is full."""
-    size = _cdiv(heads, max(1, min(heads, slots // programs)))
-    return _cdiv(heads, size), size
+    size = triton.cdiv(heads, max(1, min(heads, slots // programs)))
+    return triton.cdiv(heads, size), size
 
 
 def _addressable(t, even):
@@ -1629,12 +1612,13 @@ def _ssd_shared(settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, 
     """What both directions' plans share: numbers, and what replaces them for tiles of 64 columns of
     n; descriptors; and the call of `prep_kernel`."""
     (b, l, h, p), (g, n), TMA = x.shape, B.shape[2:], settings.TMA
-    nc, NB = _cdiv(l, Q), max(64, n)
+    nc, NB = triton.cdiv(l, Q), max(64, n)
     numbers = dict(
         x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA),
         **_strides("dt", dt, "blh"), **_strides("A", A, "h"), **_strides("D", D, "hp"),
         **_strides("i", init, "bhpn"), **_strides("seq", seq_idx, "bl"),
-        low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, NPB=_cdiv(p, PB), P=p, N=n,
+        low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n,
+        NPB=triton.cdiv(p, PB),
         RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=init is not None,
         Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages, TMA=TMA,
         PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
@@ -1644,7 +1628,7 @@ def _ssd_shared(settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, 
         x_mem=_tiling(x, Q, PB), B_mem=_tiling(B, Q, NB), C_mem=_tiling(C, Q, NB),
         B_narrow_mem=_tiling(B, Q, 64), C_narrow_mem=_tiling(C, Q, 64),
     )  # fmt: skip
-    prep = prep_kernel, (b * nc, _cdiv(h, 16), 1), numbers, dict(num_warps=4)
+    prep = prep_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, dict(num_warps=4)
     return numbers, narrow, tiles, prep
 
 
@@ -1675,12 +1659,12 @@ def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, i
         settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
     )
     nc, npb = numbers["NC"], numbers["NPB"]
-    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device, settings.programs)))
-    nseg = _cdiv(nc, cps)
+    cps = triton.cdiv(nc, _segments(b * h * npb, nc, settings.programs * _processors(x.device)))
+    nseg = triton.cdiv(nc, cps)
     numbers.update(NSEG=nseg, CPS=cps, HAS_D=D is not None, SEGMENTS=nseg > 1)
     calls, pipeline = [prep], dict(num_stages=settings.stages)
     if nseg > 1:
-        grid = b * (nseg - 1) * h * npb, _cdiv(numbers["N"], 64), 1
+        grid = b * (nseg - 1) * h * npb, triton.cdiv(numbers["N"], 64), 1
         calls.append((segment_kernel, grid, numbers | narrow, dict(num_warps=4, **pipeline)))
     else:
         del tiles["B_narrow_mem"], tiles["C_narrow_mem"]
@@ -1736,7 +1720,7 @@ def _ssd_backward_plan(
         settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
     )
     nc, npb, NB = numbers["NC"], numbers["NPB"], numbers["NB"]
-    nsplit, hps = _split(h // g, 2 * b * nc * g, _slots(x.device, settings.programs))
+    nsplit, hps = _split(h // g, 2 * b * nc * g, settings.programs * _processors(x.device))
     programs, wide = b * nc * g * nsplit, D.numel()
     # Sums, per chunk: the parts of dD, then those of dA, then those of dt_bias's.
     columns = wide + (h if bias is None else 2 * h)
@@ -1752,7 +1736,10 @@ def _ssd_backward_plan(
         borders_mem=([2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]),
     )  # fmt: skip
     options = dict(num_warps=settings.warps, num_stages=settings.stages)
-    grid, finish = (b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1), dict(num_warps=settings.finish)
+    grid, finish = (
+        (b * nc, g * triton.cdiv(n, 64) + triton.cdiv(h, 16), 1),
+        dict(num_warps=settings.finish),
+    )
     plan = _Plan(
         prep,
         (border_kernel, (b * h * npb, 1, 2), numbers, options),
@@ -1930,7 +1917,7 @@ def _fold_plan(partial, *outs):
     (rows, columns), sizes = partial.shape, [t.numel() for t in outs] + [0, 0]
     numbers = dict(zip(("n_first", "n_second", "n_third"), sizes, strict=False))
     numbers.update(rows=rows, columns=columns, ROWS=64, COLUMNS=32)
-    return _Plan((_fold_kernel, (_cdiv(columns, 32), 1, 1), numbers, dict(num_warps=4)))
+    return _Plan((_fold_kernel, (triton.cdiv(columns, 32), 1, 1), numbers, dict(num_warps=4)))
 
 
 def _fold(partial: Tensor, *outs: Tensor) -> None:
@@ -2283,15 +2270,6 @@ def _conv_backward_kernel(
     tl.store(partial_ptr + d * K + channel, dbias_d, mask=mask_d)
 
 
-def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple[int, int]:
-    """Blocks of positions, all batches together, and their length: long unless that makes few."""
-    for q_rows in choices:
-        blocks = b * _cdiv(l, q_rows)
-        if blocks * _cdiv(d, channels) >= 4096:
-            break
-    return blocks, q_rows
-
-
 @_planned
 def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     """For both directions, and how many blocks of positions it has; x stands in for what is not
@@ -2299,8 +2277,11 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     (b, l, d), backward = x.shape, dx is not None
     tiles = dict(CONV_BACKWARD if backward else CONV_FORWARD)
     options = dict(num_warps=tiles.pop("num_warps"))
-    choices = CONV_BACKWARD_ROWS if backward else CONV_FORWARD_ROWS
-    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], choices)
+    blocks_d = triton.cdiv(d, tiles["D"])
+    for q_rows in CONV_BACKWARD_ROWS if backward else CONV_FORWARD_ROWS:
+        blocks = b * triton.cdiv(l, q_rows)
+        if blocks * blocks_d >= 4096:
+            break
     unit = min(_conv_unit(x), _conv_unit(dx)) if backward else _conv_unit(x)
     numbers = dict(
         l=l, q_rows=q_rows, d_units=d // unit, x_batch_units=x.stride(0) // unit,
@@ -2312,7 +2293,7 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     given = dict(bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dfinal_ptr=dfinal)
     numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
     kernel = _conv_backward_kernel if backward else _conv_forward_kernel
-    return _Plan((kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), numbers, options)), blocks
+    return _Plan((kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
 
 
 def _conv_forward(x, weight, bias, state, seq_idx):
@@ -2433,28 +2414,12 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 def _norm_tiles(size: int) -> dict:
     """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
     if size <= 256:
-        n = max(16, _power_of_2(size))
+        n = max(16, triton.next_power_of_2(size))
     else:
-        n = min((1024, 512, 256), key=lambda n: _cdiv(size, n) * n)
-    tiles = _cdiv(size, n)
-    r = max(1, 1024 // _power_of_2(n * tiles))
+        n = min((1024, 512, 256), key=lambda n: triton.cdiv(size, n) * n)
+    tiles = triton.cdiv(size, n)
+    r = max(1, 1024 // triton.next_power_of_2(n * tiles))
     return dict(R=r, N=n, TILES=tiles)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return 2 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> int:
-    """How many programs per group walk over the rows."""
-    tiles = _norm_tiles(size)
-    slots = _cdiv(_processors(device) * 16 // _norm_warps(tiles), groups)
-    return min(slots, _cdiv(rows, tiles["R"]))
-
-
-def _norm_warps(tiles: dict) -> int:
-    return tiles["R"] * tiles["N"] // 128
 
 
 @jit
@@ -2624,8 +2589,10 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     """For both directions, and how many rows of partial sums it has."""
     rows, size, backward = y.numel() // y.shape[-1], y.shape[-1] // groups, dy is not None
     named, tiles = dict(y=y, z=z, dy=dy, dz=dz), _norm_tiles(size)
+    warps, blocks = tiles["R"] * tiles["N"] // 128, triton.cdiv(rows, tiles["R"])
+    slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), blocks)
     apart = {name: y.stride(-2) if t is None else t.stride(-2) for name, t in named.items()}
-    unit, slots = _unit(size, *apart.values()), _norm_slots(size, rows, groups, y.device)
+    unit, options = _unit(size, *apart.values()), dict(num_warps=warps)
     numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
     numbers.update(
         rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
@@ -2633,13 +2600,12 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     )  # fmt: skip
     if z is None:
         numbers.update(z_ptr="y_ptr", dz_ptr="y_ptr")
-    kernel, blocks = _norm_forward_kernel, _cdiv(rows, tiles["R"])
-    options = dict(num_warps=_norm_warps(tiles))
+    kernel, programs = _norm_forward_kernel, blocks * groups
     if backward:
-        kernel, blocks = _norm_backward_kernel, slots
+        kernel, programs = _norm_backward_kernel, slots * groups
         if size > 2048 and PTX:  # an option of NVIDIA's GPUs
             options["maxnreg"] = 128
-    return _Plan((kernel, (blocks * groups, 1, 1), numbers, options)), slots
+    return _Plan((kernel, (programs, 1, 1), numbers, options)), slots
 
 
 def _norm_forward(y, z, weight, eps, groups):
@@ -2987,20 +2953,20 @@ def _step_kernel(
 @_planned
 def _step_plan(xBC, dt, ssm, weight, bias, low, high):
     (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
-    g, nb = (d - h * p) // (2 * n), _power_of_2(n)
+    g, nb = (d - h * p) // (2 * n), triton.next_power_of_2(n)
     programs = STEP_PROGRAMS * _processors(xBC.device)
     large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
     config = dict(STEP_LARGE if large else STEP_SMALL)
-    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), _power_of_2(p))
-    tiles = h // g * _cdiv(p, pb)  # in a group
-    share = _cdiv(tiles, min(tiles, _cdiv(programs, b * g)))  # of one program
+    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), triton.next_power_of_2(p))
+    tiles = h // g * triton.cdiv(p, pb)  # in a group
+    share = triton.cdiv(tiles, min(tiles, triton.cdiv(programs, b * g)))  # of one program
     numbers = dict(
         xBC_sb=xBC.stride(0), dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
         G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
     )  # fmt: skip
     if bias is None:
         numbers.update(bias_ptr="xBC_ptr")
-    return _Plan((_step_kernel, (b * g, _cdiv(tiles, share), 1), numbers, config))
+    return _Plan((_step_kernel, (b * g, triton.cdiv(tiles, share), 1), numbers, config))
 
 
 def _step_into(
@@ -3192,9 +3158,9 @@ def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
     size, outputs, rows = x.shape[-1] // groups, weight.shape[0], x.numel() // x.shape[-1]
     alone = rows == 1 and gate is None
     config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR_TILES)
-    config["KB"] = min(config["KB"], _power_of_2(size))
+    config["KB"] = min(config["KB"], triton.next_power_of_2(size))
     warps = 4 * _processors(x.device)
-    while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
+    while config["OB"] > 1 and triton.cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
         config["OB"] //= 2
     options = dict(num_warps=config.pop("num_warps"))
     numbers = dict(
@@ -3202,11 +3168,13 @@ def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
         weight_row=weight.stride(0), residual_row=0 if residual is None else residual.stride(-2),
         out_row=outputs, rows=rows, outputs=outputs, eps=float(eps), SIZE=size, GROUPS=groups,
         GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-        RB=_power_of_2(rows), **config,
+        RB=triton.next_power_of_2(rows), **config,
     )  # fmt: skip
     given = dict(gate_ptr=gate, bias_ptr=bias, residual_ptr=residual)
     numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
-    return _Plan((_norm_linear_kernel, (_cdiv(outputs, config["OB"]), 1, 1), numbers, options))
+    return _Plan(
+        (_norm_linear_kernel, (triton.cdiv(outputs, config["OB"]), 1, 1), numbers, options)
+    )
 
 
 def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, groups):
