@@ -3,10 +3,10 @@ forward and backward, and one token of a layer.
 
 `mamba2.py` loads this file by its path. An operation here has the signature and the meaning of its
 namesake in mamba2.py (its twin, in plain PyTorch), but returns None where it cannot run on these
-tensors. Then mamba2.py goes on in plain PyTorch; a warning says so once, if the tensors are on a
-GPU and looked like ones for a kernel. Nothing is compiled at install; Triton compiles at the first
-call. Without Triton or a GPU every result is None. `python kernels.py` times all of it on a GPU,
-`python kernels.py --targets` compiles SSD's kernels for other GPUs, without one.
+tensors, as without Triton or a GPU. Then mamba2.py goes on in plain PyTorch; a warning says so
+once, if the tensors are on a GPU and looked like ones for a kernel. Triton compiles at the first
+call. `python kernels.py` times all of it on a GPU, `python kernels.py --targets` compiles SSD's
+kernels for other GPUs, without one.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
@@ -17,9 +17,6 @@ small layer waits for the CPU longer than for the GPU. Where it cannot run, the 
 by one. For one token, without gradients, `layer_step` does all of
 the first line, from projection to y, in one kernel, and `norm_linear` a norm with the projection
 after it. The twins of these three are lines of the layer and of its block.
-
-    launches     forward     conv, prep, [segment], scan, norm
-                 backward    norm, prep, border, chunk, finish, conv, 3 fold
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -103,8 +100,7 @@ rows may be any distance apart, as in a slice of a wider projection, as long as 
 is contiguous.
 
 Gradients of weights are sums over all positions. Every program sums the positions it walks over in
-registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order. No
-atomics: the same input gives the same bits.
+registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order.
 """
 
 import concurrent.futures
@@ -564,40 +560,38 @@ class _Plan:
         launches = self.ready.get(key := tuple(kinds))
         tensors |= self.descriptors(tensors)
         if launches is None:
-            launches = self.ready[key] = self.compiled(tensors)
+            launches = self.ready[key] = self.prepared(tensors)
         for launch, pick, numbers in launches:
             launch(*pick(tensors), *numbers)
 
     def descriptors(self, tensors):
         return {name: TensorDescriptor(tensors[name], *tile) for name, tile in self.tiles.items()}
 
-    def compiled(self, tensors):
+    def prepared(self, tensors):
         """Of each call what launches it, what picks its tensors, and its numbers."""
-        parts = []
-        for kernel, _, numbers, _ in self.calls:
+        device = torch.cuda.current_device() if not INTERPRET else None
+
+        def prepare(call):
+            kernel, grid, numbers, options = call
             names = _tensors(kernel)
             pick = operator.itemgetter(*[numbers.get(name, name) for name in names])
-            parts.append((pick, [numbers[name] for name in kernel.arg_names[len(names) :]]))
-        if INTERPRET:
-            launches = [functools.partial(k[grid], **options) for k, grid, _, options in self.calls]
-        else:
-            # At the same time: one after the other takes half as long again.
-            with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-                given = itertools.repeat(torch.cuda.current_device()), itertools.repeat(tensors)
-                kernels = list(pool.map(_compile, *given, self.calls, parts))
-            launches = [k[grid] for k, (_, grid, *_) in zip(kernels, self.calls, strict=True)]
-        return [(launch, *part) for launch, part in zip(launches, parts, strict=True)]
+            values = [numbers[name] for name in kernel.arg_names[len(names) :]]
+            if INTERPRET:
+                return functools.partial(kernel[grid], **options), pick, values
+            with torch.cuda.device(device):  # a thread begins with device 0
+                compiled = kernel.warmup(*pick(tensors), *values, grid=grid, **options)
+                return compiled[grid], pick, values
+
+        if len(self.calls) == 1:
+            return [prepare(self.calls[0])]
+        # At the same time: one after the other takes half as long again.
+        with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
+            return list(pool.map(prepare, self.calls))
 
 
 def _tensors(kernel) -> list[str]:
     """Names of the tensors that a kernel takes, which come first."""
     return [name for name in kernel.arg_names if name.endswith(("_ptr", "_mem"))]
-
-
-def _compile(device, tensors, call, part):
-    (kernel, grid, _, options), (pick, numbers) = call, part
-    with torch.cuda.device(device):  # a thread begins with device 0
-        return kernel.warmup(*pick(tensors), *numbers, grid=grid, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1819,12 +1813,8 @@ SSD = _Operation(
 
 
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """The SSD operation; signature and meaning are those of its twin, `mamba2.ssd`.
-
-    x (b, l, h, p); dt (b, l, h) after softplus; A (h), negative; B, C (b, l, g, n); D (h) or
-    (h, p); initial_state (b, h, p, n); seq_idx (b, l), integers: where it changes, the state starts
-    again from zero. Returns y (b, l, h, p) in x's dtype and the final state (b, h, p, n) in fp32.
-    `chunk_size` is accepted for the twin's sake: the tile size is the kernels' own.
+    """As its twin, `mamba2.ssd`; shapes are those of `SSD` above. `chunk_size` is accepted for the
+    twin's sake: the tile size is the kernels' own.
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
@@ -2375,20 +2365,8 @@ CONV = _Operation(
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
-    """silu(causal depthwise convolution of x + bias), and the inputs that the next call needs.
-
-    Signature and meaning are those of its twin, `mamba2.causal_conv1d`:
-
-        y[t] = silu(bias + Σ_j weight[:, j] · u[t-(k-1)+j]),   u = initial_state followed by x
-
-    x              (b, l, d)     rows may be any distance apart, channels contiguous
-    weight, bias   (d, k), (d)   k = 2 .. 4
-    initial_state  (b, k-1, d)   the inputs before position 0; None: zeros
-    seq_idx        (b, l)        integers; where they change a new sequence begins, and no tap looks
-                                 back over that border. The state belongs to the first sequence.
-    Returns y (b, l, d) and the last k-1 rows of u (b, k-1, d), both in x's dtype; rows of another
-    sequence than the last position's are zeros.
-    """
+    """As its twin, `mamba2.causal_conv1d`; shapes are those of `CONV` above. Rows of x may be any
+    distance apart."""
     if not CONV.takes(x, weight, bias, initial_state, seq_idx):
         return None
     if initial_state is not None:
@@ -2667,15 +2645,8 @@ NORM = _Operation(
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
-    """weight · v / sqrt(mean(v²) + eps) for each group; v = x · silu(gate), or x without a gate.
-
-    Signature and meaning are those of its twin, `mamba2.rms_norm`. Above y is x and z the gate.
-
-    x, gate  (..., d)   the gate often is a slice of a projection; rows may be any distance apart
-    weight   (d)
-    groups              equal parts of d that are normalised apart; d / groups at most 8,192
-    Returns (..., d) in the gate's dtype, or in weight's without a gate.
-    """
+    """As its twin, `mamba2.rms_norm`; shapes are those of `NORM` above. Rows of x and gate, which
+    often is a slice of a projection, may be any distance apart."""
     return NORM(x, gate, weight, eps, groups)
 
 
@@ -2788,21 +2759,13 @@ def layer_middle(
     zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight,
     *, groups, eps, dt_limit=(0.0, math.inf), out=None,
 ):  # fmt: skip
-    """All between a layer's projections; its twin is `mamba2.Mamba2`. One position is a step.
-    None, if it cannot take these tensors: then it is the turn of the operations it consists of,
-    which say what they cannot take. (To be asked before, as they are, would be one more check.)
+    """All between a layer's projections, from z, xBC and dt to norm(y · silu(z)); one position is a
+    step. Where it cannot run, it is the turn of the operations it consists of, which warn.
 
-    zxbcdt              (b, l, h p + (h p + 2 g n) + h)   the projection: z, xBC and dt
-    conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State; None: zeros
-    seq_idx             (b, l)   as for `ssd` and `causal_conv1d`, or None
-    weight, bias        (h p + 2 g n, 1, k), (h p + 2 g n) or None   of the convolution
-    dt_bias, A_log, D   (h)
-    norm_weight         (h p)
-    groups, eps         of SSD and norm; of the norm
-    dt_limit            dt is clamped to it after softplus
-    out                 as for `layer_step`, where there is one position
-    Returns norm(y · silu(z)) (b, l, h p) and the new conv in zxbcdt's dtype, and the new ssm in
-    fp32, or in ssm's dtype if that is narrower. The gradients cannot be differentiated again.
+    Shapes are those of `MIDDLE` above: d = h p + 2 g n, and w = h p + d + h. conv and ssm are the
+    Mamba2State, weight and bias the convolution's; dt is clamped to dt_limit after softplus; `out`
+    is as in `layer_step`. Returns the output, the new conv, and the new ssm, in ssm's dtype if that
+    has 2 bytes. The gradients cannot be differentiated again.
     """
     if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
         if zxbcdt.shape[2] != norm_weight.shape[0] + weight.shape[0] + dt_bias.shape[0]:
@@ -3052,15 +3015,9 @@ def layer_step(
 ):
     """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._convolve_and_scan`.
 
-    xBC, dt             (b, 1, h p + 2 g n), (b, 1, h)   slices of the projection
-    conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State, ssm in any dtype
-    weight, bias        (h p + 2 g n, 1, k), (h p + 2 g n) or None   of the convolution
-    dt_bias, A_log, D   (h)
-    dt_limit            dt is clamped to it after softplus
-    out                 tensors to write the new conv and ssm to, instead of new ones: for a CUDA
-                        graph. out[1] may be ssm itself, out[0] must not be conv.
-    Returns y (b, 1, h p) and the new conv, both in xBC's dtype, and the new ssm in ssm's dtype. The
-    arithmetic is fp32. There are no gradients.
+    Shapes are those of `STEP` above: d = h p + 2 g n. Arguments are as for `layer_middle`; xBC and
+    dt may be slices. `out`: tensors to write the new conv and ssm to, instead of new ones, for a
+    CUDA graph; out[1] may be ssm itself, out[0] must not be conv. There are no gradients.
     """
     given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
     dt_limit = tuple(map(float, dt_limit))
@@ -3218,9 +3175,8 @@ NORM_LINEAR = _Operation(
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
     """linear(rms_norm(x, norm_weight, eps, gate, groups), weight, bias) + residual, of a few rows.
 
-    x, gate (..., d), together at most NORM_LINEAR_ROWS rows; norm_weight (d); weight (o, d); bias
-    (o); residual (..., o). Returns (..., o) in weight's dtype, or in the wider one of it and
-    residual's. Nothing is rounded on the way: the arithmetic is fp32. There are no gradients.
+    Shapes are those of `NORM_LINEAR` above. Nothing is rounded on the way: the arithmetic is fp32.
+    There are no gradients.
     """
     return NORM_LINEAR(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
