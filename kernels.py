@@ -3285,28 +3285,27 @@ def decode(text, ids, mask, options):
     if mask is not None and not mask[:, -1].all():
         return None
     if text.decoder is None and text.current.states:
-        text.decoder = False
         graph = DecodingGraph.take(text.model, text.current)
-        if graph is not None:
-            text.decoder = Decoder(text.model, graph, type(text.base))
+        text.decoder = graph is not None and Decoder(text.model, graph)
     if not text.decoder:
         return None
+    if not text.decoder.is_right():  # the model decodes the rest of the text
+        text.decoder.close.detach()  # which frees the graph
+        if text.current is text.decoder:
+            text.current = text._current()
+        text.decoder = False
+        return None
     if text.current is not text.decoder:
-        text.decoder.load(text.current)
+        text.decoder.graph.load(text.current)
         text.current = text.decoder
-    return text.decoder(ids)
+    return text.decoder.graph(ids)[:, None].clone()
 
 
 class Decoder:
-    """Decodes a text with a DecodingGraph; when it is no longer used, the next text may.
+    """Holds a DecodingGraph for a text; when it is no longer used, the next text may have it."""
 
-    If modules or weights have been replaced or moved since the last token, or PyTorch's switches
-    have changed, it frees the graph, and decodes the rest of the text by calling the model.
-    """
-
-    def __init__(self, model, graph, kind):
-        self.model, self.kind = model, kind
-        self.graph, self.modes, self.cache = graph, _modes(), None
+    def __init__(self, model, graph):
+        self.graph, self.modes, self.states = graph, _modes(), graph.copies
         self.close = weakref.finalize(self, DecodingGraph.give_back, model, graph)
         self.close.atexit = False
         parts = [part for m in model.modules() for part in (m._modules, m._parameters) if part]
@@ -3316,35 +3315,12 @@ class Decoder:
         self.addresses = [*map(Tensor.data_ptr, self.parameters)]
         self.memory = [*map(Tensor.untyped_storage, self.parameters)]  # which the graph may read
 
-    def _replays(self):
-        """Whether the graph does what calling the model would do; if not, free it."""
-        objects = itertools.chain.from_iterable(self.views)
-        valid = self.graph is not None and _modes() == self.modes
-        valid = valid and all(map(operator.is_, objects, self.objects))
-        valid = valid and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
-        if self.graph is not None and not valid:
-            self.cache, self.graph, self.memory = self.kind(tuple(self.states())), None, None
-            self.close.detach()
-        return valid
-
-    def __call__(self, ids):
-        """Logits (b, 1, vocabulary) after ids (b, 1)."""
-        if self._replays():
-            return self.graph(ids)[:, None].clone()
-        output = self.model(ids, cache=self.cache, use_cache=True, return_dict=True)
-        self.cache = output.cache
-        return output.logits
-
-    def states(self):
-        """conv and ssm of each layer after the last token; copies, if a graph wrote them."""
-        return self.cache.states if self.graph is None else self.graph.copies()
-
-    def load(self, cache):
-        """Resume from another cache of the same sizes."""
-        if self._replays():
-            self.graph.load(cache)
-        else:
-            self.cache = cache
+    def is_right(self):
+        """Whether the graph does what calling the model would do: since it was taken no module or
+        weight has been replaced or moved, and no switch of PyTorch's been changed."""
+        same = map(operator.is_, itertools.chain.from_iterable(self.views), self.objects)
+        addresses = map(Tensor.data_ptr, self.parameters)
+        return _modes() == self.modes and all(same) and [*addresses] == self.addresses
 
 
 # Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
