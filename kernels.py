@@ -201,8 +201,8 @@ _plans = {}
 
 
 def _planned(plan: Callable) -> Callable:
-    """plan(*arguments), which is kept for all tensors of the same shape, strides, dtype and device.
-    It must depend on nothing else of them."""
+    """The function, computed once for all tensors of the same shape, strides, dtype and device, and
+    the same other arguments. Its result must depend on nothing else."""
 
     @functools.wraps(plan)
     def find(*arguments):
@@ -212,7 +212,7 @@ def _planned(plan: Callable) -> Callable:
         ]
         found = _plans.get(key := (plan, *kinds))
         if found is None:
-            if len(_plans) > 10_000:  # inputs of ever new lengths
+            if len(_plans) > 4_000:  # inputs of ever new lengths
                 _plans.clear()
             found = _plans[key] = plan(*arguments)
         return found
@@ -292,6 +292,9 @@ class _Operation:
             if wanted and tensor.requires_grad:
                 return "gradients are wanted", False
             fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
+        device = inputs[0].device
+        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+            return "the kernels need tensors on a CUDA device", False
         reason, loud, sizes = (self._misfit if fake else self._known_misfit)(*inputs)
         if reason is None and self.beyond:
             reason = self.beyond(sizes, *inputs)
@@ -301,8 +304,6 @@ class _Operation:
         """The answer of `refusal` as far as it follows from shapes, strides, dtypes and device; and
         the size of each letter."""
         device, sizes = inputs[0].device, {"1": 1}
-        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
-            return "the kernels need tensors on a CUDA device", False, sizes
         for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None:
                 continue
@@ -547,9 +548,10 @@ class _Plan:
     tensor, it is the name of the tensor to take instead. `tiles` are the shape, strides and block
     of those tensors that kernels get as descriptors.
 
-    To find the compiled kernel for some arguments takes Triton longer than to launch it. So a plan
-    keeps what it launches, by all else that a compilation may depend on: the tensors' dtypes, and
-    whether their addresses are multiples of 16.
+    To find the compiled kernel for some arguments takes Triton longer than to launch it, and so do
+    the checks of a descriptor. So a plan keeps what it launches, and checked descriptors without
+    their tensors, by all else that these may depend on: the tensors' dtypes, and whether their
+    addresses are multiples of 16.
     """
 
     def __init__(self, *calls, tiles=()):
@@ -557,10 +559,15 @@ class _Plan:
 
     def __call__(self, **tensors):
         kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
-        launches = self.ready.get(key := tuple(kinds))
-        tensors |= self.descriptors(tensors)
-        if launches is None:
-            launches = self.ready[key] = self.prepared(tensors)
+        if (key := tuple(kinds)) not in self.ready:
+            described = tensors | self.descriptors(tensors)
+            checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
+            self.ready[key] = checked, self.prepared(described)
+        checked, launches = self.ready[key]
+        for name, fields in checked:
+            descriptor = TensorDescriptor.__new__(TensorDescriptor)
+            vars(descriptor).update(fields, base=tensors[name])
+            tensors[name] = descriptor
         for launch, pick, numbers in launches:
             launch(*pick(tensors), *numbers)
 
@@ -1603,8 +1610,8 @@ NOT_RAW = None, 0.0, 0.0
 
 
 def _ssd_shared(settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
-    """What both directions' plans share: numbers, and what replaces them for tiles of 64 columns of
-    n; descriptors; and the call of `prep_kernel`."""
+    """What the plans of both directions share: the numbers, and what replaces some of them in
+    kernels with tiles of 64 columns of n; the descriptors; and the call of `prep_kernel`."""
     (b, l, h, p), (g, n), TMA = x.shape, B.shape[2:], settings.TMA
     nc, NB = triton.cdiv(l, Q), max(64, n)
     numbers = dict(
@@ -2262,8 +2269,8 @@ def _conv_backward_kernel(
 
 @_planned
 def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
-    """For both directions, and how many blocks of positions it has; x stands in for what is not
-    there."""
+    """The plan of either direction, and how many blocks of positions it has. x stands in for
+    tensors that are None."""
     (b, l, d), backward = x.shape, dx is not None
     tiles = dict(CONV_BACKWARD if backward else CONV_FORWARD)
     options = dict(num_warps=tiles.pop("num_warps"))
@@ -2564,7 +2571,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 @_planned
 def _norm_plan(y, z, eps, groups, dy=None, dz=None):
-    """For both directions, and how many rows of partial sums it has."""
+    """The plan of either direction, and how many rows of partial sums the backward writes."""
     rows, size, backward = y.numel() // y.shape[-1], y.shape[-1] // groups, dy is not None
     named, tiles = dict(y=y, z=z, dy=dy, dz=dz), _norm_tiles(size)
     warps, blocks = tiles["R"] * tiles["N"] // 128, triton.cdiv(rows, tiles["R"])
