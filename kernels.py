@@ -3297,9 +3297,7 @@ def decode(text, ids, mask, options):
     if not text.decoder:
         return None
     if not text.decoder.is_right():  # the model decodes the rest of the text
-        text.decoder.close.detach()  # which frees the graph
-        if text.current is text.decoder:
-            text.current = text._current()
+        text.decoder.free()
         text.decoder = False
         return None
     if text.current is not text.decoder:
@@ -3328,6 +3326,12 @@ class Decoder:
         same = map(operator.is_, itertools.chain.from_iterable(self.views), self.objects)
         addresses = map(Tensor.data_ptr, self.parameters)
         return _modes() == self.modes and all(same) and [*addresses] == self.addresses
+
+    def free(self):
+        """Keep nothing but copies of the states."""
+        self.close.detach()
+        states = self.graph.copies()
+        self.states, self.graph, self.memory = lambda: states, None, None
 
 
 # Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
