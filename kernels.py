@@ -576,7 +576,7 @@ class _Plan:
 
     def prepared(self, tensors):
         """Of each call what launches it, what picks its tensors, and its numbers."""
-        device = torch.cuda.current_device() if not INTERPRET else None
+        device = None if INTERPRET else torch.cuda.current_device()
 
         def prepare(call):
             kernel, grid, numbers, options = call
@@ -584,16 +584,17 @@ class _Plan:
             pick = operator.itemgetter(*[numbers.get(name, name) for name in names])
             values = [numbers[name] for name in kernel.arg_names[len(names) :]]
             if INTERPRET:
-                return functools.partial(kernel[grid], **options), pick, values
+                return kernel, grid, pick, values
             with torch.cuda.device(device):  # a thread begins with device 0
                 compiled = kernel.warmup(*pick(tensors), *values, grid=grid, **options)
-                return compiled[grid], pick, values
+            return compiled, grid, pick, values
 
         if len(self.calls) == 1:
-            return [prepare(self.calls[0])]
-        # At the same time: one after the other takes half as long again.
-        with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
-            return list(pool.map(prepare, self.calls))
+            prepared = [prepare(self.calls[0])]
+        else:  # at the same time: one after the other takes half as long again
+            with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
+                prepared = list(pool.map(prepare, self.calls))
+        return [(compiled[grid], pick, values) for compiled, grid, pick, values in prepared]
 
 
 def _tensors(kernel) -> list[str]:

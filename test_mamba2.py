@@ -2933,7 +2933,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 PASSED_IN_THE_INTERPRETER = {  # how many, by settings and names
-    ("", "test_kernel"): 120,
+    ("", "test_kernel"): 121,
     ("portable", "test_kernel_is_its_twin and ssd and not 256"): 18,
 }
 
@@ -3281,9 +3281,9 @@ def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
     if mamba2.kernels.PORTABLE and "d_state 256" in case and dtype != torch.bfloat16:
         pytest.skip("the portable settings have no room for a d_state of 256 in 4 bytes")
     options = dict(KERNEL_CASES[operation][case])
-    monkeypatch.setattr(mamba2.kernels, "_plans", {})
     for name in options.keys() & {"segments", "split"}:
         forced = options.pop(name)
+        monkeypatch.setattr(mamba2.kernels, "_plans", {})
         monkeypatch.setattr(mamba2.kernels, f"_{name}", lambda *sizes, forced=forced: forced)
     only = options.pop("only", None)
     assert_kernel_right(operation, *kernel_inputs(operation, dtype, **options), only)
@@ -3294,6 +3294,23 @@ def test_kernel_ssd_is_right_where_a_state_grows_by_two_to_the_110_in_a_chunk():
     inputs |= dict(dt=torch.full_like(inputs["dt"], 2.5), A=torch.tensor([1.0, -1], device=DEVICE))
     # Exponents of 110, of 24 bits, are right to 2^-17, and so are powers of 2 to 2^-17.5.
     assert_kernel_right("ssd", inputs, {}, tolerance=3e-5)
+
+
+def test_kernel_tells_tensors_apart_that_differ_in_layout_alone():
+    """Plans are kept, but not for other strides or addresses."""
+    wide = torch.randn(2, 9, 100, device=DEVICE)
+    for x in (wide[..., 4:68].contiguous(), wide[..., 4:68], wide[..., 5:69], wide[:, :, 3:67]):
+        weight = torch.randn(64, 4, device=DEVICE)
+        y, _ = mamba2.kernels.causal_conv1d(x, weight)
+        assert relative_error(y, mamba2.causal_conv1d(x.double(), weight.double())[0]) <= 1e-5
+        y = mamba2.kernels.rms_norm(x, weight[:, 0], 1e-5, gate=x)
+        exact = mamba2.rms_norm(x.double(), weight[:, 0].double(), 1e-5, gate=x.double())
+        assert relative_error(y, exact) <= 1e-5
+        inputs, _ = kernel_ssd_inputs(torch.float32, 9, b=2, h=2, p=32, n=16)
+        for dt in (inputs["dt"], inputs["dt"].mT.contiguous().mT):
+            inputs |= dict(x=x.unflatten(2, (2, 32)), dt=dt)
+            y, _ = mamba2.kernels.ssd(**inputs)
+            assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-4
 
 
 KERNEL_REPEATED = {
