@@ -14,9 +14,9 @@ kernels for other GPUs, without one.
 
 A layer without a mask does all of this in one operation, `layer_middle`, with the same kernels: a
 small layer waits for the CPU longer than for the GPU. Where it cannot run, the three are asked one
-by one. For one token, without gradients, `layer_step` does all of
-the first line, from projection to y, in one kernel, and `norm_linear` a norm with the projection
-after it. The twins of these three are lines of the layer and of its block.
+by one. For one token, without gradients, `layer_step` does all of the first line, from projection
+to y, in one kernel, and `norm_linear` a norm with the projection after it. The twins of these three
+are lines of the layer and of its block.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
