@@ -1,26 +1,22 @@
 """Fused Triton kernels for mamba2.py: SSD, short convolution and norm, alone and as one operation,
 forward and backward, and one token of a layer.
 
-`mamba2.py` loads this file by its path, and asks it before each operation that a kernel may take
-over: `takes_<operation>(...)` says whether `<operation>(...)`, which has the signature and the
-meaning of its namesake in mamba2.py (its twin, in plain PyTorch), can run on these tensors. Where
-the answer is no, mamba2.py goes on in plain PyTorch; that it did is said once, if the tensors are
-on a GPU and looked like ones for a kernel. Nothing is compiled at install, only Triton at the first
-call; without Triton or a GPU every answer is no. `python kernels.py --targets` compiles SSD's
-kernels for other GPUs, without one; `python test_mamba2.py ssd layer prefill` times all on a GPU.
+`mamba2.py` loads this file by its path. An operation here has the signature and the meaning of its
+namesake in mamba2.py (its twin, in plain PyTorch), but returns None where it cannot run on these
+tensors, as without Triton or a GPU. Then mamba2.py goes on in plain PyTorch; a warning says so
+once, if the tensors are on a GPU and looked like ones for a kernel. Triton compiles at the first
+call. `python test_mamba2.py ssd layer prefill` times all of it on a GPU; `python kernels.py
+--targets` compiles SSD's kernels for other GPUs, without one.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
            └─────> z ───────────────────────────────────────────────────┴──> rms_norm
 
 A layer without a mask does all of this in one operation, `layer_middle`, with the same kernels: a
-small layer waits for the CPU longer than for the GPU. The operation answers None where it cannot,
-and then the three are asked one by one. For one token, without gradients, `layer_step` does all of
-the first line, from projection to y, in one kernel, and `norm_linear` a norm with the projection
-after it. The twins of these three are lines of the layer and of its block.
-
-    launches     forward     conv, prep, [segment], scan, norm
-                 backward    norm, prep, border, chunk, finish, conv, 3 fold
+small layer waits for the CPU longer than for the GPU. Where it cannot run, the three are asked one
+by one. For one token, without gradients, `layer_step` does all of the first line, from projection
+to y, in one kernel, and `norm_linear` a norm with the projection after it. The twins of these three
+are lines of the layer and of its block.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -104,8 +100,7 @@ rows may be any distance apart, as in a slice of a wider projection, as long as 
 is contiguous.
 
 Gradients of weights are sums over all positions. Every program sums the positions it walks over in
-registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order. No
-atomics: the same input gives the same bits.
+registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order.
 """
 
 import concurrent.futures
@@ -195,19 +190,39 @@ _said = set()
 def _lies_elsewhere(tensor: Tensor) -> bool:
     """Whether a kernel would not find its numbers at its address, as they are."""
     kind = type(tensor)  # a subclass such as DTensor keeps them in other tensors
-    wraps = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind is not FakeTensor
-    return wraps or tensor.is_neg()
+    if kind not in (Tensor, nn.Parameter, FakeTensor):
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return True
+    return tensor.is_neg()
 
 
-def _transformed() -> bool:
-    inside = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-    return inside or forward_ad._current_level >= 0
+_plans = {}
 
 
-class _Declared:
-    """What an operation takes and returns. All that is said of it elsewhere follows from this: the
-    answer to whether it can run, the warning, the error, and for torch.compile its signature and
-    the kind of its results.
+def _planned(plan: Callable) -> Callable:
+    """The function, computed once for all tensors of the same shape, strides, dtype and device, and
+    the same other arguments. Its result must depend on nothing else."""
+
+    @functools.wraps(plan)
+    def find(*arguments):
+        kinds = [
+            (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a)
+            for a in arguments
+        ]
+        found = _plans.get(key := (plan, *kinds))
+        if found is None:
+            if len(_plans) > 4_000:  # inputs of ever new lengths
+                _plans.clear()
+            found = _plans[key] = plan(*arguments)
+        return found
+
+    return find
+
+
+class _Operation:
+    """An operation and what it takes and returns. All that is said of it elsewhere follows from
+    this: whether it can run, the warning, and for torch.compile its signature and the kind of its
+    results. Calling it runs `forward`, or returns None if it cannot run; see `_operator`.
 
     takes    the tensors: names, with a `?` if they may be None, and axes by letters (`k-1` is one
              less than k, `...` any axes; alternatives are between `|`). After a colon: `int`, they
@@ -236,60 +251,78 @@ class _Declared:
     )
 
     def __init__(
-        self, name, takes, numbers="", gives="", *, graded=True, twin=None, rules=None,
-        limits=None, beyond=None,
+        self, name, takes, numbers="", gives="", forward=None, backward=None, *, graded=True,
+        rules=None, limits=None, beyond=None,
     ):  # fmt: skip
-        self.name, self.twin, self.graded = name, twin or f"mamba2.{name}", graded
+        self.name, self.graded = name, graded
         self.rules, self.limits, self.beyond = rules, limits or {}, beyond
-        self.tensors, self.results, self.special = [], [], []
+        self.tensors, self.results = [], []
         for names, axes, kind in _lines(takes):
             shapes = [_axes(shape) for shape in axes.split("|")]
-            for name in names:
-                if kind:
-                    self.special.append((len(self.tensors), name.strip("?"), kind))
-                self.tensors.append((name.strip("?"), "?" in name, shapes, "int" in kind))
+            self.tensors += [(name.strip("?"), "?" in name, shapes, kind) for name in names]
         for (name,), axes, kind in _lines(gives):
             dtypes = [word.split("|") for word in kind if word != "kept"]
             self.results.append((name, *_axes(axes), dtypes, "kept" in kind))
         self.kept = sum(kept for *_, kept in self.results)
-        self.floats = sum(not integers for *_, integers in self.tensors)
+        self.floats = sum("int" not in kind for *_, kind in self.tensors)
         self.numbers = [number for number in numbers.split(", ") if number]
+        if forward and TRITON:  # else nothing will ask; an old torch, as 2.6, cannot register it
+            self.run = _operator(self, forward, backward)
 
-    def _stray(self, tensors) -> str | None:
-        """Why no kernel is meant for one of these tensors, whatever the others are."""
+    def __call__(self, *inputs):
+        return self.run(*inputs) if self.takes(*inputs, depth=5) else None
+
+    def refusal(self, *inputs) -> tuple[str | None, bool]:
+        """Why the operation cannot run on these inputs, or None; and whether to say so."""
         if not TRITON:
-            return "triton is not installed, or too old"
-        compiling, device = torch.compiler.is_compiling(), None
-        if not compiling and _transformed():
-            return "a transform is active, which needs to see every operation"
-        wanted = not self.graded and torch.is_grad_enabled()
-        for (name, optional, _, integers), tensor in zip(self.tensors, tensors, strict=False):
+            return "triton is not installed, or too old", False
+        compiling = torch.compiler.is_compiling()
+        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        if not compiling and (transformed or forward_ad._current_level >= 0):
+            return "a transform is active, which needs to see every operation", False
+        fake, wanted = compiling, not self.graded and torch.is_grad_enabled()
+        for (name, optional, *_), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None and optional:
                 continue
             if not isinstance(tensor, Tensor):
-                return f"{name} is not a tensor"
+                return f"{name} is not a tensor", False
             if not compiling and _lies_elsewhere(tensor):
-                return f"the numbers of {name} are not those at its address"
-            if device is None:
-                device = tensor.device
-                if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
-                    return "the kernels need tensors on a CUDA device"
-            if tensor.device != device:
-                return f"{name} is not on the device of the other tensors"
-            if integers:
-                if tensor.is_floating_point() or tensor.is_complex():
-                    return f"{name} does not hold integers"
-            elif tensor.dtype not in DTYPES:
-                return f"{name} is not bfloat16, float16 or float32"
-            elif INTERPRET and tensor.dtype == torch.bfloat16:
-                return f"{name} is bfloat16, which the interpreter gets wrong"
+                return f"the numbers of {name} are not those at its address", False
             if wanted and tensor.requires_grad:
-                return "gradients are wanted"
-        return None
+                return "gradients are wanted", False
+            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
+        device = inputs[0].device
+        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+            return "the kernels need tensors on a CUDA device", False
+        reason, loud, sizes = (self._misfit if fake else self._known_misfit)(*inputs)
+        if reason is None and self.beyond:
+            reason = self.beyond(sizes, *inputs)
+        return reason, loud
 
-    def _sizes(self, inputs) -> dict | str:
-        """The size of each letter; or why the inputs do not fit together."""
-        sizes, numbers = {"1": 1}, inputs[len(self.tensors) :]
+    def _misfit(self, *inputs) -> tuple[str | None, bool, dict]:
+        """The answer of `refusal` as far as it follows from shapes, strides, dtypes and device; and
+        the size of each letter."""
+        device, sizes = inputs[0].device, {"1": 1}
+        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is None:
+                continue
+            if tensor.device != device:
+                return f"{name} is not on the device of the other tensors", False, sizes
+            if "int" in kind:
+                if tensor.is_floating_point() or tensor.is_complex():
+                    return f"{name} does not hold integers", False, sizes
+            elif tensor.dtype not in DTYPES:
+                return f"{name} is not bfloat16, float16 or float32", False, sizes
+            elif INTERPRET and tensor.dtype == torch.bfloat16:
+                return f"{name} is bfloat16, which the interpreter gets wrong", False, sizes
+        reason = self._fill(sizes, inputs)
+        return reason or self._limit(sizes, inputs), reason is None, sizes
+
+    _known_misfit = _planned(_misfit)
+
+    def _fill(self, sizes, inputs) -> str | None:
+        """Find the size of each letter; or why the inputs do not fit together."""
+        numbers = inputs[len(self.tensors) :]
         for late in (False, True):  # what may be None comes after what follows from the others
             for (name, optional, shapes, _), tensor in zip(self.tensors, inputs, strict=False):
                 if optional is not late or tensor is None:
@@ -299,7 +332,7 @@ class _Declared:
             reason = self.rules(sizes, *numbers) if self.rules and not late else None
             if reason is not None:
                 return reason
-        return sizes
+        return None
 
     def _limit(self, sizes, inputs) -> str | None:
         """What of these inputs is beyond the kernels."""
@@ -308,51 +341,36 @@ class _Declared:
             if size not in allowed if few else not allowed[0] <= size <= allowed[-1]:
                 rule = f"one of {allowed}" if few else f"{allowed[0]} to {allowed[-1]}"
                 return f"{self.WORDS[letter].format(size)}; it must be {rule}"
-        first = self.tensors[0][0]
-        for at, name, kind in self.special:
-            tensor = inputs[at]
+        x, first = inputs[0], self.tensors[0][0]
+        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None:
                 continue
-            if "one" in kind and tensor.dtype != inputs[0].dtype:
-                dtypes = f"{tensor.dtype} and {inputs[0].dtype}"
+            if "one" in kind and tensor.dtype != x.dtype:
+                dtypes = f"{tensor.dtype} and {x.dtype}"
                 return f"{name} and {first} are {dtypes}; they must have one dtype"
             if "row" in kind and tensor.stride(-1) != 1:
                 return f"the channels of {name} are not next to each other in memory"
             if "int" in kind and tensor.dtype not in (torch.int32, torch.int64):
                 return f"{name} is {tensor.dtype}; it must be int32 or int64"
-        return self.beyond and self.beyond(sizes, *inputs)
+        return None
 
-    def refusal(self, *inputs) -> tuple[str | None, bool]:
-        """Why the operation cannot run on these inputs, or None; and whether to say so."""
-        reason = self._stray(inputs)
-        if reason is not None:
-            return reason, False
-        sizes = self._sizes(inputs)
-        if isinstance(sizes, str):
-            return sizes, False
-        return self._limit(sizes, inputs), True
-
-    def takes(self, *inputs) -> bool:
-        """Whether the operation can run on these inputs; the reason why not is said once."""
+    def takes(self, *inputs, depth=4) -> bool:
+        """Whether the operation can run on these inputs. A loud reason why not is said once, as a
+        warning for the caller so many calls above this one."""
         reason, loud = self.refusal(*inputs)
         if reason is None:
             return True
         if loud and not torch.compiler.is_compiling() and (self.name, reason) not in _said:
             _said.add((self.name, reason))
             message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=depth)
         return False
-
-    def check(self, *inputs) -> None:
-        """Raise a ValueError if the operation cannot run on these inputs."""
-        reason, _ = self.refusal(*inputs)
-        if reason is not None:
-            raise ValueError(f"kernels.{self.name}: {reason}; {self.twin} takes any tensors")
 
     def empty(self, *inputs):
         """Its results, of which only shape and dtype count."""
         named = {name: tensor for (name, *_), tensor in zip(self.tensors, inputs, strict=False)}
-        sizes, made = self._sizes(inputs), []
+        sizes, made = {"1": 1}, []
+        self._fill(sizes, inputs)
         for _, wide, axes, dtypes, _ in self.results:
             shape = [*(sizes["..."] if wide else ()), *(sizes[x] - less for x, less in axes)]
             dtype = None
@@ -419,7 +437,7 @@ def _free_namespace() -> str:
 NAMESPACE = _free_namespace()
 
 
-def _operation(declared: _Declared, forward, backward=None):
+def _operator(declared: _Operation, forward, backward):
     """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
 
     forward(*inputs)               the declared results
@@ -431,8 +449,6 @@ def _operation(declared: _Declared, forward, backward=None):
     instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
     (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature.)
     """
-    if not TRITON:
-        return None  # nothing will ask for it, and an old torch, as 2.6, could not register it
     qualified = f"{NAMESPACE}::{declared.name}"
     count, kept = declared.floats, declared.kept
     inputs_in_all = len(declared.tensors) + len(declared.numbers)
@@ -524,78 +540,65 @@ def _allows_tf32() -> bool:
     return switch.allow_tf32
 
 
-# Triton's own of these two take the CPU ten times as long.
+class _Plan:
+    """Launches without their tensors, in turn: (kernel, grid, numbers, options).
 
+    A kernel takes the tensors and numbers that it names. If there is a number for the name of a
+    tensor, it is the name of the tensor to take instead. `tiles` are the shape, strides and block
+    of those tensors that kernels get as descriptors.
 
-def _cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def _power_of_2(a: int) -> int:
-    """The smallest that is at least a."""
-    return 1 << (a - 1).bit_length()
-
-
-_compiled = {}
-
-
-def _launch(*calls):
-    """Launch kernels in turn; a call is (kernel, grid, given, options).
-
-    given: arguments by name, of which a kernel takes those that it names. To find the compiled
-    kernel for them takes Triton longer than to launch it. So it is kept here, by all that a
-    compilation may depend on: constants, numbers, dtypes, and whether an address is a multiple of
-    16.
+    To find the compiled kernel for some arguments takes Triton longer than to launch it, and so do
+    the checks of a descriptor. So a plan keeps what it launches, and checked descriptors without
+    their tensors, by all else that these may depend on: the tensors' dtypes, and whether their
+    addresses are multiples of 16.
     """
-    calls = [
-        (kernel, grid, _arguments(kernel)[0](given), options)
-        for kernel, grid, given, options in calls
-    ]
-    if INTERPRET:
-        for kernel, grid, values, options in calls:
-            kernel[grid](*values, **options)
-        return
-    device = torch.cuda.current_device()
-    keys = [_key(device, *call) for call in calls]
-    found = [_compiled.get(key) for key in keys]
-    if None in found:
-        new = {k: call for k, call, f in zip(keys, calls, found, strict=True) if f is None}
-        # At the same time: one after the other takes half as long again.
-        with concurrent.futures.ThreadPoolExecutor(len(new)) as pool:
-            compiled = list(pool.map(functools.partial(_compile, device), new.values()))
-        new = dict(zip(new, compiled, strict=True))
-        if len(_compiled) > 10_000:  # inputs of ever new lengths
-            _compiled.clear()
-        _compiled.update(new)
-        found = [f or new[key] for key, f in zip(keys, found, strict=True)]
-    for compiled, (_, grid, values, _) in zip(found, calls, strict=True):
-        compiled[grid](*values)
+
+    def __init__(self, *calls, tiles=()):
+        self.calls, self.tiles, self.ready = calls, dict(tiles), {}
+
+    def __call__(self, **tensors):
+        kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
+        if (key := tuple(kinds)) not in self.ready:
+            described = tensors | self.descriptors(tensors)
+            checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
+            self.ready[key] = checked, self.prepared(described)
+        checked, launches = self.ready[key]
+        for name, fields in checked:
+            descriptor = TensorDescriptor.__new__(TensorDescriptor)
+            vars(descriptor).update(fields, base=tensors[name])
+            tensors[name] = descriptor
+        for launch, pick, numbers in launches:
+            launch(*pick(tensors), *numbers)
+
+    def descriptors(self, tensors):
+        return {name: TensorDescriptor(tensors[name], *tile) for name, tile in self.tiles.items()}
+
+    def prepared(self, tensors):
+        """Of each call what launches it, what picks its tensors, and its numbers."""
+        device = None if INTERPRET else torch.cuda.current_device()
+
+        def prepare(call):
+            kernel, grid, numbers, options = call
+            names = _tensors(kernel)
+            pick = operator.itemgetter(*[numbers.get(name, name) for name in names])
+            values = [numbers[name] for name in kernel.arg_names[len(names) :]]
+            if INTERPRET:
+                return kernel, grid, pick, values
+            with torch.cuda.device(device):  # a thread begins with device 0
+                compiled = kernel.warmup(*pick(tensors), *values, grid=grid, **options)
+            return compiled, grid, pick, values
+
+        if len(self.calls) == 1:
+            prepared = [prepare(self.calls[0])]
+        else:  # at the same time: one after the other takes half as long again
+            with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
+                prepared = list(pool.map(prepare, self.calls))
+        return [(compiled[grid], pick, values) for compiled, grid, pick, values in prepared]
 
 
-@functools.cache
-def _arguments(kernel):
-    """What picks a kernel's arguments, and how many are tensors, which come first."""
-    names = kernel.arg_names
-    return operator.itemgetter(*names), sum(name.endswith(("_ptr", "_mem")) for name in names)
-
-
-def _key(device, kernel, grid, values, options):
-    """All that the compilation of a kernel may depend on."""
-    tensors = _arguments(kernel)[1]
-    types = [
-        None if t is None
-        else (t.dtype, t.data_ptr() % 16) if isinstance(t, Tensor)
-        else t.base.dtype  # of a descriptor
-        for t in values[:tensors]
-    ]  # fmt: skip
-    return device, kernel.fn, values[tensors:], *options.values(), *types
-
-
-def _compile(device, call):
-    kernel, grid, values, options = call
-    with torch.cuda.device(device):  # a thread begins with device 0
-        return kernel.warmup(*values, grid=grid, **options)
+def _tensors(kernel) -> list[str]:
+    """Names of the tensors that a kernel takes, which come first."""
+    return [name for name in kernel.arg_names if name.endswith(("_ptr", "_mem"))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1540,11 +1543,11 @@ def _operands(*tensors):
 
 
 @functools.cache
-def _slots(device, programs):
-    """How many programs run at once, given how many do on a multiprocessor."""
+def _processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has."""
     if device.type != "cuda":
-        return 8
-    return programs * torch.cuda.get_device_properties(device).multi_processor_count
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _segments(programs, nc, slots):
@@ -1554,8 +1557,8 @@ def _segments(programs, nc, slots):
 
 def _split(heads, programs, slots):
     """Cut the heads of a group in (parts, heads per part), so that one wave of programs is full."""
-    size = _cdiv(heads, max(1, min(heads, slots // programs)))
-    return _cdiv(heads, size), size
+    size = triton.cdiv(heads, max(1, min(heads, slots // programs)))
+    return triton.cdiv(heads, size), size
 
 
 def _addressable(t, even):
@@ -1584,20 +1587,13 @@ def _row(t, TMA):
     return (sl if l > 1 else sb if b > 1 else h * w) * t.element_size() // 16
 
 
-def _tiles(t, TMA, *block):
-    """t, or its descriptor in tiles; what a tile has outside t reads as zero and is not written.
-
-    A (b, l, h, w) tensor is seen as (b, h, l, w), so that a tile (Q, W) is one head's positions.
-    """
-    if not TMA:
-        return t
-    shape, stride = t.shape, t.stride()
-    if t.ndim == 4:
-        (b, l, h, w), (sb, sl, sh, _) = shape, stride
-        shape, block = [b, h, l, w], (1, 1, *block)
-        # The stride along an axis of size 1 may be anything, but has to be addressable.
-        stride = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
-    return TensorDescriptor(t, list(shape), list(stride), list(block))
+def _tiling(t, *block):
+    """What makes a descriptor of t in tiles (Q, W), one head's positions: t is (b, l, h, w), and
+    seen as (b, h, l, w). What a tile has outside t reads as zero and is not written."""
+    (b, l, h, w), (sb, sl, sh, _) = t.shape, t.stride()
+    # The stride along an axis of size 1 may be anything, but has to be addressable.
+    strides = [sb if b > 1 else 16, sh if h > 1 else 16, sl if l > 1 else 16, 1]
+    return [b, h, l, w], strides, [1, 1, *block]
 
 
 def _strides(name, t, axes):
@@ -1609,83 +1605,97 @@ def _strides(name, t, axes):
 SIZES = 16, 32, 64, 128, 256  # of headdim and d_state
 
 
-# What makes dt and A of the numbers that a layer has for them; see `prep_kernel`.
-class _Raw(NamedTuple):
-    dt_bias: Tensor
-    low: float
-    high: float
+# dt_bias and the limits of dt, if dt and A are a layer's numbers for them; see `prep_kernel`.
+NOT_RAW = None, 0.0, 0.0
 
 
-def _given(settings, Q, PB, precision, series, raw, x, dt, A, B, C, D, initial_state, seq_idx):
-    """What kernels of both directions are given, and what those with tiles of 64 columns of n are
-    given instead; and the call of `prep_kernel`."""
+def _ssd_shared(settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
+    """What the plans of both directions share: the numbers, and what replaces some of them in
+    kernels with tiles of 64 columns of n; the descriptors; and the call of `prep_kernel`."""
     (b, l, h, p), (g, n), TMA = x.shape, B.shape[2:], settings.TMA
-    nc, NB = _cdiv(l, Q), max(64, n)
-    f32 = dict(device=x.device, dtype=torch.float32)
-    series, end = torch.empty(series * b * h, nc * Q, **f32), torch.empty(b * h, nc, **f32)
-    # Without resets nobody reads run; `end` stands in for its address.
-    run = end
-    if seq_idx is not None:
-        run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
-    bias, low, high = raw or (None, 0.0, 0.0)
-    given = dict(
-        x_mem=_tiles(x, TMA, Q, PB), B_mem=_tiles(B, TMA, Q, NB), C_mem=_tiles(C, TMA, Q, NB),
+    nc, NB = triton.cdiv(l, Q), max(64, n)
+    numbers = dict(
         x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA),
-        dt_ptr=dt, A_ptr=A, bias_ptr=bias, D_ptr=D, init_ptr=initial_state, seq_ptr=seq_idx,
-        series_mem=_tiles(series, TMA, 1, Q), series_ptr=series, end_ptr=end, run_ptr=run,
         **_strides("dt", dt, "blh"), **_strides("A", A, "h"), **_strides("D", D, "hp"),
-        **_strides("i", initial_state, "bhpn"), **_strides("seq", seq_idx, "bl"),
-        low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, NPB=_cdiv(p, PB), P=p, N=n,
-        RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=initial_state is not None,
+        **_strides("i", init, "bhpn"), **_strides("seq", seq_idx, "bl"),
+        low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n,
+        NPB=triton.cdiv(p, PB),
+        RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=init is not None,
         Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages, TMA=TMA,
         PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
     )  # fmt: skip
-    narrow = dict(B_mem=_tiles(B, TMA, Q, 64), C_mem=_tiles(C, TMA, Q, 64), NB=64)
-    prep = prep_kernel, (b * nc, _cdiv(h, 16), 1), given, dict(num_warps=4)
-    return given, narrow, prep
+    narrow = dict(B_mem="B_narrow_mem", C_mem="C_narrow_mem", NB=64)
+    tiles = dict(
+        x_mem=_tiling(x, Q, PB), B_mem=_tiling(B, Q, NB), C_mem=_tiling(C, Q, NB),
+        B_narrow_mem=_tiling(B, Q, 64), C_narrow_mem=_tiling(C, Q, 64),
+    )  # fmt: skip
+    prep = prep_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, dict(num_warps=4)
+    return numbers, narrow, tiles, prep
+
+
+def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
+    """The tensors that both directions' kernels take."""
+    b, _, h, _ = x.shape
+    series = torch.empty(series * b * h, nc * Q, device=x.device, dtype=torch.float32)
+    end = run = torch.empty(b * h, nc, device=x.device, dtype=torch.float32)
+    if seq_idx is not None:  # else nobody reads run
+        run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
+    return dict(
+        x_mem=x, B_mem=B, C_mem=C, B_narrow_mem=B, C_narrow_mem=C, series_mem=series,
+        series_ptr=series, end_ptr=end, run_ptr=run, dt_ptr=dt, A_ptr=A, bias_ptr=bias, D_ptr=D,
+        init_ptr=init, seq_ptr=seq_idx,
+    )  # fmt: skip
 
 
 def _ssd_forward(x, dt, A, B, C, D, initial_state, seq_idx):
-    return _ssd_forward_from(None, x, dt, A, B, C, D, initial_state, seq_idx)
+    return _ssd_forward_from(NOT_RAW, x, dt, A, B, C, D, initial_state, seq_idx)
+
+
+@_planned
+def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
+    b, _, h, _ = x.shape
+    # Of the state only 32 rows fit beside the parts of the factors of tf32x3, whatever d_state is.
+    Q, PB = settings.Q, 32 if precision == "tf32x3" else settings.PB
+    numbers, narrow, tiles, prep = _ssd_shared(
+        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
+    )
+    nc, npb = numbers["NC"], numbers["NPB"]
+    cps = triton.cdiv(nc, _segments(b * h * npb, nc, settings.programs * _processors(x.device)))
+    nseg = triton.cdiv(nc, cps)
+    numbers.update(NSEG=nseg, CPS=cps, HAS_D=D is not None, SEGMENTS=nseg > 1)
+    calls, pipeline = [prep], dict(num_stages=settings.stages)
+    if nseg > 1:
+        grid = b * (nseg - 1) * h * npb, triton.cdiv(numbers["N"], 64), 1
+        calls.append((segment_kernel, grid, numbers | narrow, dict(num_warps=4, **pipeline)))
+    else:
+        del tiles["B_narrow_mem"], tiles["C_narrow_mem"]
+    options = dict(num_warps=settings.warps, **pipeline)
+    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
+    tiles["series_mem"] = [3 * b * h, nc * Q], [nc * Q, 1], [1, Q]
+    return _Plan(*calls, tiles=tiles if settings.TMA else ()), nc, nseg
 
 
 def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     (b, l, h, p), n = x.shape, B.shape[3]
-    y = torch.empty(b, l, h, p, device=x.device, dtype=x.dtype)
-    final = torch.empty(b, h, p, n, device=x.device, dtype=torch.float32)
+    f32 = dict(device=x.device, dtype=torch.float32)
+    y, final = x.new_empty(b, l, h, p), torch.empty(b, h, p, n, **f32)
     x, B, C, precision = _operands(x, B, C)
     settings = _settings(x, n)
-    PB = settings.PB
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
-        # registers than there are, and ten times as long. Of the state only 32 rows fit beside the
-        # parts of the factors, whatever d_state is.
-        precision, PB = "tf32x3", 32
+        # registers than there are, and ten times as long.
+        precision = "tf32x3"
     if initial_state is None and settings.warps == 8:
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
         initial_state = torch.zeros_like(final)
-    given, narrow, prep = _given(
-        settings, settings.Q, PB, precision, 3, raw, x, dt, A, B, C, D, initial_state, seq_idx
-    )
-    nc, npb = given["NC"], given["NPB"]
-    cps = _cdiv(nc, _segments(b * h * npb, nc, _slots(x.device, settings.programs)))
-    nseg = _cdiv(nc, cps)
+    inputs = x, dt, A, B, C, D, initial_state, seq_idx
+    plan, nc, nseg = _ssd_forward_plan(settings, precision, *raw, *inputs)
     seg = decay = None
     if nseg > 1:
-        seg = torch.empty(b, nseg, h, p, n, device=x.device, dtype=torch.float32)
-        decay = torch.empty(b, nseg, h, device=x.device, dtype=torch.float32)
-    given.update(
-        y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay, NSEG=nseg, CPS=cps,
-        HAS_D=D is not None, SEGMENTS=nseg > 1,
-    )  # fmt: skip
-    calls, pipeline = [prep], dict(num_stages=settings.stages)
-    if nseg > 1:
-        grid = b * (nseg - 1) * h * npb, _cdiv(n, 64), 1
-        calls.append((segment_kernel, grid, given | narrow, dict(num_warps=4, **pipeline)))
-    options = dict(num_warps=settings.warps, **pipeline)
-    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), given, options))
-    _launch(*calls)
+        seg, decay = torch.empty(b, nseg, h, p, n, **f32), torch.empty(b, nseg, h, **f32)
+    tensors = _ssd_tensors(3, settings.Q, nc, raw[0], *inputs)
+    plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
     return y, final
 
 
@@ -1696,9 +1706,49 @@ def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
     ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
     given_D = torch.zeros_like(A) if D is None else D
     given = x, dt, A, B, C, given_D, initial_state, seq_idx
-    (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, None, *given)
-    _fold((sums, dD, dA))
+    (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
+    _fold(sums, dD, dA)
     return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
+
+
+@_planned
+def _ssd_backward_plan(
+    settings, Q, precision, bias, low, high, dx, ddt, dB, dy, dfinal, x, dt, A, B, C, D, init,
+    seq_idx,
+):  # fmt: skip
+    (b, _, h, p), (g, n), PB = x.shape, B.shape[2:], settings.PB
+    numbers, narrow, tiles, prep = _ssd_shared(
+        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
+    )
+    nc, npb, NB = numbers["NC"], numbers["NPB"], numbers["NB"]
+    nsplit, hps = _split(h // g, 2 * b * nc * g, settings.programs * _processors(x.device))
+    programs, wide = b * nc * g * nsplit, D.numel()
+    # Sums, per chunk: the parts of dD, then those of dA, then those of dt_bias's.
+    columns = wide + (h if bias is None else 2 * h)
+    numbers.update(
+        dy_row=_row(dy, settings.TMA), dx_row=_row(dx, settings.TMA), dB_sl=dB.stride(1),
+        ddt_sl=ddt.stride(1), **_strides("f", dfinal, "bhpn"), SUMS=columns, WIDE=wide,
+        NSPLIT=nsplit, HPS=hps, PROGRAMS=programs, HAS_DFINAL=dfinal is not None,
+        D_VECTOR=D.ndim == 2,
+    )  # fmt: skip
+    tiles.update(
+        dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB),
+        series_mem=([(3 + 5 * npb) * b * h, nc * Q], [nc * Q, 1], [1, Q]),
+        borders_mem=([2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]),
+    )  # fmt: skip
+    options = dict(num_warps=settings.warps, num_stages=settings.stages)
+    grid, finish = (
+        (b * nc, g * triton.cdiv(n, 64) + triton.cdiv(h, 16), 1),
+        dict(num_warps=settings.finish),
+    )
+    plan = _Plan(
+        prep,
+        (border_kernel, (b * h * npb, 1, 2), numbers, options),
+        (chunk_kernel, (2 * programs, 1, 1), numbers, options),
+        (finish_kernel, grid, numbers | narrow, finish),
+        tiles=tiles if settings.TMA else (),
+    )
+    return plan, nc, npb, programs, columns
 
 
 def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1706,55 +1756,33 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     the rows of different batch elements follow one another.
 
     Returns:
-        What `_fold` has to sum, and to where: into dD, dA, and the gradient of raw.dt_bias if there
-        is one. And the gradient of the initial state.
+        What `_fold` has to sum, and to where: into dD, dA, and the gradient of dt_bias if there is
+        one. And the gradient of the initial state.
     """
-    (b, _, h, p), (g, n) = x.shape, B.shape[2:]
-    dinit, dD = x.new_empty(0), torch.empty_like(D, memory_format=torch.contiguous_format)
-    if initial_state is not None:
-        dinit = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
-    sums_to = [dD, torch.empty(h, device=x.device, dtype=A.dtype)]
-    if raw is not None:
-        sums_to.append(torch.empty_like(raw.dt_bias, memory_format=torch.contiguous_format))
+    (b, _, h, p), n, bias = x.shape, B.shape[3], raw[0]
+    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    dinit = x.new_empty(0) if initial_state is None else contiguous(initial_state)
+    sums_to = [contiguous(t) for t in (D, A, bias) if t is not None]
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
     dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
     settings = _settings(x, n)
-    Q, PB, TMA = settings.Q, settings.PB, settings.TMA
-    if precision == "ieee" and x.element_size() == 4 and not TMA:
+    Q = settings.Q
+    if precision == "ieee" and x.element_size() == 4 and not settings.TMA:
         Q = 16  # chunk_kernel spills 2 KB with 32, as a product that is true fp32 takes registers
-    npb = _cdiv(p, PB)
-    given, narrow, prep = _given(
-        settings, Q, PB, precision, 3 + 5 * npb, raw, x, dt, A, B, C, D, initial_state, seq_idx
+    inputs = x, dt, A, B, C, D, initial_state, seq_idx
+    plan, nc, npb, programs, columns = _ssd_backward_plan(
+        settings, Q, precision, *raw, dx, ddt, dB, dy, dfinal, *inputs
     )
-    nc = given["NC"]
-    nsplit, hps = _split(h // g, 2 * b * nc * g, _slots(x.device, settings.programs))
-    programs = b * nc * g * nsplit
     f32 = dict(device=x.device, dtype=torch.float32)
-    borders = torch.empty(2 * b * h * nc, p, n, device=x.device, dtype=x.dtype)
-    W = torch.empty(programs, Q, Q, device=x.device, dtype=x.dtype)
-    parts = torch.empty(2 * programs, Q, n, **f32)
-    cross = torch.empty(npb * b * h, nc, PB, **f32)
-    # Per chunk: the parts of dD, then those of dA, then those of dt_bias's.
-    wide = dD.numel()
-    sums = torch.empty(b * nc, wide + (h if raw is None else 2 * h), **f32)
-    given.update(
-        dy_mem=_tiles(dy, TMA, Q, PB), dx_mem=_tiles(dx, TMA, Q, PB),
-        borders_mem=_tiles(borders, TMA, 1, PB, given["NB"]),
-        dy_row=_row(dy, TMA), dx_row=_row(dx, TMA),
-        dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=W, parts_ptr=parts, cross_ptr=cross,
-        sums_ptr=sums, dB_ptr=dB, dC_ptr=dC, ddt_ptr=ddt, dB_sl=dB.stride(1), ddt_sl=ddt.stride(1),
-        **_strides("f", dfinal, "bhpn"),
-        SUMS=sums.shape[1], WIDE=wide, NSPLIT=nsplit, HPS=hps, PROGRAMS=programs,
-        HAS_DFINAL=dfinal is not None, D_VECTOR=D.ndim == 2,
+    sums = torch.empty(b * nc, columns, **f32)
+    plan(
+        **_ssd_tensors(3 + 5 * npb, Q, nc, bias, *inputs),
+        dy_mem=dy, dx_mem=dx, borders_mem=x.new_empty(2 * b * h * nc, p, n),
+        dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=x.new_empty(programs, Q, Q),
+        parts_ptr=torch.empty(2 * programs, Q, n, **f32),
+        cross_ptr=torch.empty(npb * b * h, nc, settings.PB, **f32), sums_ptr=sums, dB_ptr=dB,
+        dC_ptr=dC, ddt_ptr=ddt,
     )  # fmt: skip
-    options = dict(num_warps=settings.warps, num_stages=settings.stages)
-    grid = b * nc, g * _cdiv(n, 64) + _cdiv(h, 16), 1
-    _launch(
-        prep,
-        (border_kernel, (b * h * npb, 1, 2), given, options),
-        (chunk_kernel, (2 * programs, 1, 1), given, options),
-        (finish_kernel, grid, given | narrow, dict(num_warps=settings.finish)),
-    )
     if dx is not dx_to:
         dx_to.copy_(dx)
     return (sums, *sums_to), dinit
@@ -1768,7 +1796,7 @@ def _ssd_beyond(sizes, x, *_):
     return "there are no settings for this kind of GPU, or it has too little shared memory"
 
 
-SSD = _Declared(
+SSD = _Operation(
     "ssd",
     """
     x               b l h p
@@ -1786,24 +1814,14 @@ SSD = _Declared(
     rules=lambda s: "the groups do not divide the heads" if s["h"] % s["g"] else None,
     limits=dict(p=SIZES, n=SIZES),
     beyond=_ssd_beyond,
+    forward=_ssd_forward,
+    backward=_ssd_backward,
 )
-_ssd = _operation(SSD, _ssd_forward, _ssd_backward)
-
-
-def takes_ssd(
-    x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None
-) -> bool:  # fmt: skip
-    """Whether `ssd` can run on these tensors; a user on a GPU is told once what it cannot."""
-    return SSD.takes(x, dt, A, B, C, D, initial_state, seq_idx)
 
 
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """The SSD operation; signature and meaning are those of its twin, `mamba2.ssd`.
-
-    x (b, l, h, p); dt (b, l, h) after softplus; A (h), negative; B, C (b, l, g, n); D (h) or
-    (h, p); initial_state (b, h, p, n); seq_idx (b, l), integers: where it changes, the state starts
-    again from zero. Returns y (b, l, h, p) in x's dtype and the final state (b, h, p, n) in fp32.
-    `chunk_size` is accepted for the twin's sake: the tile size is the kernels' own.
+    """As its twin, `mamba2.ssd`; shapes are those of `SSD` above. `chunk_size` is accepted for the
+    twin's sake: the tile size is the kernels' own.
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
@@ -1814,13 +1832,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
     16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The
     gradients cannot be differentiated again.
-
-    Raises:
-        ValueError: what the kernels cannot take, which is what `takes_ssd` says no to.
     """
-    given = (x, dt, A, B, C, D, initial_state, seq_idx)
-    SSD.check(*given)
-    return _ssd(*given)
+    return SSD(x, dt, A, B, C, D, initial_state, seq_idx)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1894,21 +1907,21 @@ def _fold_kernel(
     tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
 
 
-def _fold(*sums: tuple[Tensor, ...]) -> None:
-    """Sum the rows of matrices, each into up to three tensors, one after the other."""
+@_planned
+def _fold_plan(partial, *outs):
     # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
     # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    calls = []
-    for partial, *outs in sums:
-        (first, second, third), sizes = [*outs, partial, partial][:3], [t.numel() for t in outs]
-        n_first, n_second, n_third = [*sizes, 0, 0][:3]
-        given = dict(
-            partial_ptr=partial, first_ptr=first, second_ptr=second, third_ptr=third,
-            rows=partial.shape[0], columns=partial.shape[1],
-            n_first=n_first, n_second=n_second, n_third=n_third, ROWS=64, COLUMNS=32,
-        )  # fmt: skip
-        calls.append((_fold_kernel, (_cdiv(partial.shape[1], 32), 1, 1), given, dict(num_warps=4)))
-    _launch(*calls)
+    (rows, columns), sizes = partial.shape, [t.numel() for t in outs] + [0, 0]
+    numbers = dict(zip(("n_first", "n_second", "n_third"), sizes, strict=False))
+    numbers.update(rows=rows, columns=columns, ROWS=64, COLUMNS=32)
+    return _Plan((_fold_kernel, (triton.cdiv(columns, 32), 1, 1), numbers, dict(num_warps=4)))
+
+
+def _fold(partial: Tensor, *outs: Tensor) -> None:
+    """Sum the rows of a matrix into up to three tensors, one after the other."""
+    first, second, third = [*outs, partial, partial][:3]
+    plan = _fold_plan(partial, *outs)
+    plan(partial_ptr=partial, first_ptr=first, second_ptr=second, third_ptr=third)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2254,44 +2267,51 @@ def _conv_backward_kernel(
     tl.store(partial_ptr + d * K + channel, dbias_d, mask=mask_d)
 
 
-def _conv_blocks(b: int, l: int, d: int, channels: int, choices: tuple) -> tuple[int, int]:
-    """Blocks of positions, all batches together, and their length: long unless that makes few."""
-    for q_rows in choices:
-        blocks = b * _cdiv(l, q_rows)
-        if blocks * _cdiv(d, channels) >= 4096:
+@_planned
+def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
+    """The plan of either direction, and how many blocks of positions it has. x stands in for
+    tensors that are None."""
+    (b, l, d), backward = x.shape, dx is not None
+    tiles = dict(CONV_BACKWARD if backward else CONV_FORWARD)
+    options = dict(num_warps=tiles.pop("num_warps"))
+    blocks_d = triton.cdiv(d, tiles["D"])
+    for q_rows in CONV_BACKWARD_ROWS if backward else CONV_FORWARD_ROWS:
+        blocks = b * triton.cdiv(l, q_rows)
+        if blocks * blocks_d >= 4096:
             break
-    return blocks, q_rows
+    unit = min(_conv_unit(x), _conv_unit(dx)) if backward else _conv_unit(x)
+    numbers = dict(
+        l=l, q_rows=q_rows, d_units=d // unit, x_batch_units=x.stride(0) // unit,
+        x_row_units=x.stride(1) // unit, UNIT=unit, K=weight.shape[-1], BIAS=bias is not None,
+        STATE=state is not None, SEQ=seq_idx is not None, DFINAL=dfinal is not None, **tiles,
+    )  # fmt: skip
+    if backward:
+        numbers.update(dx_row_units=dx.stride(1) // unit)
+    given = dict(bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dfinal_ptr=dfinal)
+    numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
+    kernel = _conv_backward_kernel if backward else _conv_forward_kernel
+    return _Plan((kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
 
 
 def _conv_forward(x, weight, bias, state, seq_idx):
-    (b, l, d), k = x.shape, weight.shape[-1]
-    y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
-    final = torch.empty((b, k - 1, d), dtype=x.dtype, device=x.device)
-    tiles = dict(CONV_FORWARD)
-    options = dict(num_warps=tiles.pop("num_warps"))
-    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], CONV_FORWARD_ROWS)
-    given = _conv_given(_conv_unit(x), q_rows, x, weight, bias, state, seq_idx)
-    given.update(y_ptr=y, final_ptr=final, **tiles)
-    _launch((_conv_forward_kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), given, options))
+    y, final = x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[-1] - 1, x.shape[2])
+    weight, bias, state, seq_idx = _contiguous(weight, bias, state, seq_idx)
+    plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
+    plan(
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
+        final_ptr=final,
+    )  # fmt: skip
     return y, final
 
 
-def _conv_given(unit, q_rows, x, weight, bias, state, seq_idx):
-    """What both kernels are given; x stands in for what is not there."""
-    tensors = dict(weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx)
-    given = {name: x if t is None else t.contiguous() for name, t in tensors.items()}
-    given.update(
-        x_ptr=x, l=x.shape[1], q_rows=q_rows, d_units=x.shape[2] // unit,
-        x_batch_units=x.stride(0) // unit, x_row_units=x.stride(1) // unit, UNIT=unit,
-        K=weight.shape[-1], BIAS=bias is not None, STATE=state is not None, SEQ=seq_idx is not None,
-    )  # fmt: skip
-    return given
+def _contiguous(*tensors):
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums, dstate = _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)
-    _fold(sums)
+    _fold(*sums)
     _, dweight, dbias = sums
     return [dx, dweight, dbias, dstate]
 
@@ -2304,23 +2324,19 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
         bias. And the gradient of the state.
     """
     x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
-    (b, l, d), k = x.shape, weight.shape[-1]
+    d, k = x.shape[2], weight.shape[-1]
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
-    unit = min(_conv_unit(x), _conv_unit(dx))
-    tiles = dict(CONV_BACKWARD)
-    options = dict(num_warps=tiles.pop("num_warps"))
-    blocks, q_rows = _conv_blocks(b, l, d, tiles["D"], CONV_BACKWARD_ROWS)
-    partial = torch.empty((blocks, d * (k + 1)), dtype=torch.float32, device=x.device)
-    dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy
-    given = _conv_given(unit, q_rows, x, weight, bias, state, seq_idx)
-    given.update(
-        dy_ptr=dy.contiguous(), dfinal_ptr=x if dfinal is None else dfinal.contiguous(), dx_ptr=dx,
-        dstate_ptr=dstate, partial_ptr=partial, dx_row_units=dx.stride(1) // unit,
-        DFINAL=dfinal is not None, **tiles,
+    dy = torch.zeros_like(x) if dy is None else dy
+    given = _contiguous(weight, bias, state, seq_idx, dy, dfinal)
+    weight, bias, state, seq_idx, dy, dfinal = given
+    plan, blocks = _conv_plan(x, weight, bias, state, seq_idx, dfinal, dx)
+    partial = torch.empty(blocks, d * (k + 1), dtype=torch.float32, device=x.device)
+    plan(
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
+        dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
-    _launch((_conv_backward_kernel, (blocks * _cdiv(d, tiles["D"]), 1, 1), given, options))
     return (partial, dweight, dbias), dstate
 
 
@@ -2335,7 +2351,7 @@ def _conv_beyond(sizes, x, *_):
     return None
 
 
-CONV = _Declared(
+CONV = _Operation(
     "causal_conv1d",
     """
     x               b l d     : row
@@ -2350,37 +2366,19 @@ CONV = _Declared(
     """,
     limits=dict(k=range(2, 5)),
     beyond=_conv_beyond,
+    forward=_conv_forward,
+    backward=_conv_backward,
 )
-_conv = _operation(CONV, _conv_forward, _conv_backward)
-
-
-def takes_causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None) -> bool:
-    """Whether `causal_conv1d` can run on these tensors; what it cannot is said once, on a GPU."""
-    return CONV.takes(x, weight, bias, initial_state, seq_idx)
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
-    """silu(causal depthwise convolution of x + bias), and the inputs that the next call needs.
-
-    Signature and meaning are those of its twin, `mamba2.causal_conv1d`:
-
-        y[t] = silu(bias + Σ_j weight[:, j] · u[t-(k-1)+j]),   u = initial_state followed by x
-
-    x              (b, l, d)     rows may be any distance apart, channels contiguous
-    weight, bias   (d, k), (d)   k = 2 .. 4
-    initial_state  (b, k-1, d)   the inputs before position 0; None: zeros
-    seq_idx        (b, l)        integers; where they change a new sequence begins, and no tap looks
-                                 back over that border. The state belongs to the first sequence.
-    Returns y (b, l, d) and the last k-1 rows of u (b, k-1, d), both in x's dtype; rows of another
-    sequence than the last position's are zeros.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_causal_conv1d` says no to.
-    """
-    CONV.check(x, weight, bias, initial_state, seq_idx)
+    """As its twin, `mamba2.causal_conv1d`; shapes are those of `CONV` above. Rows of x may be any
+    distance apart."""
+    if not CONV.takes(x, weight, bias, initial_state, seq_idx):
+        return None
     if initial_state is not None:
         initial_state = initial_state.to(x.dtype)  # rounds as the twin does
-    return _conv(x, weight, bias, initial_state, seq_idx)
+    return CONV.run(x, weight, bias, initial_state, seq_idx)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2398,32 +2396,15 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 # only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
 
 
-@functools.cache
 def _norm_tiles(size: int) -> dict:
     """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
     if size <= 256:
-        n = max(16, _power_of_2(size))
+        n = max(16, triton.next_power_of_2(size))
     else:
-        n = min((1024, 512, 256), key=lambda n: _cdiv(size, n) * n)
-    tiles = _cdiv(size, n)
-    r = max(1, 1024 // _power_of_2(n * tiles))
+        n = min((1024, 512, 256), key=lambda n: triton.cdiv(size, n) * n)
+    tiles = triton.cdiv(size, n)
+    r = max(1, 1024 // triton.next_power_of_2(n * tiles))
     return dict(R=r, N=n, TILES=tiles)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return 2 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _norm_slots(size: int, rows: int, groups: int, device: torch.device) -> tuple[int, dict]:
-    """How many programs per group walk over the rows, and their tiles."""
-    tiles = _norm_tiles(size)
-    slots = _cdiv(_processors(device) * 16 // _norm_warps(tiles), groups)
-    return min(slots, _cdiv(rows, tiles["R"])), tiles
-
-
-def _norm_warps(tiles: dict) -> int:
-    return tiles["R"] * tiles["N"] // 128
 
 
 @jit
@@ -2579,38 +2560,52 @@ def _norm_backward_kernel(
         tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
 
 
-def _rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The tensor (..., d), and how far apart its rows lie; a copy if they do not lie evenly."""
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor (..., d), if its rows lie evenly, stride(-2) apart; else a copy."""
     sizes, strides = tensor.shape, tensor.stride()
-    even = all(strides[i - 1] == sizes[i] * strides[i] for i in range(1, tensor.ndim - 1))
-    if even and tensor.ndim > 1 and strides[-1] == 1:
-        return tensor, strides[-2]
-    rows = tensor.reshape(-1, sizes[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return rows, rows.stride(0)
+    even = [strides[i - 1] == sizes[i] * strides[i] for i in range(1, len(sizes) - 1)]
+    if len(sizes) > 1 and strides[-1] == 1 and all(even):
+        return tensor
+    return tensor.reshape(-1, sizes[-1]).contiguous()
+
+
+@_planned
+def _norm_plan(y, z, eps, groups, dy=None, dz=None):
+    """The plan of either direction, and how many rows of partial sums the backward writes."""
+    rows, size, backward = y.numel() // y.shape[-1], y.shape[-1] // groups, dy is not None
+    named, tiles = dict(y=y, z=z, dy=dy, dz=dz), _norm_tiles(size)
+    warps, blocks = tiles["R"] * tiles["N"] // 128, triton.cdiv(rows, tiles["R"])
+    slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), blocks)
+    apart = {name: y.stride(-2) if t is None else t.stride(-2) for name, t in named.items()}
+    unit, options = _unit(size, *apart.values()), dict(num_warps=warps)
+    numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
+    numbers.update(
+        rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
+        GATE=z is not None, UNIT=unit, **tiles,
+    )  # fmt: skip
+    if z is None:
+        numbers.update(z_ptr="y_ptr", dz_ptr="y_ptr")
+    kernel, programs = _norm_forward_kernel, blocks * groups
+    if backward:
+        kernel, programs = _norm_backward_kernel, slots * groups
+        if size > 2048 and PTX:  # an option of NVIDIA's GPUs
+            options["maxnreg"] = 128
+    return _Plan((kernel, (programs, 1, 1), numbers, options)), slots
 
 
 def _norm_forward(y, z, weight, eps, groups):
     out = torch.empty(y.shape, dtype=(weight if z is None else z).dtype, device=y.device)
-    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
-    y, y_row = _rows(y)
-    z, z_row = _rows(z) if gate else (y, y_row)
-    unit, tiles = _unit(size, y_row, z_row), _norm_tiles(size)
-    given = dict(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out, rows=rows, eps=eps,
-        groups=groups, size_units=size // unit, y_row_units=y_row // unit,
-        z_row_units=z_row // unit, GATE=gate, UNIT=unit, **tiles,
-    )  # fmt: skip
-    grid, options = (_cdiv(rows, tiles["R"]) * groups, 1, 1), dict(num_warps=_norm_warps(tiles))
-    _launch((_norm_forward_kernel, grid, given, options))
+    y, z = _rows(y), None if z is None else _rows(z)
+    plan, _ = _norm_plan(y, z, eps, groups)
+    plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
     return out
 
 
 def _norm_backward(dout, y, z, weight, eps, groups):
-    dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    dz = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dy = y.new_empty(y.shape)
+    dz = y.new_empty(0) if z is None else z.new_empty(z.shape)
     sums = _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)
-    _fold(sums)
+    _fold(*sums)
     return [dy, dz, sums[1]]
 
 
@@ -2621,24 +2616,14 @@ def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
         What `_fold` has to sum, and to where: into dweight.
     """
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    gate, rows, size = z is not None, y.numel() // y.shape[-1], y.shape[-1] // groups
-    y, y_row = _rows(y)
-    z, z_row = _rows(z) if gate else (y, y_row)
-    dy, dy_row = _rows(dy)
-    dz, dz_row = _rows(dz) if gate else (y, y_row)
-    unit = _unit(size, y_row, z_row, dy_row, dz_row)
-    slots, tiles = _norm_slots(size, rows, groups, y.device)
-    partial = torch.empty((slots, size * groups), dtype=torch.float32, device=y.device)
-    given = dict(
+    y, dy = _rows(y), _rows(dy)
+    z, dz = (None, None) if z is None else (_rows(z), _rows(dz))
+    plan, slots = _norm_plan(y, z, eps, groups, dy, dz)
+    partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
+    plan(
         y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
-        dz_ptr=dz, partial_ptr=partial, rows=rows, slots=slots, eps=eps, groups=groups,
-        size_units=size // unit, y_row_units=y_row // unit, z_row_units=z_row // unit,
-        dy_row_units=dy_row // unit, dz_row_units=dz_row // unit, GATE=gate, UNIT=unit, **tiles,
+        dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
-    options = dict(num_warps=_norm_warps(tiles))
-    if size > 2048 and PTX:  # an option of NVIDIA's GPUs
-        options["maxnreg"] = 128
-    _launch((_norm_backward_kernel, (slots * groups, 1, 1), given, options))
     return partial, dweight
 
 
@@ -2651,7 +2636,7 @@ def _norm_rules(sizes, eps, groups):
     return None
 
 
-NORM = _Declared(
+NORM = _Operation(
     "rms_norm",
     """
     x, gate?  ... d
@@ -2661,30 +2646,15 @@ NORM = _Declared(
     gives="out ... d : gate|weight",
     rules=_norm_rules,
     limits=dict(channels=range(1, 8193)),
+    forward=_norm_forward,
+    backward=_norm_backward,
 )
-_norm = _operation(NORM, _norm_forward, _norm_backward)
-
-
-def takes_rms_norm(x, weight, eps, *, gate=None, groups=1) -> bool:
-    """Whether `rms_norm` can run on these tensors; what it cannot is said once, on a GPU."""
-    return NORM.takes(x, gate, weight, eps, groups)
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
-    """weight · v / sqrt(mean(v²) + eps) for each group; v = x · silu(gate), or x without a gate.
-
-    Signature and meaning are those of its twin, `mamba2.rms_norm`. Above y is x and z the gate.
-
-    x, gate  (..., d)   the gate often is a slice of a projection; rows may be any distance apart
-    weight   (d)
-    groups              equal parts of d that are normalised apart; d / groups at most 8,192
-    Returns (..., d) in the gate's dtype, or in weight's without a gate.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_rms_norm` says no to.
-    """
-    NORM.check(x, gate, weight, eps, groups)
-    return _norm(x, gate, weight, float(eps), groups)
+    """As its twin, `mamba2.rms_norm`; shapes are those of `NORM` above. Rows of x and gate, which
+    often is a slice of a projection, may be any distance apart."""
+    return NORM(x, gate, weight, eps, groups)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2718,7 +2688,7 @@ def _middle_forward(
     z, xBC, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
     xBC, conv = _conv_forward(xBC, weight, bias, conv, seq_idx)
     x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
-    raw = _Raw(dt_bias.contiguous(), low, high)
+    raw = dt_bias.contiguous(), low, high
     y, ssm = _ssd_forward_from(raw, x, dt, A_log, B, C, D, ssm, seq_idx)
     y = y.view(z.shape)
     return _norm_forward(y, z, norm_weight, eps, groups), conv, ssm, xBC, y
@@ -2740,13 +2710,14 @@ def _middle_backward(
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
     norm_sums = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
-    raw = _Raw(dt_bias.contiguous(), low, high)
+    raw = dt_bias.contiguous(), low, high
     ssd_sums, dinit = _ssd_backward_into(
         dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
     )
     given = dconv, xBC_in, weight, bias, conv, seq_idx
     conv_sums, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
-    _fold(norm_sums, ssd_sums, conv_sums)
+    for sums in (norm_sums, ssd_sums, conv_sums):
+        _fold(*sums)
     (_, dnorm_weight), (_, dD, dA_log, ddt_bias), (_, dweight, dbias) = (
         norm_sums, ssd_sums, conv_sums
     )  # fmt: skip
@@ -2763,7 +2734,7 @@ def _middle_rules(sizes, groups, *_):
     return None
 
 
-MIDDLE = _Declared(
+MIDDLE = _Operation(
     "layer_middle",
     """
     zxbcdt             b l w
@@ -2786,46 +2757,41 @@ MIDDLE = _Declared(
     rules=_middle_rules,
     limits=dict(p=SIZES, n=SIZES, k=range(2, 5), channels=range(1, 8193)),
     beyond=_ssd_beyond,
+    forward=_middle_forward,
+    backward=_middle_backward,
 )
-_middle = _operation(MIDDLE, _middle_forward, _middle_backward)
 
 
 def layer_middle(
     zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight,
     *, groups, eps, dt_limit=(0.0, math.inf), out=None,
 ):  # fmt: skip
-    """All between a layer's projections; its twin is `mamba2.Mamba2`. One position is a step.
-    None, if it cannot take these tensors: then it is the turn of the operations it consists of,
-    which say what they cannot take. (To be asked before, as they are, would be one more check.)
+    """All between a layer's projections, from z, xBC and dt to norm(y · silu(z)); one position is a
+    step. Where it cannot run, it is the turn of the operations it consists of, which warn.
 
-    zxbcdt              (b, l, h p + (h p + 2 g n) + h)   the projection: z, xBC and dt
-    conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State; None: zeros
-    seq_idx             (b, l)   as for `ssd` and `causal_conv1d`, or None
-    weight, bias        (h p + 2 g n, 1, k), (h p + 2 g n) or None   of the convolution
-    dt_bias, A_log, D   (h)
-    norm_weight         (h p)
-    groups, eps         of SSD and norm; of the norm
-    dt_limit            dt is clamped to it after softplus
-    out                 as for `layer_step`, where there is one position
-    Returns norm(y · silu(z)) (b, l, h p) and the new conv in zxbcdt's dtype, and the new ssm in
-    fp32, or in ssm's dtype if that is narrower. The gradients cannot be differentiated again.
+    Shapes are those of `MIDDLE` above: d = h p + 2 g n, and w = h p + d + h. conv and ssm are the
+    Mamba2State, weight and bias the convolution's; dt is clamped to dt_limit after softplus; `out`
+    is as in `layer_step`. Returns the output, the new conv, and the new ssm, in ssm's dtype if that
+    has 2 bytes. The gradients cannot be differentiated again.
     """
     if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
         if zxbcdt.shape[2] != norm_weight.shape[0] + weight.shape[0] + dt_bias.shape[0]:
             return None
         z, xBC, dt = _columns(zxbcdt, weight, dt_bias, norm_weight)
         step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
-        norm, limits = (z, norm_weight, eps), dict(dt_limit=dt_limit, out=out)
-        if not (takes_rms_norm(*norm, gate=z, groups=groups) and takes_layer_step(*step, **limits)):
+        if not NORM.takes(z, z, norm_weight, eps, groups):  # z is as y will be
             return None
-        y, conv, ssm = layer_step(*step, **limits)
-        return rms_norm(y, *norm[1:], gate=z, groups=groups), conv, ssm
+        result = layer_step(*step, dt_limit=dt_limit, out=out)
+        if result is None:
+            return None
+        y, *state = result
+        return rms_norm(y, norm_weight, eps, gate=z, groups=groups), *state
     weights, numbers = (weight, bias, dt_bias, A_log, D, norm_weight), (eps, *dt_limit)
     numbers = groups, *map(float, numbers)
     if MIDDLE.refusal(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)[0] is not None:
         return None
     conv = None if conv is None else conv.to(zxbcdt.dtype)  # rounds as the twin does
-    y, conv, new_ssm = _middle(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
+    y, conv, new_ssm = MIDDLE.run(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
     if ssm is not None and ssm.dtype.itemsize == 2:
         new_ssm = new_ssm.to(ssm.dtype)
     return y, conv, new_ssm
@@ -2954,31 +2920,37 @@ def _step_kernel(
             tl.store(new_conv_ptr + (j - 1) * d + x_at, x_u[j], mask=mask_p)
 
 
+@_planned
+def _step_plan(xBC, dt, ssm, weight, bias, low, high):
+    (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
+    g, nb = (d - h * p) // (2 * n), triton.next_power_of_2(n)
+    programs = STEP_PROGRAMS * _processors(xBC.device)
+    large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
+    config = dict(STEP_LARGE if large else STEP_SMALL)
+    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), triton.next_power_of_2(p))
+    tiles = h // g * triton.cdiv(p, pb)  # in a group
+    share = triton.cdiv(tiles, min(tiles, triton.cdiv(programs, b * g)))  # of one program
+    numbers = dict(
+        xBC_sb=xBC.stride(0), dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
+        G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
+    )  # fmt: skip
+    if bias is None:
+        numbers.update(bias_ptr="xBC_ptr")
+    return _Plan((_step_kernel, (b * g, triton.cdiv(tiles, share), 1), numbers, config))
+
+
 def _step_into(
     y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high
 ):
     """Run the kernel, with results to the first three tensors."""
-    (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
-    g, nb, programs = (
-        (d - h * p) // (2 * n),
-        _power_of_2(n),
-        STEP_PROGRAMS * _processors(xBC.device),
-    )
-    large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
-    config = dict(STEP_LARGE if large else STEP_SMALL)
-    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), _power_of_2(p))
-    tiles = h // g * _cdiv(p, pb)  # in a group
-    share = _cdiv(tiles, min(tiles, _cdiv(programs, b * g)))  # of one program
-    given = dict(
-        xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv.contiguous(), ssm_ptr=ssm.contiguous(),
-        weight_ptr=weight.contiguous(), bias_ptr=xBC if bias is None else bias.contiguous(),
-        dt_bias_ptr=dt_bias.contiguous(), A_log_ptr=A_log.contiguous(), D_ptr=D.contiguous(),
-        y_ptr=y, new_conv_ptr=new_conv, new_ssm_ptr=new_ssm, xBC_sb=xBC.stride(0),
-        dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
-        G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
-    )  # fmt: skip
+    given = _contiguous(conv, ssm, weight, bias, dt_bias, A_log, D)
+    conv, ssm, weight, bias, dt_bias, A_log, D = given
     with torch.cuda.device_of(xBC):
-        _launch((_step_kernel, (b * g, _cdiv(tiles, share), 1), given, config))
+        _step_plan(xBC, dt, ssm, weight, bias, low, high)(
+            xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv, ssm_ptr=ssm, weight_ptr=weight, bias_ptr=bias,
+            dt_bias_ptr=dt_bias, A_log_ptr=A_log, D_ptr=D, y_ptr=y, new_conv_ptr=new_conv,
+            new_ssm_ptr=new_ssm,
+        )  # fmt: skip
 
 
 def _step_forward(xBC, dt, conv, ssm, *others):
@@ -2997,7 +2969,7 @@ def _step_rules(sizes, *_):
     return None
 
 
-STEP = _Declared(
+STEP = _Operation(
     "layer_step",
     """
     xBC                b 1 d     : row
@@ -3015,11 +2987,10 @@ STEP = _Declared(
     new_ssm            b h p n   : ssm
     """,
     graded=False,
-    twin="mamba2.Mamba2",
     rules=_step_rules,
     limits=dict(n=range(1, 1025)),
+    forward=_step_forward,
 )
-_step = _operation(STEP, _step_forward)
 
 
 def _out_beyond(sizes, xBC, conv, new_conv, ssm, new_ssm):
@@ -3035,25 +3006,15 @@ def _out_beyond(sizes, xBC, conv, new_conv, ssm, new_ssm):
     return None
 
 
-STEP_OUT = _Declared(
+STEP_OUT = _Operation(
     "layer_step",
     """
     xBC           b 1 d
     conv, out[0]  b k-1 d
     ssm, out[1]   b h p n
     """,
-    twin="mamba2.Mamba2",
     beyond=_out_beyond,
 )
-
-
-def takes_layer_step(
-    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
-) -> bool:  # fmt: skip
-    """Whether `layer_step` can run on these tensors; what it cannot is said once, on a GPU."""
-    if not STEP.takes(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *dt_limit):
-        return False
-    return out is None or STEP_OUT.takes(xBC, conv, out[0], ssm, out[1])
 
 
 def layer_step(
@@ -3061,25 +3022,16 @@ def layer_step(
 ):
     """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._convolve_and_scan`.
 
-    xBC, dt             (b, 1, h p + 2 g n), (b, 1, h)   slices of the projection
-    conv, ssm           (b, k-1, h p + 2 g n), (b, h, p, n)   the Mamba2State, ssm in any dtype
-    weight, bias        (h p + 2 g n, 1, k), (h p + 2 g n) or None   of the convolution
-    dt_bias, A_log, D   (h)
-    dt_limit            dt is clamped to it after softplus
-    out                 tensors to write the new conv and ssm to, instead of new ones: for a CUDA
-                        graph. out[1] may be ssm itself, out[0] must not be conv.
-    Returns y (b, 1, h p) and the new conv, both in xBC's dtype, and the new ssm in ssm's dtype. The
-    arithmetic is fp32. There are no gradients.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_layer_step` says no to.
+    Shapes are those of `STEP` above: d = h p + 2 g n. Arguments are as for `layer_middle`; xBC and
+    dt may be slices. `out`: tensors to write the new conv and ssm to, instead of new ones, for a
+    CUDA graph; out[1] may be ssm itself, out[0] must not be conv. There are no gradients.
     """
     given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
     dt_limit = tuple(map(float, dt_limit))
-    STEP.check(*given, *dt_limit)
     if out is None:
-        return _step(*given, *dt_limit)
-    STEP_OUT.check(xBC, conv, out[0], ssm, out[1])
+        return STEP(*given, *dt_limit)
+    if not (STEP.takes(*given, *dt_limit) and STEP_OUT.takes(xBC, conv, out[0], ssm, out[1])):
+        return None
     y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
     _step_into(y, *out, *given, *dt_limit)
     return y, *out
@@ -3165,30 +3117,39 @@ def _norm_linear_kernel(
     tl.store(out_ptr + r[:, None] * out_row + o[None, :], out_ro, mask=mask_ro)
 
 
+@_planned
+def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
+    size, outputs, rows = x.shape[-1] // groups, weight.shape[0], x.numel() // x.shape[-1]
+    alone = rows == 1 and gate is None
+    config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR_TILES)
+    config["KB"] = min(config["KB"], triton.next_power_of_2(size))
+    warps = 4 * _processors(x.device)
+    while config["OB"] > 1 and triton.cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
+        config["OB"] //= 2
+    options = dict(num_warps=config.pop("num_warps"))
+    numbers = dict(
+        x_row=x.stride(-2), gate_row=0 if gate is None else gate.stride(-2),
+        weight_row=weight.stride(0), residual_row=0 if residual is None else residual.stride(-2),
+        out_row=outputs, rows=rows, outputs=outputs, eps=float(eps), SIZE=size, GROUPS=groups,
+        GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+        RB=triton.next_power_of_2(rows), **config,
+    )  # fmt: skip
+    given = dict(gate_ptr=gate, bias_ptr=bias, residual_ptr=residual)
+    numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
+    return _Plan(
+        (_norm_linear_kernel, (triton.cdiv(outputs, config["OB"]), 1, 1), numbers, options)
+    )
+
+
 def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, groups):
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
     out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
-    size, outputs = x.shape[-1] // groups, weight.shape[0]
-    rows = x.numel() // x.shape[-1]
-    x, x_row = _rows(x)
-    gate_, gate_row = (x, 0) if gate is None else _rows(gate)
-    residual_, residual_row = (x, 0) if residual is None else _rows(residual)
-    alone = rows == 1 and gate is None
-    config = dict(NORM_LINEAR_ROW if alone else NORM_LINEAR_TILES)
-    config["KB"] = min(config["KB"], _power_of_2(size))
-    warps = 4 * _processors(x.device)
-    while config["OB"] > 1 and _cdiv(outputs, config["OB"]) * config["num_warps"] < warps:
-        config["OB"] //= 2
-    warps = dict(num_warps=config.pop("num_warps"))
-    given = dict(
-        x_ptr=x, gate_ptr=gate_, norm_ptr=norm_weight.contiguous(), weight_ptr=weight,
-        bias_ptr=x if bias is None else bias.contiguous(), residual_ptr=residual_, out_ptr=out,
-        x_row=x_row, gate_row=gate_row, weight_row=weight.stride(0), residual_row=residual_row,
-        out_row=outputs, rows=rows, outputs=outputs, eps=eps, SIZE=size, GROUPS=groups,
-        GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-        RB=_power_of_2(rows), **config,
+    x, gate, residual = [t if t is None else _rows(t) for t in (x, gate, residual)]
+    norm_weight, bias = _contiguous(norm_weight, bias)
+    _norm_linear_plan(x, weight, bias, gate, residual, eps, groups)(
+        x_ptr=x, gate_ptr=gate, norm_ptr=norm_weight, weight_ptr=weight, bias_ptr=bias,
+        residual_ptr=residual, out_ptr=out,
     )  # fmt: skip
-    _launch((_norm_linear_kernel, (_cdiv(outputs, config["OB"]), 1, 1), given, warps))
     return out
 
 
@@ -3200,7 +3161,7 @@ def _norm_linear_rules(sizes, eps, groups):
     return None
 
 
-NORM_LINEAR = _Declared(
+NORM_LINEAR = _Operation(
     "norm_linear",
     """
     x            ... d
@@ -3213,77 +3174,18 @@ NORM_LINEAR = _Declared(
     numbers="float eps, int groups",
     gives="out ... o : weight residual",
     graded=False,
-    twin="mamba2.Mamba2Block",
     rules=_norm_linear_rules,
+    forward=_norm_linear_forward,
 )
-_norm_linear = _operation(NORM_LINEAR, _norm_linear_forward)
-
-
-def takes_norm_linear(
-    x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None
-) -> bool:
-    """Whether `norm_linear` can run on these tensors."""
-    return NORM_LINEAR.takes(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
     """linear(rms_norm(x, norm_weight, eps, gate, groups), weight, bias) + residual, of a few rows.
 
-    x, gate (..., d), together at most NORM_LINEAR_ROWS rows; norm_weight (d); weight (o, d); bias
-    (o); residual (..., o). Returns (..., o) in weight's dtype, or in the wider one of it and
-    residual's. Nothing is rounded on the way: the arithmetic is fp32. There are no gradients.
-
-    Raises:
-        ValueError: what the kernel cannot take, which is what `takes_norm_linear` says no to.
+    Shapes are those of `NORM_LINEAR` above. Nothing is rounded on the way: the arithmetic is fp32.
+    There are no gradients.
     """
-    given = x, norm_weight, weight, bias, gate, residual, float(eps), groups
-    NORM_LINEAR.check(*given)
-    return _norm_linear(*given)
-
-
-# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
-ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
-
-
-def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
-        return False
-    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
-    return ADDS and halves and type(weight) is nn.Parameter and bias is None
-
-
-def block_step(h, state, norm, layer):
-    """A token in a residual block; its twin is `mamba2.Mamba2Block`. None, if it cannot be taken.
-
-    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
-    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
-
-    h (b, 1, d); state: a Mamba2State; norm, layer: the block's RMSNorm and Mamba2, as it makes them
-    Returns the new h, conv and ssm.
-    """
-    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
-    last = layer.norm.weight, layer.norm.eps, layer.out_proj.weight, layer.out_proj.bias
-    few = takes_norm_linear(*first) and last[2].stride(1) == 1
-    if not (few or _adds(h, *last[2:])):
-        return None
-    zxbcdt = norm_linear(*first) if few else layer.in_proj(norm(h))
-    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
-    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
-    step = xBC, dt, *state, *weights
-    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
-    rest = dict(gate=z, groups=layer.norm.groups, residual=h)
-    if few and not takes_norm_linear(z, *last, **rest):  # z is as y will be
-        return None
-    if not takes_layer_step(*step, **options):
-        return None
-    y, conv, ssm = layer_step(*step, **options)
-    if few:
-        h = norm_linear(y, *last, **rest)
-    else:
-        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
-        h = torch.addmm(h[:, 0], y, last[2].t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
-    return h, conv, ssm
+    return NORM_LINEAR(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3329,16 +3231,55 @@ def layer(layer, zxbcdt, state, seq_idx):
     return layer_middle(zxbcdt, conv, ssm, seq_idx, *weights, **options)
 
 
+# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
+ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
+
+
+def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
+        return False
+    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
+    return ADDS and halves and type(weight) is nn.Parameter and bias is None
+
+
 def block(block, h, state):
-    """One token in a Mamba2Block, as `block_step`: h, conv and ssm; or None."""
+    """One token in a Mamba2Block: h (b, 1, d), conv and ssm; or None.
+
+    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
+    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
+    """
     if state is None or h.shape[1] != 1 or not _is(block.mixer, "Mamba2"):
         return None
-    norm, mixer = block.norm, block.mixer
-    parts = [(mixer.in_proj, "Linear"), (mixer.out_proj, "Linear"), (norm, "RMSNorm")]
-    parts += [(mixer.conv1d, "CausalConv1d"), (mixer.norm, "RMSNorm")]
+    norm, layer = block.norm, block.mixer
+    parts = [(layer.in_proj, "Linear"), (layer.out_proj, "Linear"), (norm, "RMSNorm")]
+    parts += [(layer.conv1d, "CausalConv1d"), (layer.norm, "RMSNorm")]
     if torch.is_autocast_enabled(h.device.type) or not all([_is(*part) for part in parts]):
         return None
-    return block_step(h, state, norm, mixer)
+    weight, bias = layer.out_proj.weight, layer.out_proj.bias
+    eps, groups = layer.norm.eps, layer.norm.groups
+    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
+    zxbcdt = norm_linear(*first) if weight.stride(1) == 1 else None
+    few = zxbcdt is not None
+    if not (few or _adds(h, weight, bias)):
+        return None
+    zxbcdt = zxbcdt if few else layer.in_proj(norm(h))
+    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
+    last = layer.norm.weight, weight, bias, z, h, eps, groups
+    if few and not NORM_LINEAR.takes(z, *last):  # z is as y will be
+        return None
+    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
+    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
+    if (result := layer_step(xBC, dt, *state, *weights, **options)) is None:
+        return None
+    y, conv, ssm = result
+    if few:
+        options = dict(gate=z, groups=groups, residual=h)
+        h = norm_linear(y, layer.norm.weight, eps, weight, bias, **options)
+    else:
+        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
+        h = torch.addmm(h[:, 0], y, weight.t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
+    return h, conv, ssm
 
 
 def decode(text, ids, mask, options):
@@ -3351,28 +3292,25 @@ def decode(text, ids, mask, options):
     if mask is not None and not mask[:, -1].all():
         return None
     if text.decoder is None and text.current.states:
-        text.decoder = False
         graph = DecodingGraph.take(text.model, text.current)
-        if graph is not None:
-            text.decoder = Decoder(text.model, graph, type(text.current))
+        text.decoder = graph is not None and Decoder(text.model, graph)
     if not text.decoder:
         return None
+    if not text.decoder.is_right():  # the model decodes the rest of the text
+        text.decoder.free()
+        text.decoder = False
+        return None
     if text.current is not text.decoder:
-        text.decoder.load(text.current)
+        text.decoder.graph.load(text.current)
         text.current = text.decoder
-    return text.decoder(ids)
+    return text.decoder.graph(ids)[:, None].clone()
 
 
 class Decoder:
-    """Decodes a text with a DecodingGraph; when it is no longer used, the next text may.
+    """Holds a DecodingGraph for a text; when it is no longer used, the next text may have it."""
 
-    If modules or weights have been replaced or moved since the last token, or PyTorch's switches
-    have changed, it frees the graph, and decodes the rest of the text by calling the model.
-    """
-
-    def __init__(self, model, graph, kind):
-        self.model, self.kind = model, kind
-        self.graph, self.modes, self.cache = graph, _modes(), None
+    def __init__(self, model, graph):
+        self.graph, self.modes, self.states = graph, _modes(), graph.copies
         self.close = weakref.finalize(self, DecodingGraph.give_back, model, graph)
         self.close.atexit = False
         parts = [part for m in model.modules() for part in (m._modules, m._parameters) if part]
@@ -3382,35 +3320,18 @@ class Decoder:
         self.addresses = [*map(Tensor.data_ptr, self.parameters)]
         self.memory = [*map(Tensor.untyped_storage, self.parameters)]  # which the graph may read
 
-    def _replays(self):
-        """Whether the graph does what calling the model would do; if not, free it."""
-        objects = itertools.chain.from_iterable(self.views)
-        valid = self.graph is not None and _modes() == self.modes
-        valid = valid and all(map(operator.is_, objects, self.objects))
-        valid = valid and [*map(Tensor.data_ptr, self.parameters)] == self.addresses
-        if self.graph is not None and not valid:
-            self.cache, self.graph, self.memory = self.kind(tuple(self.states())), None, None
-            self.close.detach()
-        return valid
+    def is_right(self):
+        """Whether the graph does what calling the model would do: since it was taken no module or
+        weight has been replaced or moved, and no switch of PyTorch's been changed."""
+        same = map(operator.is_, itertools.chain.from_iterable(self.views), self.objects)
+        addresses = map(Tensor.data_ptr, self.parameters)
+        return _modes() == self.modes and all(same) and [*addresses] == self.addresses
 
-    def __call__(self, ids):
-        """Logits (b, 1, vocabulary) after ids (b, 1)."""
-        if self._replays():
-            return self.graph(ids)[:, None].clone()
-        output = self.model(ids, cache=self.cache, use_cache=True, return_dict=True)
-        self.cache = output.cache
-        return output.logits
-
-    def states(self):
-        """conv and ssm of each layer after the last token; copies, if a graph wrote them."""
-        return self.cache.states if self.graph is None else self.graph.copies()
-
-    def load(self, cache):
-        """Resume from another cache of the same sizes."""
-        if self._replays():
-            self.graph.load(cache)
-        else:
-            self.cache = cache
+    def free(self):
+        """Keep nothing but copies of the states."""
+        self.close.detach()
+        states = self.graph.copies()
+        self.states, self.graph, self.memory = lambda: states, None, None
 
 
 # Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
@@ -3606,16 +3527,22 @@ def _calls_of_ssd(kind, dtype, n):
     x, B, C = wide.split([h * p, g * n, g * n], 2)
     x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
     dt, dy, per_head = torch.empty(b, l, h, **draw), torch.empty_like(x), torch.empty(h, **f32)
-    inputs = _Raw(per_head, 0.0, math.inf), x, dt, per_head, B, C, per_head, None, None
-    before = module._launch, module._kind, module._segments
-    module._kind = lambda device: kind
+    inputs = (per_head, 0.0, math.inf), x, dt, per_head, B, C, per_head, None, None
+    before = module._Plan.__call__, module._kind, module._segments, module._plans
+
+    def record(plan, **tensors):
+        tensors |= plan.descriptors(tensors)
+        for kernel, grid, numbers, options in plan.calls:
+            given = {name: tensors[numbers.get(name, name)] for name in _tensors(kernel)}
+            calls[kernel.fn.__name__] = kernel, grid, numbers | given, options
+
+    module._Plan.__call__, module._kind, module._plans = record, lambda device: kind, {}
     module._segments = lambda *sizes: 2
-    module._launch = lambda *new: calls.update({call[0].fn.__name__: call for call in new})
     try:
         _ssd_forward_from(*inputs)
         _ssd_backward_into(x, dt, B, C, dy, None, *inputs)
     finally:
-        module._launch, module._kind, module._segments = before
+        module._Plan.__call__, module._kind, module._segments, module._plans = before
     return calls
 
 

@@ -176,8 +176,8 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
-    if kernels and kernels.takes_ssd(x, dt, A, B, C, D, **options):
-        return kernels.ssd(x, dt, A, B, C, D, **options)
+    if kernels and (fused := kernels.ssd(x, dt, A, B, C, D, **options)) is not None:
+        return fused
     if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] <= 1:
         return ssd_recurrent(x, dt, A, B, C, D, **options)  # one position is a step
     log_decay, D, state = _prepare(x, dt, A, B, C, D, **options)
@@ -248,8 +248,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     x's dtype, computed in float32 at least.
     """
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
-    if kernels and kernels.takes_causal_conv1d(x, weight, bias, **options):
-        return kernels.causal_conv1d(x, weight, bias, **options)
+    if kernels and (fused := kernels.causal_conv1d(x, weight, bias, **options)) is not None:
+        return fused
     sizes = {}
     _require(sizes, "b l d", x=x)
     _require(sizes, "d k", weight=weight)
@@ -278,8 +278,9 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, of x * silu(gate) if there is a gate.
     x, gate and result (..., d), weight (d). The mean is over each of `groups` equal parts of the
     last axis (Section 8.1). The result has the dtype of the gate, or without one of weight."""
-    if kernels and kernels.takes_rms_norm(x, weight, eps, gate=gate, groups=groups):
-        return kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
+    fused = kernels and kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
+    if fused is not None:
+        return fused
     sizes, axes = {}, x.dim() if isinstance(x, Tensor) else 1
     _require(sizes, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is last, after any others
     _require(sizes, "d", weight=weight)

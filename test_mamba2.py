@@ -760,7 +760,7 @@ def test_the_files_work_wherever_they_lie_without_transformers_and_take_no_other
         import alone.mamba2, both.mamba2
 
         # The file alone is plain PyTorch; with kernels.py it loads that, under a name of its own.
-        assert alone.mamba2.kernels is None and both.mamba2.kernels.takes_ssd
+        assert alone.mamba2.kernels is None and both.mamba2.kernels.ssd
         assert both.mamba2.kernels is sys.modules["both.mamba2_kernels"]
         assert "kernels" not in sys.modules
         for module in (alone.mamba2, both.mamba2):
@@ -791,10 +791,10 @@ def test_the_files_work_wherever_they_lie_without_transformers_and_take_no_other
         sys.path.remove("hugging_face")
         kernels = again("both", "kernels")
         if not any(importlib.metadata.distributions(name="kernels")):
-            assert kernels.takes_ssd and kernels.__version__[0].isdigit()  # which it asks for
+            assert kernels.ssd and kernels.__version__[0].isdigit()  # which it asks for
         mamba2 = importlib.import_module("mamba2")
         assert issubclass(mamba2.Mamba2ForCausalLM, mamba2.transformers.PreTrainedModel)
-        assert mamba2.kernels is sys.modules["mamba2_kernels"] and mamba2.kernels.takes_ssd
+        assert mamba2.kernels is sys.modules["mamba2_kernels"] and mamba2.kernels.ssd
         assert sys.modules["kernels"] is kernels is not mamba2.kernels
         print("reached the end")
     """
@@ -2949,7 +2949,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 PASSED_IN_THE_INTERPRETER = {  # how many, by settings and names
-    ("", "test_kernel"): 120,
+    ("", "test_kernel"): 121,
     ("portable", "test_kernel_is_its_twin and ssd and not 256"): 18,
 }
 
@@ -3303,6 +3303,7 @@ def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
     options = dict(KERNEL_CASES[operation][case])
     for name in options.keys() & {"segments", "split"}:
         forced = options.pop(name)
+        monkeypatch.setattr(mamba2.kernels, "_plans", {})
         monkeypatch.setattr(mamba2.kernels, f"_{name}", lambda *sizes, forced=forced: forced)
     only = options.pop("only", None)
     assert_kernel_right(operation, *kernel_inputs(operation, dtype, **options), only)
@@ -3313,6 +3314,23 @@ def test_kernel_ssd_is_right_where_a_state_grows_by_two_to_the_110_in_a_chunk():
     inputs |= dict(dt=torch.full_like(inputs["dt"], 2.5), A=torch.tensor([1.0, -1], device=DEVICE))
     # Exponents of 110, of 24 bits, are right to 2^-17, and so are powers of 2 to 2^-17.5.
     assert_kernel_right("ssd", inputs, tolerance=3e-5)
+
+
+def test_kernel_tells_tensors_apart_that_differ_in_layout_alone():
+    """Plans are kept, but not for other strides or addresses."""
+    wide = torch.randn(2, 9, 100, device=DEVICE)
+    for x in (wide[..., 4:68].contiguous(), wide[..., 4:68], wide[..., 5:69], wide[:, :, 3:67]):
+        weight = torch.randn(64, 4, device=DEVICE)
+        y, _ = mamba2.kernels.causal_conv1d(x, weight)
+        assert relative_error(y, mamba2.causal_conv1d(x.double(), weight.double())[0]) <= 1e-5
+        y = mamba2.kernels.rms_norm(x, weight[:, 0], 1e-5, gate=x)
+        exact = mamba2.rms_norm(x.double(), weight[:, 0].double(), 1e-5, gate=x.double())
+        assert relative_error(y, exact) <= 1e-5
+        inputs = kernel_ssd_inputs(torch.float32, 9, b=2, h=2, p=32, n=16)
+        for dt in (inputs["dt"], inputs["dt"].mT.contiguous().mT):
+            inputs |= dict(x=x.unflatten(2, (2, 32)), dt=dt)
+            y, _ = mamba2.kernels.ssd(**inputs)
+            assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-4
 
 
 KERNEL_REPEATED = [
@@ -3463,9 +3481,7 @@ def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warn
     operation = case.split(",")[0]
     given, graded = kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case])
     kernel = getattr(mamba2.kernels, operation)
-    takes = lambda **given: kernel(**given) is not None  # the middle answers itself
-    takes = getattr(mamba2.kernels, f"takes_{operation}", takes)
-    assert takes(**given)
+    assert kernel(**given) is not None
     changes = [lambda i: tree_map_only(torch.Tensor, lambda t: t.to("meta"), i)]
     for name, tensor in given.items():
         if not torch.is_tensor(tensor):
@@ -3485,10 +3501,7 @@ def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warn
         changed = given | change(given)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert takes(**changed) is False, f"change {i}: {change(given)}"
-        if operation != "layer_middle":
-            with pytest.raises(ValueError, match=r"kernels\.\w+: .*; mamba2\.\w+ takes any tensor"):
-                kernel(**changed)
+            assert kernel(**changed) is None, f"change {i}: {change(given)}"
     for message, change in KERNEL_LOUD.get(case, {}).items():
         changed, twin = given | change(given), getattr(mamba2, operation)
         monkeypatch.setattr(mamba2.kernels, "_said", set())
@@ -3497,8 +3510,7 @@ def test_kernel_leaves_other_tensors_to_its_twin_without_a_word_or_with_one_warn
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # it says so once
             assert identical(found, twin(**changed))
-        with pytest.raises(ValueError, match=message):
-            kernel(**changed)
+        assert kernel(**changed) is None
         assert identical(found, without_kernels(twin, **changed))
 
 
@@ -3566,16 +3578,16 @@ def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
     norm = mamba2.RMSNorm(layer.config.d_model, 1e-5).to(DEVICE)
     varying = {*mamba2.kernels.VARYING, "NSPLIT", "HPS"}  # shares of a group's heads: few numbers
 
-    def recording(*calls):  # which launches nothing
-        for kernel, _, given, options in calls:
-            numbers = kernel.arg_names[mamba2.kernels._arguments(kernel)[1] :]
+    def recording(plan, **tensors):  # which launches nothing
+        for kernel, _, given, options in plan.calls:
+            numbers = kernel.arg_names[len(mamba2.kernels._tensors(kernel)) :]
             named = [(k, given[k]) for k in numbers if k not in varying]
             constants = kernel.fn.__annotations__
             kinds = [(k, v) if k in constants else (k, v == 1, v % 16 == 0) for k, v in named]
             compiled[-1].add((kernel.fn, *options.values(), *kinds))
 
     compiled = []
-    monkeypatch.setattr(mamba2.kernels, "_launch", recording)
+    monkeypatch.setattr(mamba2.kernels._Plan, "__call__", recording)
     for b, l in ((1, 2), (1, 16), (2, 17), (3, 48), (16, 3), (1, 70)):
         compiled.append(set())
         u = torch.randn(b, l, layer.config.d_model, device=DEVICE, requires_grad=True)
@@ -3650,8 +3662,8 @@ def test_kernel_step_writes_where_it_is_told_to():
         ((new, ssm.mT.contiguous().mT), "contiguous"),
         ((new[:, 1:], ssm), "shape of out.0."),
     ):
-        with pytest.raises(ValueError, match=rf"{reason}.*; mamba2\.Mamba2 takes any tensors"):
-            step(out=refused)
+        said, _ = mamba2.kernels.STEP_OUT.refusal(xBC, conv, refused[0], ssm, refused[1])
+        assert re.search(reason, said) and step(out=refused) is None
     found = step(out=(new, ssm))
     assert identical(found, expected) and found[1] is new and found[2] is ssm
 
