@@ -326,12 +326,9 @@ class Mamba2State(NamedTuple):
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
     def map(self, function, *others: Mamba2State) -> Mamba2State:
-        """function(tensor, *tensors of the others) for conv and for ssm."""
+        """function(tensor, *tensors of the others) for conv and for ssm. To select rows of the
+        batch, state.map(lambda tensor: tensor[rows])."""
         return Mamba2State(*map(function, self, *others))
-
-    def select(self, rows) -> Mamba2State:
-        """Rows of the batch in a new order: integers, or a bool mask."""
-        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
 
     def detach(self) -> Mamba2State:
         """The state without its history of gradients."""
@@ -366,15 +363,15 @@ class Mamba2(nn.Module):
     Initialisation is the original's; parameters have the names and shapes of published checkpoints.
     """
 
-    def __init__(self, d_model=None, *, layer_idx=None, device=None, dtype=None, **options):
+    def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
         super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
         if not isinstance(config, Mamba2Config):
-            config = Mamba2Config(**options, **({} if d_model is None else {"d_model": d_model}))
+            config = Mamba2Config(d_model=d_model, **options)
         elif options:
             raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
-        self.config = config
+        self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
         h, p, g, n = self.sizes
         self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
@@ -387,12 +384,12 @@ class Mamba2(nn.Module):
         self.to(device, dtype)
 
     @torch.no_grad()
-    def reset_parameters(self, depth: int = 1):
+    def reset_parameters(self):
         """Draw new weights as the original does, for a model of `depth` layers: projections and
         convolution uniform in +-1/sqrt(fan_in), out_proj divided by sqrt(depth)."""
         config = self.config
         weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
-        weights += [(self.out_proj.weight, self.widths[0] * depth)]
+        weights += [(self.out_proj.weight, self.widths[0] * self.depth)]
         weights += [(weight, config.conv_kernel) for weight in self.conv1d.parameters()]
         for weight, fan_in in weights:
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
@@ -443,60 +440,58 @@ class Mamba2(nn.Module):
         group=None,
         *,
         reset=None,
-        lengths=None,
+        layout=None,
         return_state=False,
     ):
-        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. Instead
-        of a mask, lengths (b) tell how many positions at the beginning of each row count."""
-        sizes = {"d": self.config.hidden_size}
-        _require(sizes, "b l d", u=u)
-        _require(sizes, "b l", "integers", seq_idx=seq_idx)
-        _require(sizes, "b", "a mask", reset=reset)
-        order = Order.of(mask, sizes)
-        if order is not None:  # masked positions go to the end, where dt = 0 keeps the state
-            u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
+        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. A model
+        passes the Layout of mask, seq_idx and group, one for all layers, and u sorted by it."""
+        _require({"d": self.config.hidden_size}, "b l d", u=u)
+        called_by_model = layout is not None
+        if not called_by_model:
+            layout = Layout(u, mask, seq_idx, group, reset)
+            if group is not None:
+                layout.follow(None)
+            u = layout.sort(u)
         zxbcdt = self.in_proj(u)
-        if group is not None:
-            slices = Slices.of(group, None, seq_idx, lengths)
-            state = slices.receive(zxbcdt, state or self.initial_state(len(u)))
-        if reset is not None and state is not None:
-            state = _begin(state, _as_bool(reset))
-        result = None
-        if kernels and lengths is None:
-            result = kernels.layer(self, zxbcdt, state, seq_idx)
+        if layout.slices:
+            state = layout.slices.receive(zxbcdt, state or self.initial_state(len(u)))
+        state, result = layout.start(state), None
+        if kernels and layout.lengths is None:
+            result = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         if result is None:
-            result = self._convolve_and_scan(zxbcdt, state, lengths, seq_idx)
-        if group is not None:
-            result = slices.send(*result)
+            result = self._convolve_and_scan(zxbcdt, state, layout)
+        if layout.slices:
+            result = layout.slices.send(*result)
         y, conv, ssm = result
         y = self.out_proj(y)  # (b, l, d)
-        if order is not None:
-            y = order.restore(y)
+        if not called_by_model:
+            y = layout.restore(y)
         return (y, Mamba2State(conv, ssm)) if return_state else y
 
-    def _convolve_and_scan(self, zxbcdt, state, lengths, seq_idx):
+    def _convolve_and_scan(self, zxbcdt, state, layout):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
         (h, p, g, n), k = self.sizes, self.config.conv_kernel
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
-        if lengths is not None:  # at dt = 0 the state does not change
-            dt = _clear(dt, lengths)  # (b, l, h)
+        if layout.lengths is not None:  # at dt = 0 the state does not change
+            dt = _erase(dt, layout.skipped)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
         if state is None:
             state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
         conv, ssm = state
-        convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
-        if lengths is not None:  # new_conv has the masked positions at the end
+        convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=layout.seq_idx)
+        if layout.lengths is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            new_conv = last_inputs(window, k - 1, lengths, _sequence_number(seq_idx, k - 1))
+            number = _sequence_number(layout.seq_idx, k - 1)
+            new_conv = last_inputs(window, k - 1, layout.lengths, number)
 
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
         B, C = (t.unflatten(2, (g, n)) for t in (B, C))  # (b, l, g, n)
         # Differs: published configs say 256, for the original's kernels; plain PyTorch prefers 64.
-        options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=seq_idx)
+        options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=layout.seq_idx)
         y, new_ssm = ssd(x, dt, A, B, C, self.D, initial_state=ssm, **options)
         new_ssm = new_ssm if ssm is None else new_ssm.to(ssm.dtype)
         y = y.flatten(2)  # (b, l, h p)
@@ -510,19 +505,19 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + mixer(norm(h)); h (b, l, d). Arguments are those of `Mamba2`."""
+    """A residual block: h + mixer(norm(h)); h (b, l, d). See `Mamba2.forward`."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = Mamba2(config)
+        self.mixer = Mamba2(config, depth=config.num_hidden_layers)
 
-    def forward(self, h, state=None, mask=None, seq_idx=None, group=None, lengths=None):
-        if kernels and mask is None and lengths is None and group is None:
+    def forward(self, h, state=None, layout=None):
+        layout = Layout(h) if layout is None else layout
+        if kernels and layout.is_plain:
             if (fused := kernels.block(self, h, state)) is not None:
                 return fused[0], Mamba2State(*fused[1:])
-        options = dict(lengths=lengths, return_state=True)
-        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, **options)
+        y, state = self.mixer(self.norm(h), state, layout=layout, return_state=True)
         return h + y, state
 
 
@@ -537,6 +532,7 @@ class Mamba2Backbone(nn.Module):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
@@ -553,34 +549,26 @@ class Mamba2Backbone(nn.Module):
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
-        order, lengths = Order.of(mask, dict(b=h.shape[0], l=h.shape[1])), None
-        if order is not None:  # once for all layers
-            h, seq_idx, lengths = order.sort(h), order.sort_labels(seq_idx), order.lengths
         cache = Mamba2Cache(()) if cache is None else cache
-        states, new_states = cache.states or [None] * len(self.layers), []
-        label, slices = cache.seq_idx, None
-        if group is not None:
-            slices = Slices(group, label, seq_idx, lengths)
-            label = slices.label
-        elif seq_idx is not None:
-            begins, label = follow_labels(label, seq_idx, lengths)
-            states = [state and _begin(state, begins) for state in states]
-        checkpoints = self.gradient_checkpointing and self.training
+        layout = Layout(h, mask, seq_idx, group)
+        label = layout.follow(cache.seq_idx)
+        h, states, new_states = layout.sort(h), cache.states or [None] * len(self.layers), []
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
-                hidden_states.append(h if order is None else order.restore(h))
-            run = functools.partial(recomputed, block, block) if checkpoints else block
-            h, state = run(h, state, None, seq_idx, slices, lengths)
+                hidden_states.append(layout.restore(h))
+            run = functools.partial(block, layout=layout)
+            if self.gradient_checkpointing and self.training:
+                run = functools.partial(recomputed, block, run)
+            h, state = run(h, state)
             new_states.append(state if keep_cache else None)  # None frees its memory
-        h = self.norm_f(h)
-        h = h if order is None else order.restore(h)
+        h = layout.restore(self.norm_f(h))
         if not keep_cache:
             return h, None
         # A tensor, because torch.compile would make another graph for each int.
         length = torch.full((), h.shape[1], device=h.device)
         if group is not None:
             dist.all_reduce(length, group=group)
-            new_states = slices.last(new_states)
+            new_states = layout.slices.last(new_states)
         return h, Mamba2Cache(tuple(new_states), cache.length + length, label)
 
 
@@ -592,9 +580,6 @@ class Mamba2LM(nn.Module):
         super().__init__()
         self.backbone = Mamba2Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        nn.init.normal_(self.backbone.embeddings.weight, std=config.initializer_range)
-        for block in self.backbone.layers:
-            block.mixer.reset_parameters(depth=config.num_hidden_layers)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
@@ -658,46 +643,76 @@ def _sequence_number(seq_idx, before):
     return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
 
 
-class Order:
-    """Masked positions moved to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so
-    the convolution meets only inputs that count, and SSD passes over the rest with dt = 0."""
+class Layout:
+    """Which positions count, and where sequences begin: worked out once, for all layers.
 
-    def __init__(self, mask: Tensor):  # (b, l) bool
-        self.lengths = mask.sum(1)  # (b)
-        self.index = (~mask).sort(dim=1, stable=True).indices  # (b, l), where they come from
-        self.place = self.index.argsort(dim=1)  # (b, l), where they go
+    Masked positions go to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so the
+    convolution meets only positions that count, and SSD skips the others with dt = 0.
 
-    @classmethod
-    def of(cls, mask, sizes):
-        """The order of a mask (b, l), bool or 0/1; None without one."""
+        lengths   (b), how many positions of a row count: the first ones, after sorting; None is all
+        skipped   (b, l), bool: the other positions
+        seq_idx   (b, l), sorted; skipped positions have the label of the last one that counts
+        starts    (b), bool: rows whose first position begins another sequence than the state's
+        slices    see `Slices`; None without a group
+    """
+
+    def __init__(self, x, mask=None, seq_idx=None, group=None, reset=None):
+        sizes = dict(b=x.shape[0], l=x.shape[1])
+        _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
-        return None if mask is None else cls(_as_bool(mask))
+        _require(sizes, "b", "a mask", reset=reset)
+        self.is_plain = mask is None and seq_idx is None and group is None and reset is None
+        self.lengths, self.seq_idx = None, seq_idx
+        self.starts = None if reset is None else _as_bool(reset)
+        self.slices = None if group is None else Slices(group)
+        if mask is not None:
+            # (b, l): where positions come from, and where they go
+            self.skipped, self.index = (~_as_bool(mask)).sort(dim=1, stable=True)
+            self.place = self.index.argsort(dim=1)
+            self.lengths = (~self.skipped).sum(1)
+        if mask is not None and seq_idx is not None:
+            labels = _take(seq_idx.long(), self.index)
+            labels = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
+            last = labels.gather(1, self.lengths[:, None])  # (b, 1)
+            self.seq_idx = torch.where(self.skipped, last, labels[:, 1:])
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
-        return _clear(_take(x, self.index), self.lengths)
+        return x if self.lengths is None else _erase(_take(x, self.index), self.skipped)
 
     def restore(self, x):
         """The inverse of `sort`; masked positions are 0."""
-        return _take(_clear(x, self.lengths), self.place)
+        return x if self.lengths is None else _take(_erase(x, self.skipped), self.place)
 
-    def sort_labels(self, seq_idx):
-        """(b, l) sorted; masked positions get the label of the last one that is not masked."""
-        if seq_idx is None or seq_idx.shape[1] == 0:
-            return seq_idx
-        labels = _take(seq_idx.long(), self.index)
-        last = labels.gather(1, (self.lengths - 1).clamp(min=0)[:, None])  # (b, 1)
-        return torch.where(_skipped(labels, self.lengths), last, labels)
+    def follow(self, label):
+        """Find the rows that begin another sequence than the one before them, whose label is (b),
+        or None or NO_LABEL if nothing was before. Return the last label. With a group, "before"
+        includes the slices of lower ranks, and the last label is that of all slices."""
+        if self.seq_idx is None:
+            return label
+        labels = F.pad(self.seq_idx.long(), (1, 0), value=NO_LABEL)  # (b, 1 + l)
+        first, last = labels[:, :2][:, -1], labels[:, -1]
+        label = torch.full_like(last, NO_LABEL) if label is None else label
+        ranks, rank = [last], 0
+        if self.slices:
+            ranks, rank = _gathered(last, self.slices.group), self.slices.rank
+        for i, last in enumerate(ranks):
+            if i == rank:
+                starts = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
+                self.starts = starts if self.starts is None else starts | self.starts
+            label = torch.where(last == NO_LABEL, label, last)
+        return label
+
+    def start(self, state):
+        """The state before the first position: zeros in rows that begin another sequence."""
+        if state is None or self.starts is None:
+            return state
+        return state.map(lambda tensor: _erase(tensor, self.starts))
 
 
-def _skipped(x: Tensor, lengths: Tensor) -> Tensor:
-    """(b, l) bool: positions of x (b, l, ...) from `lengths` (b) on."""
-    return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-
-
-def _clear(x: Tensor, lengths: Tensor) -> Tensor:
-    """x (b, l, ...) with 0 at positions from `lengths` (b) on."""
-    return x.masked_fill(_skipped(x, lengths)[(..., *[None] * (x.dim() - 2))], 0)
+def _erase(x: Tensor, where: Tensor) -> Tensor:
+    """x with 0 where the bool tensor is True, which has x's first axes."""
+    return x.masked_fill(where[(..., *[None] * (x.dim() - where.dim()))], 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -758,33 +773,6 @@ class Mamba2Cache:
 
 NO_LABEL = torch.iinfo(torch.int64).min  # the label of a row in which all positions are masked
 torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load accepts them
-
-
-def follow_labels(label, seq_idx, lengths, group=None):
-    """Return two tensors (b): whether the first label of a row is another than the last one before
-    it, and the last label of the row.
-
-    label: (b), the last label before, or None; seq_idx: (b, l), the labels of the next positions,
-    of which the first `lengths` (b), or all of them, count. With a group, "before" includes the
-    slices of lower ranks, and the last label is that of all slices.
-    """
-    seq_idx = seq_idx.long()
-    if lengths is not None:
-        seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
-    # The first and the last label, (b, 2); NO_LABEL, which is at the end, if l = 0.
-    ends = F.pad(seq_idx, (0, 1), value=NO_LABEL)[:, [0, seq_idx.shape[1] - 1]]
-    label = torch.full_like(ends[:, 0], NO_LABEL) if label is None else label
-    ranks, rank = ([ends], 0) if group is None else (_gathered(ends, group), dist.get_rank(group))
-    for i, (first, last) in enumerate(ends.T for ends in ranks):
-        if i == rank:
-            begins = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
-        label = torch.where(last == NO_LABEL, label, last)
-    return begins, label
-
-
-def _begin(state: Mamba2State, rows: Tensor) -> Mamba2State:
-    """The state with zeros in these rows (b)."""
-    return state.map(lambda t: t.masked_fill(rows.view(-1, *[1] * (t.dim() - 1)), 0))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -1067,11 +1055,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.embeddings = embeddings
 
     def _init_weights(self, module):
-        if isinstance(module, Mamba2):
-            if not getattr(module.A_log, "_is_hf_initialized", False):
-                module.reset_parameters(depth=self.config.num_hidden_layers)
-        elif isinstance(module, nn.Linear):
-            module.reset_parameters()
+        if isinstance(module, (Mamba2, nn.Linear)):
+            if not getattr(next(module.parameters()), "_is_hf_initialized", False):
+                module.reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -1561,10 +1547,9 @@ def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
     if group is not None:
         return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
     if mask is not None:
-        order = Order(mask)
-        labels, seq_idx = labels.masked_fill(~mask, -100), order.sort_labels(seq_idx)
-        targets = next_tokens(_take(labels, order.index), seq_idx=seq_idx)
-        return _take(targets, order.place).masked_fill(~mask, -100)
+        layout, labels = Layout(labels, mask, seq_idx), labels.masked_fill(~mask, -100)
+        targets = next_tokens(_take(labels, layout.index), seq_idx=layout.seq_idx)
+        return _take(targets, layout.place).masked_fill(~mask, -100)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
     if seq_idx is not None:
         targets = targets.masked_fill(F.pad(_borders(seq_idx), (0, 1))[:, 1:], -100)
@@ -1608,24 +1593,15 @@ class Slices:
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
     """
 
-    @classmethod
-    def of(cls, group, *labels):
-        """`group` itself, if it is the Slices that a model made and passes to its layers."""
-        return group if isinstance(group, Slices) else cls(group, *labels)
-
-    def __init__(self, group, label, seq_idx, lengths):
+    def __init__(self, group):
         self.group, self.rank = group, _rank(group)
-        self.begins, self.label = None, label
-        if seq_idx is not None:
-            self.begins, self.label = follow_labels(label, seq_idx, lengths, group)
 
     def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
         """The state after the slices of the ranks before; `state` on the first rank. x: what the
         layer has computed before it needs the state."""
         # What is received always requires gradients, or ranks would wait for some that never come.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        state = Mamba2State(*_FromRankBefore.apply(self.group, x, anchor, *_wide(*state)))
-        return state if self.begins is None else _begin(state, self.begins)
+        return Mamba2State(*_FromRankBefore.apply(self.group, x, anchor, *_wide(*state)))
 
     def send(self, y: Tensor, conv: Tensor, ssm: Tensor):
         """y and the state, which is sent to the next rank, as its gradient will be received."""
