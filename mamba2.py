@@ -43,8 +43,7 @@ import functools
 import importlib.util
 import math
 import sys
-import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,7 +261,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     number = _sequence_number(seq_idx, k - 1)
     # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    final_state = last_inputs(window, k - 1, None, number)
+    final_state = last_inputs(window, k - 1, l, number)
     dtype = _at_least_float32(x.dtype)
     window, weight = window.to(dtype), weight.to(dtype)
     y = weight.new_zeros(d) if bias is None else bias.to(dtype)
@@ -448,15 +447,13 @@ class Mamba2(nn.Module):
         _require({"d": self.config.hidden_size}, "b l d", u=u)
         called_by_model = layout is not None
         if not called_by_model:
-            layout = Layout(u, mask, seq_idx, group, reset)
-            if group is not None:
-                layout.follow(None)
+            layout = Layout(u, mask, seq_idx, group, reset=reset)
             u = layout.sort(u)
         zxbcdt = self.in_proj(u)
         if layout.slices:
             state = layout.slices.receive(zxbcdt, state or self.initial_state(len(u)))
         state, result = layout.start(state), None
-        if kernels and layout.lengths is None:
+        if kernels and layout.skipped is None:
             result = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         if result is None:
             result = self._convolve_and_scan(zxbcdt, state, layout)
@@ -474,7 +471,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
-        if layout.lengths is not None:  # at dt = 0 the state does not change
+        if layout.skipped is not None:  # at dt = 0 the state does not change
             dt = _erase(dt, layout.skipped)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
@@ -482,10 +479,10 @@ class Mamba2(nn.Module):
             state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
         conv, ssm = state
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=layout.seq_idx)
-        if layout.lengths is not None:  # new_conv has the masked positions at the end
+        if layout.skipped is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
             number = _sequence_number(layout.seq_idx, k - 1)
-            new_conv = last_inputs(window, k - 1, layout.lengths, number)
+            new_conv = last_inputs(window, k - 1, layout.length, number)
 
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
@@ -550,8 +547,7 @@ class Mamba2Backbone(nn.Module):
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
-        layout = Layout(h, mask, seq_idx, group)
-        label = layout.follow(cache.seq_idx)
+        layout = Layout(h, mask, seq_idx, group, label=cache.seq_idx)
         h, states, new_states = layout.sort(h), cache.states or [None] * len(self.layers), []
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
@@ -569,7 +565,7 @@ class Mamba2Backbone(nn.Module):
         if group is not None:
             dist.all_reduce(length, group=group)
             new_states = layout.slices.last(new_states)
-        return h, Mamba2Cache(tuple(new_states), cache.length + length, label)
+        return h, Mamba2Cache(tuple(new_states), cache.length + length, layout.label)
 
 
 class Mamba2LM(nn.Module):
@@ -607,7 +603,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     _require(sizes, "b l g n", B=B, C=C)
     rule = f"groups of B and C, must divide the {sizes['h']} heads of x"
     _check("g", sizes["g"], rule, lambda g: g > 0 and sizes["h"] % g == 0)
-    _require(sizes, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", D=D)
+    _require(sizes, "h p" if getattr(D, "ndim", 1) == 2 else "h", D=D)
     _require(sizes, "b h p n", initial_state=initial_state)
     _require(sizes, "b l", "integers", seq_idx=seq_idx)
     dtype = _at_least_float32(x.dtype)
@@ -615,7 +611,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     if seq_idx is not None:
         log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
     if D is not None:
-        D = (D if D.dim() == 2 else D[:, None]).to(dtype)
+        D = D.reshape(sizes["h"], -1).to(dtype)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
     if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
@@ -623,17 +619,15 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     return log_decay, D, initial_state.to(dtype)
 
 
-def last_inputs(window, count, lengths=None, number=None):
-    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d).
-    Only the first `lengths` (b) of a row's l inputs are real. Inputs become zero if the `number` of
-    their sequence is not that of the last one."""
-    start = window.shape[1] - count if lengths is None else lengths[:, None]
-    index = start + torch.arange(count, device=window.device)
-    index = index.expand(window.shape[0], -1)  # (b, k-1)
+def last_inputs(window, count, length, number):
+    """The convolution's state (b, k-1, d): of a window (b, k-1+l, d), the `count` = k-1 inputs
+    before the position length + k-1; length is one for all rows, or (b, 1). Inputs become zero if
+    the `number` of their sequence, (b, k-1+l) or None, is not that of the last one."""
+    index = length + torch.arange(count, device=window.device)  # (k-1) or (b, k-1)
     state = _take(window, index)  # a copy, which does not keep the whole window alive
     if number is not None:
-        number = number.gather(1, index)
-        state = state.masked_fill((number != number[:, -1:])[..., None], 0)
+        number = _take(number, index)
+        state = _erase(state, number != number[:, -1:])
     return state
 
 
@@ -649,59 +643,54 @@ class Layout:
     Masked positions go to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so the
     convolution meets only positions that count, and SSD skips the others with dt = 0.
 
-        lengths   (b), how many positions of a row count: the first ones, after sorting; None is all
-        skipped   (b, l), bool: the other positions
-        seq_idx   (b, l), sorted; skipped positions have the label of the last one that counts
-        starts    (b), bool: rows whose first position begins another sequence than the state's
-        slices    see `Slices`; None without a group
+        skipped   (b, l) bool, after sorting: positions that do not count; None without a mask
+        length    how many positions count: (b, 1); l without a mask
+        seq_idx   (b, l), after sorting: the number of the packed sequence; None without labels
+        starts    (b) bool: rows whose first position begins another sequence than the state's
+        label     (b): the last label until now, of all slices; NO_LABEL in rows without one
     """
 
-    def __init__(self, x, mask=None, seq_idx=None, group=None, reset=None):
+    def __init__(self, x, mask=None, seq_idx=None, group=None, label=None, reset=None):
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
         _require(sizes, "b", "a mask", reset=reset)
         self.is_plain = mask is None and seq_idx is None and group is None and reset is None
-        self.lengths, self.seq_idx = None, seq_idx
-        self.starts = None if reset is None else _as_bool(reset)
         self.slices = None if group is None else Slices(group)
+        self.starts = None if reset is None else _as_bool(reset)
+        self.skipped, self.length, self.seq_idx, self.label = None, x.shape[1], None, label
         if mask is not None:
-            # (b, l): where positions come from, and where they go
             self.skipped, self.index = (~_as_bool(mask)).sort(dim=1, stable=True)
-            self.place = self.index.argsort(dim=1)
-            self.lengths = (~self.skipped).sum(1)
-        if mask is not None and seq_idx is not None:
-            labels = _take(seq_idx.long(), self.index)
-            labels = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
-            last = labels.gather(1, self.lengths[:, None])  # (b, 1)
-            self.seq_idx = torch.where(self.skipped, last, labels[:, 1:])
+            self.place = self.index.argsort(dim=1)  # where the positions index come from, and go
+            self.length = (~self.skipped).sum(1, keepdim=True)
+        if seq_idx is not None:
+            self._find_borders(self.sort(seq_idx.long()))
+
+    def _find_borders(self, labels):
+        """Compare the labels (b, l) with each other, and the first with the last one before it."""
+        window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
+        last = _take(window, self.length)[:, 0]  # NO_LABEL if no position of the row counts
+        rank, ranks = 0, [last]
+        if self.slices:
+            rank, ranks = self.slices.rank, _gathered(last, self.slices.group)
+        seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
+        for last in ranks:
+            seen.append(torch.where(last == NO_LABEL, seen[-1], last))
+        window = torch.cat([seen[rank][:, None], labels], dim=1)
+        borders = (window[:, 1:] != window[:, :-1]) & (window[:, :-1] != NO_LABEL)  # (b, l)
+        borders = borders if self.skipped is None else borders & ~self.skipped
+        if self.label is not None or self.slices:
+            starts = borders[:, :1].any(1)
+            self.starts = starts if self.starts is None else starts | self.starts
+        self.seq_idx, self.label = borders.cumsum(1), seen[-1]
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
-        return x if self.lengths is None else _erase(_take(x, self.index), self.skipped)
+        return x if self.skipped is None else _erase(_take(x, self.index), self.skipped)
 
     def restore(self, x):
         """The inverse of `sort`; masked positions are 0."""
-        return x if self.lengths is None else _take(_erase(x, self.skipped), self.place)
-
-    def follow(self, label):
-        """Find the rows that begin another sequence than the one before them, whose label is (b),
-        or None or NO_LABEL if nothing was before. Return the last label. With a group, "before"
-        includes the slices of lower ranks, and the last label is that of all slices."""
-        if self.seq_idx is None:
-            return label
-        labels = F.pad(self.seq_idx.long(), (1, 0), value=NO_LABEL)  # (b, 1 + l)
-        first, last = labels[:, :2][:, -1], labels[:, -1]
-        label = torch.full_like(last, NO_LABEL) if label is None else label
-        ranks, rank = [last], 0
-        if self.slices:
-            ranks, rank = _gathered(last, self.slices.group), self.slices.rank
-        for i, last in enumerate(ranks):
-            if i == rank:
-                starts = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
-                self.starts = starts if self.starts is None else starts | self.starts
-            label = torch.where(last == NO_LABEL, label, last)
-        return label
+        return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
 
     def start(self, state):
         """The state before the first position: zeros in rows that begin another sequence."""
@@ -731,11 +720,12 @@ class Mamba2Cache:
         return int(self.length)
 
     def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
-        """A cache of function(tensor, *tensors of the others), for each tensor but length."""
+        """A cache of function(tensor, *tensors of the others), for each tensor but length: with
+        Tensor.detach, the cache without its history of gradients."""
         layers = zip(self.states, *(cache.states for cache in others), strict=True)
         states = tuple(state.map(function, *layer) for state, *layer in layers)
         labels = [cache.seq_idx for cache in (self, *others)]
-        label = None if self.seq_idx is None else function(*labels)
+        label = function(*labels) if any(t is not None for t in labels) else None
         return Mamba2Cache(states, self.length, label)
 
     def select(self, rows) -> Mamba2Cache:
@@ -748,27 +738,17 @@ class Mamba2Cache:
 
     @staticmethod
     def cat(caches) -> Mamba2Cache:
-        """One batch of the rows of several caches, whose prompts may have different lengths.
-
-        Its length is the longest one: a later call with whole sequences must pad them to it, on the
-        left.
-        """
+        """One batch of the rows of several caches. Its length is the longest one: a later call with
+        whole sequences must pad them to it, on the left."""
         first, *others = caches = [*caches]
-        if len({cache.seq_idx is None for cache in caches}) > 1:
-            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
-        length = max(cache.get_seq_length() for cache in caches)
-        return Mamba2Cache(joined.states, length, joined.seq_idx)
-
-    def detach(self) -> Mamba2Cache:
-        """The cache without its history of gradients."""
-        return self.map(Tensor.detach)
+        return replace(joined, length=max(cache.get_seq_length() for cache in caches))
 
     def to(self, *args, **kwargs) -> Mamba2Cache:
         """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
-        others, device = (self.length, self.seq_idx), states[0].ssm.device
-        return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in others))
+        rest, device = (self.length, self.seq_idx), states[0].ssm.device
+        return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in rest))
 
 
 NO_LABEL = torch.iinfo(torch.int64).min  # the label of a row in which all positions are masked
@@ -798,10 +778,7 @@ def _as_bool(mask: Tensor) -> Tensor:
     """The mask as bool; a float one must not be one that is added to attention scores."""
     if mask.is_floating_point() and _readable(mask) and mask.numel() > 0:
         if not ((mask == 0) | (mask == 1)).all() or not mask.any():
-            raise ValueError(
-                "a float mask must hold 0 and 1, and some 1: pass additive_mask == 0 for an "
-                "additive one, or a bool mask if all is masked"
-            )
+            raise ValueError("a float mask must hold 0 and 1: pass mask == 0 if it is additive")
     return mask.bool()
 
 
@@ -888,11 +865,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
-_COMMON = {n for n in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, n))}
-_COMMON = {name for name in _COMMON if not name.startswith("__")}
+_COMMON = {name for name in dir(PreTrainedConfig) if not name.startswith("__")}
 _COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
 _COMMON |= {"time_step_rank", "_name_or_path"}
-_COMMON -= {"model_type", "attribute_map"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
@@ -912,61 +887,45 @@ class Mamba2Config(PreTrainedConfig):
     attribute_map = {alias: name for name, alias, *_ in OPTIONS if alias is not None}
 
     def __init__(self, **options):
-        for alias, name in self.attribute_map.items():
-            if alias in options and name in options:
-                raise TypeError(f"{alias!r} and {name!r} are one option: give one of them")
-        words = {}  # names for messages: those that the caller uses
-        if options.keys() & self.attribute_map.keys():
-            words = {n: alias for alias, n in self.attribute_map.items() if n not in options}
-        options = {self.attribute_map.get(name, name): value for name, value in options.items()}
+        given = {}
+        for alias, value in options.items():
+            name = self.attribute_map.get(alias, alias)
+            if name in given:
+                raise TypeError(f"{name!r} has two names, which are one option: give one of them")
+            given[name] = value
+        kind, kinds = given.pop("model_type", "mamba2"), ("mamba2", "mamba2-single-file")
+        _check("model_type", kind, "must be 'mamba2'", lambda kind: kind in kinds)
         for name, default in _DEFAULTS.items():
-            setattr(self, name, options.pop(name, default))
-        common = {name: options.pop(name) for name in options.keys() & _COMMON}
-        if options.get("model_type") == self.model_type:  # of a config.to_dict()
-            del options["model_type"]
-        for name in options:
+            setattr(self, name, given.pop(name, default))
+        for name in given.keys() - _COMMON:
             raise TypeError(f"Mamba2Config has no option {name!r}: see mamba2.OPTIONS")
         if transformers is not None:
-            super().__init__(**common)
+            super().__init__(**given)
             # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
             self.rescale_prenorm_residual = False
             # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
             # model_type and whose weight is accessed there without calling the module. Ours always
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
-        self.validate_architecture(words)
+        self.validate_architecture()
 
-    def validate_architecture(self, words=types.MappingProxyType({})):
+    def validate_architecture(self):
         """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
-
-        transformers calls this by its name, whenever it makes or changes a configuration. words:
-        other names of options, for messages.
-        """
-
-        def name(option):
-            return words.get(option, option)
-
+        transformers calls this by its name, whenever it makes or changes a configuration."""
         if isinstance(self.time_step_limit, list):  # JSON has no tuples
             self.time_step_limit = tuple(self.time_step_limit)
-        for option, _, _, kind, _ in OPTIONS:
-            _check(name(option), getattr(self, option), *kind)
-        p, h, inner = self.head_dim, self.num_heads, round(self.expand * self.hidden_size)
-        rule = f"times {name('hidden_size')}, {self.hidden_size}, must be an integer"
-        whole = math.isclose(inner, self.expand * self.hidden_size)
-        _check(name("expand"), self.expand, rule, lambda _: whole)
-        product = f"expand * {name('hidden_size')} = {inner}"
-        if h is None:
-            sizes = [size for size in range(min(p, inner), 0, -1) if inner % size == 0]
-            sizes = [size for size in sizes if size % 16 == 0] or sizes[:3]
-            rule = f"must divide {product}: choose one of {str(sizes)[1:-1]}"
-            _check(name("head_dim"), p, rule, lambda p: inner % p == 0)
-            self.num_heads = h = inner // p
-        rule = f"times {name('head_dim')}, {p}, must be {product}; leave it out to compute it"
-        _check(name("num_heads"), h, rule, lambda h: COUNT[1](h) and h * p == inner)
-        rule = f"must divide the number of heads, {h}"
-        _check(name("n_groups"), self.n_groups, rule, lambda g: h % g == 0)
-        rule = f"must be at most {name('time_step_max')}, {self.time_step_max}"
-        _check(name("time_step_min"), self.time_step_min, rule, lambda t: t <= self.time_step_max)
+        names = {name: f"{name} ({alias})" if alias else name for name, alias, *_ in OPTIONS}
+        for name, _, _, kind, _ in OPTIONS:
+            _check(names[name], getattr(self, name), *kind)
+        p, inner = self.head_dim, self.expand * self.hidden_size
+        if self.num_heads is None:
+            self.num_heads = round(inner) // p
+        h, g, low, high = self.num_heads, self.n_groups, self.time_step_min, self.time_step_max
+        rule = f"times {names['head_dim']}, {p}, must be expand * {names['hidden_size']} = {inner}"
+        _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
+        _check(names["n_groups"], g, f"must divide the {h} heads", lambda g: h % g == 0)
+        rule = f"must be at most {names['time_step_max']}, {high}"
+        _check(names["time_step_min"], low, rule, lambda low: low <= high)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
@@ -979,16 +938,13 @@ class Mamba2Config(PreTrainedConfig):
         write it too) or in the original one. What is not implemented is a ValueError."""
         options = dict(config_dict)
         if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
-            ssm_cfg = options.pop("ssm_cfg")
-            options = {"layer": "Mamba1", **options, **ssm_cfg, "model_type": None}
-            multiple = options.pop("pad_vocab_size_multiple", 8)
+            ssm_cfg, multiple = options.pop("ssm_cfg"), options.pop("pad_vocab_size_multiple", 8)
+            options = {"layer": "Mamba1", **options, **ssm_cfg}
             options["vocab_size"] += -options["vocab_size"] % multiple
-        kind = options.pop("model_type", None)
-        rule = "must be 'mamba2'"
-        _check("model_type", kind, rule, lambda v: v in (None, "mamba2", "mamba2-single-file"))
+            options.pop("model_type", None)
         if "norm_eps" in options:  # of flash-linear-attention
             options["norm_epsilon"] = options.pop("norm_eps")
-        elif kind:  # transformers has written norm_before_gate = True, but has never read it
+        elif "model_type" in options:  # transformers has written True, but has never read it
             options.pop("norm_before_gate", None)
         for name in options.keys() & _OTHERS.keys():
             value, only = options.pop(name), _OTHERS[name]
@@ -996,7 +952,7 @@ class Mamba2Config(PreTrainedConfig):
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
         if "emb_initializer_range" in options:  # of mamba2-torch, which computes the heads
             options.pop("num_heads", None)
-        elif kind:  # options that are left out have transformers' defaults
+        elif "model_type" in options:  # options that are left out have transformers' defaults
             there = {cls.attribute_map.get(name, name) for name in options}
             theirs = transformers.Mamba2Config().to_dict()
             options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
