@@ -170,8 +170,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
 
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
-    product. Here the recurrence is a loop. A slab is a group of chunks that are computed together:
-    `ssd` takes one slab after another, which bounds the memory.
+    product. Here it is a loop, over slabs of a few chunks, which bounds the memory.
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
@@ -258,7 +257,8 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     _require(sizes, "b l", "integers", seq_idx=seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    number = _sequence_number(seq_idx, k - 1)
+    # Of the packed sequences, (b, k-1+l): the state belongs to the first one.
+    number = None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (k - 1, 0))
     # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     final_state = last_inputs(window, k - 1, l, number)
@@ -282,11 +282,9 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     sizes, axes = {}, x.dim() if isinstance(x, Tensor) else 1
     _require(sizes, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is last, after any others
     _require(sizes, "d", weight=weight)
-    rule = f"must divide the last axis of x, {sizes['d']}"
-    _check("groups", groups, rule, lambda groups: groups > 0 and sizes["d"] % groups == 0)
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
-    x = x.unflatten(-1, (groups, -1))  # (..., g, d / g)
+    x = x.unflatten(-1, (groups, -1))  # (..., g, d / g), an error if g does not divide d
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (x.flatten(-2) * weight).to(weight.dtype if gate is None else gate.dtype)
 
@@ -452,7 +450,9 @@ class Mamba2(nn.Module):
         zxbcdt = self.in_proj(u)
         if layout.slices:
             state = layout.slices.receive(zxbcdt, state or self.initial_state(len(u)))
-        state, result = layout.start(state), None
+        if state is not None and layout.starts is not None:
+            state = state.map(lambda tensor: _erase(tensor, layout.starts))
+        result = None
         if kernels and layout.skipped is None:
             result = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         if result is None:
@@ -481,7 +481,7 @@ class Mamba2(nn.Module):
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=layout.seq_idx)
         if layout.skipped is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            number = _sequence_number(layout.seq_idx, k - 1)
+            number = None if layout.seq_idx is None else F.pad(layout.seq_idx, (k - 1, 0))
             new_conv = last_inputs(window, k - 1, layout.length, number)
 
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
@@ -511,7 +511,8 @@ class Mamba2Block(nn.Module):
 
     def forward(self, h, state=None, layout=None):
         layout = Layout(h) if layout is None else layout
-        if kernels and layout.is_plain:
+        plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
+        if kernels and plain:
             if (fused := kernels.block(self, h, state)) is not None:
                 return fused[0], Mamba2State(*fused[1:])
         y, state = self.mixer(self.norm(h), state, layout=layout, return_state=True)
@@ -534,14 +535,7 @@ class Mamba2Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
-        self,
-        x,
-        cache=None,
-        mask=None,
-        seq_idx=None,
-        group=None,
-        hidden_states=None,
-        keep_cache=True,
+        self, x, cache=None, mask=None, seq_idx=None, group=None, hidden_states=None, use_cache=True
     ):
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
@@ -556,9 +550,9 @@ class Mamba2Backbone(nn.Module):
             if self.gradient_checkpointing and self.training:
                 run = functools.partial(recomputed, block, run)
             h, state = run(h, state)
-            new_states.append(state if keep_cache else None)  # None frees its memory
+            new_states.append(state if use_cache else None)  # None frees its memory
         h = layout.restore(self.norm_f(h))
-        if not keep_cache:
+        if not use_cache:
             return h, None
         # A tensor, because torch.compile would make another graph for each int.
         length = torch.full((), h.shape[1], device=h.device)
@@ -610,13 +604,11 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     log_decay = dt.to(dtype) * A.to(dtype)
     if seq_idx is not None:
         log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
-    if D is not None:
-        D = D.reshape(sizes["h"], -1).to(dtype)
-    if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+    D = None if D is None else D.reshape(sizes["h"], -1).to(dtype)
+    state = x.new_zeros([sizes[a] for a in "bhpn"]) if initial_state is None else initial_state
     if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
-        initial_state = initial_state * log_decay.sum(1).exp()[..., None, None]
-    return log_decay, D, initial_state.to(dtype)
+        state = state * log_decay.sum(1).exp()[..., None, None]
+    return log_decay, D, state.to(dtype)
 
 
 def last_inputs(window, count, length, number):
@@ -629,12 +621,6 @@ def last_inputs(window, count, length, number):
         number = _take(number, index)
         state = _erase(state, number != number[:, -1:])
     return state
-
-
-def _sequence_number(seq_idx, before):
-    """(b, before + l): the number of the packed sequence at each position, 0 for the first one and
-    for the `before` positions in front; None without seq_idx."""
-    return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
 
 
 class Layout:
@@ -655,7 +641,6 @@ class Layout:
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
         _require(sizes, "b", "a mask", reset=reset)
-        self.is_plain = mask is None and seq_idx is None and group is None and reset is None
         self.slices = None if group is None else Slices(group)
         self.starts = None if reset is None else _as_bool(reset)
         self.skipped, self.length, self.seq_idx, self.label = None, x.shape[1], None, label
@@ -669,14 +654,14 @@ class Layout:
     def _find_borders(self, labels):
         """Compare the labels (b, l) with each other, and the first with the last one before it."""
         window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
-        last = _take(window, self.length)[:, 0]  # NO_LABEL if no position of the row counts
-        rank, ranks = 0, [last]
+        lasts = [_take(window, self.length)[:, 0]]  # NO_LABEL if no position of the row counts
         if self.slices:
-            rank, ranks = self.slices.rank, _gathered(last, self.slices.group)
+            lasts = _gathered(lasts[0], self.slices.group)
         seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
-        for last in ranks:
+        for last in lasts:
             seen.append(torch.where(last == NO_LABEL, seen[-1], last))
-        window = torch.cat([seen[rank][:, None], labels], dim=1)
+        before = seen[self.slices.rank if self.slices else 0]
+        window = torch.cat([before[:, None], labels], dim=1)
         borders = (window[:, 1:] != window[:, :-1]) & (window[:, :-1] != NO_LABEL)  # (b, l)
         borders = borders if self.skipped is None else borders & ~self.skipped
         if self.label is not None or self.slices:
@@ -691,12 +676,6 @@ class Layout:
     def restore(self, x):
         """The inverse of `sort`; masked positions are 0."""
         return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
-
-    def start(self, state):
-        """The state before the first position: zeros in rows that begin another sequence."""
-        if state is None or self.starts is None:
-            return state
-        return state.map(lambda tensor: _erase(tensor, self.starts))
 
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
@@ -877,14 +856,15 @@ _OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
 class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
 
-    `OPTIONS` above lists them. Each can be passed, read and set under transformers' name, which is
-    also its name in `config.json`, or under that of the paper's code (without transformers, only
-    passed). Options of all transformers configurations are accepted too; others are a TypeError.
+    `OPTIONS` above lists them. Each can be passed, read and set under both of its names (without
+    transformers, read and set under the first, which is also that in `config.json`). Options of all
+    transformers configurations are accepted too; others are a TypeError.
     """
 
     model_type = "mamba2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {alias: name for name, alias, *_ in OPTIONS if alias is not None}
+    attribute_map["norm_eps"] = "layer_norm_epsilon"  # in flash-linear-attention
 
     def __init__(self, **options):
         given = {}
@@ -893,8 +873,8 @@ class Mamba2Config(PreTrainedConfig):
             if name in given:
                 raise TypeError(f"{name!r} has two names, which are one option: give one of them")
             given[name] = value
-        kind, kinds = given.pop("model_type", "mamba2"), ("mamba2", "mamba2-single-file")
-        _check("model_type", kind, "must be 'mamba2'", lambda kind: kind in kinds)
+        model_type, known = given.pop("model_type", "mamba2"), ("mamba2", "mamba2-single-file")
+        _check("model_type", model_type, "must be 'mamba2'", lambda value: value in known)
         for name, default in _DEFAULTS.items():
             setattr(self, name, given.pop(name, default))
         for name in given.keys() - _COMMON:
@@ -910,22 +890,20 @@ class Mamba2Config(PreTrainedConfig):
         self.validate_architecture()
 
     def validate_architecture(self):
-        """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
-        transformers calls this by its name, whenever it makes or changes a configuration."""
+        """Compute num_heads if it is None, and check all options. transformers calls this by its
+        name, whenever it makes or changes a configuration."""
         if isinstance(self.time_step_limit, list):  # JSON has no tuples
             self.time_step_limit = tuple(self.time_step_limit)
         names = {name: f"{name} ({alias})" if alias else name for name, alias, *_ in OPTIONS}
-        for name, _, _, kind, _ in OPTIONS:
-            _check(names[name], getattr(self, name), *kind)
+        for name, _, _, rule, _ in OPTIONS:
+            _check(names[name], getattr(self, name), *rule)
         p, inner = self.head_dim, self.expand * self.hidden_size
         if self.num_heads is None:
             self.num_heads = round(inner) // p
-        h, g, low, high = self.num_heads, self.n_groups, self.time_step_min, self.time_step_max
+        h = self.num_heads
         rule = f"times {names['head_dim']}, {p}, must be expand * {names['hidden_size']} = {inner}"
         _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
-        _check(names["n_groups"], g, f"must divide the {h} heads", lambda g: h % g == 0)
-        rule = f"must be at most {names['time_step_max']}, {high}"
-        _check(names["time_step_min"], low, rule, lambda low: low <= high)
+        _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
@@ -942,10 +920,8 @@ class Mamba2Config(PreTrainedConfig):
             options = {"layer": "Mamba1", **options, **ssm_cfg}
             options["vocab_size"] += -options["vocab_size"] % multiple
             options.pop("model_type", None)
-        if "norm_eps" in options:  # of flash-linear-attention
-            options["norm_epsilon"] = options.pop("norm_eps")
-        elif "model_type" in options:  # transformers has written True, but has never read it
-            options.pop("norm_before_gate", None)
+        if "model_type" in options and "norm_eps" not in options:
+            options.pop("norm_before_gate", None)  # transformers has written, but never read it
         for name in options.keys() & _OTHERS.keys():
             value, only = options.pop(name), _OTHERS[name]
             if value != only and (value or only):  # None means False, 0 or []
