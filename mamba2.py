@@ -445,7 +445,7 @@ class Mamba2(nn.Module):
         _require({"d": self.config.hidden_size}, "b l d", u=u)
         called_by_model = layout is not None
         if not called_by_model:
-            layout = Layout(u, mask, seq_idx, group, reset=reset)
+            layout = Layout.of(u, mask, seq_idx, group, reset=reset)
             u = layout.sort(u)
         zxbcdt = self.in_proj(u)
         if layout.slices:
@@ -510,7 +510,7 @@ class Mamba2Block(nn.Module):
         self.mixer = Mamba2(config, depth=config.num_hidden_layers)
 
     def forward(self, h, state=None, layout=None):
-        layout = Layout(h) if layout is None else layout
+        layout = Layout(h.shape[1]) if layout is None else layout
         plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
         if kernels and plain:
             if (fused := kernels.block(self, h, state)) is not None:
@@ -530,7 +530,6 @@ class Mamba2Backbone(nn.Module):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
@@ -541,7 +540,7 @@ class Mamba2Backbone(nn.Module):
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
-        layout = Layout(h, mask, seq_idx, group, label=cache.seq_idx)
+        layout = Layout.of(h, mask, seq_idx, group, label=cache.seq_idx)
         h, states, new_states = layout.sort(h), cache.states or [None] * len(self.layers), []
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
@@ -570,6 +569,7 @@ class Mamba2LM(nn.Module):
         super().__init__()
         self.backbone = Mamba2Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.backbone.embeddings.weight, std=config.initializer_range)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
@@ -623,35 +623,39 @@ def last_inputs(window, count, length, number):
     return state
 
 
-class Layout:
+class Layout(NamedTuple):
     """Which positions count, and where sequences begin: worked out once, for all layers.
 
     Masked positions go to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so the
     convolution meets only positions that count, and SSD skips the others with dt = 0.
-
-        skipped   (b, l) bool, after sorting: positions that do not count; None without a mask
-        length    how many positions count: (b, 1); l without a mask
-        seq_idx   (b, l), after sorting: the number of the packed sequence; None without labels
-        starts    (b) bool: rows whose first position begins another sequence than the state's
-        label     (b): the last label until now, of all slices; NO_LABEL in rows without one
     """
 
-    def __init__(self, x, mask=None, seq_idx=None, group=None, label=None, reset=None):
+    length: Tensor | int  # how many positions of a row count: (b, 1), or l without a mask
+    skipped: Tensor | None = None  # (b, l) bool, after sorting: the positions that do not count
+    source: Tensor | None = None  # (b, l), where sorted positions come from
+    place: Tensor | None = None  # (b, l), where they return to
+    seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
+    starts: Tensor | None = None  # (b) bool: the first position begins another sequence
+    label: Tensor | None = None  # (b), the last label until now, of all slices, or NO_LABEL
+    slices: Slices | None = None
+
+    @classmethod
+    def of(cls, x, mask=None, seq_idx=None, group=None, label=None, reset=None):
+        """The layout of x (b, l, ...), after positions of which the last one had this label."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
         _require(sizes, "b", "a mask", reset=reset)
-        self.slices = None if group is None else Slices(group)
-        self.starts = None if reset is None else _as_bool(reset)
-        self.skipped, self.length, self.seq_idx, self.label = None, x.shape[1], None, label
+        starts = None if reset is None else _as_bool(reset)
+        slices = None if group is None else Slices(group)
+        layout = cls(x.shape[1], starts=starts, label=label, slices=slices)
         if mask is not None:
-            self.skipped, self.index = (~_as_bool(mask)).sort(dim=1, stable=True)
-            self.place = self.index.argsort(dim=1)  # where the positions index come from, and go
-            self.length = (~self.skipped).sum(1, keepdim=True)
-        if seq_idx is not None:
-            self._find_borders(self.sort(seq_idx.long()))
+            skipped, source = (~_as_bool(mask)).sort(dim=1, stable=True)
+            length = (~skipped).sum(1, keepdim=True)
+            layout = cls(length, skipped, source, source.argsort(dim=1), None, *layout[5:])
+        return layout if seq_idx is None else layout._with_labels(layout.sort(seq_idx.long()))
 
-    def _find_borders(self, labels):
+    def _with_labels(self, labels):
         """Compare the labels (b, l) with each other, and the first with the last one before it."""
         window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
         lasts = [_take(window, self.length)[:, 0]]  # NO_LABEL if no position of the row counts
@@ -664,14 +668,15 @@ class Layout:
         window = torch.cat([before[:, None], labels], dim=1)
         borders = (window[:, 1:] != window[:, :-1]) & (window[:, :-1] != NO_LABEL)  # (b, l)
         borders = borders if self.skipped is None else borders & ~self.skipped
+        starts = self.starts
         if self.label is not None or self.slices:
-            starts = borders[:, :1].any(1)
-            self.starts = starts if self.starts is None else starts | self.starts
-        self.seq_idx, self.label = borders.cumsum(1), seen[-1]
+            first = borders[:, :1].any(1)
+            starts = first if starts is None else first | starts
+        return self._replace(seq_idx=borders.cumsum(1), starts=starts, label=seen[-1])
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
-        return x if self.skipped is None else _erase(_take(x, self.index), self.skipped)
+        return x if self.skipped is None else _erase(_take(x, self.source), self.skipped)
 
     def restore(self, x):
         """The inverse of `sort`; masked positions are 0."""
@@ -1479,8 +1484,8 @@ def next_tokens(labels, mask=None, seq_idx=None, group=None, length=0):
     if group is not None:
         return _next_tokens_of_slices(labels, mask, seq_idx, length, group)
     if mask is not None:
-        layout, labels = Layout(labels, mask, seq_idx), labels.masked_fill(~mask, -100)
-        targets = next_tokens(_take(labels, layout.index), seq_idx=layout.seq_idx)
+        layout, labels = Layout.of(labels, mask, seq_idx), labels.masked_fill(~mask, -100)
+        targets = next_tokens(_take(labels, layout.source), seq_idx=layout.seq_idx)
         return _take(targets, layout.place).masked_fill(~mask, -100)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
     if seq_idx is not None:
