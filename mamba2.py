@@ -669,9 +669,8 @@ class Layout(NamedTuple):
         borders = (window[:, 1:] != window[:, :-1]) & (window[:, :-1] != NO_LABEL)  # (b, l)
         borders = borders if self.skipped is None else borders & ~self.skipped
         starts = self.starts
-        if self.label is not None or self.slices:
-            first = borders[:, :1].any(1)
-            starts = first if starts is None else first | starts
+        if self.label is not None or self.slices:  # else nothing was before
+            starts = borders[:, :1].any(1) if starts is None else borders[:, :1].any(1) | starts
         return self._replace(seq_idx=borders.cumsum(1), starts=starts, label=seen[-1])
 
     def sort(self, x):
@@ -690,11 +689,8 @@ def _erase(x: Tensor, where: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model after some tokens: immutable, and of constant size.
-
-    A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
-    continue the same prompt in another way. torch.save and torch.load keep it in a file.
-    """
+    """The state of a whole model after some tokens: immutable, and of constant size. A forward pass
+    takes one as `cache` and returns a new one. torch.save and torch.load keep it in a file."""
 
     states: tuple[Mamba2State, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
@@ -939,9 +935,9 @@ class Mamba2Config(PreTrainedConfig):
             options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
         # What else is in the file is kept as an attribute, and means nothing here.
         names = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
-        others = {name: options.pop(name) for name in names}
+        extra = {name: options.pop(name) for name in names}
         config = super().from_dict(options, **kwargs)
-        vars(config[0] if isinstance(config, tuple) else config).update(others)
+        vars(config[0] if isinstance(config, tuple) else config).update(extra)
         return config
 
 
