@@ -635,13 +635,13 @@ class Layout(NamedTuple):
     source: Tensor | None = None  # (b, l), where sorted positions come from
     place: Tensor | None = None  # (b, l), where they return to
     seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
-    starts: Tensor | None = None  # (b) bool: the first position begins another sequence
+    starts: Tensor | None = None  # (b) bool: another sequence than the state's begins
     label: Tensor | None = None  # (b), the last label until now, of all slices, or NO_LABEL
     slices: Slices | None = None
 
     @classmethod
     def of(cls, x, mask=None, seq_idx=None, group=None, label=None, reset=None):
-        """The layout of x (b, l, ...), after positions of which the last one had this label."""
+        """Checked, from arguments of `Mamba2.step`. label (b): of the last position before x."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
@@ -651,8 +651,8 @@ class Layout(NamedTuple):
         layout = cls(x.shape[1], starts=starts, label=label, slices=slices)
         if mask is not None:
             skipped, source = (~_as_bool(mask)).sort(dim=1, stable=True)
-            length = (~skipped).sum(1, keepdim=True)
-            layout = cls(length, skipped, source, source.argsort(dim=1), None, *layout[5:])
+            sorting = dict(skipped=skipped, source=source, place=source.argsort(dim=1))
+            layout = layout._replace(length=(~skipped).sum(1, keepdim=True), **sorting)
         return layout if seq_idx is None else layout._with_labels(layout.sort(seq_idx.long()))
 
     def _with_labels(self, labels):
