@@ -43,8 +43,7 @@ import functools
 import importlib.util
 import math
 import sys
-import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,8 +170,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
 
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
-    product. Here the recurrence is a loop. A slab is a group of chunks that are computed together:
-    `ssd` takes one slab after another, which bounds the memory.
+    product. Here it is a loop, over slabs of a few chunks, which bounds the memory.
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
@@ -259,10 +257,11 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     _require(sizes, "b l", "integers", seq_idx=seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    number = _sequence_number(seq_idx, k - 1)
+    # Of the packed sequences, (b, k-1+l): the state belongs to the first one.
+    number = None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (k - 1, 0))
     # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    final_state = last_inputs(window, k - 1, None, number)
+    final_state = last_inputs(window, k - 1, l, number)
     dtype = _at_least_float32(x.dtype)
     window, weight = window.to(dtype), weight.to(dtype)
     y = weight.new_zeros(d) if bias is None else bias.to(dtype)
@@ -284,11 +283,9 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     sizes, axes = {}, x.dim() if isinstance(x, Tensor) else 1
     _require(sizes, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is last, after any others
     _require(sizes, "d", weight=weight)
-    rule = f"must divide the last axis of x, {sizes['d']}"
-    _check("groups", groups, rule, lambda groups: groups > 0 and sizes["d"] % groups == 0)
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
-    x = x.unflatten(-1, (groups, -1))  # (..., g, d / g)
+    x = x.unflatten(-1, (groups, -1))  # (..., g, d / g), an error if g does not divide d
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return (x.flatten(-2) * weight).to(weight.dtype if gate is None else gate.dtype)
 
@@ -367,15 +364,15 @@ class Mamba2(nn.Module):
     Initialisation is the original's; parameters have the names and shapes of published checkpoints.
     """
 
-    def __init__(self, d_model=None, *, layer_idx=None, device=None, dtype=None, **options):
+    def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
         super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
         if not isinstance(config, Mamba2Config):
-            config = Mamba2Config(**options, **({} if d_model is None else {"d_model": d_model}))
+            config = Mamba2Config(d_model=d_model, **options)
         elif options:
             raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
-        self.config = config
+        self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
         h, p, g, n = self.sizes
         self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
@@ -388,12 +385,12 @@ class Mamba2(nn.Module):
         self.to(device, dtype)
 
     @torch.no_grad()
-    def reset_parameters(self, depth: int = 1):
+    def reset_parameters(self):
         """Draw new weights as the original does, for a model of `depth` layers: projections and
         convolution uniform in +-1/sqrt(fan_in), out_proj divided by sqrt(depth)."""
         config = self.config
         weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
-        weights += [(self.out_proj.weight, self.widths[0] * depth)]
+        weights += [(self.out_proj.weight, self.widths[0] * self.depth)]
         weights += [(weight, config.conv_kernel) for weight in self.conv1d.parameters()]
         for weight, fan_in in weights:
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
@@ -444,60 +441,58 @@ class Mamba2(nn.Module):
         group=None,
         *,
         reset=None,
-        lengths=None,
+        layout=None,
         return_state=False,
     ):
-        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. Instead
-        of a mask, lengths (b) tell how many positions at the beginning of each row count."""
-        sizes = {"d": self.config.hidden_size}
-        _require(sizes, "b l d", u=u)
-        _require(sizes, "b l", "integers", seq_idx=seq_idx)
-        _require(sizes, "b", "a mask", reset=reset)
-        order = Order.of(mask, sizes)
-        if order is not None:  # masked positions go to the end, where dt = 0 keeps the state
-            u, seq_idx, lengths = order.sort(u), order.sort_labels(seq_idx), order.lengths
+        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. A model
+        passes the Layout of mask, seq_idx and group, one for all layers, and u sorted by it."""
+        _require({"d": self.config.hidden_size}, "b l d", u=u)
+        called_by_model = layout is not None
+        if not called_by_model:
+            layout = Layout.of(u, mask, seq_idx, group, reset=reset)
+            u = layout.sort(u)
         zxbcdt = self.in_proj(u)
-        if group is not None:
-            slices = Slices.of(group, None, seq_idx, lengths)
-            state = slices.receive(zxbcdt, state or self.initial_state(len(u)))
-        if reset is not None and state is not None:
-            state = _begin(state, _as_bool(reset))
+        if layout.slices:
+            state = layout.slices.receive(zxbcdt, state or self.initial_state(len(u)))
+        if state is not None and layout.starts is not None:
+            state = state.map(lambda tensor: _erase(tensor, layout.starts))
         result = None
-        if kernels and lengths is None:
-            result = kernels.layer(self, zxbcdt, state, seq_idx)
+        if kernels and layout.skipped is None:
+            result = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         if result is None:
-            result = self._convolve_and_scan(zxbcdt, state, lengths, seq_idx)
-        if group is not None:
-            result = slices.send(*result)
+            result = self._convolve_and_scan(zxbcdt, state, layout)
+        if layout.slices:
+            result = layout.slices.send(*result)
         y, conv, ssm = result
         y = self.out_proj(y)  # (b, l, d)
-        if order is not None:
-            y = order.restore(y)
+        if not called_by_model:
+            y = layout.restore(y)
         return (y, Mamba2State(conv, ssm)) if return_state else y
 
-    def _convolve_and_scan(self, zxbcdt, state, lengths, seq_idx):
+    def _convolve_and_scan(self, zxbcdt, state, layout):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
         (h, p, g, n), k = self.sizes, self.config.conv_kernel
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
-        if lengths is not None:  # at dt = 0 the state does not change
-            dt = _clear(dt, lengths)  # (b, l, h)
+        if layout.skipped is not None:  # at dt = 0 the state does not change
+            dt = _erase(dt, layout.skipped)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
         if state is None:
             state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
         conv, ssm = state
-        convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=seq_idx)
-        if lengths is not None:  # new_conv has the masked positions at the end
+        convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=layout.seq_idx)
+        if layout.skipped is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            new_conv = last_inputs(window, k - 1, lengths, _sequence_number(seq_idx, k - 1))
+            number = None if layout.seq_idx is None else F.pad(layout.seq_idx, (k - 1, 0))
+            new_conv = last_inputs(window, k - 1, layout.length, number)
 
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
         B, C = (t.unflatten(2, (g, n)) for t in (B, C))  # (b, l, g, n)
         # Differs: published configs say 256, for the original's kernels; plain PyTorch prefers 64.
-        options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=seq_idx)
+        options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=layout.seq_idx)
         y, new_ssm = ssd(x, dt, A, B, C, self.D, initial_state=ssm, **options)
         new_ssm = new_ssm if ssm is None else new_ssm.to(ssm.dtype)
         y = y.flatten(2)  # (b, l, h p)
@@ -511,19 +506,20 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + mixer(norm(h)); h (b, l, d). Arguments are those of `Mamba2`."""
+    """A residual block: h + mixer(norm(h)); h (b, l, d). See `Mamba2.forward`."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = Mamba2(config)
+        self.mixer = Mamba2(config, depth=config.num_hidden_layers)
 
-    def forward(self, h, state=None, mask=None, seq_idx=None, group=None, lengths=None):
-        if kernels and mask is None and lengths is None and group is None:
+    def forward(self, h, state=None, layout=None):
+        layout = Layout(h.shape[1]) if layout is None else layout
+        plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
+        if kernels and plain:
             if (fused := kernels.block(self, h, state)) is not None:
                 return fused[0], Mamba2State(*fused[1:])
-        options = dict(lengths=lengths, return_state=True)
-        y, state = self.mixer(self.norm(h), state, mask, seq_idx, group, **options)
+        y, state = self.mixer(self.norm(h), state, layout=layout, return_state=True)
         return h + y, state
 
 
@@ -542,47 +538,31 @@ class Mamba2Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
-        self,
-        x,
-        cache=None,
-        mask=None,
-        seq_idx=None,
-        group=None,
-        hidden_states=None,
-        keep_cache=True,
+        self, x, cache=None, mask=None, seq_idx=None, group=None, hidden_states=None, use_cache=True
     ):
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
-        order, lengths = Order.of(mask, dict(b=h.shape[0], l=h.shape[1])), None
-        if order is not None:  # once for all layers
-            h, seq_idx, lengths = order.sort(h), order.sort_labels(seq_idx), order.lengths
         cache = Mamba2Cache(()) if cache is None else cache
-        states, new_states = cache.states or [None] * len(self.layers), []
-        label, slices = cache.seq_idx, None
-        if group is not None:
-            slices = Slices(group, label, seq_idx, lengths)
-            label = slices.label
-        elif seq_idx is not None:
-            begins, label = follow_labels(label, seq_idx, lengths)
-            states = [state and _begin(state, begins) for state in states]
-        checkpoints = self.gradient_checkpointing and self.training
+        layout = Layout.of(h, mask, seq_idx, group, label=cache.seq_idx)
+        h, states, new_states = layout.sort(h), cache.states or [None] * len(self.layers), []
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
-                hidden_states.append(h if order is None else order.restore(h))
-            run = functools.partial(recomputed, block, block) if checkpoints else block
-            h, state = run(h, state, None, seq_idx, slices, lengths)
-            new_states.append(state if keep_cache else None)  # None frees its memory
-        h = self.norm_f(h)
-        h = h if order is None else order.restore(h)
-        if not keep_cache:
+                hidden_states.append(layout.restore(h))
+            run = functools.partial(block, layout=layout)
+            if self.gradient_checkpointing and self.training:
+                run = functools.partial(recomputed, block, run)
+            h, state = run(h, state)
+            new_states.append(state if use_cache else None)  # None frees its memory
+        h = layout.restore(self.norm_f(h))
+        if not use_cache:
             return h, None
         # A tensor, because torch.compile would make another graph for each int.
         length = torch.full((), h.shape[1], device=h.device)
         if group is not None:
             dist.all_reduce(length, group=group)
-            new_states = slices.last(new_states)
-        return h, Mamba2Cache(tuple(new_states), cache.length + length, label)
+            new_states = layout.slices.last(new_states)
+        return h, Mamba2Cache(tuple(new_states), cache.length + length, layout.label)
 
 
 class Mamba2LM(nn.Module):
@@ -594,8 +574,6 @@ class Mamba2LM(nn.Module):
         self.backbone = Mamba2Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.backbone.embeddings.weight, std=config.initializer_range)
-        for block in self.backbone.layers:
-            block.mixer.reset_parameters(depth=config.num_hidden_layers)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
@@ -623,91 +601,100 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     _require(sizes, "b l g n", B=B, C=C)
     rule = f"groups of B and C, must divide the {sizes['h']} heads of x"
     _check("g", sizes["g"], rule, lambda g: g > 0 and sizes["h"] % g == 0)
-    _require(sizes, "h p" if isinstance(D, Tensor) and D.dim() == 2 else "h", D=D)
+    _require(sizes, "h p" if getattr(D, "ndim", 1) == 2 else "h", D=D)
     _require(sizes, "b h p n", initial_state=initial_state)
     _require(sizes, "b l", "integers", seq_idx=seq_idx)
     dtype = _at_least_float32(x.dtype)
     log_decay = dt.to(dtype) * A.to(dtype)
     if seq_idx is not None:
         log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
-    if D is not None:
-        D = (D if D.dim() == 2 else D[:, None]).to(dtype)
-    if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+    D = None if D is None else D.reshape(sizes["h"], -1).to(dtype)
+    state = x.new_zeros([sizes[a] for a in "bhpn"]) if initial_state is None else initial_state
     if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
-        initial_state = initial_state * log_decay.sum(1).exp()[..., None, None]
-    return log_decay, D, initial_state.to(dtype)
+        state = state * log_decay.sum(1).exp()[..., None, None]
+    return log_decay, D, state.to(dtype)
 
 
-def last_inputs(window, count, lengths=None, number=None):
-    """The convolution's state (b, k-1, d): the last `count` = k-1 inputs of a window (b, k-1+l, d).
-    Only the first `lengths` (b) of a row's l inputs are real. Inputs become zero if the `number` of
-    their sequence is not that of the last one."""
-    start = window.shape[1] - count if lengths is None else lengths[:, None]
-    index = start + torch.arange(count, device=window.device)
-    index = index.expand(window.shape[0], -1)  # (b, k-1)
+def last_inputs(window, count, length, number):
+    """The convolution's state (b, k-1, d): of a window (b, k-1+l, d), the `count` = k-1 inputs
+    before the position length + k-1; length is one for all rows, or (b, 1). Inputs become zero if
+    the `number` of their sequence, (b, k-1+l) or None, is not that of the last one."""
+    index = length + torch.arange(count, device=window.device)  # (k-1) or (b, k-1)
     state = _take(window, index)  # a copy, which does not keep the whole window alive
     if number is not None:
-        number = number.gather(1, index)
-        state = state.masked_fill((number != number[:, -1:])[..., None], 0)
+        number = _take(number, index)
+        state = _erase(state, number != number[:, -1:])
     return state
 
 
-def _sequence_number(seq_idx, before):
-    """(b, before + l): the number of the packed sequence at each position, 0 for the first one and
-    for the `before` positions in front; None without seq_idx."""
-    return None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (before, 0))
+class Layout(NamedTuple):
+    """Which positions count, and where sequences begin: worked out once, for all layers.
 
+    Masked positions go to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so the
+    convolution meets only positions that count, and SSD skips the others with dt = 0.
+    """
 
-class Order:
-    """Masked positions moved to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so
-    the convolution meets only inputs that count, and SSD passes over the rest with dt = 0."""
-
-    def __init__(self, mask: Tensor):  # (b, l) bool
-        self.lengths = mask.sum(1)  # (b)
-        self.index = (~mask).sort(dim=1, stable=True).indices  # (b, l), where they come from
-        self.place = self.index.argsort(dim=1)  # (b, l), where they go
+    length: Tensor | int  # how many positions of a row count: (b, 1), or l without a mask
+    skipped: Tensor | None = None  # (b, l) bool, after sorting: the positions that do not count
+    source: Tensor | None = None  # (b, l), where sorted positions come from
+    place: Tensor | None = None  # (b, l), where they return to
+    seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
+    starts: Tensor | None = None  # (b) bool: another sequence than the state's begins
+    label: Tensor | None = None  # (b), the last label until now, of all slices, or NO_LABEL
+    slices: Slices | None = None
 
     @classmethod
-    def of(cls, mask, sizes):
-        """The order of a mask (b, l), bool or 0/1; None without one."""
+    def of(cls, x, mask=None, seq_idx=None, group=None, label=None, reset=None):
+        """Checked, from arguments of `Mamba2.step`. label (b): of the last position before x."""
+        sizes = dict(b=x.shape[0], l=x.shape[1])
+        _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
-        return None if mask is None else cls(_as_bool(mask))
+        _require(sizes, "b", "a mask", reset=reset)
+        starts = None if reset is None else _as_bool(reset)
+        slices = None if group is None else Slices(group)
+        layout = cls(x.shape[1], starts=starts, label=label, slices=slices)
+        if mask is not None:
+            skipped, source = (~_as_bool(mask)).sort(dim=1, stable=True)
+            sorting = dict(skipped=skipped, source=source, place=source.argsort(dim=1))
+            layout = layout._replace(length=(~skipped).sum(1, keepdim=True), **sorting)
+        return layout if seq_idx is None else layout._with_labels(layout.sort(seq_idx.long()))
+
+    def _with_labels(self, labels):
+        """Compare the labels (b, l) with each other, and the first with the last one before it."""
+        window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
+        lasts = [_take(window, self.length)[:, 0]]  # NO_LABEL if no position of the row counts
+        if self.slices:
+            lasts = _gathered(lasts[0], self.slices.group)
+        seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
+        for last in lasts:
+            seen.append(torch.where(last == NO_LABEL, seen[-1], last))
+        before = seen[self.slices.rank if self.slices else 0]
+        window = torch.cat([before[:, None], labels], dim=1)
+        borders = (window[:, 1:] != window[:, :-1]) & (window[:, :-1] != NO_LABEL)  # (b, l)
+        borders = borders if self.skipped is None else borders & ~self.skipped
+        starts = self.starts
+        if self.label is not None or self.slices:  # else nothing was before
+            starts = borders[:, :1].any(1) if starts is None else borders[:, :1].any(1) | starts
+        return self._replace(seq_idx=borders.cumsum(1), starts=starts, label=seen[-1])
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
-        return _clear(_take(x, self.index), self.lengths)
+        return x if self.skipped is None else _erase(_take(x, self.source), self.skipped)
 
     def restore(self, x):
         """The inverse of `sort`; masked positions are 0."""
-        return _take(_clear(x, self.lengths), self.place)
-
-    def sort_labels(self, seq_idx):
-        """(b, l) sorted; masked positions get the label of the last one that is not masked."""
-        if seq_idx is None or seq_idx.shape[1] == 0:
-            return seq_idx
-        labels = _take(seq_idx.long(), self.index)
-        last = labels.gather(1, (self.lengths - 1).clamp(min=0)[:, None])  # (b, 1)
-        return torch.where(_skipped(labels, self.lengths), last, labels)
+        return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
 
 
-def _skipped(x: Tensor, lengths: Tensor) -> Tensor:
-    """(b, l) bool: positions of x (b, l, ...) from `lengths` (b) on."""
-    return torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-
-
-def _clear(x: Tensor, lengths: Tensor) -> Tensor:
-    """x (b, l, ...) with 0 at positions from `lengths` (b) on."""
-    return x.masked_fill(_skipped(x, lengths)[(..., *[None] * (x.dim() - 2))], 0)
+def _erase(x: Tensor, where: Tensor) -> Tensor:
+    """x with 0 where the bool tensor is True, which has x's first axes."""
+    return x.masked_fill(where[(..., *[None] * (x.dim() - where.dim()))], 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model after some tokens: immutable, and of constant size.
-
-    A forward pass takes one as `cache` and returns a new one; the old one can be used again, to
-    continue the same prompt in another way. torch.save and torch.load keep it in a file.
-    """
+    """The state of a whole model after some tokens: immutable, and of constant size. A forward pass
+    takes one as `cache` and returns a new one. torch.save and torch.load keep it in a file."""
 
     states: tuple[Mamba2State, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
@@ -721,12 +708,10 @@ class Mamba2Cache:
         layers = zip(self.states, *(cache.states for cache in others), strict=True)
         states = tuple(state.map(function, *layer) for state, *layer in layers)
         labels = [cache.seq_idx for cache in (self, *others)]
-        label = None if self.seq_idx is None else function(*labels)
+        label = function(*labels) if any(t is not None for t in labels) else None
         return Mamba2Cache(states, self.length, label)
 
-    def select(self, rows) -> Mamba2Cache:
-        """Rows of the batch in a new order: integers, or a bool mask."""
-        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
+    select, detach = Mamba2State.select, Mamba2State.detach
 
     def repeat(self, times: int) -> Mamba2Cache:
         """Each row `times` times, one after another: (b) becomes (b times). This forks a prompt."""
@@ -734,58 +719,21 @@ class Mamba2Cache:
 
     @staticmethod
     def cat(caches) -> Mamba2Cache:
-        """One batch of the rows of several caches, whose prompts may have different lengths.
-
-        Its length is the longest one: a later call with whole sequences must pad them to it, on the
-        left.
-        """
+        """One batch of the rows of several caches. Its length is the longest one: a later call with
+        whole sequences must pad them to it, on the left."""
         first, *others = caches = [*caches]
-        if len({cache.seq_idx is None for cache in caches}) > 1:
-            raise ValueError("some caches have a seq_idx and some have none: make it all or none")
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
-        length = max(cache.get_seq_length() for cache in caches)
-        return Mamba2Cache(joined.states, length, joined.seq_idx)
-
-    def detach(self) -> Mamba2Cache:
-        """The cache without its history of gradients."""
-        return self.map(Tensor.detach)
+        return replace(joined, length=max(cache.get_seq_length() for cache in caches))
 
     def to(self, *args, **kwargs) -> Mamba2Cache:
         """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
-        others, device = (self.length, self.seq_idx), states[0].ssm.device
-        return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in others))
+        rest, device = (self.length, self.seq_idx), states[0].ssm.device
+        return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in rest))
 
 
 NO_LABEL = torch.iinfo(torch.int64).min  # the label of a row in which all positions are masked
 torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load accepts them
-
-
-def follow_labels(label, seq_idx, lengths, group=None):
-    """Return two tensors (b): whether the first label of a row is another than the last one before
-    it, and the last label of the row.
-
-    label: (b), the last label before, or None; seq_idx: (b, l), the labels of the next positions,
-    of which the first `lengths` (b), or all of them, count. With a group, "before" includes the
-    slices of lower ranks, and the last label is that of all slices.
-    """
-    seq_idx = seq_idx.long()
-    if lengths is not None:
-        seq_idx = seq_idx.masked_fill((lengths == 0)[:, None], NO_LABEL)
-    # The first and the last label, (b, 2); NO_LABEL, which is at the end, if l = 0.
-    ends = F.pad(seq_idx, (0, 1), value=NO_LABEL)[:, [0, seq_idx.shape[1] - 1]]
-    label = torch.full_like(ends[:, 0], NO_LABEL) if label is None else label
-    ranks, rank = ([ends], 0) if group is None else (_gathered(ends, group), dist.get_rank(group))
-    for i, (first, last) in enumerate(ends.T for ends in ranks):
-        if i == rank:
-            begins = (label != NO_LABEL) & (first != NO_LABEL) & (first != label)
-        label = torch.where(last == NO_LABEL, label, last)
-    return begins, label
-
-
-def _begin(state: Mamba2State, rows: Tensor) -> Mamba2State:
-    """The state with zeros in these rows (b)."""
-    return state.map(lambda t: t.masked_fill(rows.view(-1, *[1] * (t.dim() - 1)), 0))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -811,10 +759,7 @@ def _as_bool(mask: Tensor) -> Tensor:
     """The mask as bool; a float one must not be one that is added to attention scores."""
     if mask.is_floating_point() and _readable(mask) and mask.numel() > 0:
         if not ((mask == 0) | (mask == 1)).all() or not mask.any():
-            raise ValueError(
-                "a float mask must hold 0 and 1, and some 1: pass additive_mask == 0 for an "
-                "additive one, or a bool mask if all is masked"
-            )
+            raise ValueError("a float mask must hold 0 and 1: pass mask == 0 if it is additive")
     return mask.bool()
 
 
@@ -901,11 +846,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
-_COMMON = {n for n in dir(PreTrainedConfig) if not callable(getattr(PreTrainedConfig, n))}
-_COMMON = {name for name in _COMMON if not name.startswith("__")}
+_COMMON = {name for name in dir(PreTrainedConfig) if not name.startswith("__")}
 _COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
 _COMMON |= {"time_step_rank", "_name_or_path"}
-_COMMON -= {"model_type", "attribute_map"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "norm_before_gate": False, "D_has_hdim": False}
 _OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
@@ -915,71 +858,61 @@ _OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
 class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
 
-    `OPTIONS` above lists them. Each can be passed, read and set under transformers' name, which is
-    also its name in `config.json`, or under that of the paper's code (without transformers, only
-    passed). Options of all transformers configurations are accepted too; others are a TypeError.
+    `OPTIONS` above lists them. Each can be passed, read and set under both of its names (without
+    transformers, read and set under the first, which is also that in `config.json`). Options of all
+    transformers configurations are accepted too; others are a TypeError.
     """
 
     model_type = "mamba2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {alias: name for name, alias, *_ in OPTIONS if alias is not None}
+    attribute_map["norm_eps"] = "layer_norm_epsilon"  # in flash-linear-attention
 
     def __init__(self, **options):
-        for alias, name in self.attribute_map.items():
-            if alias in options and name in options:
-                raise TypeError(f"{alias!r} and {name!r} are one option: give one of them")
-        words = {}  # names for messages: those that the caller uses
-        if options.keys() & self.attribute_map.keys():
-            words = {n: alias for alias, n in self.attribute_map.items() if n not in options}
-        options = {self.attribute_map.get(name, name): value for name, value in options.items()}
+        given = {}
+        for alias, value in options.items():
+            name = self.attribute_map.get(alias, alias)
+            if name in given:
+                raise TypeError(f"{name!r} has two names, which are one option: give one of them")
+            given[name] = value
+        model_type, known = given.pop("model_type", "mamba2"), ("mamba2", "mamba2-single-file")
+        _check("model_type", model_type, "must be 'mamba2'", lambda value: value in known)
         for name, default in _DEFAULTS.items():
-            setattr(self, name, options.pop(name, default))
-        common = {name: options.pop(name) for name in options.keys() & _COMMON}
-        if options.get("model_type") == self.model_type:  # of a config.to_dict()
-            del options["model_type"]
-        for name in options:
+            setattr(self, name, given.pop(name, default))
+        for name in given.keys() - _COMMON:
             raise TypeError(f"Mamba2Config has no option {name!r}: see mamba2.OPTIONS")
         if transformers is not None:
-            super().__init__(**common)
+            super().__init__(**given)
             # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
             self.rescale_prenorm_residual = False
             # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
             # model_type and whose weight is accessed there without calling the module. Ours always
             # calls it. What is saved is the class's own model_type, "mamba2".
             self.model_type = "mamba2-single-file"
-        self.validate_architecture(words)
+        self.validate_architecture()
 
-    def validate_architecture(self, words=types.MappingProxyType({})):
-        """Compute num_heads if it is None; raise a ValueError unless the sizes make a Mamba-2.
-
-        transformers calls this by its name, whenever it makes or changes a configuration. words:
-        other names of options, for messages.
-        """
-
-        def name(option):
-            return words.get(option, option)
-
+    def validate_architecture(self):
+        """Compute num_heads if it is None, and check all options. transformers calls this by its
+        name, whenever it makes or changes a configuration."""
         if isinstance(self.time_step_limit, list):  # JSON has no tuples
             self.time_step_limit = tuple(self.time_step_limit)
-        for option, _, _, kind, _ in OPTIONS:
-            _check(name(option), getattr(self, option), *kind)
-        p, h, inner = self.head_dim, self.num_heads, round(self.expand * self.hidden_size)
-        rule = f"times {name('hidden_size')}, {self.hidden_size}, must be an integer"
-        whole = math.isclose(inner, self.expand * self.hidden_size)
-        _check(name("expand"), self.expand, rule, lambda _: whole)
-        product = f"expand * {name('hidden_size')} = {inner}"
-        if h is None:
-            sizes = [size for size in range(min(p, inner), 0, -1) if inner % size == 0]
+        names = {name: f"{name} ({alias})" if alias else name for name, alias, *_ in OPTIONS}
+        for name, _, _, rule, _ in OPTIONS:
+            _check(names[name], getattr(self, name), *rule)
+        p, inner = self.head_dim, self.expand * self.hidden_size
+        inner = round(inner) if math.isclose(inner, round(inner)) else inner
+        product = f"expand * {names['hidden_size']} = {inner}"
+        if self.num_heads is None:
+            sizes = [size for size in range(p, 0, -1) if inner % size == 0]
             sizes = [size for size in sizes if size % 16 == 0] or sizes[:3]
-            rule = f"must divide {product}: choose one of {str(sizes)[1:-1]}"
-            _check(name("head_dim"), p, rule, lambda p: inner % p == 0)
-            self.num_heads = h = inner // p
-        rule = f"times {name('head_dim')}, {p}, must be {product}; leave it out to compute it"
-        _check(name("num_heads"), h, rule, lambda h: COUNT[1](h) and h * p == inner)
-        rule = f"must divide the number of heads, {h}"
-        _check(name("n_groups"), self.n_groups, rule, lambda g: h % g == 0)
-        rule = f"must be at most {name('time_step_max')}, {self.time_step_max}"
-        _check(name("time_step_min"), self.time_step_min, rule, lambda t: t <= self.time_step_max)
+            rule = f"must divide {product}; choose {str(sizes)[1:-1] or 'another expand'}"
+            _check(names["head_dim"], p, rule, lambda p: inner % p == 0)
+            self.num_heads = inner // p
+        h, rule = self.num_heads, f"times {names['head_dim']}, {p}, must be {product}"
+        _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and h * p == inner)
+        _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
+        most, rule = self.time_step_max, f"must be at most {names['time_step_max']} = "
+        _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
@@ -992,32 +925,27 @@ class Mamba2Config(PreTrainedConfig):
         write it too) or in the original one. What is not implemented is a ValueError."""
         options = dict(config_dict)
         if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
-            ssm_cfg = options.pop("ssm_cfg")
-            options = {"layer": "Mamba1", **options, **ssm_cfg, "model_type": None}
-            multiple = options.pop("pad_vocab_size_multiple", 8)
+            ssm_cfg, multiple = options.pop("ssm_cfg"), options.pop("pad_vocab_size_multiple", 8)
+            options = {"layer": "Mamba1", **options, **ssm_cfg}
             options["vocab_size"] += -options["vocab_size"] % multiple
-        kind = options.pop("model_type", None)
-        rule = "must be 'mamba2'"
-        _check("model_type", kind, rule, lambda v: v in (None, "mamba2", "mamba2-single-file"))
-        if "norm_eps" in options:  # of flash-linear-attention
-            options["norm_epsilon"] = options.pop("norm_eps")
-        elif kind:  # transformers has written norm_before_gate = True, but has never read it
-            options.pop("norm_before_gate", None)
+            options.pop("model_type", None)
+        if "model_type" in options and "norm_eps" not in options:
+            options.pop("norm_before_gate", None)  # transformers has written, but never read it
         for name in options.keys() & _OTHERS.keys():
             value, only = options.pop(name), _OTHERS[name]
             if value != only and (value or only):  # None means False, 0 or []
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
         if "emb_initializer_range" in options:  # of mamba2-torch, which computes the heads
             options.pop("num_heads", None)
-        elif kind:  # options that are left out have transformers' defaults
+        elif "model_type" in options:  # options that are left out have transformers' defaults
             there = {cls.attribute_map.get(name, name) for name in options}
             theirs = transformers.Mamba2Config().to_dict()
             options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
         # What else is in the file is kept as an attribute, and means nothing here.
         names = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
-        others = {name: options.pop(name) for name in names}
+        extra = {name: options.pop(name) for name in names}
         config = super().from_dict(options, **kwargs)
-        vars(config[0] if isinstance(config, tuple) else config).update(others)
+        vars(config[0] if isinstance(config, tuple) else config).update(extra)
         return config
 
 
@@ -1057,11 +985,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.embeddings = embeddings
 
     def _init_weights(self, module):
-        if isinstance(module, Mamba2):
-            if not getattr(module.A_log, "_is_hf_initialized", False):  # by loading
-                module.reset_parameters(depth=self.config.num_hidden_layers)
-        elif isinstance(module, nn.Linear):
-            module.reset_parameters()
+        if isinstance(module, (Mamba2, nn.Linear)):
+            if not getattr(next(module.parameters()), "_is_hf_initialized", False):  # by loading
+                module.reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -1505,10 +1431,9 @@ def next_tokens(labels, mask=None, seq_idx=None):
     """(b, l), for each position that is not masked the label that it has to predict: that of the
     next such position, unless it is of another sequence; -100 where there is none."""
     if mask is not None:
-        order = Order(mask)
-        labels, seq_idx = labels.masked_fill(~mask, -100), order.sort_labels(seq_idx)
-        targets = next_tokens(_take(labels, order.index), seq_idx=seq_idx)
-        return _take(targets, order.place).masked_fill(~mask, -100)
+        layout, labels = Layout.of(labels, mask, seq_idx), labels.masked_fill(~mask, -100)
+        targets = next_tokens(_take(labels, layout.source), seq_idx=layout.seq_idx)
+        return _take(targets, layout.place).masked_fill(~mask, -100)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
     if seq_idx is not None:
         targets = targets.masked_fill(F.pad(_borders(seq_idx), (0, 1))[:, 1:], -100)
@@ -1551,16 +1476,8 @@ class Slices:
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
     """
 
-    @classmethod
-    def of(cls, group, *labels):
-        """`group` itself, if it is the Slices that a model made and passes to its layers."""
-        return group if isinstance(group, Slices) else cls(group, *labels)
-
-    def __init__(self, group, label, seq_idx, lengths):
+    def __init__(self, group):
         self.group, self.rank = group, _rank(group)
-        self.begins, self.label = None, label
-        if seq_idx is not None:
-            self.begins, self.label = follow_labels(label, seq_idx, lengths, group)
 
     def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
         """The state after the slices of the ranks before; `state` on the first rank. x: what the
@@ -1570,8 +1487,7 @@ class Slices:
         flat = _FromRankBefore.apply(self.group, x, anchor, _flat(*state))
         conv, ssm = flat.split([tensor.numel() for tensor in state])
         ssm = ssm.view_as(state.ssm).to(state.ssm.dtype)
-        state = Mamba2State(conv.view_as(state.conv), ssm)
-        return state if self.begins is None else _begin(state, self.begins)
+        return Mamba2State(conv.view_as(state.conv), ssm)
 
     def send(self, y: Tensor, conv: Tensor, ssm: Tensor):
         """y and the state. The next rank gets the state too, and adds its gradient."""
@@ -1648,11 +1564,22 @@ class _ToNextRank(torch.autograd.Function):
         return None, dy, _received(zeros, dist.get_rank(ctx.group) + 1, ctx.group)
 
 
-def _sum_of_ranks(x, group):
-    """The sum of x over all ranks, on each of them, whose gradients are summed as well."""
-    from torch.distributed.nn.functional import all_reduce  # needs a PyTorch with distributed
+class _SumOfRanks(torch.autograd.Function):
+    """The sum of x over all ranks, on each of them."""
 
-    return all_reduce(x, group=group)
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        dist.all_reduce(x := x.clone(), group=group)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
+
+
+_sum_of_ranks = _SumOfRanks.apply
 
 
 def _gathered(x, group):
