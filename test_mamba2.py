@@ -22,6 +22,7 @@ import os
 import random
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -3812,30 +3813,18 @@ def test_kernel_layer_is_captured_in_a_cuda_graph_and_replayed_on_other_input():
 
 
 @needs_cuda
-def test_kernel_training_compiled_with_reduce_overhead_is_training():
+def test_kernel_layer_compiled_with_reduce_overhead_is_the_layer():
     layer, _ = kernel_layer(torch.float32)
-    u = torch.randn(2, 300, 256, device=DEVICE)
-    model = tiny(d_model=256, headdim=64, d_state=128).to(DEVICE).train()
-    ids = tokens(2, 300)
-    losses = (
-        (layer, lambda layer: layer(u).square().mean()),
-        (model, lambda model: model(ids, labels=ids).loss),
-    )
-    for module, loss in losses:
-        found = []
-        for compiles in (False, True):
-            trained = copy.deepcopy(module)
-            optimizer = torch.optim.SGD(trained.parameters(), lr=1e-2)
-            call = torch.compile(trained, mode="reduce-overhead") if compiles else trained
-            for _ in range(4):  # the first two of which record CUDA graphs
-                torch.compiler.cudagraph_mark_step_begin()
-                loss(call).backward()
-                gradients = [weight.grad.clone() for weight in trained.parameters()]
-                optimizer.step()
-                optimizer.zero_grad()
-            found.append(gradients)
-        for eager, compiled in zip(*found, strict=True):
-            assert relative_error(compiled, eager) <= 1e-3
+    u, found = torch.randn(2, 300, 256, device=DEVICE, requires_grad=True), []
+    for call in (layer, torch.compile(layer, mode="reduce-overhead", fullgraph=True)):
+        for _ in range(4):  # the first two of which record CUDA graphs
+            torch.compiler.cudagraph_mark_step_begin()
+            y = call(u)
+            gradients = torch.autograd.grad(y.square().mean(), [u, *layer.parameters()])
+            results = [t.clone() for t in (y, *gradients)]
+        found.append(results)
+    for eager, compiled in zip(*found, strict=True):
+        assert relative_error(compiled, eager) <= 1e-5
 
 
 @needs_cuda
@@ -3974,12 +3963,14 @@ def in_mamba_ssm(work, ours, inputs):
     draw = dict(device=DEVICE, dtype=torch.bfloat16)
     if work == "ssd":
         return lambda x, dt, A, B, C, D, **given: scan(x, dt, A, B, C, 256, D=D, **given)
+    config = (ours if work == "layer" else ours.func).config
+    options = dict(headdim=config.headdim, d_state=config.d_state, use_mem_eff_path=built)
     if work == "layer":
-        peer = layers.Mamba2(ours.config.d_model, use_mem_eff_path=built, **draw)
+        peer = layers.Mamba2(config.d_model, **options, **draw)
         peer.load_state_dict(ours.state_dict())
         return peer
-    sizes = {k: getattr(ours.func.config, k) for k in ("d_model", "n_layer", "vocab_size")}
-    config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", use_mem_eff_path=built))
+    sizes = {k: getattr(config, k) for k in ("d_model", "n_layer", "vocab_size")}
+    config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", **options))
     peer, weights = MambaLMHeadModel(config, **draw).eval(), ours.func.state_dict().items()
     peer.load_state_dict({k.replace("embeddings", "embedding"): w for k, w in weights})
     return functools.partial(peer, num_last_tokens=1)
@@ -4150,14 +4141,17 @@ def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_lengt
         optimizer.zero_grad()
         return loss.item()  # waits for the GPU
 
-    step(min(l, 3 * length))  # compiles
+    for _ in range(2):  # the first compiles, and the second still asks for memory
+        step(min(l, 3 * length))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    times = []
     for _ in range(steps):
+        start = time.perf_counter()
         step(l)
-    speed = b * l * steps / (time.perf_counter() - start)
-    return length, speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+        times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+    return length, b * l / statistics.median(times), peak
 
 
 METHODS = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
