@@ -664,7 +664,9 @@ class Layout(NamedTuple):
         window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
         lasts = [_take(window, self.length)[:, 0]]  # NO_LABEL if no position of the row counts
         if self.slices:
-            lasts = _gathered(lasts[0], self.slices.group)
+            (last,), group = lasts, self.slices.group
+            lasts = [torch.empty_like(last) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(lasts, last, group=group)
         seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
         for last in lasts:
             seen.append(torch.where(last == NO_LABEL, seen[-1], last))
@@ -1046,18 +1048,18 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             options["output_hidden_states"] = output_hidden_states
             return past.read(input_ids, attention_mask, inputs_embeds, **options)
         x, mask, seq_idx = _inputs(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
-        (b, l), targets = x.shape[:2], None
+        b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
+        _require(dict(b=b, l=l), "b l", "integers", labels=labels)
+        text = None if labels is None else (labels.long(), mask, seq_idx)
         if group is not None:
             same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
-            same.update(labels=labels is not None, items=num_items_in_batch is not None)
-            _agree(group, self, x, seq_idx=seq_idx is not None, **same)
-        if labels is not None:
-            _require(dict(b=b, l=l), "b l", "integers", labels=labels)
-            text = labels.long(), mask, seq_idx
-            targets = _next_tokens_of_slices(*text, length, group) if group else next_tokens(*text)
+            same |= dict(seq_idx=seq_idx is not None, items=num_items_in_batch is not None)
+            targets = _agree(group, self, x, text, length, **same)
+        else:
+            targets = text and next_tokens(*text)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1458,26 +1460,20 @@ class Slices:
         model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
         y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
 
-    What a layer needs of the slices before its own is the state. So a rank receives that from the
-    rank before, runs the layer as ever, and sends the new state to the next rank, which is then
-    always one layer behind; the backward pass goes the other way. If a layer on a slice takes one
-    unit of time, R ranks take n_layer + R - 1 units, and one GPU n_layer R. In each direction a
-    rank sends per layer, at any length (2.69 MB in mamba2-2.7b; twice that if all is float64),
-
-        4 b (h p n + (k-1) (h p + 2 g n)) bytes
-
-    and again for each segment, and when that is recomputed. The model's cache is the last rank's,
-    sent to all. For a loss, the labels, mask and seq_idx of the whole sequence are gathered once,
-    24 bytes per position. As every rank returns the whole sequence's loss, its gradients are R
-    times what its slice adds to them: averaged over the ranks, as in DDP and FSDP, they are the
-    gradients in one process.
+    For each layer and segment, a rank receives the state from the rank before, runs the layer as
+    ever, and sends the new state to the next rank: at any length, 4 b (h p n + (k-1) (h p + 2 g n))
+    bytes (2.69 MB in mamba2-2.7b; twice that in float64). The backward pass goes the other way. Of
+    R ranks, each returns the loss of the whole sequence, so that its gradients are R times what its
+    slice adds to them: averaged over the ranks, as in DDP and FSDP, they are those in one process.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
     """
 
     def __init__(self, group):
-        self.group, self.rank = group, _rank(group)
+        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+            raise TypeError(f"group = {group}: it must be a process group this rank belongs to")
+        self.group, self.rank = group, dist.get_rank(group)
 
     def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
         """The state after the slices of the ranks before; `state` on the first rank. x: what the
@@ -1582,47 +1578,34 @@ class _SumOfRanks(torch.autograd.Function):
 _sum_of_ranks = _SumOfRanks.apply
 
 
-def _gathered(x, group):
-    """x of all ranks, in a list."""
-    ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(ranks, x.contiguous(), group=group)
-    return ranks
-
-
-def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
-    """This rank's part of `next_tokens` of the whole sequence, in segments of `length` here."""
-    mask = torch.ones_like(labels) if mask is None else mask
-    seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
-    mine = torch.stack([labels, mask.long(), seq_idx]).split(length, dim=2)  # s of (3, b, l)
-    longest = int(max(_gathered(labels.new_tensor(length), group)))
-    padded = torch.stack([F.pad(t, (0, longest - t.shape[2])) for t in mine])  # with mask 0
-    whole = rearrange(_gathered(padded, group), "R s three b l -> three b (s R l)")
-    targets = next_tokens(whole[0], whole[1].bool(), whole[2])
-    targets = rearrange(targets, "b (s R l) -> R s b l", s=len(mine), l=longest)
-    own = zip(targets[dist.get_rank(group)], mine, strict=True)
-    return torch.cat([t[:, : piece.shape[2]] for t, piece in own], dim=1)
-
-
-def _rank(group):
-    """This rank's number in the group."""
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise TypeError(f"group = {group}: it must be a process group that this rank belongs to")
-    return dist.get_rank(group)
-
-
-def _agree(group, model, x, **options):
-    """Raise on every rank, before anything else is sent, unless all call in the same way."""
-    _rank(group)
-    options.update({name: getattr(model.config, name) for name in _DEFAULTS})
-    options.update(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
-    options.update(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
-    options.update(checkpoints=model.backbone.gradient_checkpointing)
+def _agree(group, model, x, text, length, **options):
+    """Raise on every rank, before anything else is sent, unless all call in the same way. Returns
+    this rank's part, in segments of `length` here, of `next_tokens` of the whole sequence; text:
+    this rank's labels, mask and seq_idx, or None."""
+    rank = Slices(group).rank
+    options |= {name: getattr(model.config, name) for name in _DEFAULTS}
+    options |= dict(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
+    options |= dict(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
+    options |= dict(checkpoints=model.backbone.gradient_checkpointing, labels=text is not None)
+    if text is not None:
+        labels, mask, seq_idx = text
+        mask = torch.ones_like(labels) if mask is None else mask.long()
+        seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
+        text = torch.stack([labels, mask, seq_idx]).cpu()  # (3, b, l)
     ranks = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, options, group=group)
+    dist.all_gather_object(ranks, (options, text, length), group=group)
     for name in options:
-        values = [others.get(name) for others in ranks]
+        values = [others.get(name) for others, _, _ in ranks]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
+    if text is None:
+        return None
+    segments = zip(*(text.split(length, dim=2) for _, text, length in ranks), strict=True)
+    slices = [piece for pieces in segments for piece in pieces]
+    labels, mask, seq_idx = torch.cat(slices, dim=2).to(x.device)
+    targets = next_tokens(labels, mask.bool(), seq_idx)
+    own = targets.split([piece.shape[2] for piece in slices], dim=1)[rank :: len(ranks)]
+    return torch.cat(own, dim=1)
 
 
 if kernels:  # may stand in for calls of these
