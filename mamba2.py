@@ -429,26 +429,18 @@ class Mamba2(nn.Module):
             reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
                 a group, at the beginning of this rank's slice.
         """
-        options = dict(reset=reset, return_state=True)
-        return self(u, state, mask, seq_idx, group, **options)  # so that hooks run
+        _require({}, "b l d", u=u)
+        layout = Layout.of(u, mask, seq_idx, group, reset=reset)
+        y, state = self(layout.sort(u), state, layout=layout)  # not forward, so that hooks run
+        return layout.restore(y), state
 
     def forward(
-        self,
-        u,
-        state=None,
-        mask=None,
-        seq_idx=None,
-        group=None,
-        *,
-        reset=None,
-        layout=None,
-        return_state=False,
+        self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None, layout=None
     ):
-        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. A model
-        passes the Layout of mask, seq_idx and group, one for all layers, and u sorted by it."""
+        """y of `step`, with its arguments. For u sorted by a Layout, which a model makes once for
+        all layers: y in that order, and the new state."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
-        called_by_model = layout is not None
-        if not called_by_model:
+        if wants_y := layout is None:
             layout = Layout.of(u, mask, seq_idx, group, reset=reset)
             u = layout.sort(u)
         zxbcdt = self.in_proj(u)
@@ -465,9 +457,7 @@ class Mamba2(nn.Module):
             result = layout.slices.send(*result)
         y, conv, ssm = result
         y = self.out_proj(y)  # (b, l, d)
-        if not called_by_model:
-            y = layout.restore(y)
-        return (y, Mamba2State(conv, ssm)) if return_state else y
+        return layout.restore(y) if wants_y else (y, Mamba2State(conv, ssm))
 
     def _convolve_and_scan(self, zxbcdt, state, layout):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
@@ -519,7 +509,7 @@ class Mamba2Block(nn.Module):
         if kernels and plain:
             if (fused := kernels.block(self, h, state)) is not None:
                 return fused[0], Mamba2State(*fused[1:])
-        y, state = self.mixer(self.norm(h), state, layout=layout, return_state=True)
+        y, state = self.mixer(self.norm(h), state, layout=layout)
         return h + y, state
 
 
@@ -662,11 +652,8 @@ class Layout(NamedTuple):
     def _with_labels(self, labels):
         """Compare the labels (b, l) with each other, and the first with the last one before it."""
         window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
-        lasts = [_take(window, self.length)[:, 0]]  # NO_LABEL if no position of the row counts
-        if self.slices:
-            (last,), group = lasts, self.slices.group
-            lasts = [torch.empty_like(last) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(lasts, last, group=group)
+        last = _take(window, self.length)[:, 0]  # NO_LABEL if no position of the row counts
+        lasts = self.slices.gather(last) if self.slices else [last]
         seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
         for last in lasts:
             seen.append(torch.where(last == NO_LABEL, seen[-1], last))
@@ -1474,6 +1461,12 @@ class Slices:
         if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
             raise TypeError(f"group = {group}: it must be a process group this rank belongs to")
         self.group, self.rank = group, dist.get_rank(group)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """x of all ranks."""
+        ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(ranks, x, group=self.group)
+        return ranks
 
     def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
         """The state after the slices of the ranks before; `state` on the first rank. x: what the
