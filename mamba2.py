@@ -38,7 +38,6 @@ change the mathematics. MIT licence.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import math
@@ -172,7 +171,6 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
     product. Here it is a loop, over slabs of a few chunks, which bounds the memory.
     """
-    _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and (fused := kernels.ssd(x, dt, A, B, C, D, **options)) is not None:
         return fused
@@ -518,7 +516,7 @@ class Mamba2Backbone(nn.Module):
     Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
     `Mamba2.step`, but the cache is that of the whole sequence on every rank. The cache also keeps
     the last label of seq_idx: if the next call begins with another label, another sequence begins.
-    The input of each block is appended to the list hidden_states, if there is one."""
+    The input of each block, and h, are appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -545,6 +543,8 @@ class Mamba2Backbone(nn.Module):
             h, state = run(h, state)
             new_states.append(state if use_cache else None)  # None frees its memory
         h = layout.restore(self.norm_f(h))
+        if hidden_states is not None:
+            hidden_states.append(h)
         if not use_cache:
             return h, None
         # A tensor, because torch.compile would make another graph for each int.
@@ -1055,18 +1055,16 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
-        start = first if hidden_states is None else 0
-        loss, h, cache = self._in_segments(whole, past, length, start, *options)
+        loss, h, cache = self._in_segments(whole, past, length, first, *options)
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
-                loss, items = (_sum_of_ranks(t, group) for t in (loss, items))
+                loss, items = (_SumOfRanks.apply(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
-        if hidden_states is not None:
-            hidden_states, h = (*hidden_states, h), h[:, first:]
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
         logits = None if no_logits else self.lm_head(h)
-        return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
+        states = hidden_states and tuple(hidden_states)
+        return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
         """Backbone and loss over a sequence, in segments of `length` positions.
@@ -1132,12 +1130,11 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             # With `count` segments, count * between + l / count * inside numbers are kept: states,
             # and what the positions of one segment leave for the backward pass. The count that
             # makes both terms equal keeps the fewest.
-            config, layer = self.config, self.backbone.layers[0].mixer
-            inner, channels, _ = layer.widths
-            between = inner * config.state_size + (config.conv_kernel - 1) * channels
+            layer = self.backbone.layers[0].mixer
+            between = sum(tensor.numel() for tensor in layer.initial_state(batch=1))
             inside = 4 * sum(layer.widths)
             if self.backbone.gradient_checkpointing:
-                inside = config.hidden_size + inside / config.num_hidden_layers
+                inside = self.config.hidden_size + inside / self.config.num_hidden_layers
             count = math.ceil(math.sqrt(l * inside / between))
             if self.device.type == "cuda":  # fewer, where launching kernels would take longest
                 count = min(count, int(b * l * layer.in_proj.weight.numel() / 7e10))
@@ -1174,11 +1171,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
         cache.eos = settings["eos_token_id"] if settings["return_dict_in_generate"] else None
         cache.lacks_ids = mask is not None and ids is not None and mask.shape[1] > ids.shape[1]
-        if generation_config is None or "use_cache" in options:
-            options["use_cache"] = True
-        else:  # transformers warns if a config and options are passed together
-            generation_config = copy.copy(generation_config)
-            generation_config.use_cache = True
         output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
         if isinstance(output, dict) and not assists:
             # The states of the last beams are not those of the texts that are returned.
@@ -1194,7 +1186,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(cache, GenerationCache):
             if cache.is_croppable:
                 new = input_ids.shape[1] - cache.seen
-            elif new == 1 and not kwargs.get("is_first_iteration"):
+            elif "next_sequence_length" in kwargs and not kwargs.get("is_first_iteration"):
+                new = 1  # after the prompt, also if use_cache is False
                 if cache.eos is not None and cache.kept is None:
                     cache.kept = cache.state()
         if new is not None and new <= 0:
@@ -1488,7 +1481,7 @@ class Slices:
         others = torch.tensor(self.rank < dist.get_world_size(self.group) - 1)
         layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
         layers = (t.masked_fill(others.to(t.device), 0) for t in layers)
-        layers = (_sum_of_ranks(t, self.group) for t in layers)
+        layers = (_SumOfRanks.apply(t, self.group) for t in layers)
         return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
 
@@ -1566,9 +1559,6 @@ class _SumOfRanks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
-
-
-_sum_of_ranks = _SumOfRanks.apply
 
 
 def _agree(group, model, x, text, length, **options):
