@@ -787,12 +787,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # 5. Configuration
 # --------------------------------------------------------------------------------------------------
 
-# What an option may be: a rule, and whether it holds.
+# What an option may be: a rule, and whether it holds. ANY also stands where PyTorch has the rule.
 NUMBERS = {int, float}
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
 POSITIVE = "must be a positive number", lambda v: type(v) in NUMBERS and 0 < v < math.inf
-NOT_NEGATIVE = "must not be negative", lambda v: type(v) in NUMBERS and 0 <= v < math.inf
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
 LIMITS = (
@@ -820,13 +819,13 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
     ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
-    ("time_step_min", "dt_min", 0.001, POSITIVE, "lower bound of the initial dt, log-uniform"),
-    ("time_step_max", "dt_max", 0.1, POSITIVE, "upper bound of the initial dt"),
-    ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "least value of the initial dt"),
+    ("time_step_min", "dt_min", 0.001, ANY, "lower bound of the initial dt, log-uniform"),
+    ("time_step_max", "dt_max", 0.1, ANY, "upper bound of the initial dt"),
+    ("time_step_floor", "dt_init_floor", 1e-4, ANY, "least value of the initial dt"),
     ("layer_norm_epsilon", "norm_epsilon", 1e-5, POSITIVE, "of every RMSNorm"),
     ("rmsnorm", None, True, SWITCH, "an RMSNorm in the layer, after the gate"),
     ("residual_in_fp32", None, True, SWITCH, "residual stream, also with half-precision weights"),
-    ("initializer_range", None, 0.02, NOT_NEGATIVE, "standard deviation of a new embedding"),
+    ("initializer_range", None, 0.02, ANY, "standard deviation of a new embedding"),
     ("tie_word_embeddings", "tie_embeddings", True, SWITCH, "the head is the embedding"),
     ("bos_token_id", None, 0, ANY, "first token of a text"),
     ("eos_token_id", None, 0, ANY, "last token of a text"),
@@ -900,8 +899,6 @@ class Mamba2Config(PreTrainedConfig):
         h, rule = self.num_heads, f"times {names['head_dim']}, {p}, must be {product}"
         _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and h * p == inner)
         _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
-        most, rule = self.time_step_max, f"must be at most {names['time_step_max']} = "
-        _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
