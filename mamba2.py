@@ -365,10 +365,8 @@ class Mamba2(nn.Module):
     def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
         super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
-        if not isinstance(config, Mamba2Config):
+        if options or not isinstance(config, Mamba2Config):
             config = Mamba2Config(d_model=d_model, **options)
-        elif options:
-            raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
         self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -451,9 +449,9 @@ class Mamba2(nn.Module):
             result = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         if result is None:
             result = self._convolve_and_scan(zxbcdt, state, layout)
-        if layout.slices:
-            result = layout.slices.send(*result)
         y, conv, ssm = result
+        if layout.slices:
+            y = layout.slices.send(y, conv, ssm)
         y = self.out_proj(y)  # (b, l, d)
         return layout.restore(y) if wants_y else (y, Mamba2State(conv, ssm))
 
@@ -504,9 +502,8 @@ class Mamba2Block(nn.Module):
     def forward(self, h, state=None, layout=None):
         layout = Layout(h.shape[1]) if layout is None else layout
         plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
-        if kernels and plain:
-            if (fused := kernels.block(self, h, state)) is not None:
-                return fused[0], Mamba2State(*fused[1:])
+        if kernels and plain and (fused := kernels.block(self, h, state)) is not None:
+            return fused[0], Mamba2State(*fused[1:])
         y, state = self.mixer(self.norm(h), state, layout=layout)
         return h + y, state
 
@@ -570,9 +567,6 @@ class Mamba2LM(nn.Module):
     def forward(self, ids, cache=None):
         h, cache = self.backbone(ids, cache)
         return self.lm_head(h), cache
-
-
-# This is the whole model. What follows makes it usable: checks, configuration, transformers, GPUs.
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,7 +647,10 @@ class Layout(NamedTuple):
         """Compare the labels (b, l) with each other, and the first with the last one before it."""
         window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
         last = _take(window, self.length)[:, 0]  # NO_LABEL if no position of the row counts
-        lasts = self.slices.gather(last) if self.slices else [last]
+        lasts = [last]
+        if self.slices:
+            lasts = [torch.empty_like(last) for _ in range(self.slices.ranks)]
+            dist.all_gather(lasts, last, group=self.slices.group)
         seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
         for last in lasts:
             seen.append(torch.where(last == NO_LABEL, seen[-1], last))
@@ -788,20 +785,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 # What an option may be: a rule, and whether it holds. ANY also stands where PyTorch has the rule.
-NUMBERS = {int, float}
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
-POSITIVE = "must be a positive number", lambda v: type(v) in NUMBERS and 0 < v < math.inf
+POSITIVE = "must be a positive number", lambda v: 0 < v < math.inf
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
-LIMITS = (
-    "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit",
-    lambda v: type(v) is tuple and len(v) == 2 and {*map(type, v)} <= NUMBERS and 0 <= v[0] <= v[1],
-)
-SEGMENT = (
-    "must be a number of positions, 'auto', or 0 for the whole sequence at once",
-    lambda v: v == "auto" or (type(v) is int and v >= 0),
-)
+LIMITS = "must be (low, high), 0 <= low <= high", lambda v: len(v) == 2 and 0 <= v[0] <= v[1]
 
 OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
     ("hidden_size", "d_model", 768, COUNT, "width of the model"),
@@ -814,7 +803,7 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("num_heads", "nheads", None, ANY, "h; None: expand * hidden_size / head_dim"),
     ("conv_kernel", "d_conv", 4, COUNT, "k, taps of the short convolution"),
     ("chunk_size", None, 256, COUNT, "chunk length; above 64 means 64; speed only"),
-    ("segment_length", None, 0, SEGMENT, "positions read at a time; memory and speed only"),
+    ("segment_length", None, 0, ANY, "positions read at a time, 0: all, 'auto'; memory and speed"),
     ("hidden_act", None, "silu", SILU, "of convolution and gate"),
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
@@ -956,7 +945,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]  # for device_map
-    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes no cache
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
@@ -1066,10 +1054,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
         """Backbone and loss over a sequence, in segments of `length` positions.
 
-        Each segment starts from the state after the one before, so that results and gradients are
-        those of the whole. For the backward pass only the states between segments are kept, and a
-        segment is computed again when its turn comes, which costs one more forward pass. So memory
-        grows as s + l / s with the length s of a segment: as the square root of l with the best s.
+        Each segment starts from the state after the one before. For the backward pass only these
+        states are kept, and a segment is computed again when its turn comes: with a length s of
+        segments, memory grows as s + l / s, or as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
         Returns the summed loss or None; h from the position `first` on; the cache or None.
@@ -1120,7 +1107,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         length = self.config.segment_length if length is None else length
-        _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
@@ -1198,12 +1184,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def stream(self, input_ids, **options):
         """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
 
-            for token in model.stream(ids, max_new_tokens=100, do_sample=True, top_p=0.9):
-                print(tokenizer.decode(token), end="", flush=True)
-
-        transformers prepares prompt, sampling and stopping, so that all arguments mean the same;
-        those that mean more than one token after the other, such as beams, are an error. On CUDA,
-        where asking waits for the GPU, it looks for the end of the text every eight tokens.
+        transformers prepares prompt, sampling and stopping. What means more than one token after
+        the other, such as beams, is an error. On CUDA, where asking waits for the GPU, it looks for
+        the end of the text every eight tokens.
         """
         for name in ("assistant_model", "streamer", "stop_strings"):
             if options.get(name) is not None:
@@ -1253,9 +1236,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 class GenerationCache:
     """What `generate` carries from token to token: the current state, and an older one.
 
-    A state cannot be rewound, but an older one can be kept, and the tokens since read again. That
-    is how speculative decoding forgets tokens, and how rows that ended before others, and went on
-    reading padding, get the state after their last token.
+    A state cannot be rewound, but tokens can be read again from an older one. So speculative
+    decoding forgets tokens, and rows that ended before others get the state after their last token.
 
         current, seen   the latest state, after `seen` tokens: a Mamba2Cache, or a Decoder of
                         kernels.py that holds it in a CUDA graph
@@ -1369,8 +1351,7 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     sizes = {}
     _require(sizes, "b l d", inputs_embeds=embeds)
-    integers = dict(input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
-    _require(sizes, "b l", "integers", **integers)
+    _require(sizes, "b l", "integers", input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
     if mask is not None:
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
@@ -1397,10 +1378,7 @@ def recomputed(module, function, *arguments):
 
     def checked(*arguments):
         if [weight._version for weight in weights] != versions:
-            raise RuntimeError(
-                "weights were modified in place since the forward pass, which backward() computes "
-                "again: call it before optimizer.step()"
-            )
+            raise RuntimeError("weights were modified in place: call backward() before that")
         return function(*arguments)
 
     return checkpoint(checked, *arguments, use_reentrant=False)
@@ -1422,8 +1400,7 @@ def next_tokens(labels, mask=None, seq_idx=None):
 def register_with_transformers():
     """Make AutoConfig and AutoModelForCausalLM use this file for "mamba2"."""
     transformers.AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
-    model = transformers.AutoModelForCausalLM
-    model.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1450,13 +1427,7 @@ class Slices:
     def __init__(self, group):
         if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
             raise TypeError(f"group = {group}: it must be a process group this rank belongs to")
-        self.group, self.rank = group, dist.get_rank(group)
-
-    def gather(self, x: Tensor) -> list[Tensor]:
-        """x of all ranks."""
-        ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(ranks, x, group=self.group)
-        return ranks
+        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
     def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
         """The state after the slices of the ranks before; `state` on the first rank. x: what the
@@ -1468,14 +1439,13 @@ class Slices:
         ssm = ssm.view_as(state.ssm).to(state.ssm.dtype)
         return Mamba2State(conv.view_as(state.conv), ssm)
 
-    def send(self, y: Tensor, conv: Tensor, ssm: Tensor):
-        """y and the state. The next rank gets the state too, and adds its gradient."""
-        y, _ = _ToNextRank.apply(self.group, y, _flat(conv, ssm))
-        return y, conv, ssm
+    def send(self, y: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
+        """y. The next rank gets the state, and adds its gradient."""
+        return _ToNextRank.apply(self.group, y, _flat(conv, ssm))[0]
 
     def last(self, states):
         """On every rank the states of the last one."""
-        others = torch.tensor(self.rank < dist.get_world_size(self.group) - 1)
+        others = torch.tensor(self.rank < self.ranks - 1)
         layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
         layers = (t.masked_fill(others.to(t.device), 0) for t in layers)
         layers = (_SumOfRanks.apply(t, self.group) for t in layers)
