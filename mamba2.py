@@ -421,9 +421,8 @@ class Mamba2(nn.Module):
                 are 0.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
-                The new state is then that after this rank's slice.
-            reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
-                a group, at the beginning of this rank's slice.
+                The new state, and what reset means, are then those of this rank's slice.
+            reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
         """
         _require({}, "b l d", u=u)
         layout = Layout.of(u, mask, seq_idx, group, reset=reset)
@@ -465,9 +464,7 @@ class Mamba2(nn.Module):
             dt = _erase(dt, layout.skipped)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
-        if state is None:
-            state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
-        conv, ssm = state
+        conv, ssm = state or (xBC.new_zeros(len(xBC), k - 1, xBC.shape[2]), None)
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=layout.seq_idx)
         if layout.skipped is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
@@ -634,11 +631,11 @@ class Layout(NamedTuple):
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
         _require(sizes, "b", "a mask", reset=reset)
-        starts = None if reset is None else _as_bool(reset)
+        starts = None if reset is None else reset.bool()
         slices = None if group is None else Slices(group)
         layout = cls(x.shape[1], starts=starts, label=label, slices=slices)
         if mask is not None:
-            skipped, source = (~_as_bool(mask)).sort(dim=1, stable=True)
+            skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             sorting = dict(skipped=skipped, source=source, place=source.argsort(dim=1))
             layout = layout._replace(length=(~skipped).sum(1, keepdim=True), **sorting)
         return layout if seq_idx is None else layout._with_labels(layout.sort(seq_idx.long()))
@@ -741,22 +738,15 @@ def _readable(x: Tensor) -> bool:
     return not (x.is_meta or torch.compiler.is_compiling())
 
 
-def _as_bool(mask: Tensor) -> Tensor:
-    """The mask as bool; a float one must not be one that is added to attention scores."""
-    if mask.is_floating_point() and _readable(mask) and mask.numel() > 0:
-        if not ((mask == 0) | (mask == 1)).all() or not mask.any():
-            raise ValueError("a float mask must hold 0 and 1: pass mask == 0 if it is additive")
-    return mask.bool()
-
-
 def _check(name, value, rule, holds):
     if not holds(value):
         raise ValueError(f"{name} = {value!r}: {rule}")
 
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
-    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind.
-    sizes: known sizes by letter, to which those of the tensors are added."""
+    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind, which
+    is that of a mask for bool, 0 and 1. sizes: known sizes by letter; those of the tensors are
+    added."""
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -770,6 +760,9 @@ def _require(sizes, axes, kind="floating-point numbers", **tensors):
         found = "floating-point numbers" if tensor.is_floating_point() else "integers"
         if tensor.is_complex() or kind not in (found, "a mask"):
             raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
+        if kind == "a mask" and tensor.is_floating_point() and tensor.numel() and _readable(tensor):
+            if not ((tensor == 0) | (tensor == 1)).all() or not tensor.any():
+                raise ValueError("a float mask must hold 0 and 1: pass mask == 0 if it is additive")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -1174,10 +1167,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 if cache.eos is not None and cache.kept is None:
                     cache.kept = cache.state()
         if new is not None and new <= 0:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {cache.seen}: "
-                "give the whole sequence and new tokens, or these with an attention_mask of all"
-            )
+            rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
+            raise ValueError(f"the cache has seen {cache.seen}: {rule}")
         kwargs |= dict(next_sequence_length=new, inputs_embeds=inputs_embeds)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
@@ -1355,9 +1346,8 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
     if mask is not None:
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
-        mask = _as_bool(mask)
         # Nothing masked is the common case, and worth asking for.
-        mask = None if _readable(mask) and bool(mask.all()) else mask
+        mask = None if _readable(mask) and mask.bool().all() else mask.bool()
     if position_ids is not None and seq_idx is None:
         begins = position_ids == 0
         if not past.states:
