@@ -443,12 +443,10 @@ class Mamba2(nn.Module):
             state = layout.slices.receive(zxbcdt, state or self.initial_state(len(u)))
         if state is not None and layout.starts is not None:
             state = state.map(lambda tensor: _erase(tensor, layout.starts))
-        result = None
+        fused = None
         if kernels and layout.skipped is None:
-            result = kernels.layer(self, zxbcdt, state, layout.seq_idx)
-        if result is None:
-            result = self._convolve_and_scan(zxbcdt, state, layout)
-        y, conv, ssm = result
+            fused = kernels.layer(self, zxbcdt, state, layout.seq_idx)
+        y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, layout)
         if layout.slices:
             y = layout.slices.send(y, conv, ssm)
         y = self.out_proj(y)  # (b, l, d)
@@ -744,9 +742,8 @@ def _check(name, value, rule, holds):
 
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
-    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind, which
-    is that of a mask for bool, 0 and 1. sizes: known sizes by letter; those of the tensors are
-    added."""
+    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind: 0 and 1
+    for "a mask". sizes: known sizes by letter, to which those of the tensors are added."""
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -960,9 +957,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a published or saved model by its name on the hub or its folder, in the original
-        mamba_ssm format, in transformers' format, or Codestral-Mamba's. It is a ValueError if the
-        weights are not exactly those of the model that its config describes."""
+        """Load a model by its name on the hub or its folder, in mamba_ssm's, transformers' or
+        Codestral's format. Weights that are not exactly those of its config are a ValueError."""
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
