@@ -1411,7 +1411,7 @@ class Slices:
     """
 
     def __init__(self, group):
-        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+        if not isinstance(group, dist.ProcessGroup):  # nor is a group of other ranks one
             raise TypeError(f"group = {group}: it must be a process group this rank belongs to")
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
