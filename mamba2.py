@@ -38,7 +38,6 @@ change the mathematics. MIT licence.
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import math
@@ -172,7 +171,6 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
     product. Here it is a loop, over slabs of a few chunks, which bounds the memory.
     """
-    _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and (fused := kernels.ssd(x, dt, A, B, C, D, **options)) is not None:
         return fused
@@ -367,10 +365,8 @@ class Mamba2(nn.Module):
     def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
         super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
-        if not isinstance(config, Mamba2Config):
+        if options or not isinstance(config, Mamba2Config):
             config = Mamba2Config(d_model=d_model, **options)
-        elif options:
-            raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
         self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -425,30 +421,21 @@ class Mamba2(nn.Module):
                 are 0.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
-                The new state is then that after this rank's slice.
-            reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
-                a group, at the beginning of this rank's slice.
+                The new state, and what reset means, are then those of this rank's slice.
+            reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
         """
-        options = dict(reset=reset, return_state=True)
-        return self(u, state, mask, seq_idx, group, **options)  # so that hooks run
+        _require({}, "b l d", u=u)
+        layout = Layout.of(u, mask, seq_idx, group, reset=reset)
+        y, state = self(layout.sort(u), state, layout=layout)  # not forward, so that hooks run
+        return layout.restore(y), state
 
     def forward(
-        self,
-        u,
-        state=None,
-        mask=None,
-        seq_idx=None,
-        group=None,
-        *,
-        reset=None,
-        layout=None,
-        return_state=False,
+        self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None, layout=None
     ):
-        """y of `step`; with return_state=True what `step` returns. Arguments: see `step`. A model
-        passes the Layout of mask, seq_idx and group, one for all layers, and u sorted by it."""
+        """y of `step`, with its arguments. For u sorted by a Layout, which a model makes once for
+        all layers: y in that order, and the new state."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
-        called_by_model = layout is not None
-        if not called_by_model:
+        if wants_y := layout is None:
             layout = Layout.of(u, mask, seq_idx, group, reset=reset)
             u = layout.sort(u)
         zxbcdt = self.in_proj(u)
@@ -456,18 +443,14 @@ class Mamba2(nn.Module):
             state = layout.slices.receive(zxbcdt, state or self.initial_state(len(u)))
         if state is not None and layout.starts is not None:
             state = state.map(lambda tensor: _erase(tensor, layout.starts))
-        result = None
+        fused = None
         if kernels and layout.skipped is None:
-            result = kernels.layer(self, zxbcdt, state, layout.seq_idx)
-        if result is None:
-            result = self._convolve_and_scan(zxbcdt, state, layout)
+            fused = kernels.layer(self, zxbcdt, state, layout.seq_idx)
+        y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, layout)
         if layout.slices:
-            result = layout.slices.send(*result)
-        y, conv, ssm = result
+            y = layout.slices.send(y, conv, ssm)
         y = self.out_proj(y)  # (b, l, d)
-        if not called_by_model:
-            y = layout.restore(y)
-        return (y, Mamba2State(conv, ssm)) if return_state else y
+        return layout.restore(y) if wants_y else (y, Mamba2State(conv, ssm))
 
     def _convolve_and_scan(self, zxbcdt, state, layout):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
@@ -479,9 +462,7 @@ class Mamba2(nn.Module):
             dt = _erase(dt, layout.skipped)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
-        if state is None:
-            state = xBC.new_zeros(xBC.shape[0], k - 1, xBC.shape[2]), None
-        conv, ssm = state
+        conv, ssm = state or (xBC.new_zeros(len(xBC), k - 1, xBC.shape[2]), None)
         convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=layout.seq_idx)
         if layout.skipped is not None:  # new_conv has the masked positions at the end
             window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
@@ -516,10 +497,9 @@ class Mamba2Block(nn.Module):
     def forward(self, h, state=None, layout=None):
         layout = Layout(h.shape[1]) if layout is None else layout
         plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
-        if kernels and plain:
-            if (fused := kernels.block(self, h, state)) is not None:
-                return fused[0], Mamba2State(*fused[1:])
-        y, state = self.mixer(self.norm(h), state, layout=layout, return_state=True)
+        if kernels and plain and (fused := kernels.block(self, h, state)) is not None:
+            return fused[0], Mamba2State(*fused[1:])
+        y, state = self.mixer(self.norm(h), state, layout=layout)
         return h + y, state
 
 
@@ -528,7 +508,7 @@ class Mamba2Backbone(nn.Module):
     Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
     `Mamba2.step`, but the cache is that of the whole sequence on every rank. The cache also keeps
     the last label of seq_idx: if the next call begins with another label, another sequence begins.
-    The input of each block is appended to the list hidden_states, if there is one."""
+    The input of each block, and h, are appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -555,6 +535,8 @@ class Mamba2Backbone(nn.Module):
             h, state = run(h, state)
             new_states.append(state if use_cache else None)  # None frees its memory
         h = layout.restore(self.norm_f(h))
+        if hidden_states is not None:
+            hidden_states.append(h)
         if not use_cache:
             return h, None
         # A tensor, because torch.compile would make another graph for each int.
@@ -580,9 +562,6 @@ class Mamba2LM(nn.Module):
     def forward(self, ids, cache=None):
         h, cache = self.backbone(ids, cache)
         return self.lm_head(h), cache
-
-
-# This is the whole model. What follows makes it usable: checks, configuration, transformers, GPUs.
 
 
 # --------------------------------------------------------------------------------------------------
@@ -650,11 +629,11 @@ class Layout(NamedTuple):
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
         _require(sizes, "b", "a mask", reset=reset)
-        starts = None if reset is None else _as_bool(reset)
+        starts = None if reset is None else reset.bool()
         slices = None if group is None else Slices(group)
         layout = cls(x.shape[1], starts=starts, label=label, slices=slices)
         if mask is not None:
-            skipped, source = (~_as_bool(mask)).sort(dim=1, stable=True)
+            skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             sorting = dict(skipped=skipped, source=source, place=source.argsort(dim=1))
             layout = layout._replace(length=(~skipped).sum(1, keepdim=True), **sorting)
         return layout if seq_idx is None else layout._with_labels(layout.sort(seq_idx.long()))
@@ -662,9 +641,11 @@ class Layout(NamedTuple):
     def _with_labels(self, labels):
         """Compare the labels (b, l) with each other, and the first with the last one before it."""
         window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
-        lasts = [_take(window, self.length)[:, 0]]  # NO_LABEL if no position of the row counts
+        last = _take(window, self.length)[:, 0]  # NO_LABEL if no position of the row counts
+        lasts = [last]
         if self.slices:
-            lasts = _gathered(lasts[0], self.slices.group)
+            lasts = [torch.empty_like(last) for _ in range(self.slices.ranks)]
+            dist.all_gather(lasts, last, group=self.slices.group)
         seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
         for last in lasts:
             seen.append(torch.where(last == NO_LABEL, seen[-1], last))
@@ -755,22 +736,14 @@ def _readable(x: Tensor) -> bool:
     return not (x.is_meta or torch.compiler.is_compiling())
 
 
-def _as_bool(mask: Tensor) -> Tensor:
-    """The mask as bool; a float one must not be one that is added to attention scores."""
-    if mask.is_floating_point() and _readable(mask) and mask.numel() > 0:
-        if not ((mask == 0) | (mask == 1)).all() or not mask.any():
-            raise ValueError("a float mask must hold 0 and 1: pass mask == 0 if it is additive")
-    return mask.bool()
-
-
 def _check(name, value, rule, holds):
     if not holds(value):
         raise ValueError(f"{name} = {value!r}: {rule}")
 
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
-    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind.
-    sizes: known sizes by letter, to which those of the tensors are added."""
+    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind: 0 and 1
+    for "a mask". sizes: known sizes by letter, to which those of the tensors are added."""
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -784,6 +757,9 @@ def _require(sizes, axes, kind="floating-point numbers", **tensors):
         found = "floating-point numbers" if tensor.is_floating_point() else "integers"
         if tensor.is_complex() or kind not in (found, "a mask"):
             raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
+        if kind == "a mask" and tensor.is_floating_point() and tensor.numel() and _readable(tensor):
+            if not ((tensor == 0) | (tensor == 1)).all() or not tensor.any():
+                raise ValueError("a float mask must hold 0 and 1: pass mask == 0 if it is additive")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -798,22 +774,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # 5. Configuration
 # --------------------------------------------------------------------------------------------------
 
-# What an option may be: a rule, and whether it holds.
-NUMBERS = {int, float}
+# What an option may be: a rule, and whether it holds. ANY also stands where PyTorch has the rule.
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
-POSITIVE = "must be a positive number", lambda v: type(v) in NUMBERS and 0 < v < math.inf
-NOT_NEGATIVE = "must not be negative", lambda v: type(v) in NUMBERS and 0 <= v < math.inf
+POSITIVE = "must be a positive number", lambda v: 0 < v < math.inf
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
-LIMITS = (
-    "must be (low, high) with 0 <= low <= high; (0.0, math.inf) is no limit",
-    lambda v: type(v) is tuple and len(v) == 2 and {*map(type, v)} <= NUMBERS and 0 <= v[0] <= v[1],
-)
-SEGMENT = (
-    "must be a number of positions, 'auto', or 0 for the whole sequence at once",
-    lambda v: v == "auto" or (type(v) is int and v >= 0),
-)
+LIMITS = "must be (low, high), 0 <= low <= high", lambda v: len(v) == 2 and 0 <= v[0] <= v[1]
 
 OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
     ("hidden_size", "d_model", 768, COUNT, "width of the model"),
@@ -826,18 +793,18 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("num_heads", "nheads", None, ANY, "h; None: expand * hidden_size / head_dim"),
     ("conv_kernel", "d_conv", 4, COUNT, "k, taps of the short convolution"),
     ("chunk_size", None, 256, COUNT, "chunk length; above 64 means 64; speed only"),
-    ("segment_length", None, 0, SEGMENT, "positions read at a time; memory and speed only"),
+    ("segment_length", None, 0, ANY, "positions read at a time, 0: all, 'auto'; memory and speed"),
     ("hidden_act", None, "silu", SILU, "of convolution and gate"),
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
     ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
-    ("time_step_min", "dt_min", 0.001, POSITIVE, "lower bound of the initial dt, log-uniform"),
-    ("time_step_max", "dt_max", 0.1, POSITIVE, "upper bound of the initial dt"),
-    ("time_step_floor", "dt_init_floor", 1e-4, NOT_NEGATIVE, "least value of the initial dt"),
+    ("time_step_min", "dt_min", 0.001, ANY, "lower bound of the initial dt, log-uniform"),
+    ("time_step_max", "dt_max", 0.1, ANY, "upper bound of the initial dt"),
+    ("time_step_floor", "dt_init_floor", 1e-4, ANY, "least value of the initial dt"),
     ("layer_norm_epsilon", "norm_epsilon", 1e-5, POSITIVE, "of every RMSNorm"),
     ("rmsnorm", None, True, SWITCH, "an RMSNorm in the layer, after the gate"),
     ("residual_in_fp32", None, True, SWITCH, "residual stream, also with half-precision weights"),
-    ("initializer_range", None, 0.02, NOT_NEGATIVE, "standard deviation of a new embedding"),
+    ("initializer_range", None, 0.02, ANY, "standard deviation of a new embedding"),
     ("tie_word_embeddings", "tie_embeddings", True, SWITCH, "the head is the embedding"),
     ("bos_token_id", None, 0, ANY, "first token of a text"),
     ("eos_token_id", None, 0, ANY, "last token of a text"),
@@ -911,8 +878,6 @@ class Mamba2Config(PreTrainedConfig):
         h, rule = self.num_heads, f"times {names['head_dim']}, {p}, must be {product}"
         _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and h * p == inner)
         _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
-        most, rule = self.time_step_max, f"must be at most {names['time_step_max']} = "
-        _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
@@ -970,7 +935,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]  # for device_map
-    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes no cache
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
@@ -993,9 +957,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a published or saved model by its name on the hub or its folder, in the original
-        mamba_ssm format, in transformers' format, or Codestral-Mamba's. It is a ValueError if the
-        weights are not exactly those of the model that its config describes."""
+        """Load a model by its name on the hub or its folder, in mamba_ssm's, transformers' or
+        Codestral's format. Weights that are not exactly those of its config are a ValueError."""
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
@@ -1046,18 +1009,18 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             options["output_hidden_states"] = output_hidden_states
             return past.read(input_ids, attention_mask, inputs_embeds, **options)
         x, mask, seq_idx = _inputs(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
-        (b, l), targets = x.shape[:2], None
+        b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
+        _require(dict(b=b, l=l), "b l", "integers", labels=labels)
+        text = None if labels is None else (labels.long(), mask, seq_idx)
         if group is not None:
             same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
-            same.update(labels=labels is not None, items=num_items_in_batch is not None)
-            _agree(group, self, x, seq_idx=seq_idx is not None, **same)
-        if labels is not None:
-            _require(dict(b=b, l=l), "b l", "integers", labels=labels)
-            text = labels.long(), mask, seq_idx
-            targets = _next_tokens_of_slices(*text, length, group) if group else next_tokens(*text)
+            same |= dict(seq_idx=seq_idx is not None, items=num_items_in_batch is not None)
+            targets = _agree(group, self, x, text, length, **same)
+        else:
+            targets = text and next_tokens(*text)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1066,26 +1029,23 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
-        start = first if hidden_states is None else 0
-        loss, h, cache = self._in_segments(whole, past, length, start, *options)
+        loss, h, cache = self._in_segments(whole, past, length, first, *options)
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
-                loss, items = (_sum_of_ranks(t, group) for t in (loss, items))
+                loss, items = (_SumOfRanks.apply(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
-        if hidden_states is not None:
-            hidden_states, h = (*hidden_states, h), h[:, first:]
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
         logits = None if no_logits else self.lm_head(h)
-        return CausalLMOutputWithPast(loss, logits, hidden_states=hidden_states, **{CACHE: cache})
+        states = hidden_states and tuple(hidden_states)
+        return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
         """Backbone and loss over a sequence, in segments of `length` positions.
 
-        Each segment starts from the state after the one before, so that results and gradients are
-        those of the whole. For the backward pass only the states between segments are kept, and a
-        segment is computed again when its turn comes, which costs one more forward pass. So memory
-        grows as s + l / s with the length s of a segment: as the square root of l with the best s.
+        Each segment starts from the state after the one before. For the backward pass only these
+        states are kept, and a segment is computed again when its turn comes: with a length s of
+        segments, memory grows as s + l / s, or as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
         Returns the summed loss or None; h from the position `first` on; the cache or None.
@@ -1136,19 +1096,17 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         length = self.config.segment_length if length is None else length
-        _check("segment_length", length, *SEGMENT)
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
             # With `count` segments, count * between + l / count * inside numbers are kept: states,
             # and what the positions of one segment leave for the backward pass. The count that
             # makes both terms equal keeps the fewest.
-            config, layer = self.config, self.backbone.layers[0].mixer
-            inner, channels, _ = layer.widths
-            between = inner * config.state_size + (config.conv_kernel - 1) * channels
+            layer = self.backbone.layers[0].mixer
+            between = sum(tensor.numel() for tensor in layer.initial_state(batch=1))
             inside = 4 * sum(layer.widths)
             if self.backbone.gradient_checkpointing:
-                inside = config.hidden_size + inside / config.num_hidden_layers
+                inside = self.config.hidden_size + inside / self.config.num_hidden_layers
             count = math.ceil(math.sqrt(l * inside / between))
             if self.device.type == "cuda":  # fewer, where launching kernels would take longest
                 count = min(count, int(b * l * layer.in_proj.weight.numel() / 7e10))
@@ -1185,11 +1143,6 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         cache.is_croppable |= bool(assists)  # its tokens may be rejected
         cache.eos = settings["eos_token_id"] if settings["return_dict_in_generate"] else None
         cache.lacks_ids = mask is not None and ids is not None and mask.shape[1] > ids.shape[1]
-        if generation_config is None or "use_cache" in options:
-            options["use_cache"] = True
-        else:  # transformers warns if a config and options are passed together
-            generation_config = copy.copy(generation_config)
-            generation_config.use_cache = True
         output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
         if isinstance(output, dict) and not assists:
             # The states of the last beams are not those of the texts that are returned.
@@ -1205,26 +1158,22 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(cache, GenerationCache):
             if cache.is_croppable:
                 new = input_ids.shape[1] - cache.seen
-            elif new == 1 and not kwargs.get("is_first_iteration"):
+            elif "next_sequence_length" in kwargs and not kwargs.get("is_first_iteration"):
+                new = 1  # after the prompt, also if use_cache is False
                 if cache.eos is not None and cache.kept is None:
                     cache.kept = cache.state()
         if new is not None and new <= 0:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[1]} tokens, and the cache has seen {cache.seen}: "
-                "give the whole sequence and new tokens, or these with an attention_mask of all"
-            )
+            rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
+            raise ValueError(f"the cache has seen {cache.seen}: {rule}")
         kwargs |= dict(next_sequence_length=new, inputs_embeds=inputs_embeds)
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def stream(self, input_ids, **options):
         """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
 
-            for token in model.stream(ids, max_new_tokens=100, do_sample=True, top_p=0.9):
-                print(tokenizer.decode(token), end="", flush=True)
-
-        transformers prepares prompt, sampling and stopping, so that all arguments mean the same;
-        those that mean more than one token after the other, such as beams, are an error. On CUDA,
-        where asking waits for the GPU, it looks for the end of the text every eight tokens.
+        transformers prepares prompt, sampling and stopping. What means more than one token after
+        the other, such as beams, is an error. On CUDA, where asking waits for the GPU, it looks for
+        the end of the text every eight tokens.
         """
         for name in ("assistant_model", "streamer", "stop_strings"):
             if options.get(name) is not None:
@@ -1274,9 +1223,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 class GenerationCache:
     """What `generate` carries from token to token: the current state, and an older one.
 
-    A state cannot be rewound, but an older one can be kept, and the tokens since read again. That
-    is how speculative decoding forgets tokens, and how rows that ended before others, and went on
-    reading padding, get the state after their last token.
+    A state cannot be rewound, but tokens can be read again from an older one. So speculative
+    decoding forgets tokens, and rows that ended before others get the state after their last token.
 
         current, seen   the latest state, after `seen` tokens: a Mamba2Cache, or a Decoder of
                         kernels.py that holds it in a CUDA graph
@@ -1390,14 +1338,12 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     sizes = {}
     _require(sizes, "b l d", inputs_embeds=embeds)
-    integers = dict(input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
-    _require(sizes, "b l", "integers", **integers)
+    _require(sizes, "b l", "integers", input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
     if mask is not None:
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
-        mask = _as_bool(mask)
         # Nothing masked is the common case, and worth asking for.
-        mask = None if _readable(mask) and bool(mask.all()) else mask
+        mask = None if _readable(mask) and mask.bool().all() else mask.bool()
     if position_ids is not None and seq_idx is None:
         begins = position_ids == 0
         if not past.states:
@@ -1418,10 +1364,7 @@ def recomputed(module, function, *arguments):
 
     def checked(*arguments):
         if [weight._version for weight in weights] != versions:
-            raise RuntimeError(
-                "weights were modified in place since the forward pass, which backward() computes "
-                "again: call it before optimizer.step()"
-            )
+            raise RuntimeError("weights were modified in place: call backward() before that")
         return function(*arguments)
 
     return checkpoint(checked, *arguments, use_reentrant=False)
@@ -1443,8 +1386,7 @@ def next_tokens(labels, mask=None, seq_idx=None):
 def register_with_transformers():
     """Make AutoConfig and AutoModelForCausalLM use this file for "mamba2"."""
     transformers.AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
-    model = transformers.AutoModelForCausalLM
-    model.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1458,26 +1400,20 @@ class Slices:
         model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
         y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
 
-    What a layer needs of the slices before its own is the state. So a rank receives that from the
-    rank before, runs the layer as ever, and sends the new state to the next rank, which is then
-    always one layer behind; the backward pass goes the other way. If a layer on a slice takes one
-    unit of time, R ranks take n_layer + R - 1 units, and one GPU n_layer R. In each direction a
-    rank sends per layer, at any length (2.69 MB in mamba2-2.7b; twice that if all is float64),
-
-        4 b (h p n + (k-1) (h p + 2 g n)) bytes
-
-    and again for each segment, and when that is recomputed. The model's cache is the last rank's,
-    sent to all. For a loss, the labels, mask and seq_idx of the whole sequence are gathered once,
-    24 bytes per position. As every rank returns the whole sequence's loss, its gradients are R
-    times what its slice adds to them: averaged over the ranks, as in DDP and FSDP, they are the
-    gradients in one process.
+    For each layer and segment, a rank receives the state from the rank before, runs the layer as
+    ever, and sends the new state to the next rank: at any length, 4 b (h p n + (k-1) (h p + 2 g n))
+    bytes (2.69 MB in mamba2-2.7b; twice that in float64). The backward pass goes the other way. Of
+    R ranks, each returns the loss of the whole sequence, so that its gradients are R times what its
+    slice adds to them: averaged over the ranks, as in DDP and FSDP, they are those in one process.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
     """
 
     def __init__(self, group):
-        self.group, self.rank = group, _rank(group)
+        if not isinstance(group, dist.ProcessGroup):  # nor is a group of other ranks one
+            raise TypeError(f"group = {group}: it must be a process group this rank belongs to")
+        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
     def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
         """The state after the slices of the ranks before; `state` on the first rank. x: what the
@@ -1489,17 +1425,16 @@ class Slices:
         ssm = ssm.view_as(state.ssm).to(state.ssm.dtype)
         return Mamba2State(conv.view_as(state.conv), ssm)
 
-    def send(self, y: Tensor, conv: Tensor, ssm: Tensor):
-        """y and the state. The next rank gets the state too, and adds its gradient."""
-        y, _ = _ToNextRank.apply(self.group, y, _flat(conv, ssm))
-        return y, conv, ssm
+    def send(self, y: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
+        """y. The next rank gets the state, and adds its gradient."""
+        return _ToNextRank.apply(self.group, y, _flat(conv, ssm))[0]
 
     def last(self, states):
         """On every rank the states of the last one."""
-        others = torch.tensor(self.rank < dist.get_world_size(self.group) - 1)
+        others = torch.tensor(self.rank < self.ranks - 1)
         layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
         layers = (t.masked_fill(others.to(t.device), 0) for t in layers)
-        layers = (_sum_of_ranks(t, self.group) for t in layers)
+        layers = (_SumOfRanks.apply(t, self.group) for t in layers)
         return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
 
@@ -1579,50 +1514,34 @@ class _SumOfRanks(torch.autograd.Function):
         return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
 
 
-_sum_of_ranks = _SumOfRanks.apply
-
-
-def _gathered(x, group):
-    """x of all ranks, in a list."""
-    ranks = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(ranks, x.contiguous(), group=group)
-    return ranks
-
-
-def _next_tokens_of_slices(labels, mask, seq_idx, length, group):
-    """This rank's part of `next_tokens` of the whole sequence, in segments of `length` here."""
-    mask = torch.ones_like(labels) if mask is None else mask
-    seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
-    mine = torch.stack([labels, mask.long(), seq_idx]).split(length, dim=2)  # s of (3, b, l)
-    longest = int(max(_gathered(labels.new_tensor(length), group)))
-    padded = torch.stack([F.pad(t, (0, longest - t.shape[2])) for t in mine])  # with mask 0
-    whole = rearrange(_gathered(padded, group), "R s three b l -> three b (s R l)")
-    targets = next_tokens(whole[0], whole[1].bool(), whole[2])
-    targets = rearrange(targets, "b (s R l) -> R s b l", s=len(mine), l=longest)
-    own = zip(targets[dist.get_rank(group)], mine, strict=True)
-    return torch.cat([t[:, : piece.shape[2]] for t, piece in own], dim=1)
-
-
-def _rank(group):
-    """This rank's number in the group."""
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise TypeError(f"group = {group}: it must be a process group that this rank belongs to")
-    return dist.get_rank(group)
-
-
-def _agree(group, model, x, **options):
-    """Raise on every rank, before anything else is sent, unless all call in the same way."""
-    _rank(group)
-    options.update({name: getattr(model.config, name) for name in _DEFAULTS})
-    options.update(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
-    options.update(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
-    options.update(checkpoints=model.backbone.gradient_checkpointing)
+def _agree(group, model, x, text, length, **options):
+    """Raise on every rank, before anything else is sent, unless all call in the same way. Returns
+    this rank's part, in segments of `length` here, of `next_tokens` of the whole sequence; text:
+    this rank's labels, mask and seq_idx, or None."""
+    rank = Slices(group).rank
+    options |= {name: getattr(model.config, name) for name in _DEFAULTS}
+    options |= dict(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
+    options |= dict(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
+    options |= dict(checkpoints=model.backbone.gradient_checkpointing, labels=text is not None)
+    if text is not None:
+        labels, mask, seq_idx = text
+        mask = torch.ones_like(labels) if mask is None else mask.long()
+        seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
+        text = torch.stack([labels, mask, seq_idx]).cpu()  # (3, b, l)
     ranks = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, options, group=group)
+    dist.all_gather_object(ranks, (options, text, length), group=group)
     for name in options:
-        values = [others.get(name) for others in ranks]
+        values = [others.get(name) for others, _, _ in ranks]
         if any(value != values[0] for value in values):
             raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
+    if text is None:
+        return None
+    segments = zip(*(text.split(length, dim=2) for _, text, length in ranks), strict=True)
+    slices = [piece for pieces in segments for piece in pieces]
+    labels, mask, seq_idx = torch.cat(slices, dim=2).to(x.device)
+    targets = next_tokens(labels, mask.bool(), seq_idx)
+    own = targets.split([piece.shape[2] for piece in slices], dim=1)[rank :: len(ranks)]
+    return torch.cat(own, dim=1)
 
 
 if kernels:  # may stand in for calls of these
