@@ -7,6 +7,7 @@ leaves no room for a mistake. All of it runs on CUDA where there is one, and els
 """
 
 import argparse
+import builtins
 import contextlib
 import copy
 import functools
@@ -47,12 +48,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -65,22 +61,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import MaxLengthCriteria
 
 import mamba2
-from mamba2 import (
-    GenerationCache,
-    Mamba2,
-    Mamba2Cache,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    Mamba2State,
-    parameter_groups,
-    ssd,
-    ssd_quadratic,
-    ssd_recurrent,
-)
+from mamba2 import Mamba2, Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2State, ssd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
-FORMS = [ssd_recurrent, ssd_quadratic, ssd]
+FORMS = [mamba2.ssd_recurrent, mamba2.ssd_quadratic, ssd]
 DRAW = dict(dtype=torch.float64, device=DEVICE)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -482,16 +467,6 @@ def test_a_decoded_token_costs_the_same_memory_after_ten_tokens_and_a_thousand()
     assert sizes[0][1:] == [8 * 3 * (20 + 2 * 2 * 5), 8 * 4 * 5 * 5]
 
 
-def test_torch_compile_captures_the_layer_in_one_graph_that_is_right():
-    layer = make_layer(d_conv=2)
-    (u, state), mask = layer_inputs(layer, 2, 5), torch.tensor([[0, 1, 1, 1, 1], [1, 0, 1, 0, 1]])
-    given = state, mask.to(DEVICE), torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]], device=DEVICE)
-    found = torch.compile(layer.step, fullgraph=True, backend="eager")(u, *given)
-    assert isinstance(found[1], Mamba2State)
-    expected, inputs = layer.step(u, *given), [u, state, list(layer.parameters())]
-    assert_close([found, gradients(found, inputs)], [expected, gradients(expected, inputs)])
-
-
 # ---- Refusals ------------------------------------------------------------------------------------
 
 
@@ -687,52 +662,12 @@ FLA |= dict(norm_eps=1e-3, rmsnorm=True, norm_before_gate=False, D_has_hdim=Fals
 FLA |= dict(dt_limit=[0, 0.5], A_init_range=[1, 16], tie_word_embeddings=False)
 TRANSFORMERS = dict(model_type="mamba2", num_heads=24, hidden_size=768)
 ORIGINAL = dict(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=dict(layer="Mamba2", headdim=8))
-SSM = ORIGINAL["ssm_cfg"]
 CHANGES = dict(rms_norm=False, rmsnorm=None, D_has_hdim=True, activation="gelu", hidden_act="gelu")
 CHANGES |= dict(attn=dict(layers=[1]), attn_layer_idx=[1], d_inner=512, d_ssm=32, d_intermediate=64)
 
-read = Mamba2Config.from_dict
-ERRORS = [  # what is called, the arguments, the error, and what it says
-    (Mamba2, dict(d_model=48), ValueError, "hidden_size (d_model) = 96; choose 48, 32, 16"),
-    (Mamba2, dict(d_model=14), ValueError, "(d_model) = 28; choose 28, 14, 7"),
-    (Mamba2, dict(d_model=64, nheads=3), ValueError, "num_heads (nheads) = 3: times head_dim"),
-    (Mamba2, dict(d_model=7, headdim=1, expand=1.5), ValueError, "hidden_size (d_model) = 10.5"),
-    (Mamba2Config, dict(d_modell=64), TypeError, "no option 'd_modell'"),
-    (Mamba2Config, dict(model_type="llama"), ValueError, "model_type = 'llama': must be 'mamba2'"),
-    (
-        Mamba2,
-        dict(d_model=64, dt_min=0.5),
-        ValueError,
-        "must be at most time_step_max (dt_max) = 0.1",
-    ),
-    (Mamba2, dict(d_model=64, use_mem_eff_path=True), TypeError, "no option 'use_mem_eff_path'"),
-    (Mamba2, dict(d_model=64, config={}), TypeError, "no option 'config'"),
-    (
-        lambda: Mamba2(Mamba2Config(), d_state=64),
-        {},
-        TypeError,
-        "and options ['d_state']: pass one",
-    ),
-    (read, ORIGINAL | dict(n_layer="2"), ValueError, "(n_layer) = '2': must be an integer"),
-    (read, FLA | dict(state_size="16"), ValueError, "(d_state) = '16': must be an integer"),
-    (read, FLA | dict(layer_norm_epsilon=1e-6), TypeError, "are one option"),
-    (read, FLA | dict(norm_before_gate=True), ValueError, "only False is implemented"),
-    (read, ORIGINAL | dict(ssm_cfg=dict(layer="S4")), ValueError, "only 'Mamba2' is implemented"),
-]
-for name, value in CHANGES.items():  # options that change the results, in every format
-    option, message = {name: value}, f"{name} = {value!r}: "
-    for file in ({}, FLA, TRANSFORMERS, ORIGINAL):
-        ERRORS.append((read, file | option, ValueError, message))
-    ERRORS.append((read, ORIGINAL | dict(ssm_cfg=SSM | option), ValueError, message))
-
-
-@pytest.mark.parametrize("function, given, error, message", ERRORS)
-def test_configurations_that_make_no_mamba2_are_errors(function, given, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        read(given) if function == read else function(**given)
-
 
 def test_options_that_say_the_same_in_other_words_are_read():
+    read = Mamba2Config.from_dict
     config = read(FLA)
     assert (config.layer_norm_epsilon, config.time_step_limit) == (1e-3, (0.0, 0.5))
     assert not config.tie_word_embeddings and config.num_heads == 24
@@ -1171,7 +1106,7 @@ def test_the_outputs_are_those_that_were_asked_for():
     assert output.loss is None and model(ids).hidden_states is None
     assert model(ids, labels=ids, use_cache=True).cache.length == 9
     assert model(ids, use_cache=False).cache is model(ids, labels=ids).cache is None
-    assert model.train()(ids).cache is None  # unless it is asked for
+    assert model.train()(ids, output_attentions=None).cache is None  # unless it is asked for
     model.eval().config.use_cache = False
     (logits,) = model(ids, return_dict=False)
     assert torch.equal(logits, output.logits)
@@ -1231,37 +1166,103 @@ def test_replicas_of_data_parallel_give_outputs_that_can_be_gathered(monkeypatch
 
 
 IDS = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
-REFUSED = [  # arguments of forward, and what the error says
-    (dict(inputs_embeds=torch.ones(2, 9, 32)), ValueError, "exactly one of input_ids and inputs_e"),
-    (dict(input_ids=IDS[0]), ValueError, r"input_ids has shape \(9,\): it must be \(9, l\)"),
-    (dict(input_ids=[[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
-    (dict(attention_mask=IDS[:, :8]), ValueError, r"shape \(2, 8\): it must be \(2, 9\)"),
-    (dict(attention_mask=IDS - 2.0), ValueError, "must hold 0 and 1: .* == 0"),
-    (dict(attention_mask=0.0 * IDS), ValueError, "must hold 0 and 1: .* == 0"),
-    (dict(seq_idx=IDS[:, :8]), ValueError, r"seq_idx has shape \(2, 8\): .* \(2, 9\)"),
-    (dict(past_key_values=transformers.DynamicCache()), AttributeError, "'DynamicCache' object"),
-    (dict.fromkeys(CACHE_NAMES, Mamba2Cache(())), TypeError, "are one argument"),
-    (dict(cache="one row"), ValueError, r"state has shape \(1, 3, 96\): .* \(2, 3, 96\)"),
-    (dict(cu_seq_lens_q=IDS[0]), TypeError, "unexpected keyword argument 'cu_seq_lens_q'"),
-    (dict(output_attentions=True), TypeError, "unexpected keyword argument 'output_attentions'"),
-    (dict(labels=IDS[:, :8]), ValueError, r"labels has shape \(2, 8\): .* \(2, 9\)"),
-    (dict(segment_length=-1), ValueError, "segment_length = -1: must be a number of positions"),
-    (dict(segment_length=False), ValueError, "segment_length = False: must be a number of"),
-    (dict(segment_length=4, output_hidden_states=True), ValueError, "use segment_length=0"),
-]
+ONE_NAME = "TypeError: cache and past_key_values are one argument"
+BOTH_NAMES = dict.fromkeys(CACHE_NAMES, Mamba2Cache(()))
+REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
+    Mamba2: {
+        r"ValueError: hidden_size \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
+        r"ValueError: \(d_model\) = 28; choose 28, 14, 7": dict(d_model=14),
+        r"ValueError: num_heads \(nheads\) = 3: times head_dim": dict(d_model=64, nheads=3),
+        r"ValueError: hidden_size .* = 10.5": dict(d_model=7, headdim=1, expand=1.5),
+        r"ValueError: must be at most time_step_max \(dt_max\) = 0.1": dict(d_model=64, dt_min=0.5),
+        "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
+        "TypeError: no option 'config'": dict(d_model=64, config={}),
+        r"TypeError: and options \['d_state'\]: pass one": dict(d_model=Mamba2Config(), d_state=64),
+    },
+    Mamba2Config: {
+        "TypeError: no option 'd_modell'": dict(d_modell=64),
+        "ValueError: model_type = 'llama': must be 'mamba2'": dict(model_type="llama"),
+    },
+    Mamba2Config.from_dict: {
+        r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
+        r"ValueError: \(d_state\) = '16': must be an integer": FLA | dict(state_size="16"),
+        "TypeError: are one option": FLA | dict(layer_norm_epsilon=1e-6),
+        "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
+        "ValueError: only 'Mamba2' is implemented": ORIGINAL | dict(ssm_cfg=dict(layer="S4")),
+    },
+    "forward": {
+        "ValueError: exactly one of input_ids and inputs_e": dict(
+            inputs_embeds=torch.ones(2, 9, 32)
+        ),
+        r"ValueError: input_ids has shape \(9,\): it must be \(9, l\)": dict(input_ids=IDS[0]),
+        "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
+        r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
+        "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
+        "ValueError: must hold 0 and 1: .* == 0": dict(attention_mask=0.0 * IDS),
+        r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
+        "AttributeError: 'DynamicCache'": dict(past_key_values=transformers.DynamicCache()),
+        ONE_NAME: BOTH_NAMES,
+        r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
+        "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
+        "TypeError: argument 'output_attentions'": dict(output_attentions=True),
+        r"ValueError: labels has shape \(2, 8\): .* \(2, 9\)": dict(labels=IDS[:, :8]),
+        "ValueError: segment_length = -1: must be a number of": dict(segment_length=-1),
+        "ValueError: segment_length = False: must be a number of": dict(segment_length=False),
+        "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
+    },
+    "generate": {
+        "AttributeError: 'DynamicCache' object has no": dict(cache=transformers.DynamicCache()),
+        "AttributeError: 'tuple' object has no attribute": dict(past_key_values=((1, 2),)),
+        ONE_NAME: BOTH_NAMES,
+        "TypeError: input_ids is torch.float32: .* of integers": dict(input_ids=IDS[:1].float()),
+        "ValueError: tempratur": dict(tempratur=1.0),
+        "ValueError: the cache has seen 9: give the whole sequence": dict(cache=True),
+        "ValueError: attention_mask = .*: must end in 1.*pad on the left": dict(
+            attention_mask=0 * IDS[:1]
+        ),
+    },
+}
+for name in ("seq_idx", "position_ids", "group"):
+    message = f"ValueError: {name} = .*: generate takes none: read the prompt with `prefill`"
+    REFUSED["generate"][message] = {name: IDS[:1]}
+REFUSED["stream"] = REFUSED["generate"] | {
+    "ValueError: one text for a prompt; for beam_search, use generate": dict(num_beams=2),
+    "ValueError: yields one text": dict(num_return_sequences=2, do_sample=True),
+}
+for name in ("assistant_model", "stop_strings", "streamer"):
+    REFUSED["stream"][f"ValueError: {name} is an option of generate"] = {name: 1}
+LOOKUP = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
+HIDDEN = dict(return_dict_in_generate=True, output_hidden_states=True)
+REFUSED["generate"] |= {
+    "ValueError: returns no hidden states": LOOKUP | HIDDEN,
+    "ValueError: not new tokens alone": LOOKUP | dict(cache=True, attention_mask=IDS.view(1, 18)),
+}
 if not CUDA:  # a GPU reports these later, and stays unusable
-    REFUSED += [(dict(input_ids=IDS + 63), IndexError, "index out of range")]
-    REFUSED += [(dict(labels=IDS + 63), IndexError, "Target .* is out of bounds")]
+    REFUSED["forward"]["IndexError: index out of range"] = dict(input_ids=IDS + 63)
+    REFUSED["forward"]["IndexError: Target .* is out of bounds"] = dict(labels=IDS + 63)
+REFUSED = [(call, *case) for call, cases in REFUSED.items() for case in cases.items()]
+for name, value in CHANGES.items():  # options that change the results, in every format
+    error, option = f"ValueError: {re.escape(f'{name} = {value!r}: ')}", {name: value}
+    for file in ({}, FLA, TRANSFORMERS, ORIGINAL):
+        REFUSED.append((Mamba2Config.from_dict, error, file | option))
+    file = ORIGINAL | dict(ssm_cfg=ORIGINAL["ssm_cfg"] | option)
+    REFUSED.append((Mamba2Config.from_dict, error, file))
 
 
-@pytest.mark.parametrize("given, error, message", REFUSED, ids=[m for _, _, m in REFUSED])
-def test_arguments_that_do_not_fit_are_refused_with_the_reason(given, error, message):
-    model = tiny()
-    if given.get("cache") == "one row":
-        given = dict(cache=model.prefill(IDS[:1]))
-    with pytest.raises(error, match=message):
-        model(**{"input_ids": IDS, **given})
-    assert model(IDS, output_attentions=None).logits.isfinite().all()
+@pytest.mark.parametrize("call, error, given", REFUSED)
+def test_arguments_that_do_not_fit_are_refused_with_the_reason(call, error, given):
+    """error: its type, and a regular expression of what it says."""
+    kind, message = error.split(": ", 1)
+    if call == Mamba2Config.from_dict:
+        given = dict(config_dict=given)
+    if isinstance(call, str):  # of a model
+        model, ids = tiny(), IDS if call == "forward" else IDS[:1]
+        given = dict(input_ids=ids) | given | ({} if call == "forward" else dict(max_new_tokens=3))
+        if given.get("cache") is True:
+            given["cache"] = model.prefill(IDS[:1])
+        call = getattr(model, call)
+    with pytest.raises(getattr(builtins, kind), match=message):
+        list(call(**given))
 
 
 @torch.no_grad()
@@ -1540,7 +1541,7 @@ def test_speculative_decoding_gives_the_greedy_text_and_its_cache(how):
 @torch.no_grad()
 def test_speculative_decoding_forgets_what_may_be_forgotten_and_nothing_else():
     model, ids, seen = tiny(dtype=torch.float64), tokens(1, 100), 0
-    cache = GenerationCache(model, Mamba2Cache(()))
+    cache = mamba2.GenerationCache(model, Mamba2Cache(()))
     cache.activate_past_recording()
     for read, forget in ((5, 0), (6, 2), (40, 3), (3, 3), (1, 0), (4, 1), (2, 9), (3, 1), (2, 1)):
         new, fork = ids[:, cache.seen : seen + read], copy.copy(cache)
@@ -1631,48 +1632,6 @@ def test_a_streamer_sees_each_token_and_every_stop_is_kept():
     length = dict(max_new_tokens=None, max_length=len(until))
     for options in (dict(eos_token_id=end), string, length):
         assert model.generate(**prompt, **GREEDY | options)[0].tolist() == until
-
-
-def test_what_generate_and_stream_cannot_do_is_refused():
-    model, ids = tiny(), tokens(1, 12)
-    cache, dynamic = model.prefill(ids), transformers.DynamicCache()
-    attributes = {
-        "'DynamicCache' object has no attribute": dict(cache=dynamic),
-        "'tuple' object has no attribute": dict(past_key_values=((1, 2),)),
-    }
-    types = {
-        "are one argument": dict(cache=cache, past_key_values=cache),
-        "input_ids is torch.float32: .* of integers": dict(input_ids=ids.float()),
-    }
-    values = {
-        "tempratur": dict(tempratur=1.0),
-        "the cache has seen 12: give the whole sequence": dict(cache=cache),
-        "attention_mask = .*: must end in 1.*pad on the left": dict(attention_mask=0 * ids),
-    }
-    for name in ("seq_idx", "position_ids", "group"):
-        values[f"{name} = .*: generate takes none: read the prompt with `prefill`"] = {name: ids}
-    hidden = dict(return_dict_in_generate=True, output_hidden_states=True)
-    speculative = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY, **hidden)
-    streams = {
-        "one text for a prompt; for beam_search, use generate": dict(num_beams=2),
-        "yields one text": dict(num_return_sequences=2, do_sample=True),
-    }
-    for name in ("assistant_model", "stop_strings", "streamer"):
-        streams[f"{name} is an option of generate"] = {name: 1}
-    alone = dict(cache=cache, attention_mask=torch.ones(1, 24, device=DEVICE))
-    alone |= dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
-    generations = {"returns no hidden states": speculative, "not new tokens alone": alone}
-    for call, error, cases in (
-        (model.generate, AttributeError, attributes),
-        (model.generate, TypeError, types),
-        (model.generate, ValueError, values | generations),
-        (model.stream, AttributeError, attributes),
-        (model.stream, TypeError, types),
-        (model.stream, ValueError, values | streams),
-    ):
-        for message, options in cases.items():
-            with pytest.raises(error, match=message):
-                list(call(**{"input_ids": ids, "max_new_tokens": 3, **options}))
 
 
 def without_graphs(model, ids, **options):
@@ -2028,7 +1987,7 @@ def byte_data():
 def train(folder, data, collator, model, optimizer=None, resume=None, **options):
     """Train the model by transformers' Trainer, and return the losses on the way."""
     if optimizer is None:
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+        optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
     given = dict(max_steps=4, per_device_train_batch_size=4, logging_steps=1, save_strategy="no")
     given |= dict(use_cpu=DEVICE.type == "cpu", report_to=[], disable_tqdm=True)
     arguments = transformers.TrainingArguments(output_dir=str(folder), **{**given, **options})
@@ -2815,21 +2774,21 @@ def test_mixed_precision_of_fsdp2_keeps_residual_stream_state_and_gradients_in_f
 def test_a_sharded_model_is_saved_resumed_and_loaded_on_one_device(rank, world):
     def start():
         model = distribute(tiny(dtype=torch.float64).train(), "FSDP2")
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+        optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
         return model, optimizer
 
     batches = [tokens(8, 24, seed=seed).chunk(world)[rank] for seed in range(4)]
     train_on(batches[:2], *(started := start()))
-    dcp.save(dict(enumerate(get_state_dict(*started))), checkpoint_id=FOLDER / "sharded")
+    dcp.save(dict(enumerate(state_dict.get_state_dict(*started))), checkpoint_id=FOLDER / "sharded")
     uninterrupted = train_on(batches[2:], *started)
     model, _ = started = start()
-    saved = dict(enumerate(get_state_dict(*started)))
+    saved = dict(enumerate(state_dict.get_state_dict(*started)))
     dcp.load(saved, checkpoint_id=FOLDER / "sharded")
-    set_state_dict(*started, model_state_dict=saved[0], optim_state_dict=saved[1])
+    state_dict.set_state_dict(*started, model_state_dict=saved[0], optim_state_dict=saved[1])
     assert identical(train_on(batches[2:], *started), uninterrupted)
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full = get_model_state_dict(model, options=options)  # on rank 0
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = state_dict.get_model_state_dict(model, options=options)  # on rank 0
     if rank == 0:
         model.save_pretrained(FOLDER / "whole", state_dict=full)
     dist.barrier()
@@ -2845,7 +2804,7 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
     options |= dict(gradient_accumulation_steps=2)
     batches = tokens(16, 24).split(4)
     model = tiny(dtype=torch.float64).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+    optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
     of_bytes = tiny(vocab_size=384, dtype=torch.float64)
     expected = train(*given, of_bytes, **options), train_on(batches, model, optimizer)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -2868,7 +2827,7 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
                 accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, kind
                 accelerate.PartialState._shared_state["distributed_type"] = kind
             model = tiny(dtype=torch.float64).train()
-            optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+            optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
             loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=2)
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
             assert_close(train_on(loader, model, optimizer, accelerator.backward), expected[1])
@@ -3341,7 +3300,7 @@ def test_kernel_tells_tensors_apart_that_differ_in_layout_alone():
         for dt in (inputs["dt"], inputs["dt"].mT.contiguous().mT):
             inputs |= dict(x=x.unflatten(2, (2, 32)), dt=dt)
             y, _ = mamba2.kernels.ssd(**inputs)
-            assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-4
+            assert relative_error(y, mamba2.ssd_recurrent(**inputs)[0]) <= 1e-4
 
 
 KERNEL_REPEATED = [
@@ -3397,7 +3356,7 @@ def test_kernel_is_nan_where_its_twin_is_and_nowhere_else(case, dtype):
     0 counts as NaN. Heads of a layer are groups, so that its norm does not spread NaN."""
     operation, cause = case.split(": ")
     kernel, twin = getattr(mamba2.kernels, operation), KERNELS[operation][1]
-    exact = ssd_recurrent if operation == "ssd" else twin
+    exact = mamba2.ssd_recurrent if operation == "ssd" else twin
     name = "zxbcdt" if case == "layer_middle: dt" else cause.split(" ")[-1]
     at = {"zxbcdt": (0, 0, -1), "dt": (0, 9, 0)}.get(name, (0, 9 * (name in "xBC"), 0, 0))
     for l in (150 if CUDA else 40,) if operation == "ssd" else (1, 70 if CUDA else 9):
@@ -3752,7 +3711,7 @@ def test_kernels_run_whichever_switch_of_tf32_is_set():
         y, _ = mamba2.kernels.ssd(**inputs)
     finally:
         switch.fp32_precision = before
-    assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-2
+    assert relative_error(y, mamba2.ssd_recurrent(**inputs)[0]) <= 1e-2
 
 
 def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
@@ -4139,7 +4098,7 @@ def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_lengt
     options = dict(DDP=dict(gradient_as_bucket_view=True), FSDP2=dict(mp_policy=policy))
     if engine:
         model = distribute(model, engine, **options[engine])
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
     def step(l):
         ids = torch.randint(Mamba2Config(**SHAPES[shape]).vocab_size, (b, l), device=DEVICE)
