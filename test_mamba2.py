@@ -49,7 +49,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -452,19 +451,6 @@ def test_a_step_calls_hooks_and_projections_with_weights_of_another_dtype(method
     found = layer.step(u, state)
     assert_close(found, layer_by_hand(layer, u, state))
     assert calls == [1] and torch.equal(layer(u, state), found[0])
-
-
-def test_a_decoded_token_costs_the_same_memory_after_ten_tokens_and_a_thousand():
-    layer, sizes = make_layer(), []
-    u = layer_inputs(layer, 1, 1000)[0].detach()
-    with torch.no_grad():
-        for context in (9, 999):
-            _, state = layer.step(u[:, :context])
-            with Bytes() as tracker:
-                _, state = layer.step(u[:, :1], state)
-            sizes.append([tracker.peak, *(part.untyped_storage().nbytes() for part in state)])
-    assert sizes[0] == sizes[1]
-    assert sizes[0][1:] == [8 * 3 * (20 + 2 * 2 * 5), 8 * 4 * 5 * 5]
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
@@ -927,8 +913,10 @@ def test_padded_and_packed_sequences_in_any_split_give_what_each_gives_alone(mas
         for start, end in zip([0, *cuts], [*cuts, 20], strict=True):
             # generate passes the mask of all tokens so far: of these, the last columns count.
             now = mask[:, start if len(cuts) == 1 else 0 : end] if masked else None
-            seq_idx_now = seq_idx[:, start:end].to(next(kinds)) if apart else None
-            piece = model(ids[:, start:end], now, cache, seq_idx=seq_idx_now)
+            of_piece = seq_idx[:, start:end].to(next(kinds)) if apart else None
+            piece = model(ids[:, start:end], now, cache, seq_idx=of_piece)
+            given = ids[:, start:end], cache, mask[:, start:end]
+            assert_close(model.lm_head(model.backbone(*given, seq_idx=of_piece)[0]), piece.logits)
             cache = piece.cache
             logits.append(piece.logits)
         assert_close(torch.cat(logits, 1)[mask.bool()], output.logits[mask.bool()], F64)
@@ -2071,8 +2059,8 @@ def test_memory_grows_as_the_square_root_of_the_length_and_never_holds_all_logit
     sizes = dict(hidden_size=64, head_dim=64, state_size=16, num_hidden_layers=4, vocab_size=256)
     model = Mamba2ForCausalLM(Mamba2Config(**sizes)).train()
     model.gradient_checkpointing_enable()
-    ids, peaks = tokens(1, 8192, vocabulary=256).cpu(), []
-    for l, segment_length in ((512, "auto"), (2048, "auto"), (8192, "auto"), (8192, 0)):
+    ids, peaks = tokens(1, 4096, vocabulary=256).cpu(), []
+    for l, segment_length in ((256, "auto"), (1024, "auto"), (4096, "auto"), (4096, 0)):
         model.zero_grad()
         with Bytes() as watch:
             given = dict(labels=ids[:, :l], segment_length=segment_length)
@@ -2599,7 +2587,7 @@ def train_on(batches, model, optimizer, backward=torch.Tensor.backward, **given)
 @on_ranks(2, 4)
 def test_ddp_and_fsdp2_train_as_one_process_on_rows_and_on_slices(rank, world):
     b, l, batches = torch.arange(8), torch.arange(24), [tokens(8, 24, seed=i) for i in range(2)]
-    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
+    mesh = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
     sequence, pairs = dict(group=dist.group.WORLD), dict(group=mesh.get_group("slices"))
     pieces = l.unflatten(0, (-1, world, 2))[:, rank].flatten()  # of segments
     cases = [
@@ -2698,11 +2686,8 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
         options |= dict(per_device_train_batch_size=2, ddp_backend="gloo")
         found = train(*given, tiny(vocab_size=384, dtype=torch.float64), **options)
         assert_close(torch.tensor(found), torch.tensor(expected[0]), 1e-6)
-        plugin = accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            cpu_ram_efficient_loading=False,
-        )
+        given = dict(auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, **given)
         accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
         for engine in ("DDP", "FSDP2") if FSDP2_RUNS else ("DDP",):
             if engine == "FSDP2":  # on a CPU accelerate has to be told
@@ -2750,23 +2735,23 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     def call(model=model, **changes):
         model(**dict(input_ids=ids, labels=ids, group=group) | changes)
 
-    for name, same, odd in (
-        ("batch", call, lambda: call(input_ids=ids[:1], labels=ids[:1])),
-        ("labels", call, lambda: call(labels=None)),
-        ("segments", call, lambda: call(segment_length=4)),
-        ("items", call, lambda: call(num_items_in_batch=3)),
-        ("seq_idx", call, lambda: call(seq_idx=ids)),
-        ("states", call, lambda: call(cache=cache)),
-        ("dtype", call, lambda: call(input_ids=None, inputs_embeds=torch.randn(2, 8, 32))),
-        ("num_hidden_layers", call, lambda: call(shallow)),
-        ("checkpoints", call, lambda: call(checkpointed)),
-        ("gradients", call, torch.no_grad()(call)),
-        ("autocast", call, torch.autocast("cpu", torch.bfloat16)(call)),
-        ("cache", call, lambda: call(use_cache=True)),
-        ("training", call, lambda: call(tiny())),
+    for name, odd in (
+        ("batch", lambda: call(input_ids=ids[:1], labels=ids[:1])),
+        ("labels", lambda: call(labels=None)),
+        ("segments", lambda: call(segment_length=4)),
+        ("items", lambda: call(num_items_in_batch=3)),
+        ("seq_idx", lambda: call(seq_idx=ids)),
+        ("states", lambda: call(cache=cache)),
+        ("dtype", lambda: call(input_ids=None, inputs_embeds=torch.randn(2, 8, 32))),
+        ("num_hidden_layers", lambda: call(shallow)),
+        ("checkpoints", lambda: call(checkpointed)),
+        ("gradients", torch.no_grad()(call)),
+        ("autocast", torch.autocast("cpu", torch.bfloat16)(call)),
+        ("cache", lambda: call(use_cache=True)),
+        ("training", lambda: call(tiny())),
     ):
         with pytest.raises(ValueError, match=f"{name} = .* on the ranks of the group: make it"):
-            (odd if rank == world - 1 else same)()
+            (odd if rank == world - 1 else call)()
     call()  # nobody is out of step
 
 
@@ -2802,7 +2787,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 PASSED_IN_THE_INTERPRETER = {  # how many, by settings and names
-    ("", "test_kernel"): 121,
+    ("", "test_kernel"): 120,
     ("portable", "test_kernel_is_its_twin and ssd and not 256"): 18,
 }
 
@@ -2898,16 +2883,14 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
 
 def kernel_conv_inputs(dtype, b, l, d, width=0, start=0, k=4, features=""):
     """Arguments of the convolution; its channels begin at `start` of a tensor of that width."""
-    state = randn(b, k - 1, d).to(dtype)
+    state = randn(b, k - 1, d).to(torch.float32 if "other" in features else dtype)
     # Sequences of one to five positions, or of some twenty.
     ids = (rand(b, l) < (0.4 if k == 3 or l < 5 else 0.05)).cumsum(1) % 3
     return dict(
         x=randn(b, l, width or d).to(dtype)[..., start : start + d],
         weight=(randn(d, k) / 2).to(dtype if k == 3 else torch.float32),
         bias=randn(d) if "bias" in features else None,
-        initial_state=(state.float() if "other" in features else state)
-        if "state" in features
-        else None,
+        initial_state=state if "state" in features else None,
         seq_idx=ids.to(torch.int32 if k == 4 else torch.int64) if "seq" in features else None,
     )
 
@@ -3184,7 +3167,8 @@ def test_kernel_tells_tensors_apart_that_differ_in_layout_alone():
 
 
 KERNEL_REPEATED = [
-    *("ssd: groups, slices of one tensor", "ssd: slices at odd addresses, from zero"),
+    *(["ssd: groups, slices of one tensor"] if CUDA else []),
+    "ssd: slices at odd addresses, from zero",
     *("causal_conv1d: 64 positions, 3 taps", "layer_middle: 70 positions, groups"),
     *(f"rms_norm: (7, 96, 200), 1 groups, {features}" for features in ("gate", "alone")),
 ]
