@@ -764,17 +764,12 @@ def tokens(*shape, seed=0, vocabulary=VOCABULARY):
     return torch.randint(1, vocabulary, shape, generator=generator).to(DEVICE)
 
 
-def assert_same_gradients(actual, expected, relative=F64):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert expected[name].abs().max() > 0, name
-        assert_close(actual[name], expected[name], relative)
-
-
 def model_gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    return gradients
 
 
 def assert_same_state(actual, expected, relative=0.0):
@@ -798,17 +793,13 @@ def load(folder, kind=Mamba2ForCausalLM, **options):
     return kind.from_pretrained(folder, **options).to(DEVICE).eval()
 
 
-def test_transformers_and_torch_still_have_the_private_names_that_mamba2_py_uses():
+def test_transformers_still_has_the_private_names_that_mamba2_py_uses():
     of_transformers = "_init_weights _is_hf_initialized _no_split_modules _prefill"
     of_transformers += " _supports_default_dynamic_cache _tied_weights_keys"
     of_transformers = set(of_transformers.split())
-    of_torch = "Tensor._version _C._are_functorch_transforms_active _C._len_torch_dispatch_stack"
-    of_torch += " autograd.forward_ad._current_level _subclasses.fake_tensor.FakeTensor"
     modules = transformers.modeling_utils, transformers.generation.utils
     there = set(re.findall(r"\w+", " ".join(map(inspect.getsource, modules))))
     assert of_transformers <= there, transformers.__version__
-    for name in of_torch.split():
-        assert eval(f"torch.{name}") is not None, torch.__version__
 
     code, private = Path(mamba2.__file__).read_text(), r"(?<!\w)_[a-z]\w+"
     defined = set(re.findall(r"^(?:def |class )?(_[a-z]\w+)", code, re.M))  # by this file, itself
@@ -901,7 +892,7 @@ def test_padded_and_packed_sequences_in_any_split_give_what_each_gives_alone(mas
     loss = mean_loss(model, pairs)
     assert output.loss.dtype == torch.float64
     assert_close(output.loss, loss, F64)
-    assert_same_gradients(model_gradients(model, output.loss), model_gradients(model, loss))
+    assert_close(model_gradients(model, output.loss), model_gradients(model, loss))
     if apart:  # the same in other words
         at = [[i for n in row for i in range(n)] for row in lengths]
         assert_close(model(ids, position_ids=torch.tensor(at, device=DEVICE), **given).loss, loss)
@@ -1055,7 +1046,7 @@ def test_steps_masks_and_training_are_exported_or_compiled_into_one_graph():
     with torch.enable_grad():
         losses = (kind(ids, labels=ids).loss for kind in (compiled, model))
         found, expected = (model_gradients(model, loss) for loss in losses)
-    assert_same_gradients(found, expected, F32)
+    assert_close(found, expected, F32)
 
 
 @torch.no_grad()
@@ -1124,12 +1115,10 @@ BOTH_NAMES = dict.fromkeys(CACHE_NAMES, Mamba2Cache(()))
 REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
     Mamba2: {
         r"ValueError: hidden_size \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
-        r"ValueError: \(d_model\) = 28; choose 28, 14, 7": dict(d_model=14),
         r"ValueError: num_heads \(nheads\) = 3: times head_dim": dict(d_model=64, nheads=3),
         r"ValueError: hidden_size .* = 10.5": dict(d_model=7, headdim=1, expand=1.5),
         r"ValueError: must be at most time_step_max \(dt_max\) = 0.1": dict(d_model=64, dt_min=0.5),
         "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
-        "TypeError: no option 'config'": dict(d_model=64, config={}),
         r"TypeError: and options \['d_state'\]: pass one": dict(d_model=Mamba2Config(), d_state=64),
     },
     Mamba2Config: {
@@ -1935,7 +1924,7 @@ def test_collators_that_pad_or_pack_give_the_loss_of_the_texts_alone():
         batch = {k: v.to(DEVICE) for k, v in collator([dict(row) for row in data]).items()}
         found = model(**batch).loss
         assert_close(found, loss, F64)
-        assert_same_gradients(model_gradients(model, found), expected)
+        assert_close(model_gradients(model, found), expected)
 
 
 def test_the_trainer_learns_the_same_whole_in_segments_accumulated_and_resumed(tmp_path):
@@ -2758,12 +2747,11 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
 @on_ranks(2)
 def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(rank, world):
     model, ids = tiny(), tokens(1, 8)
-    other = dist.new_group([1])
+    other, step = dist.new_group([1]), model.backbone.layers[0].mixer.step
     for group in ("world", *[other] * (rank == 0)):
-        with pytest.raises(TypeError, match="must be a process group that this rank belongs to"):
-            model(ids, group=group)
-        with pytest.raises(TypeError, match="must be a process group that this rank belongs to"):
-            model.backbone.layers[0].mixer.step(torch.randn(1, 2, 32), group=group)
+        for call in (functools.partial(model, ids), functools.partial(step, torch.randn(1, 2, 32))):
+            with pytest.raises(TypeError, match="must be a process group that this rank belongs"):
+                call(group=group)
     with pytest.raises(ValueError, match="segment_length = 'auto': with a group"):
         model(ids, labels=ids, segment_length="auto", group=dist.group.WORLD)
     with pytest.raises(ValueError, match="generate takes none: read the prompt with"):
