@@ -1070,7 +1070,8 @@ def test_the_outputs_are_those_that_were_asked_for():
 
 def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
     model, ids = tiny(dtype=torch.float64), tokens(2, 9)
-    logits, hidden, chosen = *model(ids, output_hidden_states=True).values(), IDS[0, :3] * 4
+    output, chosen = model(ids, output_hidden_states=True), torch.tensor([0, 3, 8], device=DEVICE)
+    logits, hidden = output.logits, output.hidden_states
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     kept = [(0, logits), (1, logits[:, -1:]), (4, logits[:, -4:]), (chosen, logits[:, chosen])]
     for training, length in itertools.product((False, True), (0, 2, 4, 64)):
