@@ -171,6 +171,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
     product. Here it is a loop, over slabs of a few chunks, which bounds the memory.
     """
+    _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and (fused := kernels.ssd(x, dt, A, B, C, D, **options)) is not None:
         return fused
@@ -365,8 +366,10 @@ class Mamba2(nn.Module):
     def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
         super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
-        if options or not isinstance(config, Mamba2Config):
+        if not isinstance(config, Mamba2Config):
             config = Mamba2Config(d_model=d_model, **options)
+        elif options:
+            raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
         self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -878,6 +881,8 @@ class Mamba2Config(PreTrainedConfig):
         h, rule = self.num_heads, f"times {names['head_dim']}, {p}, must be {product}"
         _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and h * p == inner)
         _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
+        most, rule = self.time_step_max, f"must be at most {names['time_step_max']} = "
+        _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that

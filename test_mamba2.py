@@ -7,6 +7,7 @@ leaves no room for a mistake. All of it runs on CUDA where there is one, and els
 """
 
 import argparse
+import builtins
 import contextlib
 import copy
 import functools
@@ -48,13 +49,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -66,22 +61,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation import MaxLengthCriteria
 
 import mamba2
-from mamba2 import (
-    GenerationCache,
-    Mamba2,
-    Mamba2Cache,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    Mamba2State,
-    parameter_groups,
-    ssd,
-    ssd_quadratic,
-    ssd_recurrent,
-)
+from mamba2 import Mamba2, Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2State, ssd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
-FORMS = [ssd_recurrent, ssd_quadratic, ssd]
+FORMS = [mamba2.ssd_recurrent, mamba2.ssd_quadratic, ssd]
 DRAW = dict(dtype=torch.float64, device=DEVICE)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -470,29 +454,6 @@ def test_a_step_calls_hooks_and_projections_with_weights_of_another_dtype(method
     assert calls == [1] and torch.equal(layer(u, state), found[0])
 
 
-def test_a_decoded_token_costs_the_same_memory_after_ten_tokens_and_a_thousand():
-    layer, sizes = make_layer(), []
-    u = layer_inputs(layer, 1, 1000)[0].detach()
-    with torch.no_grad():
-        for context in (9, 999):
-            _, state = layer.step(u[:, :context])
-            with Bytes() as tracker:
-                _, state = layer.step(u[:, :1], state)
-            sizes.append([tracker.peak, *(part.untyped_storage().nbytes() for part in state)])
-    assert sizes[0] == sizes[1]
-    assert sizes[0][1:] == [8 * 3 * (20 + 2 * 2 * 5), 8 * 4 * 5 * 5]
-
-
-def test_torch_compile_captures_the_layer_in_one_graph_that_is_right():
-    layer = make_layer(d_conv=2)
-    (u, state), mask = layer_inputs(layer, 2, 5), torch.tensor([[0, 1, 1, 1, 1], [1, 0, 1, 0, 1]])
-    given = state, mask.to(DEVICE), torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]], device=DEVICE)
-    found = torch.compile(layer.step, fullgraph=True, backend="eager")(u, *given)
-    assert isinstance(found[1], Mamba2State)
-    expected, inputs = layer.step(u, *given), [u, state, list(layer.parameters())]
-    assert_close([found, gradients(found, inputs)], [expected, gradients(expected, inputs)])
-
-
 # ---- Refusals ------------------------------------------------------------------------------------
 
 
@@ -537,10 +498,8 @@ def test_a_reset_begins_another_sequence_in_its_rows():
     for mask in (None, skipped):
         y, new = layer.step(u, state, mask, reset=reset)
         apart = [layer.step(u, start, mask) for start in (layer.initial_state(3), state)]
-        rows = [apart[0], apart[1], apart[0]]
-        for found, i in ((y, None), (new.conv, 0), (new.ssm, 1)):
-            want = torch.stack([(a[0] if i is None else a[1][i])[r] for r, a in enumerate(rows)])
-            assert_close(found, want)
+        pairs = zip(*map(tensors, apart), strict=True)
+        assert_close([y, new], [torch.stack([a[0], b[1], a[2]]) for a, b in pairs])
     given = torch.autograd.grad(y.sum() + new.ssm.sum(), state)
     assert all(torch.equal(t[[0, 2]], 0 * t[[0, 2]]) and t[1].any() for t in given)
     assert_close(layer(u, state, reset=reset.long()), layer.step(u, state, reset=reset)[0])
@@ -560,19 +519,6 @@ def test_rows_of_a_state_are_selected_and_its_dtype_and_history_changed():
     empty = layer.initial_state(2)
     assert [t.shape for t in empty] == [t.shape for t in new] and not any(t.any() for t in empty)
     assert_close(layer.step(u.float(), empty)[0], layer(u.float()), F32)
-
-
-@pytest.mark.parametrize("value", [0, -3, 2.5, None])
-def test_groups_and_chunks_that_do_not_fit_are_refused(value):
-    inputs, x = ssd_inputs(2, 5, 4, 3, 3, 6), torch.ones(5, 7, **DRAW)
-    with pytest.raises((ArithmeticError, RuntimeError, TypeError)):
-        ssd(**ssd_inputs(2, 5, 4, 3, 2, 6), chunk_size=value)
-    for form, B in itertools.product(FORMS, (inputs["B"], inputs["B"][:, :, :0])):
-        with pytest.raises(ValueError, match=f"g = {B.shape[2]}: groups of B and C, must divide"):
-            form(**inputs | dict(B=B, C=B))
-    for groups in (0, -1, 3):
-        with pytest.raises(RuntimeError, match="unflatten|only one dimension"):
-            NORM(x, x[0], groups=groups)
 
 
 # ---- Initialisation and optimiser groups ---------------------------------------------------------
@@ -686,48 +632,12 @@ FLA |= dict(norm_eps=1e-3, rmsnorm=True, norm_before_gate=False, D_has_hdim=Fals
 FLA |= dict(dt_limit=[0, 0.5], A_init_range=[1, 16], tie_word_embeddings=False)
 TRANSFORMERS = dict(model_type="mamba2", num_heads=24, hidden_size=768)
 ORIGINAL = dict(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=dict(layer="Mamba2", headdim=8))
-SSM = ORIGINAL["ssm_cfg"]
 CHANGES = dict(rms_norm=False, rmsnorm=None, D_has_hdim=True, activation="gelu", hidden_act="gelu")
 CHANGES |= dict(attn=dict(layers=[1]), attn_layer_idx=[1], d_inner=512, d_ssm=32, d_intermediate=64)
 
-read = Mamba2Config.from_dict
-ERRORS = [  # what is called, the arguments, the error, and what it says
-    (Mamba2, dict(d_model=48), ValueError, "hidden_size (d_model) = 96; choose 48, 32, 16"),
-    (Mamba2, dict(d_model=14), ValueError, "(d_model) = 28; choose 28, 14, 7"),
-    (Mamba2, dict(d_model=64, nheads=3), ValueError, "num_heads (nheads) = 3: times head_dim"),
-    (Mamba2, dict(d_model=7, headdim=1, expand=1.5), ValueError, "hidden_size (d_model) = 10.5"),
-    (Mamba2Config, dict(d_modell=64), TypeError, "no option 'd_modell'"),
-    (Mamba2Config, dict(model_type="llama"), ValueError, "model_type = 'llama': must be 'mamba2'"),
-    (Mamba2, dict(d_model=64, dt_min=0.5), RuntimeError, "uniform_ expects"),
-    (Mamba2, dict(d_model=64, dt_min=0), ValueError, " "),  # of math.log, in words of Python's
-    (Mamba2, dict(d_model=64, dt_max="0.1"), TypeError, "must be real number"),
-    (Mamba2, dict(d_model=64, expand="2"), TypeError, "'int' and 'str'"),
-    (lambda: mamba2.Mamba2LM(Mamba2Config(initializer_range=-1)), {}, RuntimeError, "std -1"),
-    (Mamba2, dict(d_model=64, use_mem_eff_path=True), TypeError, "no option 'use_mem_eff_path'"),
-    (Mamba2, dict(d_model=64, config={}), TypeError, "no option 'config'"),
-    (lambda: Mamba2(Mamba2Config(), d_state=64), {}, ValueError, "hidden_size (d_model) = Mamba2C"),
-    (read, ORIGINAL | dict(n_layer="2"), ValueError, "(n_layer) = '2': must be an integer"),
-    (read, FLA | dict(state_size="16"), ValueError, "(d_state) = '16': must be an integer"),
-    (read, FLA | dict(layer_norm_epsilon=1e-6), TypeError, "are one option"),
-    (read, FLA | dict(norm_before_gate=True), ValueError, "only False is implemented"),
-    (read, ORIGINAL | dict(ssm_cfg=dict(layer="S4")), ValueError, "only 'Mamba2' is implemented"),
-]
-for value in (None, 5, "12", ("low", 1.0), ({}, 1.0), ("0.0", "1.0")):
-    ERRORS.append((Mamba2Config, dict(dt_limit=value), TypeError, " "))
-for name, value in CHANGES.items():  # options that change the results, in every format
-    option, message = {name: value}, f"{name} = {value!r}: "
-    for file in ({}, FLA, TRANSFORMERS, ORIGINAL):
-        ERRORS.append((read, file | option, ValueError, message))
-    ERRORS.append((read, ORIGINAL | dict(ssm_cfg=SSM | option), ValueError, message))
-
-
-@pytest.mark.parametrize("function, given, error, message", ERRORS)
-def test_configurations_that_make_no_mamba2_are_errors(function, given, error, message):
-    with pytest.raises(error, match=re.escape(message)):
-        read(given) if function == read else function(**given)
-
 
 def test_options_that_say_the_same_in_other_words_are_read():
+    read = Mamba2Config.from_dict
     config = read(FLA)
     assert (config.layer_norm_epsilon, config.time_step_limit) == (1e-3, (0.0, 0.5))
     assert not config.tie_word_embeddings and config.num_heads == 24
@@ -735,6 +645,13 @@ def test_options_that_say_the_same_in_other_words_are_read():
         assert read({name: value}).use_bias is value
         assert read(TRANSFORMERS | {name: value}).use_bias is value
     assert read(dict(attn=None, d_ssm=None, attn_layer_idx=None, d_intermediate=0)).num_heads == 24
+    # What a file in transformers' format leaves out has their defaults, which are not ours.
+    there, theirs = (
+        read(TRANSFORMERS | dict(num_heads=16, head_dim=96)),
+        transformers.Mamba2Config(),
+    )
+    for name in ("n_groups", "eos_token_id", "tie_word_embeddings", "initializer_range"):
+        assert getattr(there, name) == getattr(theirs, name) != getattr(Mamba2Config(), name)
     assert Mamba2Config(hidden_act="swish", attn_implementation="eager", dt_min=0.1).num_heads == 24
 
 
@@ -824,6 +741,7 @@ TINY |= dict(head_dim=8, chunk_size=8, initializer_range=0.2)
 ALL = dict(n_groups=2, use_bias=True, time_step_limit=(0.01, 0.1))  # every option that may leak
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
 CACHE_NAMES = ["cache", "past_key_values"]  # transformers' name since 5.24, and the one before
+THEIRS = transformers.Mamba2ForCausalLM
 THEIR_CACHE = "cache" if mamba2.CACHE == "cache" else "cache_params"  # in their Mamba-2
 
 
@@ -845,17 +763,12 @@ def tokens(*shape, seed=0, vocabulary=VOCABULARY):
     return torch.randint(1, vocabulary, shape, generator=generator).to(DEVICE)
 
 
-def assert_same_gradients(actual, expected, relative=F64):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert expected[name].abs().max() > 0, name
-        assert_close(actual[name], expected[name], relative)
-
-
 def model_gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    return gradients
 
 
 def assert_same_state(actual, expected, relative=0.0):
@@ -879,16 +792,12 @@ def load(folder, kind=Mamba2ForCausalLM, **options):
     return kind.from_pretrained(folder, **options).to(DEVICE).eval()
 
 
-def test_transformers_and_torch_still_have_the_private_names_that_mamba2_py_uses():
+def test_transformers_still_has_the_private_names_that_mamba2_py_uses():
     of_transformers = "_init_weights _is_hf_initialized _no_split_modules _prefill"
     of_transformers = {*of_transformers.split(), "_tied_weights_keys"}
-    of_torch = "Tensor._version _C._are_functorch_transforms_active _C._len_torch_dispatch_stack"
-    of_torch += " autograd.forward_ad._current_level _subclasses.fake_tensor.FakeTensor"
     modules = transformers.modeling_utils, transformers.generation.utils
     there = set(re.findall(r"\w+", " ".join(map(inspect.getsource, modules))))
     assert of_transformers <= there, transformers.__version__
-    for name in of_torch.split():
-        assert eval(f"torch.{name}") is not None, torch.__version__
 
     code, private = Path(mamba2.__file__).read_text(), r"(?<!\w)_[a-z]\w+"
     defined = set(re.findall(r"^(?:def |class )?(_[a-z]\w+)", code, re.M))  # by this file, itself
@@ -908,7 +817,7 @@ def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, tmp_pat
     if "n_groups" in options and Version(transformers.__version__) <= Version("5.20.2"):
         pytest.skip("transformers <= 5.20.2 ignores groups in its gated norm")
     ours = tiny(chunk_size=256, **options)
-    theirs = load(save(ours, tmp_path), transformers.Mamba2ForCausalLM)
+    theirs = load(save(ours, tmp_path), THEIRS)
     for length in (1, 37, 300):
         ids = tokens(2, length)
         mine, reference = (m(ids, labels=ids, use_cache=True) for m in (ours, theirs))
@@ -924,23 +833,6 @@ def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, tmp_pat
             mask[0, : length // 3] = 0
             mine, reference = (model(ids, attention_mask=mask).logits for model in (ours, theirs))
             assert_close(mine[mask.bool()], reference[mask.bool()], F32)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tied", [True, False])
-def test_what_transformers_own_mamba2_saves_gives_the_same_logits_here(tied, tmp_path):
-    options = dict(num_heads=8, n_groups=1, tie_word_embeddings=tied, pad_token_id=5)
-    config = transformers.Mamba2Config(**TINY, **options)
-    theirs = transformers.Mamba2ForCausalLM(config).to(DEVICE).eval()
-    ours, ids = load(save(theirs, tmp_path)), tokens(2, 37)
-    assert_close(ours(ids).logits, theirs(ids).logits, F32)
-    assert ours.config.pad_token_id == 5
-    # What a file in their format leaves out has their defaults, which are not ours.
-    content = dict(model_type="mamba2", num_heads=16, head_dim=8, hidden_size=64)
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    config, defaults = Mamba2Config.from_pretrained(tmp_path), transformers.Mamba2Config()
-    for name in ("n_groups", "eos_token_id", "tie_word_embeddings", "initializer_range"):
-        assert getattr(config, name) == getattr(defaults, name) != getattr(Mamba2Config(), name)
 
 
 def padded():
@@ -998,20 +890,22 @@ def test_padded_and_packed_sequences_in_any_split_give_what_each_gives_alone(mas
     loss = mean_loss(model, pairs)
     assert output.loss.dtype == torch.float64
     assert_close(output.loss, loss, F64)
-    assert_same_gradients(model_gradients(model, output.loss), model_gradients(model, loss))
+    assert_close(model_gradients(model, output.loss), model_gradients(model, loss))
     if apart:  # the same in other words
         at = [[i for n in row for i in range(n)] for row in lengths]
         assert_close(model(ids, position_ids=torch.tensor(at, device=DEVICE), **given).loss, loss)
-        for dtype in (torch.uint8, torch.int8, torch.uint16, torch.int32):
-            assert_close(model(ids, seq_idx=seq_idx.to(dtype), **given).loss, loss)
+        assert_close(model(ids, seq_idx=seq_idx.to(torch.uint16), **given).loss, loss)
 
+    kinds = itertools.cycle([torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32])
     for cuts in ((0,), (1, 3), (7, 8), (8, 10), (13,), (19, 20), range(1, 20)):
         cache, logits = None, []
         for start, end in zip([0, *cuts], [*cuts, 20], strict=True):
             # generate passes the mask of all tokens so far: of these, the last columns count.
             now = mask[:, start if len(cuts) == 1 else 0 : end] if masked else None
-            seq_idx_now = seq_idx[:, start:end] if apart else None
-            piece = model(ids[:, start:end], now, cache, seq_idx=seq_idx_now)
+            of_piece = seq_idx[:, start:end].to(next(kinds)) if apart else None
+            piece = model(ids[:, start:end], now, cache, seq_idx=of_piece)
+            given = ids[:, start:end], cache, mask[:, start:end]
+            assert_close(model.lm_head(model.backbone(*given, seq_idx=of_piece)[0]), piece.logits)
             cache = piece.cache
             logits.append(piece.logits)
         assert_close(torch.cat(logits, 1)[mask.bool()], output.logits[mask.bool()], F64)
@@ -1043,21 +937,20 @@ def test_a_cache_under_either_name_is_immutable_and_can_be_resumed_again():
     model, ids, new = tiny(), tokens(2, 9), tokens(2, 3, seed=1)
     longer = torch.cat([ids, new], 1)
     text = model.generate(longer, **GREEDY)
-    for kind in (model,):
-        output = kind(ids)
-        cache, before = output.cache, output.cache.map(torch.clone)
-        assert cache is output.past_key_values and cache.length == 9
-        calls = [kind(new, **{name: cache}) for name in CACHE_NAMES]
-        for call in (*calls, kind(new, None, cache)):
-            assert_close(call[0], kind(longer)[0][:, 9:], F32)
-            assert call.cache.length == 12
-        for name in CACHE_NAMES:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                assert torch.equal(model.generate(longer, **{name: cache}, **GREEDY), text)
-        assert_same_state(cache, before)
-        back = tree_map(lambda x: x, copy.deepcopy(output))  # as engines that cast outputs do
-        assert type(back) is type(output) and back[mamba2.CACHE] is back.past_key_values is not None
+    output = model(ids)
+    cache, before = output.cache, output.cache.map(torch.clone)
+    assert cache is output.past_key_values and cache.length == 9
+    calls = [model(new, **{name: cache}) for name in CACHE_NAMES]
+    for call in (*calls, model(new, None, cache)):
+        assert_close(call[0], model(longer)[0][:, 9:], F32)
+        assert call.cache.length == 12
+    for name in CACHE_NAMES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(model.generate(longer, **{name: cache}, **GREEDY), text)
+    assert_same_state(cache, before)
+    back = tree_map(lambda x: x, copy.deepcopy(output))  # as engines that cast outputs do
+    assert type(back) is type(output) and back[mamba2.CACHE] is back.past_key_values is not None
     with pytest.raises(AttributeError):
         cache.length = 3
 
@@ -1151,7 +1044,7 @@ def test_steps_masks_and_training_are_exported_or_compiled_into_one_graph():
     with torch.enable_grad():
         losses = (kind(ids, labels=ids).loss for kind in (compiled, model))
         found, expected = (model_gradients(model, loss) for loss in losses)
-    assert_same_gradients(found, expected, F32)
+    assert_close(found, expected, F32)
 
 
 @torch.no_grad()
@@ -1165,7 +1058,7 @@ def test_the_outputs_are_those_that_were_asked_for():
     assert output.loss is None and model(ids).hidden_states is None
     assert model(ids, labels=ids, use_cache=True).cache.length == 9
     assert model(ids, use_cache=False).cache is model(ids, labels=ids).cache is None
-    assert model.train()(ids).cache is None  # unless it is asked for
+    assert model.train()(ids, output_attentions=None).cache is None  # unless it is asked for
     model.eval().config.use_cache = False
     (logits,) = model(ids, return_dict=False)
     assert torch.equal(logits, output.logits)
@@ -1175,7 +1068,8 @@ def test_the_outputs_are_those_that_were_asked_for():
 
 def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
     model, ids = tiny(dtype=torch.float64), tokens(2, 9)
-    logits, chosen = model(ids).logits, torch.tensor([0, 3, 8], device=DEVICE)
+    output, chosen = model(ids, output_hidden_states=True), torch.tensor([0, 3, 8], device=DEVICE)
+    logits, hidden = output.logits, output.hidden_states
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     kept = [(0, logits), (1, logits[:, -1:]), (4, logits[:, -4:]), (chosen, logits[:, chosen])]
     for training, length in itertools.product((False, True), (0, 2, 4, 64)):
@@ -1183,6 +1077,9 @@ def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
         given = dict(segment_length=length)
         for keep, expected in kept:
             assert_close(model(ids, logits_to_keep=keep, **given).logits, expected, F64)
+            if not length:  # hidden states are those of all positions
+                found = model(ids, logits_to_keep=keep, output_hidden_states=True).hidden_states
+                assert identical(found, hidden)
             output = model(ids, labels=ids, logits_to_keep=keep, **given)
             assert_close((output.logits, output.loss), (expected, loss), F64)
         output = model(ids, labels=ids, num_items_in_batch=torch.tensor(5), **given)
@@ -1211,51 +1108,111 @@ def test_weights_that_change_between_the_two_passes_are_an_error(how):
     call().loss.backward()  # as it should be
 
 
-@torch.no_grad()
-def test_replicas_of_data_parallel_give_outputs_that_can_be_gathered(monkeypatch):
-    model, ids = tiny(), tokens(4, 9)
-    # As torch.nn.DataParallel does with two GPUs, without GPUs.
-    outputs = [copy.deepcopy(model)(part, labels=part) for part in ids.chunk(2)]
-    outputs = [{k: v[None] if v.dim() == 0 else v for k, v in o.items()} for o in outputs]
-    gather = torch.nn.parallel.scatter_gather
-    monkeypatch.setattr(gather.Gather, "apply", lambda _, dim, *t: torch.stack(t).flatten(0, 1))
-    gathered, whole = gather.gather(outputs, DEVICE), model(ids, labels=ids)
-    assert_close(gathered["logits"], whole.logits, F32)
-    assert_close(gathered["loss"].mean(), whole.loss, F32)
-
-
 IDS = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
-REFUSED = [  # arguments of forward, and what the error says
-    (dict(inputs_embeds=torch.ones(2, 9, 32)), ValueError, "exactly one of input_ids and inputs_e"),
-    (dict(input_ids=IDS[0]), ValueError, r"input_ids has shape \(9,\): it must be \(9, l\)"),
-    (dict(input_ids=[[1, 2]]), TypeError, "input_ids is a list: it must be a tensor"),
-    (dict(attention_mask=IDS[:, :8]), ValueError, r"shape \(2, 8\): it must be \(2, 9\)"),
-    (dict(attention_mask=IDS - 2.0), ValueError, "must hold 0 and 1: .* == 0"),
-    (dict(attention_mask=0.0 * IDS), ValueError, "must hold 0 and 1: .* == 0"),
-    (dict(seq_idx=IDS[:, :8]), ValueError, r"seq_idx has shape \(2, 8\): .* \(2, 9\)"),
-    (dict(past_key_values=transformers.DynamicCache()), AttributeError, "'DynamicCache' object"),
-    (dict.fromkeys(CACHE_NAMES, Mamba2Cache(())), TypeError, "are one argument"),
-    (dict(cache="one row"), ValueError, r"state has shape \(1, 3, 96\): .* \(2, 3, 96\)"),
-    (dict(cu_seq_lens_q=IDS[0]), TypeError, "unexpected keyword argument 'cu_seq_lens_q'"),
-    (dict(output_attentions=True), TypeError, "unexpected keyword argument 'output_attentions'"),
-    (dict(labels=IDS[:, :8]), ValueError, r"labels has shape \(2, 8\): .* \(2, 9\)"),
-    (dict(segment_length=-1), RuntimeError, "split expects split_size be non-negative"),
-    (dict(segment_length="all"), TypeError, "'int' and 'str'"),
-    (dict(segment_length=4, output_hidden_states=True), ValueError, "use segment_length=0"),
-]
+ONE_NAME = "TypeError: cache and past_key_values are one argument"
+BOTH_NAMES = dict.fromkeys(CACHE_NAMES, Mamba2Cache(()))
+REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
+    Mamba2: {
+        r"ValueError: hidden_size \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
+        r"ValueError: num_heads \(nheads\) = 3: times head_dim": dict(d_model=64, nheads=3),
+        r"ValueError: hidden_size .* = 10.5": dict(d_model=7, headdim=1, expand=1.5),
+        r"ValueError: must be at most time_step_max \(dt_max\) = 0.1": dict(d_model=64, dt_min=0.5),
+        "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
+        r"TypeError: and options \['d_state'\]: pass one": dict(d_model=Mamba2Config(), d_state=64),
+    },
+    Mamba2Config: {
+        "TypeError: no option 'd_modell'": dict(d_modell=64),
+        "ValueError: model_type = 'llama': must be 'mamba2'": dict(model_type="llama"),
+    },
+    Mamba2Config.from_dict: {
+        r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
+        r"ValueError: \(d_state\) = '16': must be an integer": FLA | dict(state_size="16"),
+        "TypeError: are one option": FLA | dict(layer_norm_epsilon=1e-6),
+        "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
+        "ValueError: only 'Mamba2' is implemented": ORIGINAL | dict(ssm_cfg=dict(layer="S4")),
+    },
+    "forward": {
+        "ValueError: exactly one of input_ids and inputs_e": dict(
+            inputs_embeds=torch.ones(2, 9, 32)
+        ),
+        r"ValueError: input_ids has shape \(9,\): it must be \(9, l\)": dict(input_ids=IDS[0]),
+        "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
+        r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
+        "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
+        "ValueError: must hold 0 and 1: .* == 0": dict(attention_mask=0.0 * IDS),
+        r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
+        "AttributeError: 'DynamicCache'": dict(past_key_values=transformers.DynamicCache()),
+        ONE_NAME: BOTH_NAMES,
+        r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
+        "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
+        "TypeError: argument 'output_attentions'": dict(output_attentions=True),
+        r"ValueError: labels has shape \(2, 8\): .* \(2, 9\)": dict(labels=IDS[:, :8]),
+        "RuntimeError: split expects split_size be non-negative": dict(segment_length=-1),
+        "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
+    },
+    "generate": {
+        "AttributeError: 'DynamicCache' object has no": dict(cache=transformers.DynamicCache()),
+        "AttributeError: 'tuple' object has no attribute": dict(past_key_values=((1, 2),)),
+        ONE_NAME: BOTH_NAMES,
+        "TypeError: input_ids is torch.float32: .* of integers": dict(input_ids=IDS[:1].float()),
+        "ValueError: tempratur": dict(tempratur=1.0),
+        "ValueError: the cache has seen 9: give the whole sequence": dict(cache=True),
+        "ValueError: attention_mask = .*: must end in 1.*pad on the left": dict(
+            attention_mask=0 * IDS[:1]
+        ),
+    },
+}
+for name in ("seq_idx", "position_ids", "group"):
+    message = f"ValueError: {name} = .*: generate takes none: read the prompt with `prefill`"
+    REFUSED["generate"][message] = {name: IDS[:1]}
+REFUSED["stream"] = REFUSED["generate"] | {
+    "ValueError: one text for a prompt; for beam_search, use generate": dict(num_beams=2),
+    "ValueError: yields one text": dict(num_return_sequences=2, do_sample=True),
+}
+for name in ("assistant_model", "stop_strings", "streamer"):
+    REFUSED["stream"][f"ValueError: {name} is an option of generate"] = {name: 1}
+LOOKUP = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
+HIDDEN = dict(return_dict_in_generate=True, output_hidden_states=True)
+REFUSED["generate"] |= {
+    "ValueError: returns no hidden states": LOOKUP | HIDDEN,
+    "ValueError: not new tokens alone": LOOKUP | dict(cache=True, attention_mask=IDS.view(1, 18)),
+}
 if not CUDA:  # a GPU reports these later, and stays unusable
-    REFUSED += [(dict(input_ids=IDS + 63), IndexError, "index out of range")]
-    REFUSED += [(dict(labels=IDS + 63), IndexError, "Target .* is out of bounds")]
+    REFUSED["forward"]["IndexError: index out of range"] = dict(input_ids=IDS + 63)
+    REFUSED["forward"]["IndexError: Target .* is out of bounds"] = dict(labels=IDS + 63)
+REFUSED = [(call, *case) for call, cases in REFUSED.items() for case in cases.items()]
+SSD = ssd_inputs(2, 5, 4, 3, 3, 6)
+for form, groups in itertools.product(FORMS, (3, 0)):
+    given = SSD | {name: SSD[name][:, :, :groups] for name in "BC"}
+    REFUSED.append((form, f"ValueError: g = {groups}: groups of B and C, must divide", given))
+for value in (0, -3, 2.5, None, True):
+    given = SSD | dict(chunk_size=value)
+    REFUSED.append((ssd, f"ValueError: chunk_size = {value}: must be an integer", given))
+for groups in (0, -1, 3):
+    given = dict(x=torch.ones(5, 7), weight=torch.ones(7), groups=groups)
+    REFUSED.append((NORM, "RuntimeError: unflatten|only one dimension", given))
+for name, value in CHANGES.items():  # options that change the results, in every format
+    error, option = f"ValueError: {re.escape(f'{name} = {value!r}: ')}", {name: value}
+    for file in ({}, FLA, TRANSFORMERS, ORIGINAL):
+        REFUSED.append((Mamba2Config.from_dict, error, file | option))
+    file = ORIGINAL | dict(ssm_cfg=ORIGINAL["ssm_cfg"] | option)
+    REFUSED.append((Mamba2Config.from_dict, error, file))
 
 
-@pytest.mark.parametrize("given, error, message", REFUSED, ids=[m for _, _, m in REFUSED])
-def test_arguments_that_do_not_fit_are_refused_with_the_reason(given, error, message):
-    model = tiny()
-    if given.get("cache") == "one row":
-        given = dict(cache=model.prefill(IDS[:1]))
-    with pytest.raises(error, match=message):
-        model(**{"input_ids": IDS, **given})
-    assert model(IDS, output_attentions=None).logits.isfinite().all()
+@pytest.mark.parametrize("call, error, given", REFUSED)
+def test_arguments_that_do_not_fit_are_refused_with_the_reason(call, error, given):
+    """error: its type, and a regular expression of what it says."""
+    kind, message = error.split(": ", 1)
+    if call == Mamba2Config.from_dict:
+        given = dict(config_dict=given)
+    if isinstance(call, str):  # of a model
+        model, ids = tiny(), IDS if call == "forward" else IDS[:1]
+        given = dict(input_ids=ids) | given | ({} if call == "forward" else dict(max_new_tokens=3))
+        if given.get("cache") is True:
+            given["cache"] = model.prefill(IDS[:1])
+        call = getattr(model, call)
+    with pytest.raises(getattr(builtins, kind), match=message):
+        list(call(**given))
 
 
 @torch.no_grad()
@@ -1291,32 +1248,6 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
             width = layer.mixer.out_proj.in_features
             assert 0.95 < layer.mixer.out_proj.weight.abs().max() * (4 * width) ** 0.5 <= 1
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
-
-
-@torch.no_grad()
-def test_hidden_states_are_those_of_all_positions_whatever_logits_are_kept():
-    model, ids = tiny(dtype=torch.float64), tokens(2, 7)
-    whole = model(ids, output_hidden_states=True)
-    for keep in (1, 3, torch.tensor([4, 2], device=DEVICE)):
-        found = model(ids, output_hidden_states=True, logits_to_keep=keep)
-        rows = slice(-keep, None) if isinstance(keep, int) else keep
-        assert identical(found.hidden_states, whole.hidden_states)
-        assert_close(found.logits, whole.logits[:, rows])
-    trained = model.train()(ids, labels=ids, output_hidden_states=True)
-    assert trained.logits is None and identical(trained.hidden_states, whole.hidden_states)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32])
-def test_labels_of_every_kind_of_integer_are_followed_from_call_to_call(dtype):
-    backbone, ids = tiny(dtype=torch.float64).backbone, tokens(2, 9)
-    labels = torch.tensor([[0] * 5 + [1] * 4, [1] * 3 + [0] * 6], device=DEVICE)
-    expected, _ = backbone(ids, seq_idx=labels)
-    h, cache = [], None
-    for positions in torch.arange(9, device=DEVICE).split([3, 2, 4]):
-        part, cache = backbone(ids[:, positions], cache, seq_idx=labels[:, positions].to(dtype))
-        h.append(part)
-    assert_close(torch.cat(h, dim=1), expected)
 
 
 def test_positions_that_begin_again_at_0_are_borders_and_others_are_refused():
@@ -1363,17 +1294,26 @@ def without_cache(model, ids, **options):
 
 
 @torch.no_grad()
-def test_greedy_text_is_that_of_a_loop_without_a_cache():
-    model, text = tiny(dtype=torch.float64, **ALL), tokens(2, 12)
+def test_greedy_text_is_that_of_a_loop_without_a_cache_which_is_used_whatever_the_config_says():
+    model, text, lengths = tiny(dtype=torch.float64, **ALL), tokens(2, 12), []
     for _ in range(12):
         logits = model(text, use_cache=False).logits[:, -1]
         text = torch.cat([text, logits.argmax(1, keepdim=True)], 1)
     assert len(set(text[0, 12:].tolist())) > 4  # it is no repetition, which anything could give
+    other = tiny(dtype=torch.float64, **ALL, use_cache=False, return_dict=False)
+    other.generation_config.use_cache = False
+    other.backbone.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    config = transformers.GenerationConfig(**GREEDY)
     for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         ids = text[:, :12].to(dtype)
-        assert torch.equal(model.generate(ids, **GREEDY), text)
-        assert torch.equal(streamed(model, ids, **GREEDY), text)
         assert identical(model(ids, labels=ids).loss, model(text[:, :12], labels=text[:, :12]).loss)
+        calls = [(model, {}), (other, {}), (other, dict(generation_config=config))]
+        for write, (kind, given) in itertools.product(
+            (streamed, Mamba2ForCausalLM.generate), calls
+        ):
+            assert torch.equal(write(kind, ids, **GREEDY | given), text)
+        assert torch.equal(other.generate(ids, config, use_cache=False), text)
+    assert {*lengths} == {12, 1}
 
 
 @torch.no_grad()
@@ -1471,19 +1411,6 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
 
 
 @torch.no_grad()
-def test_a_cache_is_used_whatever_the_configuration_says():
-    model, ids = tiny(dtype=torch.float64, use_cache=False, return_dict=False), tokens(2, 12)
-    expected, config = model.generate(ids, **GREEDY), transformers.GenerationConfig(**GREEDY)
-    model.generation_config.use_cache = False
-    assert torch.equal(model.generate(ids, config), expected)
-    assert torch.equal(model.generate(ids, config, use_cache=False), expected)
-    assert torch.equal(streamed(model, ids, generation_config=config), expected)
-    given = dict(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY)
-    assert torch.equal(model.generate(**given), expected[:, 12:])  # without ids
-    assert torch.equal(torch.stack(list(model.stream(None, **given)), 1), expected[:, 12:])
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("how", ["prompt lookup", "assistant", "right assistant"])
 def test_speculative_decoding_gives_the_greedy_text_and_its_cache(how):
     model, (ids, mask) = tiny(dtype=torch.float64), [t[1:2] for t in prompts()]
@@ -1534,7 +1461,7 @@ def test_speculative_decoding_gives_the_greedy_text_and_its_cache(how):
 @torch.no_grad()
 def test_speculative_decoding_forgets_what_may_be_forgotten_and_nothing_else():
     model, ids, seen = tiny(dtype=torch.float64), tokens(1, 100), 0
-    cache = GenerationCache(model, Mamba2Cache(()))
+    cache = mamba2.GenerationCache(model, Mamba2Cache(()))
     cache.activate_past_recording()
     for read, forget in ((5, 0), (6, 2), (40, 3), (3, 3), (1, 0), (4, 1), (2, 9), (3, 1), (2, 1)):
         new, fork = ids[:, cache.seen : seen + read], copy.copy(cache)
@@ -1625,48 +1552,6 @@ def test_a_streamer_sees_each_token_and_every_stop_is_kept():
     length = dict(max_new_tokens=None, max_length=len(until))
     for options in (dict(eos_token_id=end), string, length):
         assert model.generate(**prompt, **GREEDY | options)[0].tolist() == until
-
-
-def test_what_generate_and_stream_cannot_do_is_refused():
-    model, ids = tiny(), tokens(1, 12)
-    cache, dynamic = model.prefill(ids), transformers.DynamicCache()
-    attributes = {
-        "'DynamicCache' object has no attribute": dict(cache=dynamic),
-        "'tuple' object has no attribute": dict(past_key_values=((1, 2),)),
-    }
-    types = {
-        "are one argument": dict(cache=cache, past_key_values=cache),
-        "input_ids is torch.float32: .* of integers": dict(input_ids=ids.float()),
-    }
-    values = {
-        "tempratur": dict(tempratur=1.0),
-        "the cache has seen 12: give the whole sequence": dict(cache=cache),
-        "attention_mask = .*: must end in 1.*pad on the left": dict(attention_mask=0 * ids),
-    }
-    for name in ("seq_idx", "position_ids", "group"):
-        values[f"{name} = .*: generate takes none: read the prompt with `prefill`"] = {name: ids}
-    hidden = dict(return_dict_in_generate=True, output_hidden_states=True)
-    speculative = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY, **hidden)
-    streams = {
-        "one text for a prompt; for beam_search, use generate": dict(num_beams=2),
-        "yields one text": dict(num_return_sequences=2, do_sample=True),
-    }
-    for name in ("assistant_model", "stop_strings", "streamer"):
-        streams[f"{name} is an option of generate"] = {name: 1}
-    alone = dict(cache=cache, attention_mask=torch.ones(1, 24, device=DEVICE))
-    alone |= dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
-    generations = {"returns no hidden states": speculative, "not new tokens alone": alone}
-    for call, error, cases in (
-        (model.generate, AttributeError, attributes),
-        (model.generate, TypeError, types),
-        (model.generate, ValueError, values | generations),
-        (model.stream, AttributeError, attributes),
-        (model.stream, TypeError, types),
-        (model.stream, ValueError, values | streams),
-    ):
-        for message, options in cases.items():
-            with pytest.raises(error, match=message):
-                list(call(**{"input_ids": ids, "max_new_tokens": 3, **options}))
 
 
 def without_graphs(model, ids, **options):
@@ -1769,8 +1654,7 @@ def test_a_graph_is_made_for_all_that_a_step_depends_on_if_it_can_follow(name):
 
 @torch.no_grad()
 def test_a_graph_is_made_for_the_switches_of_pytorch():
-    modes, matmul = mamba2.kernels._modes, torch.backends.cuda.matmul
-    before = modes()
+    modes, before = mamba2.kernels._modes, mamba2.kernels._modes()
     assert before is not None
     with torch.enable_grad():
         assert modes() is None
@@ -1781,6 +1665,7 @@ def test_a_graph_is_made_for_the_switches_of_pytorch():
     torch.use_deterministic_algorithms(False)
     newer = Version(torch.__version__) >= Version("2.9")
     tf32 = ("fp32_precision", "tf32") if newer else ("allow_tf32", True)
+    matmul = torch.backends.cuda.matmul
     for name, value in (tf32, ("allow_bf16_reduced_precision_reduction", False)):
         old = getattr(matmul, name)
         setattr(matmul, name, value)
@@ -1904,9 +1789,6 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
     changed = without_graphs(model, ids, **given)
     assert not torch.equal(changed, plain)
     assert torch.equal(streamed(model, ids, **given), changed) and idle[model] is graph
-    model.to(torch.bfloat16)  # and in another
-    changed = without_graphs(model, ids, **GREEDY)
-    assert torch.equal(streamed(model, ids, **GREEDY), changed)
     graph = weakref.ref(idle[model])
     del model
     gc.collect()
@@ -2022,7 +1904,7 @@ def byte_data():
 def train(folder, data, collator, model, optimizer=None, resume=None, **options):
     """Train the model by transformers' Trainer, and return the losses on the way."""
     if optimizer is None:
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+        optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
     given = dict(max_steps=4, per_device_train_batch_size=4, logging_steps=1, save_strategy="no")
     given |= dict(use_cpu=DEVICE.type == "cpu", report_to=[], disable_tqdm=True)
     arguments = transformers.TrainingArguments(output_dir=str(folder), **{**given, **options})
@@ -2040,47 +1922,32 @@ def test_collators_that_pad_or_pack_give_the_loss_of_the_texts_alone():
         batch = {k: v.to(DEVICE) for k, v in collator([dict(row) for row in data]).items()}
         found = model(**batch).loss
         assert_close(found, loss, F64)
-        assert_same_gradients(model_gradients(model, found), expected)
+        assert_close(model_gradients(model, found), expected)
 
 
-def test_the_trainer_learns_from_padded_and_packed_batches_whole_or_in_segments(tmp_path):
+def test_the_trainer_learns_the_same_whole_in_segments_accumulated_and_resumed(tmp_path):
     data, collators = byte_data()
+    # With accelerate 1.15, an older Trainer divides once more, Llama's loss too.
+    rows = 1 if Version(transformers.__version__) >= Version("5.23") else 4
+    parts = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=4 // rows)
+    ways = [
+        (0, dict(save_strategy="steps", save_steps=6)),
+        (7, dict(gradient_checkpointing=True, **parts)),
+        (0, dict(resume=str(tmp_path / "checkpoint-6"))),  # its log begins with the first six
+    ]
     for collator in collators[:2]:
         runs = []
-        for segment_length in (0, 7):
+        for segment_length, given in ways:
             model = tiny(vocab_size=384, dtype=torch.float64, segment_length=segment_length)
-            given = dict(gradient_checkpointing=segment_length > 0, max_steps=12)
-            losses = train(tmp_path, data, collator, model, **given)
+            # AdamW would hide a factor.
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+            given |= dict(max_steps=12, max_grad_norm=0.0)
+            losses = train(tmp_path, data, collator, model, optimizer, **given)
             assert len(losses) == 12 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
-            runs.append([torch.tensor(losses), *model.parameters()])
-        assert_close(runs[1], runs[0], F64)
-
-
-def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
-    if Version(transformers.__version__) < Version("5.23"):
-        pytest.skip("its Trainer with accelerate 1.15 divides once more, Llama's loss too")
-    (data, collators), before = byte_data(), tiny(vocab_size=384, dtype=torch.float64)
-    models = [copy.deepcopy(before) for _ in range(2)]
-    for model, size in zip(models, (4, 1), strict=True):
-        given = dict(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
-        given |= dict(max_steps=1, max_grad_norm=0.0)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        train(tmp_path, data, collators[0], model, optimizer, **given)
-    for old, big, parts in zip(*(m.parameters() for m in (before, *models)), strict=True):
-        assert not torch.equal(old, big)
-        assert_close(parts, big, F64)
-
-
-def test_training_that_is_resumed_ends_where_it_would_have_ended(tmp_path):
-    (data, collators), given = byte_data(), dict(save_strategy="steps", save_steps=2)
-    whole, resumed = (tiny(vocab_size=384, dtype=torch.float64) for _ in range(2))
-    losses = train(tmp_path, data, collators[0], whole, **given)
-    given["resume"] = str(tmp_path / "checkpoint-2")
-    rest = train(tmp_path, data, collators[0], resumed, **given)
-    assert rest == losses  # the log of the first half is restored too
-    assert_close([*resumed.parameters()], [*whole.parameters()], F64)
-    last = load(tmp_path / "checkpoint-4", dtype=torch.float64)
-    assert_same_model(last, resumed.to(DEVICE).eval(), F64)
+            runs.append([[*model.parameters()], torch.tensor(losses)])
+        for run in runs[1:]:
+            assert_close(run[0], runs[0][0], F64)
+            assert_close(run[1], runs[0][1], 1e-6)  # Trainer adds up losses in float32
 
 
 def test_lora_trains_the_projections_and_can_be_saved_and_merged(tmp_path):
@@ -2109,7 +1976,7 @@ def test_lora_trains_the_projections_and_can_be_saved_and_merged(tmp_path):
 
 
 @torch.no_grad()
-def test_a_pipeline_writes_what_generate_writes_and_a_stop_string_ends_it():
+def test_a_pipeline_writes_what_generate_writes():
     model, tokenizer = tiny(vocab_size=384, dtype=torch.float64), transformers.ByT5Tokenizer()
     tokenizer.padding_side = "left"
     write = transformers.pipeline("text-generation", model, tokenizer=tokenizer, device=DEVICE)
@@ -2121,9 +1988,6 @@ def test_a_pipeline_writes_what_generate_writes_and_a_stop_string_ends_it():
     together = write(TEXTS[:4], batch_size=4, return_full_text=True, **GREEDY)
     for one, row in zip(together, expected, strict=True):
         assert one[0]["generated_text"] == tokenizer.decode(row, skip_special_tokens=True)
-    stop = tokenizer.decode(expected[-1][ids.shape[1] :])[1]
-    ended = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **GREEDY)[0].tolist()
-    assert ids.shape[1] < len(ended) < len(expected[-1]) and ended == expected[-1][: len(ended)]
 
 
 @MASKED_AND_PACKED
@@ -2182,8 +2046,8 @@ def test_memory_grows_as_the_square_root_of_the_length_and_never_holds_all_logit
     sizes = dict(hidden_size=64, head_dim=64, state_size=16, num_hidden_layers=4, vocab_size=256)
     model = Mamba2ForCausalLM(Mamba2Config(**sizes)).train()
     model.gradient_checkpointing_enable()
-    ids, peaks = tokens(1, 8192, vocabulary=256).cpu(), []
-    for l, segment_length in ((512, "auto"), (2048, "auto"), (8192, "auto"), (8192, 0)):
+    ids, peaks = tokens(1, 4096, vocabulary=256).cpu(), []
+    for l, segment_length in ((256, "auto"), (1024, "auto"), (4096, "auto"), (4096, 0)):
         model.zero_grad()
         with Bytes() as watch:
             given = dict(labels=ids[:, :l], segment_length=segment_length)
@@ -2245,26 +2109,13 @@ def test_saving_and_loading_keeps_weights_and_every_option(tmp_path):
     assert Mamba2Config(**config.to_dict()).to_dict() == config.to_dict()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["whole", "sharded", "bin", "no architectures"])
-def test_transformers_format_loads_in_every_form(form, tmp_path):
-    model, size = tiny(), "5KB" if form == "sharded" else "5GB"
-    save(model, tmp_path, max_shard_size=size)
-    assert (len([*tmp_path.glob("model-*.safetensors")]) > 3) == (form == "sharded")
-    if form == "bin":
-        (tmp_path / "model.safetensors").unlink()
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    elif form == "no architectures":  # and loaded weights must not be scaled by depth once more
-        config = json.loads((tmp_path / "config.json").read_text())
-        config |= dict(architectures=None, rescale_prenorm_residual=True)
-        (tmp_path / "config.json").write_text(json.dumps(config))
-    again, loaded = tmp_path / "again", load(tmp_path)
-    save(loaded, again)
-    for same in (loaded, load(again), load(again, transformers.Mamba2ForCausalLM)):
-        assert_same_model(same, model)
+def changed(model, folder, **changes):
+    """A checkpoint in transformers' format, with another config."""
+    path = save(model, folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def original(folder, model, ssm_cfg=None, **options):
+def original(model, folder, ssm_cfg=None, **options):
     """A checkpoint as the mamba_ssm package writes it, of a `tiny` model."""
     folder.mkdir(exist_ok=True)
     ssm_cfg = dict(layer="Mamba2", d_state=16, headdim=8, chunk_size=8) | (ssm_cfg or {})
@@ -2272,63 +2123,82 @@ def original(folder, model, ssm_cfg=None, **options):
     (folder / "config.json").write_text(json.dumps({**config, **options}))
     weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
     torch.save(weights, folder / "pytorch_model.bin")
-    return folder
+
+
+def of_transformers(model, folder):
+    save(load(save(model, folder), THEIRS), folder)
+
+
+def of_mamba2_torch(model, folder):
+    """Its config knows no groups, leaves out what is tied, and has the 130m model's num_heads."""
+    config = {**TINY, "model_type": "mamba2", "num_heads": 24, "intermediate_size": 64}
+    config |= dict(emb_initializer_range=0.02, tie_embedding_weights=True, tie_embeddings=True)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 MORE = dict(ngroups=2, d_conv=3, expand=1.5, bias=True, conv_bias=False, dt_limit=[0.01, 0.1])
-TOP = dict(tie_embeddings=False, residual_in_fp32=False, pad_vocab_size_multiple=16)
-TOP |= dict(d_intermediate=0, attn_layer_idx=[], attn_cfg={}, rms_norm=True, fused_add_norm=True)
+UNTIED = dict(tie_embeddings=False, residual_in_fp32=False)
+TOP = dict(pad_vocab_size_multiple=16, d_intermediate=0, attn_layer_idx=[], attn_cfg={})
+TOP |= dict(rms_norm=True, fused_add_norm=True, **UNTIED)
+SSM = MORE | dict(norm_before_gate=False, A_init_range=[1, 16])
+CODESTRAL = dict(n_groups=8, head_dim=4, tie_word_embeddings=False)
+ITS_FILE = dict(norm_before_gate=True, rms_norm=True, time_step_rank=2)  # without effect
+ITS_FILE |= dict(time_step_limit=[0.0, math.inf])  # as Infinity
+NO_NORM = dict(rmsnorm=False)
+SAVED = "n_groups residual_in_fp32 tie_word_embeddings vocab_size rmsnorm pad_token_id"
+FORMATS = {  # options of the model, and what writes it
+    "whole": (dict(pad_token_id=5), save, {}),
+    "transformers'": (dict(pad_token_id=5), of_transformers, {}),
+    "transformers', untied": (dict(tie_word_embeddings=False), of_transformers, {}),
+    "in shards": ({}, save, dict(max_shard_size="5KB")),
+    # Loaded weights must not be scaled by depth once more.
+    "no architectures": ({}, changed, dict(architectures=None, rescale_prenorm_residual=True)),
+    "codestral in miniature": (CODESTRAL, changed, ITS_FILE),
+    "mamba2-torch": ({}, of_mamba2_torch, {}),
+    "original": ({}, original, {}),
+    "original, all options": (MORE | UNTIED, original, dict(ssm_cfg=SSM, **TOP)),
+    "without the norm": (NO_NORM, save, {}),
+    "original, without the norm": (NO_NORM, original, dict(ssm_cfg=NO_NORM)),
+}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ssm, top", [({}, {}), (MORE, TOP)], ids=["defaults", "all options"])
-def test_the_original_format_loads_and_is_saved_under_transformers_names(ssm, top, tmp_path):
-    tied = not top
-    model = tiny(**ssm, tie_word_embeddings=tied, residual_in_fp32=tied)
-    ignored = dict(norm_before_gate=False, A_init_range=[1, 16]) if top else {}
-    loaded = load(original(tmp_path / "original", model, ssm | ignored, **top))
-    assert_same_model(loaded, model)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_loads_and_is_saved_in_transformers_format(form, tmp_path):
+    options, write, given = FORMATS[form]
+    model, ours = tiny(**options), tmp_path / "ours"
+    write(model, tmp_path / "published", **given)
+    shards = [*(tmp_path / "published").glob("model-*.safetensors")]
+    assert (len(shards) > 3) == (form == "in shards")
+    loaded = load(tmp_path / "published")
+    tied, config = model.config.tie_word_embeddings, loaded.config
     assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) == tied
-    for name in ("time_step_limit", "residual_in_fp32", "tie_word_embeddings", "vocab_size"):
-        assert getattr(loaded.config, name) == getattr(model.config, name)
-    weights = load_file(save(loaded, tmp_path / "ours") / "model.safetensors")
-    assert "backbone.embeddings.weight" in weights
-    for kind in (Mamba2ForCausalLM, *[transformers.Mamba2ForCausalLM] * tied):
-        assert_same_model(load(tmp_path / "ours", kind), model)
+    assert config.time_step_limit == tuple(options.get("dt_limit", (0.0, math.inf)))
+    for name in SAVED.split():
+        assert getattr(config, name) == getattr(model.config, name)
+    save(loaded, ours)
+    for same in (
+        loaded,
+        load(ours),
+        *[load(ours, THEIRS) for _ in range(not options or "pad_token_id" in options)],
+    ):
+        assert_same_model(same, model)
+    assert any("mixer.norm" in name for name in loaded.state_dict()) == config.rmsnorm
+    if not config.rmsnorm:
+        for kind in (THEIRS, transformers.AutoModelForCausalLM):
+            with pytest.raises(Exception, match="num_heads"):
+                kind.from_pretrained(ours, ignore_mismatched_sizes=True)
 
 
 @torch.no_grad()
-def test_codestral_in_miniature_loads(tmp_path):
-    model = tiny(n_groups=8, head_dim=4, tie_word_embeddings=False)
-    path = save(model, tmp_path) / "config.json"
-    config = json.loads(path.read_text()) | dict(time_step_limit=[0.0, math.inf])  # as Infinity
-    config |= dict(norm_before_gate=True, rms_norm=True, time_step_rank=2)  # without effect
-    path.write_text(json.dumps(config))
-    loaded = load(tmp_path)
-    assert loaded.config.time_step_limit == (0.0, math.inf)
-    assert_same_model(loaded, model)
-    assert not torch.equal(loaded.lm_head.weight, loaded.backbone.embeddings.weight)
-
-
-def test_checkpoints_that_mamba2_torch_converts_load(tmp_path):
-    """Its config knows no groups, leaves out what is tied, and has the 130m model's num_heads."""
-    model = tiny()
-    config = {**TINY, "model_type": "mamba2", "num_heads": 24, "intermediate_size": 64}
-    config |= dict(emb_initializer_range=0.02, tie_embedding_weights=True, tie_embeddings=True)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
-    del weights["lm_head.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = load(tmp_path)
-    assert_same_model(loaded, model)
-    assert (loaded.config.n_groups, loaded.config.tie_word_embeddings) == (1, True)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["theirs", "original"])
-def test_dtype_device_map_and_offloading_are_kept(form, tmp_path):
+@pytest.mark.parametrize("write", [save, original])
+def test_dtype_device_map_and_offloading_are_kept(write, tmp_path):
     model, folder = tiny(), tmp_path / "model"
-    save(model, folder) if form == "theirs" else original(folder, model)
+    write(model, folder)
     places = dict.fromkeys(["backbone.embeddings", "lm_head", "backbone.layers.1"], str(DEVICE))
     places |= {"backbone.norm_f": "disk", "backbone.layers.0": "disk"}
     on_disk = dict(device_map=places, offload_folder=tmp_path / "weights")
@@ -2368,9 +2238,10 @@ def test_weights_that_do_not_fit_the_config_are_errors_and_never_random(message,
         load(tmp_path, **config)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_a_damaged_file_is_an_exception_and_never_a_model(file, tmp_path):
-    save(tiny(), tmp_path) if file == "model.safetensors" else original(tmp_path, tiny())
+@pytest.mark.parametrize("write", [save, original])
+def test_a_damaged_file_is_an_exception_and_never_a_model(write, tmp_path):
+    write(tiny(), tmp_path)
+    file = "model.safetensors" if write is save else "pytorch_model.bin"
     content = (tmp_path / file).read_bytes()
     for kept in (0, len(content) // 2, len(content) - 1):
         (tmp_path / file).write_bytes(content[:kept])
@@ -2379,10 +2250,9 @@ def test_a_damaged_file_is_an_exception_and_never_a_model(file, tmp_path):
 
 
 def test_checkpoints_of_other_architectures_are_refused_with_the_reason(tmp_path):
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
-    save(transformers.MambaForCausalLM(config), tmp_path / "model_type = 'mamba': must be 'mamba2'")
-    original(tmp_path / "layer = 'Mamba1': only 'Mamba2'", tiny(), dict(layer="Mamba1"))
-    original(tmp_path / "d_intermediate = 64: only 0 is implemented", tiny(), d_intermediate=64)
+    changed(tiny(), tmp_path / "model_type = 'mamba': must be 'mamba2'", model_type="mamba")
+    original(tiny(), tmp_path / "layer = 'Mamba1': only 'Mamba2'", dict(layer="Mamba1"))
+    original(tiny(), tmp_path / "d_intermediate = 64: only 0 is implemented", d_intermediate=64)
     for folder in tmp_path.iterdir():
         for kind in (Mamba2ForCausalLM, Mamba2Config):
             with pytest.raises(ValueError, match=f"^{folder.name}"):
@@ -2481,21 +2351,6 @@ def test_mixers_of_hybrids_in_transformers_load_as_the_table_in_the_readme_says(
         exec(line, dict(layer=layer, c=c, mixer=theirs))
     u = torch.randn(2, 37, 32)
     assert_close(layer(u), theirs(u), 1e-5)  # float32, in which their norms compute
-
-
-@torch.no_grad()
-def test_a_model_without_the_norm_is_saved_and_refused_by_transformers_own_class(tmp_path):
-    model = tiny(rmsnorm=False)
-    assert not any("mixer.norm" in name for name in model.state_dict())
-    assert_same_model(load(save(model, tmp_path)), model)
-    assert_same_model(load(original(tmp_path / "original", model, dict(rmsnorm=False))), model)
-    assert_refused_by_transformers(tmp_path)
-
-
-def assert_refused_by_transformers(folder):
-    for kind in (transformers.Mamba2ForCausalLM, transformers.AutoModelForCausalLM):
-        with pytest.raises(Exception, match="num_heads"):
-            kind.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
 # --------------------------------------------------------------------------- README and notebook
@@ -2639,86 +2494,54 @@ def cut(ends, rank):
     return slice(([0, *ends])[rank], ends[rank])
 
 
-CUTS = {  # where the slices of 23 positions end
-    2: [[12, 23], [2, 23], [23, 23], [0, 23], [22, 23]],
-    4: [[6, 12, 18, 23], [1, 2, 3, 23], [0, 9, 9, 23], [20, 21, 22, 23], [0, 0, 0, 23]],
-}
-
-
-@on_ranks(2, 4)
-def test_a_layer_on_slices_of_a_sequence_is_the_layer_on_the_whole(rank, world):
-    l, cuts = 23, itertools.cycle(CUTS[world])
-    some = torch.rand(2, l) < 0.6
-    late = (torch.arange(l) > 13) & some  # the first slices are masked as a whole
-    masks, seq_idxs = (None, some, late), (None, labels(2, l), torch.arange(l).expand(2, l) // 6)
-    group = dist.group.WORLD
-    for d_conv, count in ((4, 2), (1, 1)):
-        layer = make_layer(d_conv=d_conv)
-        u, state = layer_inputs(layer, 2, l)
-        inputs = [u, *state, *layer.parameters()]
-        weight = torch.randn_like(u)
-
-        def gradients_of(y, end, weight, share, inputs=inputs):
-            loss = (weight * y).sum() + share * sum(t.square().sum() for t in end)
-            return torch.autograd.grad(loss, inputs, materialize_grads=True, allow_unused=True)
-
-        for mask, seq_idx, start in itertools.product(masks, seq_idxs, (None, state)):
-            whole = layer.step(u, start, mask, seq_idx)
-            expected = gradients_of(*whole, weight, 1 + world)
-            for ends in itertools.islice(cuts, count):
-                mine = cut(ends, rank)
-                m, s = (None if t is None else t[:, mine] for t in (mask, seq_idx))
-                if m is not None and m.all():
-                    m = None  # as in the model
-                y, end = layer.step(u[:, mine], start, m, s, group)
-                (end,) = mamba2.Slices(group).last([end])
-                case = f"{ends}, masked: {mask is not None} {mask is late}, k = {d_conv}"
-                assert_close([y, *end], [whole[0][:, mine], *whole[1]], case=case)
-                # Every rank's loss has a part of the final state in it.
-                found = gradients_of(y, end, weight[:, mine], 1 / world + 1)
-                assert_close([world * mean(t) for t in found], expected, case=f"{case}, gradients")
-
-
 @on_ranks(2, 4)
 def test_a_model_on_slices_gives_loss_gradients_and_cache_of_the_whole(rank, world):
-    model, l, turn = tiny(dtype=torch.float64, **ALL).train(), torch.arange(40), 0
-    ids = tokens(2, 40)
+    l, turn, group, ids = torch.arange(40), itertools.count(), dist.group.WORLD, tokens(2, 40)
     plain = dict(input_ids=ids, labels=ids.masked_fill(ids % 6 == 0, -100))
     mask = torch.stack([(l % 7 != 3) & (l < 33), (l > 11) & (l % 5 != 0)]).long()
     seq_idx = torch.stack([l // 10, l // 13])
-    first = model(tokens(2, 9, seed=1), seq_idx=torch.ones(2, 9).long(), use_cache=True).cache
     # Positions of this rank, and how many of them are in a segment.
     ends = [[40 * (i + 1) // world for i in range(world)], [1, 10, 39, 40], [0, 12, 12, 40]]
+    ends += [[0, 0, 40, 40], [0, 0, 0, 40]]
     layouts = [(l[cut(e[-world:], rank)], 0) for e in ends]
     for lengths in ([2] * world, [3, 5] if world == 2 else [1, 2, 4, 1]):
         segments = l.unflatten(0, (-1, sum(lengths)))  # each of them cut in slices
         layouts.append((segments.split(lengths, dim=1)[rank].flatten(), lengths[rank]))
     layouts = itertools.cycle(layouts)
-    for masked, packed, past in itertools.product([0, 1], [0, 1], [None, first]):
+
+    def results(model, part, past, **given):
+        """The output, and the gradients of its loss and its states, by weights and past states."""
+        past = past and past.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
+        inputs = [*model.parameters(), *tensors(past.states if past else ())]
+        for t in inputs:  # a rank may reach none of the past
+            t.grad = torch.zeros_like(t)
+        output = model(**part, cache=past, use_cache=True, logits_to_keep=0, **given)
+        (output.loss + sum(t.square().sum() for t in tensors(output.cache.states))).backward()
+        return output, [t.grad for t in inputs]
+
+    for conv_kernel, masked, packed, later in itertools.product((4, 1), *3 * [(0, 1)]):
+        model = tiny(dtype=torch.float64, conv_kernel=conv_kernel, **ALL).train()
+        first = dict(seq_idx=torch.ones(2, 9).long(), use_cache=True)
+        past = model(tokens(2, 9, seed=1), **first).cache if later else None
         whole = plain | dict(attention_mask=mask) if masked else plain
         whole = whole | dict(seq_idx=seq_idx) if packed else whole
-        given = dict(cache=past and past.map(torch.Tensor.detach), use_cache=True, logits_to_keep=0)
-        expected = model(**whole, **given)
-        gradients = model_gradients(model, expected.loss)
-        for mine, length in itertools.islice(layouts, 2):
-            turn += 1
-            if turn % 2:
-                model.gradient_checkpointing_enable()
-            model.zero_grad()
-            part = {name: t[:, mine] for name, t in whole.items()}
-            found = model(**part, **given, segment_length=length, group=dist.group.WORLD)
-            found.loss.backward()
-            assert_close([found.loss, found.logits], [expected.loss, expected.logits[:, mine]])
-            assert_same_state(found.cache, expected.cache, F64)
-            assert found.cache.length == expected.cache.length
-            assert identical(found.cache.seq_idx, expected.cache.seq_idx)
-            assert_same_gradients({n: mean(p.grad) for n, p in model.named_parameters()}, gradients)
-            model.gradient_checkpointing_disable()
+        expected, gradients = results(model, whole, past)
+        if next(turn) % 4 > 1:
+            model.gradient_checkpointing_enable()
+        mine, length = next(layouts)
+        part = {name: t[:, mine] for name, t in whole.items()}
+        found, given = results(model, part, past, segment_length=length, group=group)
+        assert_close([found.loss, found.logits], [expected.loss, expected.logits[:, mine]])
+        assert_same_state(found.cache, expected.cache, F64)
+        assert found.cache.length == expected.cache.length
+        assert identical(found.cache.seq_idx, expected.cache.seq_idx)
+        assert_close([mean(g) for g in given], gradients)
+        if not length:  # of segments the slices do not follow one another
+            layer, u = model.backbone.layers[0].mixer, expected.logits[..., :32].detach()
+            assert_close(layer.step(u[:, mine], group=group)[0], layer(u)[:, mine])
 
 
-needs_fsdp2 = pytest.mark.skipif(
-    not FSDP2_RUNS, reason="FSDP2 of torch 2.7 fails where segments are computed again"
-)
+needs_fsdp2 = pytest.mark.skipif(not FSDP2_RUNS, reason="FSDP2 of torch 2.7 fails")
 
 
 def distribute(model, engine, blocks=8, **options):
@@ -2751,7 +2574,7 @@ def train_on(batches, model, optimizer, backward=torch.Tensor.backward, **given)
 @on_ranks(2, 4)
 def test_ddp_and_fsdp2_train_as_one_process_on_rows_and_on_slices(rank, world):
     b, l, batches = torch.arange(8), torch.arange(24), [tokens(8, 24, seed=i) for i in range(2)]
-    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
+    mesh = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
     sequence, pairs = dict(group=dist.group.WORLD), dict(group=mesh.get_group("slices"))
     pieces = l.unflatten(0, (-1, world, 2))[:, rank].flatten()  # of segments
     cases = [
@@ -2809,21 +2632,21 @@ def test_mixed_precision_of_fsdp2_keeps_residual_stream_state_and_gradients_in_f
 def test_a_sharded_model_is_saved_resumed_and_loaded_on_one_device(rank, world):
     def start():
         model = distribute(tiny(dtype=torch.float64).train(), "FSDP2")
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+        optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
         return model, optimizer
 
     batches = [tokens(8, 24, seed=seed).chunk(world)[rank] for seed in range(4)]
     train_on(batches[:2], *(started := start()))
-    dcp.save(dict(enumerate(get_state_dict(*started))), checkpoint_id=FOLDER / "sharded")
+    dcp.save(dict(enumerate(state_dict.get_state_dict(*started))), checkpoint_id=FOLDER / "sharded")
     uninterrupted = train_on(batches[2:], *started)
     model, _ = started = start()
-    saved = dict(enumerate(get_state_dict(*started)))
+    saved = dict(enumerate(state_dict.get_state_dict(*started)))
     dcp.load(saved, checkpoint_id=FOLDER / "sharded")
-    set_state_dict(*started, model_state_dict=saved[0], optim_state_dict=saved[1])
+    state_dict.set_state_dict(*started, model_state_dict=saved[0], optim_state_dict=saved[1])
     assert identical(train_on(batches[2:], *started), uninterrupted)
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full = get_model_state_dict(model, options=options)  # on rank 0
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = state_dict.get_model_state_dict(model, options=options)  # on rank 0
     if rank == 0:
         model.save_pretrained(FOLDER / "whole", state_dict=full)
     dist.barrier()
@@ -2839,7 +2662,7 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
     options |= dict(gradient_accumulation_steps=2)
     batches = tokens(16, 24).split(4)
     model = tiny(dtype=torch.float64).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+    optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
     of_bytes = tiny(vocab_size=384, dtype=torch.float64)
     expected = train(*given, of_bytes, **options), train_on(batches, model, optimizer)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -2850,11 +2673,8 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
         options |= dict(per_device_train_batch_size=2, ddp_backend="gloo")
         found = train(*given, tiny(vocab_size=384, dtype=torch.float64), **options)
         assert_close(torch.tensor(found), torch.tensor(expected[0]), 1e-6)
-        plugin = accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            cpu_ram_efficient_loading=False,
-        )
+        given = dict(auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False)
+        plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, **given)
         accelerator = accelerate.Accelerator(cpu=True, fsdp_plugin=plugin)
         for engine in ("DDP", "FSDP2") if FSDP2_RUNS else ("DDP",):
             if engine == "FSDP2":  # on a CPU accelerate has to be told
@@ -2862,7 +2682,7 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
                 accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, kind
                 accelerate.PartialState._shared_state["distributed_type"] = kind
             model = tiny(dtype=torch.float64).train()
-            optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-2)
+            optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
             loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=2)
             model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
             assert_close(train_on(loader, model, optimizer, accelerator.backward), expected[1])
@@ -2902,35 +2722,34 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     def call(model=model, **changes):
         model(**dict(input_ids=ids, labels=ids, group=group) | changes)
 
-    for name, same, odd in (
-        ("batch", call, lambda: call(input_ids=ids[:1], labels=ids[:1])),
-        ("labels", call, lambda: call(labels=None)),
-        ("segments", call, lambda: call(segment_length=4)),
-        ("items", call, lambda: call(num_items_in_batch=3)),
-        ("seq_idx", call, lambda: call(seq_idx=ids)),
-        ("states", call, lambda: call(cache=cache)),
-        ("dtype", call, lambda: call(input_ids=None, inputs_embeds=torch.randn(2, 8, 32))),
-        ("num_hidden_layers", call, lambda: call(shallow)),
-        ("checkpoints", call, lambda: call(checkpointed)),
-        ("gradients", call, torch.no_grad()(call)),
-        ("autocast", call, torch.autocast("cpu", torch.bfloat16)(call)),
-        ("cache", call, lambda: call(use_cache=True)),
-        ("training", call, lambda: call(tiny())),
+    for name, odd in (
+        ("batch", lambda: call(input_ids=ids[:1], labels=ids[:1])),
+        ("labels", lambda: call(labels=None)),
+        ("segments", lambda: call(segment_length=4)),
+        ("items", lambda: call(num_items_in_batch=3)),
+        ("seq_idx", lambda: call(seq_idx=ids)),
+        ("states", lambda: call(cache=cache)),
+        ("dtype", lambda: call(input_ids=None, inputs_embeds=torch.randn(2, 8, 32))),
+        ("num_hidden_layers", lambda: call(shallow)),
+        ("checkpoints", lambda: call(checkpointed)),
+        ("gradients", torch.no_grad()(call)),
+        ("autocast", torch.autocast("cpu", torch.bfloat16)(call)),
+        ("cache", lambda: call(use_cache=True)),
+        ("training", lambda: call(tiny())),
     ):
         with pytest.raises(ValueError, match=f"{name} = .* on the ranks of the group: make it"):
-            (odd if rank == world - 1 else same)()
+            (odd if rank == world - 1 else call)()
     call()  # nobody is out of step
 
 
 @on_ranks(2)
 def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(rank, world):
     model, ids = tiny(), tokens(1, 8)
-    other = dist.new_group([1])
+    other, step = dist.new_group([1]), model.backbone.layers[0].mixer.step
     for group in ("world", *[other] * (rank == 0)):
-        with pytest.raises(TypeError, match="must be a process group this rank belongs to"):
-            model(ids, group=group)
-        with pytest.raises(TypeError, match="must be a process group this rank belongs to"):
-            model.backbone.layers[0].mixer.step(torch.randn(1, 2, 32), group=group)
+        for call in (functools.partial(model, ids), functools.partial(step, torch.randn(1, 2, 32))):
+            with pytest.raises(TypeError, match="must be a process group that this rank belongs"):
+                call(group=group)
     with pytest.raises(ValueError, match="segment_length = 'auto': with a group"):
         model(ids, labels=ids, segment_length="auto", group=dist.group.WORLD)
     with pytest.raises(ValueError, match="generate takes none: read the prompt with"):
@@ -2954,7 +2773,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 PASSED_IN_THE_INTERPRETER = {  # how many, by settings and names
-    ("", "test_kernel"): 121,
+    ("", "test_kernel"): 120,
     ("portable", "test_kernel_is_its_twin and ssd and not 256"): 18,
 }
 
@@ -3050,16 +2869,14 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
 
 def kernel_conv_inputs(dtype, b, l, d, width=0, start=0, k=4, features=""):
     """Arguments of the convolution; its channels begin at `start` of a tensor of that width."""
-    state = randn(b, k - 1, d).to(dtype)
+    state = randn(b, k - 1, d).to(torch.float32 if "other" in features else dtype)
     # Sequences of one to five positions, or of some twenty.
     ids = (rand(b, l) < (0.4 if k == 3 or l < 5 else 0.05)).cumsum(1) % 3
     return dict(
         x=randn(b, l, width or d).to(dtype)[..., start : start + d],
         weight=(randn(d, k) / 2).to(dtype if k == 3 else torch.float32),
         bias=randn(d) if "bias" in features else None,
-        initial_state=(state.float() if "other" in features else state)
-        if "state" in features
-        else None,
+        initial_state=state if "state" in features else None,
         seq_idx=ids.to(torch.int32 if k == 4 else torch.int64) if "seq" in features else None,
     )
 
@@ -3326,20 +3143,18 @@ def test_kernel_tells_tensors_apart_that_differ_in_layout_alone():
     wide = torch.randn(2, 9, 100, device=DEVICE)
     for x in (wide[..., 4:68].contiguous(), wide[..., 4:68], wide[..., 5:69], wide[:, :, 3:67]):
         weight = torch.randn(64, 4, device=DEVICE)
-        y, _ = mamba2.kernels.causal_conv1d(x, weight)
-        assert relative_error(y, mamba2.causal_conv1d(x.double(), weight.double())[0]) <= 1e-5
-        y = mamba2.kernels.rms_norm(x, weight[:, 0], 1e-5, gate=x)
-        exact = mamba2.rms_norm(x.double(), weight[:, 0].double(), 1e-5, gate=x.double())
-        assert relative_error(y, exact) <= 1e-5
+        assert_kernel_right("causal_conv1d", dict(x=x, weight=weight), graded=False)
+        given = dict(x=x, weight=weight[:, 0], eps=1e-5, gate=x)
+        assert_kernel_right("rms_norm", given, graded=False)
         inputs = kernel_ssd_inputs(torch.float32, 9, b=2, h=2, p=32, n=16)
         for dt in (inputs["dt"], inputs["dt"].mT.contiguous().mT):
             inputs |= dict(x=x.unflatten(2, (2, 32)), dt=dt)
-            y, _ = mamba2.kernels.ssd(**inputs)
-            assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-4
+            assert_kernel_right("ssd", inputs, graded=False)
 
 
 KERNEL_REPEATED = [
-    *("ssd: groups, slices of one tensor", "ssd: slices at odd addresses, from zero"),
+    *(["ssd: groups, slices of one tensor"] if CUDA else []),
+    "ssd: slices at odd addresses, from zero",
     *("causal_conv1d: 64 positions, 3 taps", "layer_middle: 70 positions, groups"),
     *(f"rms_norm: (7, 96, 200), 1 groups, {features}" for features in ("gate", "alone")),
 ]
@@ -3391,7 +3206,7 @@ def test_kernel_is_nan_where_its_twin_is_and_nowhere_else(case, dtype):
     0 counts as NaN. Heads of a layer are groups, so that its norm does not spread NaN."""
     operation, cause = case.split(": ")
     kernel, twin = getattr(mamba2.kernels, operation), KERNELS[operation][1]
-    exact = ssd_recurrent if operation == "ssd" else twin
+    exact = mamba2.ssd_recurrent if operation == "ssd" else twin
     name = "zxbcdt" if case == "layer_middle: dt" else cause.split(" ")[-1]
     at = {"zxbcdt": (0, 0, -1), "dt": (0, 9, 0)}.get(name, (0, 9 * (name in "xBC"), 0, 0))
     for l in (150 if CUDA else 40,) if operation == "ssd" else (1, 70 if CUDA else 9):
@@ -3643,11 +3458,8 @@ def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypat
         monkeypatch.setattr(changed.get_submodule(name), "forward", None)
         with pytest.raises(TypeError):
             changed(u)
-    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m))
-    try:
+    with nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m)):
         run(block)
-    finally:
-        handle.remove()
     assert all(called.count(module) == 2 for module in block.modules())
 
 
@@ -3746,7 +3558,7 @@ def test_kernels_run_whichever_switch_of_tf32_is_set():
         y, _ = mamba2.kernels.ssd(**inputs)
     finally:
         switch.fp32_precision = before
-    assert relative_error(y, ssd_recurrent(**inputs)[0]) <= 1e-2
+    assert relative_error(y, mamba2.ssd_recurrent(**inputs)[0]) <= 1e-2
 
 
 def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
@@ -4123,7 +3935,7 @@ def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_lengt
     options = dict(DDP=dict(gradient_as_bucket_view=True), FSDP2=dict(mp_policy=policy))
     if engine:
         model = distribute(model, engine, **options[engine])
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
     def step(l):
         ids = torch.randint(Mamba2Config(**SHAPES[shape]).vocab_size, (b, l), device=DEVICE)
