@@ -1417,7 +1417,9 @@ class Slices:
 
     def __init__(self, group):
         if not isinstance(group, dist.ProcessGroup):  # nor is a group of other ranks one
-            raise TypeError(f"group = {group}: it must be a process group this rank belongs to")
+            raise TypeError(
+                f"group = {group}: it must be a process group that this rank belongs to"
+            )
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
     def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
