@@ -672,7 +672,8 @@ class Layout(NamedTuple):
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
     """x with 0 where the bool tensor is True, which has x's first axes."""
-    return x.masked_fill(where[(..., *[None] * (x.dim() - where.dim()))], 0)
+    # In place, as then PyTorch refuses to broadcast x, such as a state of one row.
+    return x.clone().masked_fill_(where[(..., *[None] * (x.dim() - where.dim()))], 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
