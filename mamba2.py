@@ -941,6 +941,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]  # for device_map
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes no cache
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
