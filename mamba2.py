@@ -218,8 +218,8 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     # 2. From the inputs of a chunk to what it adds to the state.
     written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
     written = written.unflatten(3, (-1, x.shape[-1]))  # (b, c, g, r, p, n)
-    # A loop over the chunks: step 4 of Listing 1 adds what the state before a chunk contributes to
-    # its outputs, and then step 3 updates the state; from_start at the end is the whole decay.
+    # A loop over the chunks: step 4, from the state before a chunk to its outputs, and then step 3,
+    # the state after the chunk; from_start at the last position is the decay of the whole chunk.
     state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=B.shape[2]), []
     each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
     for C_c, inside_c, written_c, from_start_c in each:
@@ -256,7 +256,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     _require(sizes, "b l", "integers", seq_idx=seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    # Of the packed sequences, (b, k-1+l): the state belongs to the first one.
+    # The number of the packed sequence of each input in the window; the state's inputs have 0.
     number = None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (k - 1, 0))
     # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
@@ -319,7 +319,7 @@ class Mamba2State(NamedTuple):
     Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
     """
 
-    conv: Tensor  # (b, k-1, h p + 2 g n), the convolution's last inputs, in the projections' dtype
+    conv: Tensor  # (b, k-1, h p + 2 g n), the convolution's last inputs, in the dtype of in_proj(u)
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
     def map(self, function, *others: Mamba2State) -> Mamba2State:
@@ -592,14 +592,14 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
         log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
     D = None if D is None else D.reshape(sizes["h"], -1).to(dtype)
     state = x.new_zeros([sizes[a] for a in "bhpn"]) if initial_state is None else initial_state
-    if x.shape[1] == 0:  # times 1, so that dt and A have gradients: zeros
+    if x.shape[1] == 0:  # times exp of an empty sum, 1, so that dt and A have gradients: zeros
         state = state * log_decay.sum(1).exp()[..., None, None]
     return log_decay, D, state.to(dtype)
 
 
 def last_inputs(window, count, length, number):
-    """The convolution's state (b, k-1, d): of a window (b, k-1+l, d), the `count` = k-1 inputs
-    before the position length + k-1; length is one for all rows, or (b, 1). Inputs become zero if
+    """The convolution's state (b, k-1, d): of each row of a window (b, k-1+l, d) the `count` = k-1
+    inputs from `length` on, which is one number for all rows, or (b, 1). Inputs become zero if
     the `number` of their sequence, (b, k-1+l) or None, is not that of the last one."""
     index = length + torch.arange(count, device=window.device)  # (k-1) or (b, k-1)
     state = _take(window, index)  # a copy, which does not keep the whole window alive
@@ -649,9 +649,10 @@ class Layout(NamedTuple):
         if self.slices:
             lasts = [torch.empty_like(last) for _ in range(self.slices.ranks)]
             dist.all_gather(lasts, last, group=self.slices.group)
-        seen = [window[:, 0] if self.label is None else self.label]  # before each rank, at the end
-        for last in lasts:
-            seen.append(torch.where(last == NO_LABEL, seen[-1], last))
+        # seen[i]: the last label before rank i; seen[-1]: the last one of all.
+        seen = [window[:, 0] if self.label is None else self.label]
+        for last_of_rank in lasts:
+            seen.append(torch.where(last_of_rank == NO_LABEL, seen[-1], last_of_rank))
         before = seen[self.slices.rank if self.slices else 0]
         window = torch.cat([before[:, None], labels], dim=1)
         borders = (window[:, 1:] != window[:, :-1]) & (window[:, :-1] != NO_LABEL)  # (b, l)
@@ -671,7 +672,7 @@ class Layout(NamedTuple):
 
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
-    """x with 0 where the bool tensor is True, which has x's first axes."""
+    """x with 0 where `where` is True, a bool tensor that has x's first axes."""
     # In place, as then PyTorch refuses to broadcast x, such as a state of one row.
     return x.clone().masked_fill_(where[(..., *[None] * (x.dim() - where.dim()))], 0)
 
@@ -706,7 +707,8 @@ class Mamba2Cache:
     def cat(caches) -> Mamba2Cache:
         """One batch of the rows of several caches. Its length is the longest one: a later call with
         whole sequences must pad them to it, on the left."""
-        first, *others = caches = [*caches]
+        caches = [*caches]
+        first, *others = caches
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
         return replace(joined, length=max(cache.get_seq_length() for cache in caches))
 
@@ -717,12 +719,12 @@ class Mamba2Cache:
         return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in rest))
 
 
-NO_LABEL = torch.iinfo(torch.int64).min  # the label of a row in which all positions are masked
+NO_LABEL = torch.iinfo(torch.int64).min  # of a row in which nothing was before, or all is masked
 torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load accepts them
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (b, l, ...) at the positions index (b, m) of each row: (b, m, ...)."""
+    """x (b, l, ...) at the positions index (b, m), or (m) for all rows: (b, m, ...)."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
@@ -886,8 +888,8 @@ class Mamba2Config(PreTrainedConfig):
         _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
-        """As in transformers, whose own Mamba-2 refuses a file that says num_heads = None, so that
-        it never loads with other layers than these; here it is computed."""
+        """As in transformers, whose own Mamba-2 ignores rmsnorm = False. Then num_heads is None, so
+        that it refuses the file instead of adding norms; here None is computed."""
         return super().to_dict() | ({} if self.rmsnorm else {"num_heads": None})
 
     @classmethod
@@ -1076,7 +1078,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 arguments = *piece, cache, use_cache or i < count - 1
                 loss, h, cache = recomputed(self, run, *arguments) if count > 1 else run(*arguments)
                 losses.append(loss)
-                if first < (i + 1) * length or i == count - 1:  # a view keeps the memory of all h
+                if first < (i + 1) * length or i == count - 1:  # an empty view would keep all of h
                     kept.append(h[:, max(0, first - i * length) :])
         loss = None if losses[0] is None else sum(losses)
         return loss, torch.cat(kept, dim=1), cache
@@ -1239,6 +1241,7 @@ class GenerationCache:
                         in speculative decoding, after tokens that are hardly ever forgotten
         first           in speculative decoding, the Mamba2Cache before all of the tokens
         length          tokens in the text: more than `seen` after others were forgotten
+        decoder         kernels.py's: the Decoder of this text, False if there can be none, or None
     """
 
     is_compileable = is_croppable = lacks_ids = False
@@ -1418,7 +1421,7 @@ class Slices:
     """
 
     def __init__(self, group):
-        if not isinstance(group, dist.ProcessGroup):  # nor is a group of other ranks one
+        if not isinstance(group, dist.ProcessGroup):  # as a group of other ranks, in PyTorch
             raise TypeError(
                 f"group = {group}: it must be a process group that this rank belongs to"
             )
