@@ -634,11 +634,11 @@ class Layout(NamedTuple):
         _require(sizes, "b", "a mask", reset=reset)
         starts = None if reset is None else reset.bool()
         slices = None if group is None else Slices(group)
-        layout = cls(x.shape[1], starts=starts, label=label, slices=slices)
+        sorting = (x.shape[1],)
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
-            sorting = dict(skipped=skipped, source=source, place=source.argsort(dim=1))
-            layout = layout._replace(length=(~skipped).sum(1, keepdim=True), **sorting)
+            sorting = (~skipped).sum(1, keepdim=True), skipped, source, source.argsort(dim=1)
+        layout = cls(*sorting, starts=starts, label=label, slices=slices)
         return layout if seq_idx is None else layout._with_labels(layout.sort(seq_idx.long()))
 
     def _with_labels(self, labels):
@@ -660,7 +660,8 @@ class Layout(NamedTuple):
         starts = self.starts
         if self.label is not None or self.slices:  # else nothing was before
             starts = borders[:, :1].any(1) if starts is None else borders[:, :1].any(1) | starts
-        return self._replace(seq_idx=borders.cumsum(1), starts=starts, label=seen[-1])
+        sorting = self.length, self.skipped, self.source, self.place
+        return Layout(*sorting, borders.cumsum(1), starts, seen[-1], self.slices)
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
