@@ -3282,28 +3282,60 @@ def block(block, h, state):
     return h, conv, ssm
 
 
-def decode(text, ids, mask, options):
-    """Logits after one more token of a text, a GenerationCache, by a CUDA graph; or None.
+class Text:
+    """The cache of a text while `generate` decodes it: a Mamba2Cache, or a Decoder, whose CUDA
+    graph changes its state in place. `generate` passes one and the same from token to token."""
 
-    The first call makes `text.decoder`: a Decoder, or False if there can be none.
-    """
-    if ids is None or ids.shape[1] != 1 or options.get("output_hidden_states"):
-        return None
-    if mask is not None and not mask[:, -1].all():
-        return None
-    if text.decoder is None and text.current.states:
-        graph = DecodingGraph.take(text.model, text.current)
-        text.decoder = graph is not None and Decoder(text.model, graph)
-    if not text.decoder:
-        return None
-    if not text.decoder.is_right():  # the model decodes the rest of the text
-        text.decoder.free()
-        text.decoder = False
-        return None
-    if text.current is not text.decoder:
-        text.decoder.graph.load(text.current)
-        text.current = text.decoder
-    return text.decoder.graph(ids)[:, None].clone()
+    is_compileable, is_croppable, is_linear = False, False, (False,)  # as in Mamba2Cache
+
+    @classmethod
+    def of(cls, model, cache):
+        """The Text of a model on a GPU, where there may be graphs; else the cache itself."""
+        return cls(model, cache) if model.device.type == "cuda" else cache
+
+    def __init__(self, model, cache):
+        # A Decoder after the first token of its own, False if there can be none
+        self.model, self.kind, self.decoder = model, type(cache), None
+        self.now(cache)
+
+    def now(self, cache):
+        """This, after it has got another cache."""
+        self.current, self.length = cache, cache.get_seq_length()
+        return self
+
+    def cache(self):
+        """The Mamba2Cache; a copy if it is in a graph."""
+        if self.current is not self.decoder:
+            return self.current
+        states = (_kinds["Mamba2State"](*state) for state in self.decoder.states())
+        return self.kind(tuple(states), self.length)
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def select(self, rows):
+        return self.now(self.cache().select(rows))
+
+    def decode(self, ids, mask, hidden_states):
+        """Logits after one more token, by a graph; or None."""
+        if ids is None or ids.shape[1] != 1 or hidden_states:
+            return None
+        if mask is not None and not mask[:, -1].all():
+            return None
+        if self.decoder is None and self.current.states:
+            graph = DecodingGraph.take(self.model, self.current)
+            self.decoder = graph is not None and Decoder(self.model, graph)
+        if not self.decoder:
+            return None
+        if not self.decoder.is_right():  # the model decodes the rest of the text
+            self.decoder.free()
+            self.current, self.decoder = self.cache(), False
+            return None
+        if self.current is not self.decoder:
+            self.decoder.graph.load(self.current)
+            self.current = self.decoder
+        self.length += 1
+        return self.decoder.graph(ids)[:, None].clone()
 
 
 class Decoder:
@@ -3409,7 +3441,7 @@ class DecodingGraph:
         if not cls.enabled or not tensors or tensors[0].device.type != "cuda":
             return None
         device = tensors[0].device
-        if any(tensor.device != device for tensor in tensors) or cache.seq_idx is not None:
+        if any(tensor.device != device for tensor in tensors):
             return None
         modes, fingerprint = _modes(), _fingerprint(model, device)
         if modes is None or fingerprint is None or torch.cuda.is_current_stream_capturing():

@@ -428,7 +428,7 @@ class Mamba2(nn.Module):
             reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
         """
         _require({}, "b l d", u=u)
-        layout = Layout.of(u, mask, seq_idx, group, reset=reset)
+        layout = Layout.of(u, mask, seq_idx, group, reset)
         y, state = self(layout.sort(u), state, layout=layout)  # not forward, so that hooks run
         return layout.restore(y), state
 
@@ -439,11 +439,12 @@ class Mamba2(nn.Module):
         all layers: y in that order, and the new state."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
         if wants_y := layout is None:
-            layout = Layout.of(u, mask, seq_idx, group, reset=reset)
+            layout = Layout.of(u, mask, seq_idx, group, reset)
             u = layout.sort(u)
         zxbcdt = self.in_proj(u)
         if layout.slices:
-            state = layout.slices.receive(zxbcdt, state or self.initial_state(len(u)))
+            start = state or self.initial_state(len(u))
+            zxbcdt, state = layout.slices.receive(zxbcdt, start)
         if state is not None and layout.starts is not None:
             state = state.map(lambda tensor: _erase(tensor, layout.starts))
         fused = None
@@ -509,9 +510,9 @@ class Mamba2Block(nn.Module):
 class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
     Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
-    `Mamba2.step`, but the cache is that of the whole sequence on every rank. The cache also keeps
-    the last label of seq_idx: if the next call begins with another label, another sequence begins.
-    The input of each block, and h, are appended to the list hidden_states, if there is one."""
+    `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool, or
+    None: the positions at which another sequence begins, see `sequence_starts`. The input of each
+    block, and h, are appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -521,13 +522,13 @@ class Mamba2Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
-        self, x, cache=None, mask=None, seq_idx=None, group=None, hidden_states=None, use_cache=True
+        self, x, cache=None, mask=None, starts=None, group=None, hidden_states=None, use_cache=True
     ):
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
-        layout = Layout.of(h, mask, seq_idx, group, label=cache.seq_idx)
+        layout = Layout.of(h, mask, None, group, starts=starts)
         h, states, new_states = layout.sort(h), cache.states or [None] * len(self.layers), []
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
@@ -547,7 +548,7 @@ class Mamba2Backbone(nn.Module):
         if group is not None:
             dist.all_reduce(length, group=group)
             new_states = layout.slices.last(new_states)
-        return h, Mamba2Cache(tuple(new_states), cache.length + length, layout.label)
+        return h, Mamba2Cache(tuple(new_states), cache.length + length)
 
 
 class Mamba2LM(nn.Module):
@@ -620,48 +621,31 @@ class Layout(NamedTuple):
     skipped: Tensor | None = None  # (b, l) bool, after sorting: the positions that do not count
     source: Tensor | None = None  # (b, l), where sorted positions come from
     place: Tensor | None = None  # (b, l), where they return to
+    slices: Slices | None = None
     seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
     starts: Tensor | None = None  # (b) bool: another sequence than the state's begins
-    label: Tensor | None = None  # (b), the last label until now, of all slices, or NO_LABEL
-    slices: Slices | None = None
 
     @classmethod
-    def of(cls, x, mask=None, seq_idx=None, group=None, label=None, reset=None):
-        """Checked, from arguments of `Mamba2.step`. label (b): of the last position before x."""
+    def of(cls, x, mask=None, seq_idx=None, group=None, reset=None, starts=None):
+        """Checked, for x (b, l, ...): arguments of `Mamba2.step`, or `sequence_starts`."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
-        _require(sizes, "b", "a mask", reset=reset)
-        starts = None if reset is None else reset.bool()
-        slices = None if group is None else Slices(group)
-        sorting = (x.shape[1],)
+        _require(sizes, "b", "integers", reset=reset)
+        slices, sorting = None if group is None else Slices(group), (x.shape[1], None, None, None)
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             sorting = (~skipped).sum(1, keepdim=True), skipped, source, source.argsort(dim=1)
-        layout = cls(*sorting, starts=starts, label=label, slices=slices)
-        return layout if seq_idx is None else layout._with_labels(layout.sort(seq_idx.long()))
-
-    def _with_labels(self, labels):
-        """Compare the labels (b, l) with each other, and the first with the last one before it."""
-        window = F.pad(labels, (1, 0), value=NO_LABEL)  # (b, 1 + l)
-        last = _take(window, self.length)[:, 0]  # NO_LABEL if no position of the row counts
-        lasts = [last]
-        if self.slices:
-            lasts = [torch.empty_like(last) for _ in range(self.slices.ranks)]
-            dist.all_gather(lasts, last, group=self.slices.group)
-        # seen[i]: the last label before rank i; seen[-1]: the last one of all.
-        seen = [window[:, 0] if self.label is None else self.label]
-        for last_of_rank in lasts:
-            seen.append(torch.where(last_of_rank == NO_LABEL, seen[-1], last_of_rank))
-        before = seen[self.slices.rank if self.slices else 0]
-        window = torch.cat([before[:, None], labels], dim=1)
-        borders = (window[:, 1:] != window[:, :-1]) & (window[:, :-1] != NO_LABEL)  # (b, l)
-        borders = borders if self.skipped is None else borders & ~self.skipped
-        starts = self.starts
-        if self.label is not None or self.slices:  # else nothing was before
-            starts = borders[:, :1].any(1) if starts is None else borders[:, :1].any(1) | starts
-        sorting = self.length, self.skipped, self.source, self.place
-        return Layout(*sorting, borders.cumsum(1), starts, seen[-1], self.slices)
+        rows = None if reset is None else reset.bool()
+        if seq_idx is not None:
+            starts = slices.starts(seq_idx, mask) if slices else sequence_starts(seq_idx, mask)
+        if starts is not None:
+            starts = cls(*sorting).sort(starts)
+            if seq_idx is None or slices:  # else the first position begins no sequence
+                first = starts[:, :1].any(1)
+                rows = first if rows is None else rows | first
+            seq_idx = starts.cumsum(1)
+        return cls(*sorting, slices, seq_idx, rows)
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
@@ -672,20 +656,30 @@ class Layout(NamedTuple):
         return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
 
 
+def sequence_starts(seq_idx, mask=None):
+    """(b, l) bool: whether another packed sequence begins at this position, whose label is not that
+    of the one before. Masked positions are skipped; the first of the others begins none."""
+    layout = Layout.of(seq_idx, mask)
+    return layout.restore(_borders(layout.sort(seq_idx.long())))
+
+
 def _erase(x: Tensor, where: Tensor) -> Tensor:
     """x with 0 where `where` is True, a bool tensor that has x's first axes."""
     # In place, as then PyTorch refuses to broadcast x, such as a state of one row.
     return x.clone().masked_fill_(where[(..., *[None] * (x.dim() - where.dim()))], 0)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model after some tokens: immutable, and of constant size. A forward pass
-    takes one as `cache` and returns a new one. torch.save and torch.load keep it in a file."""
+    """The state of a whole model after some tokens, of constant size. A forward pass takes one as
+    `cache` and returns a new one; none is ever changed. torch.save and torch.load keep it in a
+    file."""
 
     states: tuple[Mamba2State, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
-    seq_idx: Tensor | None = None  # (b), the label of the sequence each row ended in, or NO_LABEL
+
+    # What transformers' generate asks of a cache. At False it passes only tokens that are not read.
+    is_compileable, is_croppable, is_linear = False, False, (False,)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.length)
@@ -694,9 +688,7 @@ class Mamba2Cache:
         """A cache of function(tensor, *tensors of the others), for each tensor but length."""
         layers = zip(self.states, *(cache.states for cache in others), strict=True)
         states = tuple(state.map(function, *layer) for state, *layer in layers)
-        labels = [cache.seq_idx for cache in (self, *others)]
-        label = function(*labels) if any(t is not None for t in labels) else None
-        return Mamba2Cache(states, self.length, label)
+        return Mamba2Cache(states, self.length)
 
     select, detach = Mamba2State.select, Mamba2State.detach
 
@@ -716,11 +708,9 @@ class Mamba2Cache:
     def to(self, *args, **kwargs) -> Mamba2Cache:
         """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
-        rest, device = (self.length, self.seq_idx), states[0].ssm.device
-        return Mamba2Cache(states, *(t.to(device) if isinstance(t, Tensor) else t for t in rest))
+        return Mamba2Cache(states, self.get_seq_length())
 
 
-NO_LABEL = torch.iinfo(torch.int64).min  # of a row in which nothing was before, or all is masked
 torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load accepts them
 
 
@@ -944,7 +934,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]  # for device_map
-    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # generate makes no cache
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
+    _is_stateful = True  # a state cannot be rewound, as speculative decoding needs
+    _reorder_cache = staticmethod(lambda cache, rows: cache.select(rows))  # of beams
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
@@ -1013,24 +1005,24 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
-        past = _one_cache(cache, past_key_values)
-        if isinstance(past, GenerationCache):
-            options = dict(logits_to_keep=logits_to_keep, segment_length=segment_length)
-            options["output_hidden_states"] = output_hidden_states
-            return past.read(input_ids, attention_mask, inputs_embeds, **options)
-        x, mask, seq_idx = _inputs(past, input_ids, inputs_embeds, attention_mask, seq_idx, others)
+        text = past = _one_cache(cache, past_key_values)
+        if kernels and isinstance(text, kernels.Text):  # of `generate`, which decodes with a graph
+            logits = text.decode(input_ids, attention_mask, output_hidden_states)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
+            past = text.cache()
+        x, mask, packing = _inputs(input_ids, inputs_embeds, attention_mask, seq_idx, others)
         b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
         _require(dict(b=b, l=l), "b l", "integers", labels=labels)
-        text = None if labels is None else (labels.long(), mask, seq_idx)
-        if group is not None:
-            same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
-            same |= dict(seq_idx=seq_idx is not None, items=num_items_in_batch is not None)
-            targets = _agree(group, self, x, text, length, **same)
+        if group is None:
+            targets, starts = _targets_and_starts(labels, mask, *packing)
         else:
-            targets = text and next_tokens(*text)
+            same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
+            same |= dict(items=num_items_in_batch is not None)
+            targets, starts = _agree(group, self, x, length, labels, mask, *packing, **same)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1038,7 +1030,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         first = l if no_logits else 0  # the first position whose logits are wanted
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
-        whole, options = (x, mask, seq_idx, targets), (use_cache, group, hidden_states)
+        whole, options = (x, mask, starts, targets), (use_cache, group, hidden_states)
         loss, h, cache = self._in_segments(whole, past, length, first, *options)
         if labels is not None:
             items = (targets != -100).sum()
@@ -1048,6 +1040,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
         logits = None if no_logits else self.lm_head(h)
         states = hidden_states and tuple(hidden_states)
+        cache = cache if text is past else text.now(cache)
         return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
@@ -1057,12 +1050,12 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         states are kept, and a segment is computed again when its turn comes: with a length s of
         segments, memory grows as s + l / s, or as the square root of l with the best s.
 
-        whole: tokens (b, l) or embeddings (b, l, d); mask, seq_idx and targets, (b, l) or None.
+        whole: tokens (b, l) or embeddings (b, l, d); mask, starts and targets, (b, l) or None.
         Returns the summed loss or None; h from the position `first` on; the cache or None.
         """
 
-        def run(x, mask, seq_idx, targets, cache, keep_cache):
-            h, cache = self.backbone(x, cache, mask, seq_idx, group, hidden_states, keep_cache)
+        def run(x, mask, starts, targets, cache, keep_cache):
+            h, cache = self.backbone(x, cache, mask, starts, group, hidden_states, keep_cache)
             return None if targets is None else self.summed_loss(h, targets), h, cache
 
         x, losses, kept = whole[0], [], []
@@ -1134,8 +1127,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
         With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
-        whole. The cache that is returned with `return_dict_in_generate=True` has, in rows that
-        ended with `eos_token_id`, the state after that token.
+        whole. With `return_dict_in_generate=True`, the new cache has seen all but the last token;
+        it is None after beams, or if rows ended before others: read their texts with `prefill`.
         """
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
@@ -1146,37 +1139,28 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         config = self.generation_config if generation_config is None else generation_config
         settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
-        if not isinstance(cache, GenerationCache):
-            samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
-            cache = GenerationCache(self, cache if samples == 1 else cache.repeat(samples))
-        assists = getattr(config, "is_assistant", None)
-        cache.is_croppable |= bool(assists)  # its tokens may be rejected
-        cache.eos = settings["eos_token_id"] if settings["return_dict_in_generate"] else None
-        cache.lacks_ids = mask is not None and ids is not None and mask.shape[1] > ids.shape[1]
-        output = super().generate(inputs, generation_config, **options, **{CACHE: cache})
-        if isinstance(output, dict) and not assists:
-            # The states of the last beams are not those of the texts that are returned.
-            beams = hasattr(output, "beam_indices")
-            output[CACHE] = None if beams else cache.after(output.sequences)
-            output.cache = output[CACHE]
-        return output
-
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        """What transformers calls for the arguments of each forward pass."""
-        cache, new = kwargs.get(CACHE), kwargs.get("next_sequence_length")
-        kwargs.pop("tokenizer", None)  # of stop_strings
-        if isinstance(cache, GenerationCache):
-            if cache.is_croppable:
-                new = input_ids.shape[1] - cache.seen
-            elif "next_sequence_length" in kwargs and not kwargs.get("is_first_iteration"):
-                new = 1  # after the prompt, also if use_cache is False
-                if cache.eos is not None and cache.kept is None:
-                    cache.kept = cache.state()
-        if new is not None and new <= 0:
+        given, seen = options.get("inputs_embeds", ids), cache.get_seq_length()
+        has_all = given is not None and (mask is None or mask.shape[1] == given.shape[1])
+        if has_all and given.shape[1] <= seen:
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
-            raise ValueError(f"the cache has seen {cache.seen}: {rule}")
-        kwargs |= dict(next_sequence_length=new, inputs_embeds=inputs_embeds)
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+            raise ValueError(f"{given.shape[1]} tokens, and the cache has seen {seen}: {rule}")
+        samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
+        cache = cache.repeat(samples)
+        cache = kernels.Text.of(self, cache) if kernels else cache
+        options |= {CACHE: cache, "use_cache": True}
+        output = super().generate(inputs, generation_config, **options)
+        if isinstance(output, dict):
+            cache, eos = output[CACHE], settings["eos_token_id"]
+            chosen = output.sequences[:, 0 if ids is None else ids.shape[1] : -1]
+            ends = torch.tensor([] if eos is None else eos, device=self.device)
+            ended_before = len(chosen) > 1 and torch.isin(chosen, ends).any()
+            if ended_before or hasattr(output, "beam_indices"):
+                cache = None
+            elif kernels and isinstance(cache, kernels.Text):
+                cache = cache.cache()
+            output[CACHE] = cache
+            output.cache = cache
+        return output
 
     def stream(self, input_ids, **options):
         """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
@@ -1227,107 +1211,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                         return
                 tokens, alive = [], []
             if left > 0:
-                output = output.cache.read(ids[:, -1:])
-
-
-class GenerationCache:
-    """What `generate` carries from token to token: the current state, and an older one.
-
-    A state cannot be rewound, but tokens can be read again from an older one. So speculative
-    decoding forgets tokens, and rows that ended before others get the state after their last token.
-
-        current, seen   the latest state, after `seen` tokens: a Mamba2Cache, or a Decoder of
-                        kernels.py that holds it in a CUDA graph
-        kept            an older Mamba2Cache, or None: after the prompt, if rows may end by `eos`;
-                        in speculative decoding, after tokens that are hardly ever forgotten
-        first           in speculative decoding, the Mamba2Cache before all of the tokens
-        length          tokens in the text: more than `seen` after others were forgotten
-        decoder         kernels.py's: the Decoder of this text, False if there can be none, or None
-    """
-
-    is_compileable = is_croppable = lacks_ids = False
-    is_linear = (False,)  # else transformers' `_prefill` would pass tokens that were already read
-
-    def __init__(self, model, cache: Mamba2Cache):
-        self.model, self.current, self.kept, self.decoder, self.eos = model, cache, None, None, None
-        self.length = self.seen = cache.get_seq_length()
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def reorder_cache(self, beam_idx):
-        self.current = self.state().select(beam_idx)
-
-    def state(self) -> Mamba2Cache:
-        """The latest state, copied if it is in a CUDA graph."""
-        if isinstance(self.current, Mamba2Cache):
-            return self.current
-        return Mamba2Cache(tuple(Mamba2State(*s) for s in self.current.states()), self.seen)
-
-    def read(self, ids=None, mask=None, embeds=None, **options):
-        """The model's output for the tokens after `current`; arguments are those of its forward."""
-        length, logits = self.seen + (embeds if ids is None else ids).shape[1], None
-        if self.is_croppable:
-            ids = self._left_to_read(ids, mask, options)
-        elif kernels:
-            logits = kernels.decode(self, ids, mask, options)
-        if logits is None:
-            options |= dict(use_cache=True, return_dict=True)
-            output = self.model(ids, mask, self.state(), embeds, **options)
-            self.current = output.cache
-        else:
-            output = CausalLMOutputWithPast(logits=logits)
-        output[CACHE], self.seen, self.length = self, length, length
-        return output
-
-    def after(self, ids):
-        """The cache after a text of ids (b, l), the last of which were not read: in each row, after
-        the first `eos` that was chosen."""
-        if self.kept is None:
-            return self.state()
-        text = ids[:, self.kept.get_seq_length() - self.length - 1 : -1]  # read since
-        counts = torch.ones_like(text, dtype=torch.bool)
-        if not self.is_croppable:
-            ended = torch.isin(text, torch.as_tensor(self.eos, device=ids.device)).cumsum(1)
-            counts = F.pad(ended, (1, -1)) == 0  # up to the first eos
-        if self.seen == self.length and counts.all():
-            return self.state()
-        return self.model.prefill(text, counts, self.kept)
-
-    # For speculative decoding, of one row:
-
-    def activate_past_recording(self):
-        if self.lacks_ids:
-            raise ValueError("speculative decoding takes the whole sequence, not new tokens alone")
-        self.is_croppable = True
-
-    def crop(self, tokens: int):
-        """Forget the last -tokens tokens; crop(0) says that all were accepted."""
-        tokens, since = int(tokens), self.length - self.first.get_seq_length()
-        _check("tokens", tokens, f"must be between -{since} and 0", lambda n: -since <= n <= 0)
-        self.length += tokens
-        if self.length < self.kept.get_seq_length():  # for an assistant with another tokenizer
-            self.kept = self.first
-        if tokens < 0:
-            self.current, self.seen = self.kept, self.kept.get_seq_length()
-        elif self.seen == self.length:
-            self.kept = self.current
-
-    def _left_to_read(self, ids, mask, options):
-        """Which of ids (1, l) are still to be read: those that may be forgotten, the last ones, and
-        a few settled ones before them, which are read again until all are accepted. The prompt,
-        and many settled tokens, are read here, once."""
-        if options["output_hidden_states"]:
-            raise ValueError("speculative decoding returns no hidden states")
-        new, few = options["logits_to_keep"], 32
-        if self.kept is None:
-            self.first, self.kept, few = self.current, self.current, 0
-        if ids.shape[1] - new <= few:
-            return ids
-        settled = ids[:, :-new], None if mask is None else mask[:, :-new], self.current
-        self.kept = self.model.prefill(*settled, segment_length=options["segment_length"])
-        self.current = self.kept
-        return ids[:, -new:]
+                output = self(ids[:, -1:], cache=output.cache, use_cache=True, return_dict=True)
 
 
 def _one_cache(cache, past_key_values):
@@ -1338,11 +1222,12 @@ def _one_cache(cache, past_key_values):
     return Mamba2Cache(()) if cache is None else cache
 
 
-def _inputs(past, ids, embeds, mask, seq_idx, others):
+def _inputs(ids, embeds, mask, seq_idx, others):
     """Checked: ids (b, l) or embeddings (b, l, d); the mask (b, l) of these, bool, or None if
-    nothing is masked; seq_idx (b, l) or None. others: arguments by name, which must be None, but
-    for position_ids."""
-    position_ids = others.pop("position_ids", None)
+    nothing is masked; seq_idx and position_ids, (b, l) or None, one of which says what is packed.
+    others: arguments by name, which must be None, but for position_ids, and a tokenizer, which
+    generate passes too."""
+    position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
     if others := [name for name, value in others.items() if value is not None]:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
@@ -1355,13 +1240,8 @@ def _inputs(past, ids, embeds, mask, seq_idx, others):
         _require(sizes, "b l", "a mask", attention_mask=mask)
         # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
-    if position_ids is not None and seq_idx is None:
-        begins = position_ids == 0
-        if not past.states:
-            seq_idx = begins.cumsum(1)
-        elif _readable(begins) and begins.any():
-            raise ValueError("position_ids are 0 after a cache: pass seq_idx, or no cache")
-    return embeds if ids is None else ids, mask, None if seq_idx is None else seq_idx.long()
+    packing = seq_idx, position_ids if seq_idx is None else None
+    return embeds if ids is None else ids, mask, packing
 
 
 def recomputed(module, function, *arguments):
@@ -1381,17 +1261,23 @@ def recomputed(module, function, *arguments):
     return checkpoint(checked, *arguments, use_reentrant=False)
 
 
-def next_tokens(labels, mask=None, seq_idx=None):
+def _targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
+    """`next_tokens` and `sequence_starts`, (b, l) or None."""
+    starts = None if position_ids is None else position_ids == 0
+    starts = starts if seq_idx is None else sequence_starts(seq_idx, mask)
+    return None if labels is None else next_tokens(labels, mask, starts), starts
+
+
+def next_tokens(labels, mask=None, starts=None):
     """(b, l), for each position that is not masked the label that it has to predict: that of the
-    next such position, unless it is of another sequence; -100 where there is none."""
+    next such position, unless another sequence starts there; -100 where there is none."""
+    layout, labels = Layout.of(labels, mask), labels.long()
     if mask is not None:
-        layout, labels = Layout.of(labels, mask, seq_idx), labels.masked_fill(~mask, -100)
-        targets = next_tokens(_take(labels, layout.source), seq_idx=layout.seq_idx)
-        return _take(targets, layout.place).masked_fill(~mask, -100)
+        labels = _take(labels.masked_fill(~mask, -100), layout.source)
+    if starts is not None:
+        labels = labels.masked_fill(layout.sort(starts), -100)
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    if seq_idx is not None:
-        targets = targets.masked_fill(F.pad(_borders(seq_idx), (0, 1))[:, 1:], -100)
-    return targets
+    return targets if mask is None else _take(targets, layout.place).masked_fill(~mask, -100)
 
 
 def register_with_transformers():
@@ -1428,19 +1314,41 @@ class Slices:
             )
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def receive(self, x: Tensor, state: Mamba2State) -> Mamba2State:
-        """The state after the slices of the ranks before; `state` on the first rank. x: what the
-        layer has computed before it needs the state."""
+    def gather(self, text, length, **options):
+        """text (m, b, l), integers, of the whole sequence, of which this rank reads `length`
+        positions at a time; and a function that cuts this rank's part (b, l) from (b, positions).
+        It raises on every rank, before anything else is sent, unless all pass equal options."""
+        ranks = [None] * self.ranks
+        dist.all_gather_object(ranks, (options, text.cpu(), length), group=self.group)
+        for name in options:
+            values = [others.get(name) for others, _, _ in ranks]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"{name} = {values} on the ranks of the group: make it equal")
+        segments = zip(*(text.split(length, dim=2) for _, text, length in ranks), strict=True)
+        slices = [piece for pieces in segments for piece in pieces]
+        sizes, mine = [piece.shape[2] for piece in slices], slice(self.rank, None, self.ranks)
+        whole = torch.cat(slices, dim=2).to(text.device)
+        return whole, lambda t: torch.cat(t.split(sizes, dim=1)[mine], dim=1)
+
+    def starts(self, seq_idx, mask=None):
+        """`sequence_starts` in this rank's slice."""
+        text = torch.stack([seq_idx, torch.ones_like(seq_idx) if mask is None else mask]).long()
+        (seq_idx, mask), own = self.gather(text, max(1, text.shape[2]))
+        return own(sequence_starts(seq_idx, mask.bool()))
+
+    def receive(self, x, state):
+        """x, which the layer computes before it needs the state, and the state after the slices of
+        the ranks before; `state` on the first rank."""
         # What is received always requires gradients, or ranks would wait for some that never come.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        flat = _FromRankBefore.apply(self.group, x, anchor, _flat(*state))
+        x, flat = _Handover.apply(self.group, self.rank - 1, False, x, _flat(*state), anchor)
         conv, ssm = flat.split([tensor.numel() for tensor in state])
         ssm = ssm.view_as(state.ssm).to(state.ssm.dtype)
-        return Mamba2State(conv.view_as(state.conv), ssm)
+        return x, Mamba2State(conv.view_as(state.conv), ssm)
 
-    def send(self, y: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
+    def send(self, y, conv, ssm):
         """y. The next rank gets the state, and adds its gradient."""
-        return _ToNextRank.apply(self.group, y, _flat(conv, ssm))[0]
+        return _Handover.apply(self.group, self.rank + 1, True, y, _flat(conv, ssm))[0]
 
     def last(self, states):
         """On every rank the states of the last one."""
@@ -1457,59 +1365,36 @@ def _flat(conv, ssm):
     return torch.cat([conv.to(dtype).flatten(), ssm.to(dtype).flatten()])
 
 
-def _exchange(operation, tensor, rank, group):
-    """Begin to send the tensor to that rank, or to receive it from there, if there is one."""
-    if not 0 <= rank < dist.get_world_size(group) or tensor.numel() == 0:
-        return []
-    return dist.batch_isend_irecv([dist.P2POp(operation, tensor, group=group, group_peer=rank)])
-
-
-def _send(tensor, rank, group):
-    for request in _exchange(dist.isend, tensor.contiguous(), rank, group):
-        if not tensor.is_cuda:  # NCCL itself keeps a tensor until it is sent
+def _move(tensor, group, peer, sends):
+    """Send the tensor to the rank `peer`, or receive one like it from there; the tensor itself if
+    there is no such rank."""
+    if not 0 <= peer < dist.get_world_size(group) or tensor.numel() == 0:
+        return tensor
+    move, moved = dist.isend, tensor.contiguous()
+    if not sends:
+        move, moved = dist.irecv, torch.empty_like(moved)
+    for request in dist.batch_isend_irecv([dist.P2POp(move, moved, group=group, group_peer=peer)]):
+        if not (sends and tensor.is_cuda):  # NCCL itself keeps a tensor until it is sent
             request.wait()
+    return moved
 
 
-def _received(like, rank, group):
-    """A tensor like this from that rank; this one if there is no such rank."""
-    tensor = torch.empty_like(like)
-    requests = _exchange(dist.irecv, tensor, rank, group)
-    for request in requests:
-        request.wait()
-    return tensor if requests else like
-
-
-class _FromRankBefore(torch.autograd.Function):
-    """The state of the rank before, or the first rank's own; its gradient is sent back. x and the
-    anchor get no gradient from here: they are inputs so that autograd always runs this backward,
-    and runs it before that of x."""
+class _Handover(torch.autograd.Function):
+    """x and a state as they are, or the state that is received. Its gradient goes the other way,
+    before autograd turns to what x was computed from."""
 
     @staticmethod
-    def forward(ctx, group, x, anchor, flat):
-        ctx.group = group
-        return _received(flat, dist.get_rank(group) - 1, group)
+    def forward(ctx, group, peer, sends, x, flat, anchor=None):
+        ctx.way = group, peer, sends
+        return x, _move(flat, *ctx.way)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient):
-        rank = dist.get_rank(ctx.group)
-        _send(gradient, rank - 1, ctx.group)
-        return None, None, None, gradient if rank == 0 else None
-
-
-class _ToNextRank(torch.autograd.Function):
-    """y and the state as they are. The state is sent to the next rank, which returns a gradient."""
-
-    @staticmethod
-    def forward(ctx, group, y, flat):
-        ctx.group = group
-        _send(flat, dist.get_rank(group) + 1, group)
-        return y, flat
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, zeros):
-        return None, dy, _received(zeros, dist.get_rank(ctx.group) + 1, ctx.group)
+    def backward(ctx, dx, gradient):
+        group, peer, sends = ctx.way
+        moved = _move(gradient, group, peer, not sends)
+        own = sends or peer < 0  # else the gradient is that of another rank's state
+        return None, None, None, dx, moved if own else None, None
 
 
 class _SumOfRanks(torch.autograd.Function):
@@ -1527,36 +1412,24 @@ class _SumOfRanks(torch.autograd.Function):
         return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
 
 
-def _agree(group, model, x, text, length, **options):
-    """Raise on every rank, before anything else is sent, unless all call in the same way. Returns
-    this rank's part, in segments of `length` here, of `next_tokens` of the whole sequence; text:
-    this rank's labels, mask and seq_idx, or None."""
-    rank = Slices(group).rank
+def _agree(group, model, x, length, labels, mask, seq_idx, position_ids, **options):
+    """`_targets_and_starts` in this rank's part, which it reads in segments of `length`. All ranks
+    must call in the same way: options are some of what must be equal."""
     options |= {name: getattr(model.config, name) for name in _DEFAULTS}
     options |= dict(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
     options |= dict(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
-    options |= dict(checkpoints=model.backbone.gradient_checkpointing, labels=text is not None)
-    if text is not None:
-        labels, mask, seq_idx = text
-        mask = torch.ones_like(labels) if mask is None else mask.long()
-        seq_idx = torch.zeros_like(labels) if seq_idx is None else seq_idx
-        text = torch.stack([labels, mask, seq_idx]).cpu()  # (3, b, l)
-    ranks = [None] * dist.get_world_size(group)
-    dist.all_gather_object(ranks, (options, text, length), group=group)
-    for name in options:
-        values = [others.get(name) for others, _, _ in ranks]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"{name} = {values} on the ranks of the group: make it equal on all")
-    if text is None:
-        return None
-    segments = zip(*(text.split(length, dim=2) for _, text, length in ranks), strict=True)
-    slices = [piece for pieces in segments for piece in pieces]
-    labels, mask, seq_idx = torch.cat(slices, dim=2).to(x.device)
-    targets = next_tokens(labels, mask.bool(), seq_idx)
-    own = targets.split([piece.shape[2] for piece in slices], dim=1)[rank :: len(ranks)]
-    return torch.cat(own, dim=1)
+    options |= dict(checkpoints=model.backbone.gradient_checkpointing)
+    text = dict(labels=labels, seq_idx=seq_idx, position_ids=position_ids)
+    text = {name: row for name, row in text.items() if row is not None}
+    options |= dict(arguments=[*text])
+    text["mask"] = torch.ones(x.shape[:2], device=x.device) if mask is None else mask
+    rows = torch.stack([row.long() for row in text.values()])
+    whole, own = Slices(group).gather(rows, length, **options)
+    text = dict(zip(text, whole, strict=True))
+    found = _targets_and_starts(**text | dict(mask=text["mask"].bool()))
+    return [None if t is None else own(t) for t in found]
 
 
 if kernels:  # may stand in for calls of these
     kernels.register(nn.Linear, CausalConv1d, RMSNorm, Mamba2, Mamba2Block)
-    kernels.register(Mamba2Backbone, Mamba2ForCausalLM)
+    kernels.register(Mamba2Backbone, Mamba2ForCausalLM, Mamba2State)

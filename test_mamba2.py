@@ -795,8 +795,8 @@ def load(folder, kind=Mamba2ForCausalLM, **options):
 
 
 def test_transformers_still_has_the_private_names_that_mamba2_py_uses():
-    of_transformers = "_init_weights _is_hf_initialized _no_split_modules _prefill"
-    of_transformers += " _supports_default_dynamic_cache _tied_weights_keys"
+    of_transformers = "_init_weights _is_hf_initialized _is_stateful _no_split_modules _prefill"
+    of_transformers += " _reorder_cache _supports_default_dynamic_cache _tied_weights_keys"
     of_transformers = set(of_transformers.split())
     modules = transformers.modeling_utils, transformers.generation.utils
     there = set(re.findall(r"\w+", " ".join(map(inspect.getsource, modules))))
@@ -876,6 +876,15 @@ def test_padded_and_packed_sequences_in_any_split_give_what_each_gives_alone(mas
     ids, mask, labels = padded()
     mask = mask if masked else torch.ones_like(mask)
     lengths, seq_idx = packed()
+    # Positions count from 0 in each sequence, without what is masked; there may be anything.
+    positions = [[i for n in row for i in range(n)] for row in lengths]
+    positions = torch.tensor(positions, device=DEVICE)
+    if masked:
+        before = (positions == 0).cumsum(1)
+        for row, exists, label in zip(positions, mask.bool(), before, strict=True):
+            for i in label.unique():
+                of_sequence = exists & (label == i)
+                row[of_sequence] = torch.arange(int(of_sequence.sum()), device=DEVICE)
     # Whatever is masked disturbs no result and no gradient, not even a NaN.
     embeds = model.get_input_embeddings()(ids).masked_fill(mask[..., None] == 0, torch.nan)
     given = dict(attention_mask=mask if masked else None, labels=labels, use_cache=True)
@@ -895,20 +904,21 @@ def test_padded_and_packed_sequences_in_any_split_give_what_each_gives_alone(mas
     assert_close(output.loss, loss, F64)
     assert_close(model_gradients(model, output.loss), model_gradients(model, loss))
     if apart:  # the same in other words
-        at = [[i for n in row for i in range(n)] for row in lengths]
-        assert_close(model(ids, position_ids=torch.tensor(at, device=DEVICE), **given).loss, loss)
-        assert_close(model(ids, seq_idx=seq_idx.to(torch.uint16), **given).loss, loss)
+        assert_close(model(ids, position_ids=positions, **given).loss, loss)
+        for dtype in (torch.uint16, torch.uint8, torch.int8, torch.int16, torch.int32):
+            assert_close(model(ids, seq_idx=seq_idx.to(dtype), **given).loss, loss)
 
-    kinds = itertools.cycle([torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32])
+    kinds = itertools.cycle([torch.uint8, torch.int8, torch.int16, torch.int32])
     for cuts in ((0,), (1, 3), (7, 8), (8, 10), (13,), (19, 20), range(1, 20)):
         cache, logits = None, []
         for start, end in zip([0, *cuts], [*cuts, 20], strict=True):
             # generate passes the mask of all tokens so far: of these, the last columns count.
             now = mask[:, start if len(cuts) == 1 else 0 : end] if masked else None
-            of_piece = seq_idx[:, start:end].to(next(kinds)) if apart else None
-            piece = model(ids[:, start:end], now, cache, seq_idx=of_piece)
+            of_piece = positions[:, start:end].to(next(kinds)) if apart else None
+            piece = model(ids[:, start:end], now, cache, position_ids=of_piece)
             given = ids[:, start:end], cache, mask[:, start:end]
-            assert_close(model.lm_head(model.backbone(*given, seq_idx=of_piece)[0]), piece.logits)
+            starts = None if of_piece is None else of_piece == 0
+            assert_close(model.lm_head(model.backbone(*given, starts)[0]), piece.logits)
             cache = piece.cache
             logits.append(piece.logits)
         assert_close(torch.cat(logits, 1)[mask.bool()], output.logits[mask.bool()], F64)
@@ -920,17 +930,15 @@ def test_padded_and_packed_sequences_in_any_split_give_what_each_gives_alone(mas
 @pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0), (2, 1), (2, 6)])
 def test_no_tokens_and_masked_tokens_leave_the_state_as_it_was(shape):
     model, ids, new = tiny(**ALL), tokens(*shape), tokens(shape[0], 3, seed=1)
-    none, labelled = 0 * ids, model(tokens(shape[0], 4), seq_idx=tokens(shape[0], 4)).cache
-    start = Mamba2Cache(labelled.states)
-    for before, seq_idx in itertools.product((start, labelled), (None, none + 7)):
-        output = model(ids, none, before, seq_idx=seq_idx)
+    none, before = 0 * ids, model(tokens(shape[0], 4), seq_idx=tokens(shape[0], 4)).cache
+    for packing in ({}, dict(seq_idx=tokens(*shape, seed=2)), dict(position_ids=none)):
+        output = model(ids, none, before, **packing)
         assert output.logits.shape == (*shape, VOCABULARY)
         assert_same_state(output.cache, before)
         assert output.cache.length == before.length + shape[1]
         # Nothing began, so that the state still belongs to the sequence that comes next.
-        label = torch.zeros_like(new) if before.seq_idx is None else before.seq_idx[:, None]
-        rest = model(new, cache=output.cache, seq_idx=label.expand_as(new)).logits
-        assert_close(rest, model(new, cache=start).logits, F32)
+        rest = model(new, cache=output.cache, seq_idx=torch.zeros_like(new)).logits
+        assert_close(rest, model(new, cache=before).logits, F32)
     assert not any(tensor.any() for tensor in tensors(model(ids, none).cache.states))
     assert 0 not in shape or model(ids, labels=ids, num_items_in_batch=1).loss == 0
 
@@ -954,8 +962,7 @@ def test_a_cache_under_either_name_is_immutable_and_can_be_resumed_again():
     assert_same_state(cache, before)
     back = tree_map(lambda x: x, copy.deepcopy(output))  # as engines that cast outputs do
     assert type(back) is type(output) and back[mamba2.CACHE] is back.past_key_values is not None
-    with pytest.raises(AttributeError):
-        cache.length = 3
+    assert {*vars(cache)} == {"states", "length"}  # transformers marks caches that it is given
 
 
 @torch.no_grad()
@@ -964,28 +971,20 @@ def test_rows_of_caches_are_selected_repeated_and_joined_and_continue_as_alone()
     texts = [tokens(1, 4), tokens(2, 9, seed=1), tokens(1, 6, seed=2)]
     alone = torch.cat([model.generate(ids, **GREEDY)[:, ids.shape[1] :] for ids in texts])
     whole = torch.cat([F.pad(ids, (9 - ids.shape[1], 0)) for ids in texts])
-    for labelled in (False, True):
-        caches = []
-        for i, ids in enumerate(texts):
-            labels = torch.full_like(ids, i)[:, :-1] if labelled else None
-            caches.append(model(ids[:, :-1], seq_idx=labels).cache)
-        joined = Mamba2Cache.cat(cache for cache in caches)
-        assert joined.get_seq_length() == 8
-        assert not labelled or joined.seq_idx.tolist() == [0, 1, 1, 2]
-        for rows in ([2, 0, 2], [-1], [True, False, True, True], torch.tensor([1, -3])):
-            found, index = joined.select(rows), torch.as_tensor(rows).to(DEVICE)
-            assert identical(found.states, tree_map(lambda t, i=index: t[i], joined.states))
-            assert not labelled or torch.equal(found.seq_idx, joined.seq_idx[index])
-        for read in (whole, whole[:, -1:]):  # all tokens, or only those that are new
-            found = model.generate(read, attention_mask=whole > 0, cache=joined, **GREEDY)
-            assert torch.equal(found[:, read.shape[1] :], alone)
-        last = whole[:, -1:]
-        forked = model(last.repeat_interleave(3, 0), cache=joined.repeat(3)).logits
-        assert_close(forked, model(last, cache=joined).logits.repeat_interleave(3, 0), F64)
+    caches = [model(ids[:, :-1]).cache for ids in texts]
+    joined = Mamba2Cache.cat(cache for cache in caches)
+    assert joined.get_seq_length() == 8
+    for rows in ([2, 0, 2], [-1], [True, False, True, True], torch.tensor([1, -3])):
+        found, index = joined.select(rows), torch.as_tensor(rows).to(DEVICE)
+        assert identical(found.states, tree_map(lambda t, i=index: t[i], joined.states))
+    for read in (whole, whole[:, -1:]):  # all tokens, or only those that are new
+        found = model.generate(read, attention_mask=whole > 0, cache=joined, **GREEDY)
+        assert torch.equal(found[:, read.shape[1] :], alone)
+    last = whole[:, -1:]
+    forked = model(last.repeat_interleave(3, 0), cache=joined.repeat(3)).logits
+    assert_close(forked, model(last, cache=joined).logits.repeat_interleave(3, 0), F64)
     sizes = [sum(t.nbytes for t in tensors(c.states)) for c in (joined, caches[0])]
     assert sizes[0] == 4 * sizes[1]
-    with pytest.raises(TypeError, match="expected Tensor .* but got NoneType"):
-        Mamba2Cache.cat([caches[0], model.prefill(texts[0])])
 
 
 @torch.no_grad()
@@ -1013,7 +1012,7 @@ def test_steps_and_files_keep_the_dtype_of_ssm_whatever_it_is(dtype, of_weights,
     loaded = torch.load(tmp_path / "checkpoint.pt", map_location=DEVICE, weights_only=True)
     back = loaded["cache"]  # of a file from which no code was run
     assert type(back) is Mamba2Cache and identical(loaded["state"], cache.states[0])
-    assert identical(*([kept.states, kept.length, kept.seq_idx] for kept in (back, cache)))
+    assert identical(*([kept.states, kept.length] for kept in (back, cache)))
 
 
 @torch.no_grad()
@@ -1159,7 +1158,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         ONE_NAME: BOTH_NAMES,
         "TypeError: input_ids is torch.float32: .* of integers": dict(input_ids=IDS[:1].float()),
         "ValueError: tempratur": dict(tempratur=1.0),
-        "ValueError: the cache has seen 9: give the whole sequence": dict(cache=True),
+        "ValueError: 9 tokens, and the cache has seen 9: give the whole": dict(cache=True),
         "ValueError: attention_mask = .*: must end in 1.*pad on the left": dict(
             attention_mask=0 * IDS[:1]
         ),
@@ -1175,11 +1174,7 @@ REFUSED["stream"] = REFUSED["generate"] | {
 for name in ("assistant_model", "stop_strings", "streamer"):
     REFUSED["stream"][f"ValueError: {name} is an option of generate"] = {name: 1}
 LOOKUP = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
-HIDDEN = dict(return_dict_in_generate=True, output_hidden_states=True)
-REFUSED["generate"] |= {
-    "ValueError: returns no hidden states": LOOKUP | HIDDEN,
-    "ValueError: not new tokens alone": LOOKUP | dict(cache=True, attention_mask=IDS.view(1, 18)),
-}
+REFUSED["generate"]["ValueError: assisted generation is not supported with stateful"] = LOOKUP
 if not CUDA:  # a GPU reports these later, and stays unusable
     REFUSED["forward"]["IndexError: index out of range"] = dict(input_ids=IDS + 63)
     REFUSED["forward"]["IndexError: Target .* is out of bounds"] = dict(labels=IDS + 63)
@@ -1253,7 +1248,7 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
 
 
-def test_positions_that_begin_again_at_0_are_borders_and_others_are_refused():
+def test_sequences_begin_where_positions_are_0():
     model, ids = tiny(dtype=torch.float64), tokens(2, 6)
 
     def positions(*rows):
@@ -1271,8 +1266,10 @@ def test_positions_that_begin_again_at_0_are_borders_and_others_are_refused():
     cache = model(ids).cache
     later = model(ids, cache=cache, position_ids=positions("678912", "678912")).logits
     assert_close(later, model(ids, cache=cache).logits)
-    with pytest.raises(ValueError, match="position_ids are 0 after a cache"):
-        model(ids, cache=cache, position_ids=positions("678901", "678901"))
+    for whole, count in (("012345", 0), ("670123", 2)):
+        later = model(ids, cache=cache, position_ids=positions(whole, whole)).logits
+        assert_close(later[:, count:], model(ids[:, count:]).logits)
+        assert_close(later[:, :count], model(ids[:, :count], cache=cache).logits)
     with pytest.raises(ValueError, match=r"position_ids has shape \(1, 6\): it must be \(2, 6\)"):
         model(ids, position_ids=at[:1])
 
@@ -1359,11 +1356,9 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     torch.manual_seed(1)
     expected = without_cache(model, ids, **prompt, **options)
     text, eos = expected.sequences, torch.tensor(options["eos_token_id"] or -1, device=DEVICE)
-    ends = F.pad(torch.isin(text[:, 12:], eos), (12, 0))
     exists = F.pad(mask.repeat_interleave(samples, 0), (0, text.shape[1] - 12), value=1)
-    exists = exists * (ends.cumsum(1) == ends)  # 0 after the token that ended a row
-    if way.startswith("ended"):
-        assert (exists[:, -3] == 0).any() and exists[:, -1].any()  # some rows end earlier
+    ended = torch.isin(text[:, 12:-1], eos).any()  # some rows before others
+    assert ended == (way in ("ended", "ended samples", "long enough"))
 
     # The penalty of transformers takes integers of 64 bits in torch 2.7.
     whole_ids = ids if "repetition_penalty" in options else ids.int()
@@ -1383,12 +1378,11 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
         output = model.generate(given, **options | more)
         assert torch.equal(output.sequences[:, given.shape[1] :], text[:, 12:])
         assert_close(list(output.logits), list(expected.logits), 1e-6)  # these are float32
-        if beams:  # the last beams' states are not those of the best texts
-            assert output.cache is None
+        # The last beams' states are not those of the best texts, and rows that ended read padding.
+        if beams or ended:
+            assert output.cache is output[mamba2.CACHE] is None
             continue
-        # No token is read again, but for those after a prompt whose rows ended one by one.
-        again = 1 + bool((exists[:, 12:-1] == 0).any())
-        assert sum(lengths) == count + again * (text.shape[1] - 13)
+        assert sum(lengths) == count + text.shape[1] - 13  # no token is read again
         assert type(output.cache) is Mamba2Cache and output.cache is output.past_key_values
         assert output.cache.get_seq_length() == text.shape[1] - 1  # the last is not read yet
         assert_same_state(output.cache, model(text[:, :-1], exists[:, :-1]).cache, F64)
@@ -1396,6 +1390,13 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     assert identical(past["cache"].states, before.states)
     if beams:
         assert len(text.unique(dim=0)) == len(text) == 9
+        return
+    if samples == 1:
+        for given, more, _ in calls:
+            torch.manual_seed(1)
+            found = streamed(model, given, **options | more)
+            assert torch.equal(found[:, given.shape[1] :], text[:, 12:])
+    if ended:
         return
 
     # The next turn: all of the text, or what the cache has not seen.
@@ -1405,79 +1406,6 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     for turn in (longer, longer[:, output.cache.get_seq_length() :]):
         found = model.generate(turn, cache=output.cache, **given)[:, turn.shape[1] :]
         assert torch.equal(found, second)
-
-    if samples == 1:
-        for given, more, _ in calls:
-            torch.manual_seed(1)
-            found = streamed(model, given, **options | more)
-            assert torch.equal(found[:, given.shape[1] :], text[:, 12:])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("how", ["prompt lookup", "assistant", "right assistant"])
-def test_speculative_decoding_gives_the_greedy_text_and_its_cache(how):
-    model, (ids, mask) = tiny(dtype=torch.float64), [t[1:2] for t in prompts()]
-    options = {
-        "prompt lookup": dict(prompt_lookup_num_tokens=3),
-        "assistant": dict(assistant_model=tiny(dtype=torch.float64, num_hidden_layers=1)),
-        "right assistant": dict(assistant_model=tiny(dtype=torch.float64)),
-    }[how]
-    cache, last = model.prefill(ids[:, :7], mask[:, :7]), []
-    before, logits = cache.map(torch.clone), model(ids).logits
-    embeddings = model.get_input_embeddings()  # the last token of each pass:
-    embeddings.register_forward_pre_hook(lambda _, given: last.append(given[0][0, -1].item()))
-    never = dict(GREEDY, eos_token_id=VOCABULARY)  # which lookup must have
-
-    def check(length, eos, mask, **past):
-        given = dict(GREEDY, max_new_tokens=length, eos_token_id=eos, attention_mask=mask)
-        text = without_cache(model, ids, **given)
-        last.clear()
-        found = model.generate(ids, return_dict_in_generate=True, **given, **past, **options)
-        count = found.cache.get_seq_length()
-        assert torch.equal(found.sequences, text)
-        assert text.shape[1] - 1 <= count <= text.shape[1]
-        exists = F.pad(mask, (0, length), value=1)[:, :count]
-        assert type(found.cache) is Mamba2Cache and found.cache is found.past_key_values
-        assert_same_state(found.cache, model(text[:, :count], exists).cache, F64)
-        return text[0].tolist()
-
-    check(40, VOCABULARY, torch.ones_like(mask))
-    text = check(40, VOCABULARY, mask)
-    passes, rejected = len(last) - 1, sorted({*last} - {*text})
-    assert how != "right assistant" or passes <= 21  # one for the prompt
-    assert rejected or how != "assistant"
-    for eos in rejected[:4]:  # it ends what the assistant proposes, and not the text
-        check(40, eos, mask)
-    for length in (14, 15, 16, 17):
-        check(length, VOCABULARY, mask)
-        check(length, text[12 + length // 2], mask, cache=cache)
-    assert identical(cache.states, before.states) and torch.equal(model(ids).logits, logits)
-    if how == "prompt lookup":  # an assistant would read the prompt as one sequence
-        seq_idx = torch.arange(11, device=DEVICE)[None] // 5
-        packed = model.prefill(ids[:, :11], seq_idx=seq_idx)
-        found = model.generate(ids, cache=packed, **never, **options)
-        assert torch.equal(found[:, 12:], model.generate(ids[:, 10:], **never)[:, 2:])
-    sampled = model.generate(ids, **never | dict(do_sample=True), **options)
-    assert sampled.shape == (1, 24) and torch.equal(sampled[:, :12], ids)
-
-
-@torch.no_grad()
-def test_speculative_decoding_forgets_what_may_be_forgotten_and_nothing_else():
-    model, ids, seen = tiny(dtype=torch.float64), tokens(1, 100), 0
-    cache = mamba2.GenerationCache(model, Mamba2Cache(()))
-    cache.activate_past_recording()
-    for read, forget in ((5, 0), (6, 2), (40, 3), (3, 3), (1, 0), (4, 1), (2, 9), (3, 1), (2, 1)):
-        new, fork = ids[:, cache.seen : seen + read], copy.copy(cache)
-        logits = model(new, cache=cache, logits_to_keep=read).logits
-        assert_close(logits, model(ids[:, : seen + read]).logits[:, seen:], F64)
-        assert_close(model(new, cache=fork, logits_to_keep=1).logits, logits[:, -1:], F64)
-        seen += read - forget
-        cache.crop(-forget)
-        assert cache.get_seq_length() == seen
-        assert_same_state(cache.after(ids[:, : seen + 1]), model(ids[:, :seen]).cache, F64)
-    for count in (-seen - 1, 5):
-        with pytest.raises(ValueError, match=f"must be between -{seen} and 0"):
-            cache.crop(count)
 
 
 def test_streams_and_threads_of_one_model_do_not_disturb_each_other():
@@ -1496,13 +1424,12 @@ def test_streams_and_threads_of_one_model_do_not_disturb_each_other():
 
 def test_a_stream_asks_a_gpu_every_eighth_token_whether_the_text_is_over(monkeypatch):
     model, ids, read = tiny(), tokens(2, 12), []
-    cache = {mamba2.CACHE: mamba2.GenerationCache(model, Mamba2Cache(()))}
     model.backbone.register_forward_pre_hook(lambda *_: read.append(1))
     on_gpu = ids.as_subclass(type("OnGpu", (torch.Tensor,), dict(is_cuda=True)))
     over = lambda ids, _: torch.full((2,), ids.shape[1] == 12 + 11, device=DEVICE)
     criteria = transformers.StoppingCriteriaList([over, MaxLengthCriteria(12 + 20)])
     config = transformers.GenerationConfig(num_return_sequences=1)
-    tokens_read = model._stream(on_gpu, lambda _, scores: scores, criteria, config, **cache)
+    tokens_read = model._stream(on_gpu, lambda _, scores: scores, criteria, config, use_cache=True)
     assert [len(read) for _ in tokens_read] == [8] * 8 + [16] * 3
     # Nothing else that a step does waits for a number.
     asked, ask = [], torch.Tensor.__bool__
@@ -1521,7 +1448,9 @@ def test_a_prompt_is_read_once_and_resumed_many_times_in_its_last_sequence(tmp_p
         start = labels.index(labels[-1])  # of the last sequence
         expected = without_cache(model, whole[:, start:], **GREEDY)[:, -12:]
         first = model.prefill(ids[:, :9], seq_idx=seq_idx[:, :9])
-        pieces = model.prefill(ids[:, 9:11], cache=first, seq_idx=seq_idx[:, 9:])
+        positions = [[len(labels[: i + 1]) - labels.index(labels[i]) - 1 for i in (9, 10)]]
+        positions = torch.tensor(positions, device=DEVICE)
+        pieces = model.prefill(ids[:, 9:11], cache=first, position_ids=positions)
         segments = model.prefill(ids[:, :11], seq_idx=seq_idx, segment_length=4)
         torch.save([pieces, segments], tmp_path / "prompt.pt")
         for cache in torch.load(tmp_path / "prompt.pt", DEVICE):
@@ -1707,6 +1636,7 @@ def taken(monkeypatch):
 
     graphs, kind = [], mamba2.kernels.DecodingGraph
     monkeypatch.setattr(kind, "take", take)
+    monkeypatch.setattr(mamba2.kernels.Text, "of", mamba2.kernels.Text)  # also on a CPU
     monkeypatch.setattr(kind, "give_back", lambda _, graph: setattr(graph, "closed", True))
     return graphs
 
@@ -2502,7 +2432,8 @@ def test_a_model_on_slices_gives_loss_gradients_and_cache_of_the_whole(rank, wor
     l, turn, group, ids = torch.arange(40), itertools.count(), dist.group.WORLD, tokens(2, 40)
     plain = dict(input_ids=ids, labels=ids.masked_fill(ids % 6 == 0, -100))
     mask = torch.stack([(l % 7 != 3) & (l < 33), (l > 11) & (l % 5 != 0)]).long()
-    seq_idx = torch.stack([l // 10, l // 13])
+    packing = {4: dict(seq_idx=torch.stack([l // 10, l // 13]))}  # by conv_kernel
+    packing[1] = dict(position_ids=torch.stack([l % 10, (l + 2) % 13]))
     # Positions of this rank, and how many of them are in a segment.
     ends = [[40 * (i + 1) // world for i in range(world)], [1, 10, 39, 40], [0, 12, 12, 40]]
     ends += [[0, 0, 40, 40], [0, 0, 0, 40]]
@@ -2524,10 +2455,9 @@ def test_a_model_on_slices_gives_loss_gradients_and_cache_of_the_whole(rank, wor
 
     for conv_kernel, masked, packed, later in itertools.product((4, 1), *3 * [(0, 1)]):
         model = tiny(dtype=torch.float64, conv_kernel=conv_kernel, **ALL).train()
-        first = dict(seq_idx=torch.ones(2, 9).long(), use_cache=True)
-        past = model(tokens(2, 9, seed=1), **first).cache if later else None
+        past = model(tokens(2, 9, seed=1), use_cache=True).cache if later else None
         whole = plain | dict(attention_mask=mask) if masked else plain
-        whole = whole | dict(seq_idx=seq_idx) if packed else whole
+        whole = whole | packing[conv_kernel] if packed else whole
         expected, gradients = results(model, whole, past)
         if next(turn) % 4 > 1:
             model.gradient_checkpointing_enable()
@@ -2537,11 +2467,14 @@ def test_a_model_on_slices_gives_loss_gradients_and_cache_of_the_whole(rank, wor
         assert_close([found.loss, found.logits], [expected.loss, expected.logits[:, mine]])
         assert_same_state(found.cache, expected.cache, F64)
         assert found.cache.length == expected.cache.length
-        assert identical(found.cache.seq_idx, expected.cache.seq_idx)
         assert_close([mean(g) for g in given], gradients)
         if not length:  # of segments the slices do not follow one another
             layer, u = model.backbone.layers[0].mixer, expected.logits[..., :32].detach()
-            assert_close(layer.step(u[:, mine], group=group)[0], layer(u)[:, mine])
+            of_layer = packing[4] if packed else {}
+            of_layer = of_layer | dict(mask=mask) if masked else of_layer
+            here = {name: t[:, mine] for name, t in of_layer.items()}
+            y = layer.step(u[:, mine], group=group, **here)[0]
+            assert_close(y, layer(u, **of_layer)[:, mine])
 
 
 needs_fsdp2 = pytest.mark.skipif(not FSDP2_RUNS, reason="FSDP2 of torch 2.7 fails")
@@ -2727,10 +2660,10 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
 
     for name, odd in (
         ("batch", lambda: call(input_ids=ids[:1], labels=ids[:1])),
-        ("labels", lambda: call(labels=None)),
+        ("arguments", lambda: call(labels=None)),
         ("segments", lambda: call(segment_length=4)),
         ("items", lambda: call(num_items_in_batch=3)),
-        ("seq_idx", lambda: call(seq_idx=ids)),
+        ("arguments", lambda: call(seq_idx=ids)),
         ("states", lambda: call(cache=cache)),
         ("dtype", lambda: call(input_ids=None, inputs_embeds=torch.randn(2, 8, 32))),
         ("num_hidden_layers", lambda: call(shallow)),
