@@ -424,12 +424,13 @@ class Mamba2(nn.Module):
                 are 0.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
-                The new state, and what reset means, are then those of this rank's slice.
+                The new state is then that after this rank's slice.
             reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
         """
         _require({}, "b l d", u=u)
-        layout = Layout.of(u, mask, seq_idx, group, reset)
-        y, state = self(layout.sort(u), state, layout=layout)  # not forward, so that hooks run
+        layout = Layout.of(u, mask, seq_idx, group)
+        # Not forward, so that hooks run.
+        y, state = self(layout.sort(u), state, layout=layout, reset=reset)
         return layout.restore(y), state
 
     def forward(
@@ -439,8 +440,11 @@ class Mamba2(nn.Module):
         all layers: y in that order, and the new state."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
         if wants_y := layout is None:
-            layout = Layout.of(u, mask, seq_idx, group, reset)
+            layout = Layout.of(u, mask, seq_idx, group)
             u = layout.sort(u)
+        _require(dict(b=len(u)), "b", "integers", reset=reset)
+        if state is not None and reset is not None:
+            state = state.map(lambda tensor: _erase(tensor, reset.bool()))
         zxbcdt = self.in_proj(u)
         if layout.slices:
             start = state or self.initial_state(len(u))
@@ -528,7 +532,7 @@ class Mamba2Backbone(nn.Module):
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
-        layout = Layout.of(h, mask, None, group, starts=starts)
+        layout = Layout.of(h, mask, group=group, starts=starts)
         h, states, new_states = layout.sort(h), cache.states or [None] * len(self.layers), []
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
@@ -626,26 +630,24 @@ class Layout(NamedTuple):
     starts: Tensor | None = None  # (b) bool: another sequence than the state's begins
 
     @classmethod
-    def of(cls, x, mask=None, seq_idx=None, group=None, reset=None, starts=None):
+    def of(cls, x, mask=None, seq_idx=None, group=None, starts=None):
         """Checked, for x (b, l, ...): arguments of `Mamba2.step`, or `sequence_starts`."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx)
         _require(sizes, "b l", "a mask", mask=mask)
-        _require(sizes, "b", "integers", reset=reset)
-        slices, sorting = None if group is None else Slices(group), (x.shape[1], None, None, None)
+        slices = None if group is None else Slices(group)
+        layout = cls(x.shape[1], slices=slices)
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
-            sorting = (~skipped).sum(1, keepdim=True), skipped, source, source.argsort(dim=1)
-        rows = None if reset is None else reset.bool()
+            count = (~skipped).sum(1, keepdim=True)
+            layout = cls(count, skipped, source, source.argsort(dim=1), slices)
+        if seq_idx is None and starts is None:
+            return layout
+        continues = starts is None and slices is None  # the first position begins no sequence
         if seq_idx is not None:
             starts = slices.starts(seq_idx, mask) if slices else sequence_starts(seq_idx, mask)
-        if starts is not None:
-            starts = cls(*sorting).sort(starts)
-            if seq_idx is None or slices:  # else the first position begins no sequence
-                first = starts[:, :1].any(1)
-                rows = first if rows is None else rows | first
-            seq_idx = starts.cumsum(1)
-        return cls(*sorting, slices, seq_idx, rows)
+        starts = layout.sort(starts)
+        return cls(*layout[:5], starts.cumsum(1), None if continues else starts[:, :1].any(1))
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
@@ -996,7 +998,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 where a
             position is skipped, as in `Mamba2.step`.
         cache, or past_key_values: the Mamba2Cache of an earlier call, or Mamba2Cache(any states).
-        labels: (b, l), the tokens, or -100: each position predicts the next one, see `next_tokens`.
+        labels: (b, l), the tokens, or -100: see `targets_and_starts`.
         logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
             is all; but there are none if labels are given in training or in several segments.
         seq_idx: (b, l), as in `Mamba2.step`. None: packed sequences begin where position_ids are 0.
@@ -1018,7 +1020,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training and labels is None
         _require(dict(b=b, l=l), "b l", "integers", labels=labels)
         if group is None:
-            targets, starts = _targets_and_starts(labels, mask, *packing)
+            targets, starts = targets_and_starts(labels, mask, *packing)
         else:
             same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
             same |= dict(items=num_items_in_batch is not None)
@@ -1261,23 +1263,23 @@ def recomputed(module, function, *arguments):
     return checkpoint(checked, *arguments, use_reentrant=False)
 
 
-def _targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
-    """`next_tokens` and `sequence_starts`, (b, l) or None."""
+def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
+    """(b, l) each, or None: for each position that is not masked the label that it has to predict,
+    which is that of the next such position, or -100 if another sequence starts there or there is
+    none; and the `sequence_starts`, which position_ids of 0 mark too."""
     starts = None if position_ids is None else position_ids == 0
     starts = starts if seq_idx is None else sequence_starts(seq_idx, mask)
-    return None if labels is None else next_tokens(labels, mask, starts), starts
-
-
-def next_tokens(labels, mask=None, starts=None):
-    """(b, l), for each position that is not masked the label that it has to predict: that of the
-    next such position, unless another sequence starts there; -100 where there is none."""
-    layout, labels = Layout.of(labels, mask), labels.long()
-    if mask is not None:
-        labels = _take(labels.masked_fill(~mask, -100), layout.source)
+    if labels is None:
+        return None, starts
+    layout, targets = Layout.of(labels, mask), labels.long()
     if starts is not None:
-        labels = labels.masked_fill(layout.sort(starts), -100)
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return targets if mask is None else _take(targets, layout.place).masked_fill(~mask, -100)
+        targets = targets.masked_fill(starts, -100)
+    if mask is not None:
+        targets = _take(targets.masked_fill(~mask, -100), layout.source)
+    targets = F.pad(targets, (0, 1), value=-100)[:, 1:]
+    if mask is not None:
+        targets = _take(targets, layout.place).masked_fill(~mask, -100)
+    return targets, starts
 
 
 def register_with_transformers():
@@ -1413,7 +1415,7 @@ class _SumOfRanks(torch.autograd.Function):
 
 
 def _agree(group, model, x, length, labels, mask, seq_idx, position_ids, **options):
-    """`_targets_and_starts` in this rank's part, which it reads in segments of `length`. All ranks
+    """`targets_and_starts` in this rank's part, which it reads in segments of `length`. All ranks
     must call in the same way: options are some of what must be equal."""
     options |= {name: getattr(model.config, name) for name in _DEFAULTS}
     options |= dict(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
@@ -1426,7 +1428,7 @@ def _agree(group, model, x, length, labels, mask, seq_idx, position_ids, **optio
     rows = torch.stack([row.long() for row in text.values()])
     whole, own = Slices(group).gather(rows, length, **options)
     text = dict(zip(text, whole, strict=True))
-    found = _targets_and_starts(**text | dict(mask=text["mask"].bool()))
+    found = targets_and_starts(**text | dict(mask=text["mask"].bool()))
     return [None if t is None else own(t) for t in found]
 
 
