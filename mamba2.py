@@ -633,7 +633,7 @@ class Layout(NamedTuple):
     def of(cls, x, mask=None, seq_idx=None, group=None, starts=None):
         """Checked, for x (b, l, ...): arguments of `Mamba2.step`, or `sequence_starts`."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
-        _require(sizes, "b l", "integers", seq_idx=seq_idx)
+        _require(sizes, "b l", "integers", seq_idx=seq_idx, starts=starts)
         _require(sizes, "b l", "a mask", mask=mask)
         slices = None if group is None else Slices(group)
         layout = cls(x.shape[1], slices=slices)
@@ -1142,10 +1142,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
         given, seen = options.get("inputs_embeds", ids), cache.get_seq_length()
-        has_all = given is not None and (mask is None or mask.shape[1] == given.shape[1])
-        if has_all and given.shape[1] <= seen:
+        count = 1 if given is None else given.shape[1]  # bos_token_id alone
+        if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
-            raise ValueError(f"{given.shape[1]} tokens, and the cache has seen {seen}: {rule}")
+            raise ValueError(f"{count} tokens, and the cache has seen {seen}: {rule}")
         samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
         cache = cache.repeat(samples)
         cache = kernels.Text.of(self, cache) if kernels else cache
