@@ -178,7 +178,9 @@ if __name__ == "kernels":
 # Run kernels as Python, on a CPU, for tests. The interpreter's matrix products are wrong in
 # bfloat16, which is left to plain PyTorch.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+if INTERPRET:
+    DTYPES = DTYPES[:2]
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
 # numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
 # another length would wait for seconds. (NSEG, NSPLIT and HPS, of which there are few, are not.)
@@ -219,213 +221,6 @@ def _planned(plan: Callable) -> Callable:
     return find
 
 
-class _Operation:
-    """An operation and what it takes and returns. All that is said of it elsewhere follows from
-    this: whether it can run, the warning, and for torch.compile its signature and the kind of its
-    results. Calling it runs `forward`, or returns None if it cannot run; see `_operator`.
-
-    takes    the tensors: names, with a `?` if they may be None, and axes by letters (`k-1` is one
-             less than k, `...` any axes; alternatives are between `|`). After a colon: `int`, they
-             hold integers; `one`, they have the dtype of the first tensor; `row`, their last axis
-             has to be contiguous
-    numbers  what follows the tensors, as in the schema of an operator
-    gives    the results: name, axes, and after a colon the dtype: float32, or that of one of the
-             tensors (`a|b`: of a, if it is there, else of b; `a b`: the wider one). `kept`: the
-             operation's own, for the backward
-    graded   whether there are gradients
-
-    There are two kinds of reason not to run. Of a silent one nobody is told: no kernel is meant for
-    these tensors (on a CPU, in float64, empty), or they do not fit together, and then it is the
-    twin's turn to say so. The limits of a kernel, a loud one, a user should hear of, once.
-
-    rules    rules(sizes, *numbers): a silent reason. It may add sizes that follow from others
-    limits   by letter, the sizes that the kernels have been made for
-    beyond   beyond(sizes, *inputs): a loud reason
-    """
-
-    WORDS = dict(
-        p="headdim is {}",
-        n="d_state is {}",
-        k="the convolution has {} taps",
-        channels="a group has {} channels",
-    )
-
-    def __init__(
-        self, name, takes, numbers="", gives="", forward=None, backward=None, *, graded=True,
-        rules=None, limits=None, beyond=None,
-    ):  # fmt: skip
-        self.name, self.graded = name, graded
-        self.rules, self.limits, self.beyond = rules, limits or {}, beyond
-        self.tensors, self.results = [], []
-        for names, axes, kind in _lines(takes):
-            shapes = [_axes(shape) for shape in axes.split("|")]
-            self.tensors += [(name.strip("?"), "?" in name, shapes, kind) for name in names]
-        for (name,), axes, kind in _lines(gives):
-            dtypes = [word.split("|") for word in kind if word != "kept"]
-            self.results.append((name, *_axes(axes), dtypes, "kept" in kind))
-        self.kept = sum(kept for *_, kept in self.results)
-        self.floats = sum("int" not in kind for *_, kind in self.tensors)
-        self.numbers = [number for number in numbers.split(", ") if number]
-        if forward and TRITON:  # else nothing will ask; an old torch, as 2.6, cannot register it
-            self.run = _operator(self, forward, backward)
-
-    def __call__(self, *inputs):
-        return self.run(*inputs) if self.takes(*inputs, depth=5) else None
-
-    def refusal(self, *inputs) -> tuple[str | None, bool]:
-        """Why the operation cannot run on these inputs, or None; and whether to say so."""
-        if not TRITON:
-            return "triton is not installed, or too old", False
-        compiling = torch.compiler.is_compiling()
-        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-        if not compiling and (transformed or forward_ad._current_level >= 0):
-            return "a transform is active, which needs to see every operation", False
-        fake, wanted = compiling, not self.graded and torch.is_grad_enabled()
-        for (name, optional, *_), tensor in zip(self.tensors, inputs, strict=False):
-            if tensor is None and optional:
-                continue
-            if not isinstance(tensor, Tensor):
-                return f"{name} is not a tensor", False
-            if not compiling and _lies_elsewhere(tensor):
-                return f"the numbers of {name} are not those at its address", False
-            if wanted and tensor.requires_grad:
-                return "gradients are wanted", False
-            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
-        device = inputs[0].device
-        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
-            return "the kernels need tensors on a CUDA device", False
-        reason, loud, sizes = (self._misfit if fake else self._known_misfit)(*inputs)
-        if reason is None and self.beyond:
-            reason = self.beyond(sizes, *inputs)
-        return reason, loud
-
-    def _misfit(self, *inputs) -> tuple[str | None, bool, dict]:
-        """The answer of `refusal` as far as it follows from shapes, strides, dtypes and device; and
-        the size of each letter."""
-        device, sizes = inputs[0].device, {"1": 1}
-        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
-            if tensor is None:
-                continue
-            if tensor.device != device:
-                return f"{name} is not on the device of the other tensors", False, sizes
-            if "int" in kind:
-                if tensor.is_floating_point() or tensor.is_complex():
-                    return f"{name} does not hold integers", False, sizes
-            elif tensor.dtype not in DTYPES:
-                return f"{name} is not bfloat16, float16 or float32", False, sizes
-            elif INTERPRET and tensor.dtype == torch.bfloat16:
-                return f"{name} is bfloat16, which the interpreter gets wrong", False, sizes
-        reason = self._fill(sizes, inputs)
-        return reason or self._limit(sizes, inputs), reason is None, sizes
-
-    _known_misfit = _planned(_misfit)
-
-    def _fill(self, sizes, inputs) -> str | None:
-        """Find the size of each letter; or why the inputs do not fit together."""
-        numbers = inputs[len(self.tensors) :]
-        for late in (False, True):  # what may be None comes after what follows from the others
-            for (name, optional, shapes, _), tensor in zip(self.tensors, inputs, strict=False):
-                if optional is not late or tensor is None:
-                    continue
-                if not _fits(sizes, shapes, tensor.shape):
-                    return f"the shape of {name} does not fit the others, or it is empty"
-            reason = self.rules(sizes, *numbers) if self.rules and not late else None
-            if reason is not None:
-                return reason
-        return None
-
-    def _limit(self, sizes, inputs) -> str | None:
-        """What of these inputs is beyond the kernels."""
-        for letter, allowed in self.limits.items():
-            size, few = sizes[letter], isinstance(allowed, tuple)
-            if size not in allowed if few else not allowed[0] <= size <= allowed[-1]:
-                rule = f"one of {allowed}" if few else f"{allowed[0]} to {allowed[-1]}"
-                return f"{self.WORDS[letter].format(size)}; it must be {rule}"
-        x, first = inputs[0], self.tensors[0][0]
-        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
-            if tensor is None:
-                continue
-            if "one" in kind and tensor.dtype != x.dtype:
-                dtypes = f"{tensor.dtype} and {x.dtype}"
-                return f"{name} and {first} are {dtypes}; they must have one dtype"
-            if "row" in kind and tensor.stride(-1) != 1:
-                return f"the channels of {name} are not next to each other in memory"
-            if "int" in kind and tensor.dtype not in (torch.int32, torch.int64):
-                return f"{name} is {tensor.dtype}; it must be int32 or int64"
-        return None
-
-    def takes(self, *inputs, depth=4) -> bool:
-        """Whether the operation can run on these inputs. A loud reason why not is said once, as a
-        warning for the caller so many calls above this one."""
-        reason, loud = self.refusal(*inputs)
-        if reason is None:
-            return True
-        if loud and not torch.compiler.is_compiling() and (self.name, reason) not in _said:
-            _said.add((self.name, reason))
-            message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
-            warnings.warn(message, stacklevel=depth)
-        return False
-
-    def empty(self, *inputs):
-        """Its results, of which only shape and dtype count."""
-        named = {name: tensor for (name, *_), tensor in zip(self.tensors, inputs, strict=False)}
-        sizes, made = {"1": 1}, []
-        self._fill(sizes, inputs)
-        for _, wide, axes, dtypes, _ in self.results:
-            shape = [*(sizes["..."] if wide else ()), *(sizes[x] - less for x, less in axes)]
-            dtype = None
-            for names in dtypes:
-                of = [named[name] for name in names if named.get(name) is not None]
-                new = of[0].dtype if of else torch.float32 if names == ["float32"] else dtype
-                dtype = new if dtype is None else torch.promote_types(dtype, new)
-            made.append(inputs[0].new_empty(shape, dtype=dtype))
-        return made[0] if len(made) == 1 else tuple(made)
-
-    def schema(self, backward=False) -> str:
-        """The signature of an operator; for its gradients those of the results come first."""
-        inputs = [f"Tensor{'?' * may} {name}" for name, may, *_ in self.tensors] + self.numbers
-        kept = [f"Tensor {name}" for name, *_, kept in self.results if kept]
-        gradients = [f"Tensor? d{name}" for name, *_, kept in self.results if not kept]
-        if backward:
-            return f"({', '.join([*gradients, *kept, *inputs])}) -> Tensor[]"
-        outputs = ", ".join(["Tensor"] * len(self.results))
-        return f"({', '.join(inputs)}) -> " + (f"({outputs})" if "," in outputs else outputs)
-
-
-def _lines(text: str):
-    """Of each line the names, the axes, and the words after the colon."""
-    for line in filter(str.strip, text.splitlines()):
-        line, _, kind = line.partition(":")
-        *names, axes = line.replace(", ", ",").strip().split(maxsplit=1)
-        yield names[0].split(","), axes, kind.split()
-
-
-def _axes(axes: str) -> tuple[bool, list]:
-    """Whether any axes may come first; then (letter, how much the axis is shorter than that)."""
-    words = axes.split()
-    pairs = [(letter.removesuffix("-1"), int("-1" in letter)) for letter in words]
-    return ("..." in words, [pair for pair in pairs if pair[0] != "..."])
-
-
-def _fits(sizes: dict, shapes: list, shape: torch.Size) -> bool:
-    """Whether a shape, not empty, is one of these; letters without a size get theirs from it."""
-    for wide, axes in shapes:
-        if wide and len(shape) >= len(axes):
-            before, shape = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
-            if 0 in before or sizes.setdefault("...", before) != before:
-                return False
-        fits = len(shape) == len(axes)
-        for (letter, less), size in zip(axes, shape, strict=False):
-            if less:
-                size += less
-            if size == 0 or sizes.setdefault(letter, size) != size:
-                fits = False
-                break
-        if fits:
-            return True
-    return False
-
-
 def _free_namespace() -> str:
     """A namespace for operators which no other execution of this file in this process has."""
     number = 1
@@ -437,99 +232,158 @@ def _free_namespace() -> str:
 NAMESPACE = _free_namespace()
 
 
-def _operator(declared: _Operation, forward, backward):
-    """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
+class _Operation:
+    """A function of tensors as autograd and torch.compile know it, from what launches its kernels.
+    Calling it gives its results, or None if kernels cannot run on these inputs.
 
-    forward(*inputs)               the declared results
-    backward(*gradients, *kept, *inputs)
-                                   a list: the gradients of the inputs that hold no integers,
-                                   contiguous, and an empty tensor for an input that is None
+    inputs    as in the schema of an operator: tensors, `Tensor?` if they may be None, then numbers
+    results   how many; `kept` more follow them, which are for the backward alone
+    new       new(*inputs): results and kept, not yet written
+    run       run(*results, *kept, *inputs): writes them
+    misfit    misfit(*inputs), from shapes, strides, dtypes and device: None if the kernels can take
+              the inputs; "" if they do not fit together, which is for the twin to say; else a limit
+              of the kernels, which a user should hear of
+    backward  backward(*gradients of the results, *kept, *inputs): a list, the gradients of all
+              tensors but seq_idx, contiguous, and an empty tensor for an input that is None
 
-    To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
-    instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
-    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature.)
+    To torch.compile, forward and backward are two opaque operators. Eager calls enter through an
+    autograd.Function instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer
+    than the GPU needs. (So does that of a Function with a `setup_context`, in part: 0.1 ms, for
+    inspect.signature.)
     """
-    qualified = f"{NAMESPACE}::{declared.name}"
-    count, kept = declared.floats, declared.kept
-    inputs_in_all = len(declared.tensors) + len(declared.numbers)
 
-    def answers(results):
-        return results[:-kept] if kept else results
+    def __init__(self, name, inputs, results, new, run, misfit, backward=None, kept=0):
+        self.name, self.results, self.kept = name, results, kept
+        self.new, self.run, self.backward = new, run, backward
+        self.misfit, self.known_misfit = misfit, _planned(misfit)
+        kinds = [part.split() for part in inputs.split(", ")]
+        self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
+        if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
+            return
+        made = ", ".join(["Tensor"] * (results + kept))
+        define = functools.partial(torch.library.custom_op, mutates_args=())
+        schema = f"({inputs}) -> " + (f"({made})" if "," in made else made)
+        self.opaque = define(f"{NAMESPACE}::{name}", self.forward, schema=schema)
+        self.opaque.register_fake(lambda *inputs: _alone(new(*inputs)))
+        if backward is not None:
+            given = [f"Tensor? d{i}" for i in range(results)] + [
+                f"Tensor k{i}" for i in range(kept)
+            ]
+            schema = f"({', '.join([*given, inputs])}) -> Tensor[]"
+            name = f"{NAMESPACE}::{name}_backward"
+            self.opaque_backward = define(name, backward, schema=schema)
+            self.opaque_backward.register_fake(lambda *a: self.empty_gradients(*a[-len(kinds) :]))
+            self.opaque.register_autograd(self.opaque_gradients, setup_context=self.save)
 
-    forward = _on_device_of(0, forward)
-    operator = functools.partial(torch.library.custom_op, mutates_args=())
-    opaque = operator(qualified, forward, schema=declared.schema())
-    opaque.register_fake(declared.empty)
+    def __call__(self, *inputs):
+        return self.call(*inputs) if self.takes(*inputs) else None
 
-    def call(*inputs):
+    def takes(self, *inputs) -> bool:
+        """Whether the kernels can run. A limit of theirs is told once, as a warning."""
+        compiling = torch.compiler.is_compiling()
+        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        if not TRITON or not compiling and (transformed or forward_ad._current_level >= 0):
+            return False  # a transform needs to see every operation
+        fake, wanted = compiling, self.backward is None and torch.is_grad_enabled()
+        device = getattr(inputs[0], "device", None)
+        for (name, optional), tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is None and optional:
+                continue
+            if not isinstance(tensor, Tensor) or tensor.device != device:
+                return False
+            if not compiling and _lies_elsewhere(tensor) or wanted and tensor.requires_grad:
+                return False
+            if (tensor.dtype in DTYPES) == (name == "seq_idx"):  # which holds integers
+                return False
+            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
+        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+            return False
+        reason = (self.misfit if fake else self.known_misfit)(*inputs)
+        if reason and not compiling and (self.name, reason) not in _said:
+            _said.add((self.name, reason))
+            message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
+            warnings.warn(message, stacklevel=5)  # for the caller of the twin
+        return reason is None
+
+    def call(self, *inputs):
         hidden = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         if hidden or type(inputs[0]) not in (Tensor, nn.Parameter):
             # A FakeTensor, for one, has nothing for a kernel to read; and modes see no launches.
-            return answers(opaque(*inputs))
-        if backward is None or not torch.is_grad_enabled():
-            return answers(forward(*inputs))
-        return eager.apply(*inputs)
+            made = self.opaque(*inputs)
+        elif self.backward is None or not torch.is_grad_enabled():
+            made = self.forward(*inputs)
+        else:
+            return _Eager.apply(self, *inputs)
+        return made[: self.results] if self.kept else made
 
-    if backward is None:
-        return call
-    backward = _on_device_of(-inputs_in_all, backward)
-    schema = declared.schema(backward=True)
-    opaque_backward = operator(f"{qualified}_backward", backward, schema=schema)
+    def forward(self, *inputs):
+        made = self.new(*inputs)
+        self.run(*made, *inputs)
+        return _alone(made)
 
-    def fake_backward(*arguments):
-        x, *others = arguments[-inputs_in_all:][:count]
-        return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, *others)]
+    def empty_gradients(self, *inputs):
+        x, count = inputs[0], sum(name != "seq_idx" for name, _ in self.tensors)
+        return [
+            x.new_empty(0 if t is None else t.shape, dtype=(x if t is None else t).dtype)
+            for t in inputs[:count]
+        ]
 
-    def save(ctx, inputs, output):
+    def save(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        tensors = [i for i in inputs if i is None or isinstance(i, Tensor)]
-        ctx.save_for_backward(*tensors, *(output[len(output) - kept :] if kept else ()))
-        ctx.numbers = inputs[len(tensors) :]
+        tensors, ctx.numbers = inputs[: len(self.tensors)], inputs[len(self.tensors) :]
+        ctx.save_for_backward(*tensors, *(output[self.results :] if self.kept else ()))
 
-    def gradients(run, ctx, *given):
-        saved = ctx.saved_tensors
-        at = len(saved) - kept
-        inputs = (*saved[:at], *ctx.numbers)
-        found = [None] * len(inputs)
-        if any(gradient is not None for gradient in given):
-            found[:count] = run(*given, *saved[at:], *inputs)
-        pairs = zip(found, inputs, strict=True)
+    def gradients(self, run, ctx, *given):
+        count, given = len(self.tensors), given[: self.results]
+        inputs, kept = (*ctx.saved_tensors[:count], *ctx.numbers), ctx.saved_tensors[count:]
+        found = run(*given, *kept, *inputs) if any(g is not None for g in given) else []
+        pairs = itertools.zip_longest(found, inputs)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
 
-    def opaque_gradients(ctx, *given):
-        return gradients(opaque_backward, ctx, *given[: len(given) - kept])
-
-    opaque_backward.register_fake(fake_backward)
-    opaque.register_autograd(opaque_gradients, setup_context=save)
-
-    class eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            results = forward(*inputs)
-            save(ctx, inputs, results)
-            return answers(results)
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, *given):
-            # Inputs were checked. A gradient may be of any kind, and to be read at its
-            # address it must be there as it is: with its sign, and not in a subclass's own tensors.
-            given = [g if g is None else g.resolve_neg() for g in given]
-            hidden = torch.compiler.is_compiling()
-            hidden = hidden or any(g is not None and _lies_elsewhere(g) for g in given)
-            return gradients(opaque_backward if hidden else backward, ctx, *given)
-
-    return call
+    def opaque_gradients(self, ctx, *given):
+        return self.gradients(self.opaque_backward, ctx, *given)
 
 
-def _on_device_of(at: int, function: Callable) -> Callable:
-    """The function, run on the device of its argument number `at`."""
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, operation, *inputs):
+        made = operation.forward(*inputs)
+        operation.save(ctx, inputs, made)
+        ctx.operation = operation
+        return made[: operation.results] if operation.kept else made
 
-    def run(*arguments):
-        with torch.cuda.device_of(arguments[at]):
-            return function(*arguments)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *given):
+        # Inputs were checked. A gradient may be of any kind, and to be read at its address it must
+        # be there as it is: with its sign, and not in a subclass's own tensors.
+        given, operation = [g if g is None else g.resolve_neg() for g in given], ctx.operation
+        hidden = torch.compiler.is_compiling()
+        hidden = hidden or any(g is not None and _lies_elsewhere(g) for g in given)
+        run = operation.opaque_backward if hidden else operation.backward
+        return None, *operation.gradients(run, ctx, *given)
 
-    return run
+
+def _alone(made: tuple):
+    return made[0] if len(made) == 1 else made
+
+
+def _sizes(axes: str, *tensors) -> dict | None:
+    """The size of each axis by its letter, or None if the tensors do not have these axes, or are
+    empty. `k-1` is one less than k."""
+    sizes = {"1": 1}
+    for letters, tensor in zip(axes.split(", "), tensors, strict=True):
+        letters = letters.split()
+        if tensor is None:
+            continue
+        if tensor.dim() != len(letters):
+            return None
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if letter == "k-1":
+                letter, size = "k", size + 1
+            if size == 0 or sizes.setdefault(letter, size) != size:
+                return None
+    return sizes
 
 
 def _allows_tf32() -> bool:
@@ -558,17 +412,18 @@ class _Plan:
 
     def __call__(self, **tensors):
         kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
-        if (key := tuple(kinds)) not in self.ready:
-            described = tensors | self.descriptors(tensors)
-            checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
-            self.ready[key] = checked, self.prepared(described)
-        checked, launches = self.ready[key]
-        for name, fields in checked:
-            descriptor = TensorDescriptor.__new__(TensorDescriptor)
-            vars(descriptor).update(fields, base=tensors[name])
-            tensors[name] = descriptor
-        for launch, pick, numbers in launches:
-            launch(*pick(tensors), *numbers)
+        with torch.cuda.device_of(next(iter(tensors.values()))):
+            if (key := tuple(kinds)) not in self.ready:
+                described = tensors | self.descriptors(tensors)
+                checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
+                self.ready[key] = checked, self.prepared(described)
+            checked, launches = self.ready[key]
+            for name, fields in checked:
+                descriptor = TensorDescriptor.__new__(TensorDescriptor)
+                vars(descriptor).update(fields, base=tensors[name])
+                tensors[name] = descriptor
+            for launch, pick, numbers in launches:
+                launch(*pick(tensors), *numbers)
 
     def descriptors(self, tensors):
         return {name: TensorDescriptor(tensors[name], *tile) for name, tile in self.tiles.items()}
@@ -1647,8 +1502,9 @@ def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
     )  # fmt: skip
 
 
-def _ssd_forward(x, dt, A, B, C, D, initial_state, seq_idx):
-    return _ssd_forward_from(NOT_RAW, x, dt, A, B, C, D, initial_state, seq_idx)
+def _ssd_new(x, dt, A, B, *_):
+    (b, _, h, p), n = x.shape, B.shape[3]
+    return x.new_empty(x.shape), x.new_empty(b, h, p, n, dtype=torch.float32)
 
 
 @_planned
@@ -1675,10 +1531,8 @@ def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, i
     return _Plan(*calls, tiles=tiles if settings.TMA else ()), nc, nseg
 
 
-def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
-    (b, l, h, p), n = x.shape, B.shape[3]
-    f32 = dict(device=x.device, dtype=torch.float32)
-    y, final = x.new_empty(b, l, h, p), torch.empty(b, h, p, n, **f32)
+def _ssd_forward(y, final, x, dt, A, B, C, D, initial_state, seq_idx, raw=NOT_RAW):
+    (b, _, h, p), n = x.shape, B.shape[3]
     x, B, C, precision = _operands(x, B, C)
     settings = _settings(x, n)
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
@@ -1693,10 +1547,9 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     plan, nc, nseg = _ssd_forward_plan(settings, precision, *raw, *inputs)
     seg = decay = None
     if nseg > 1:
-        seg, decay = torch.empty(b, nseg, h, p, n, **f32), torch.empty(b, nseg, h, **f32)
+        seg, decay = final.new_empty(b, nseg, h, p, n), final.new_empty(b, nseg, h)
     tensors = _ssd_tensors(3, settings.Q, nc, raw[0], *inputs)
     plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
-    return y, final
 
 
 def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1788,40 +1641,48 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     return (sums, *sums_to), dinit
 
 
-def _ssd_beyond(sizes, x, *_):
-    if _has_settings(x.device, 2 if x.dtype == torch.bfloat16 else 4, sizes["n"] == 256):
+def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
+    of_D = "h" if D is None or D.dim() == 1 else "h p"
+    axes = f"b l h p, b l h, h, b l g n, b l g n, {of_D}, b h p n, b l"
+    sizes = _sizes(axes, x, dt, A, B, C, D, initial_state, seq_idx)
+    if sizes is None or sizes["h"] % sizes["g"]:
+        return ""
+    if not x.dtype == B.dtype == C.dtype:
+        return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
+    return _ssd_limit(x, sizes["p"], sizes["n"]) or _seq_limit(seq_idx)
+
+
+def _ssd_limit(x, p, n):
+    if p not in SIZES or n not in SIZES:
+        return f"headdim is {p} and d_state is {n}; they must be of {SIZES}"
+    if _has_settings(x.device, 2 if x.dtype == torch.bfloat16 else 4, n == 256):
         return None
     if _has_settings(x.device, 2, False):
-        return f"this GPU has too little shared memory for a d_state of {sizes['n']} in {x.dtype}"
+        return f"this GPU has too little shared memory for a d_state of {n} in {x.dtype}"
     return "there are no settings for this kind of GPU, or it has too little shared memory"
+
+
+def _seq_limit(seq_idx):
+    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
+        return f"seq_idx is {seq_idx.dtype}; it must be int32 or int64"
+    return None
 
 
 SSD = _Operation(
     "ssd",
-    """
-    x               b l h p
-    dt              b l h
-    A               h
-    B, C            b l g n   : one
-    D?              h | h p
-    initial_state?  b h p n
-    seq_idx?        b l       : int
-    """,
-    gives="""
-    y               b l h p   : x
-    final           b h p n   : float32
-    """,
-    rules=lambda s: "the groups do not divide the heads" if s["h"] % s["g"] else None,
-    limits=dict(p=SIZES, n=SIZES),
-    beyond=_ssd_beyond,
-    forward=_ssd_forward,
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
+    "Tensor? seq_idx",
+    results=2,
+    new=_ssd_new,
+    run=_ssd_forward,
+    misfit=_ssd_misfit,
     backward=_ssd_backward,
 )
 
 
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.ssd`; shapes are those of `SSD` above. `chunk_size` is accepted for the
-    twin's sake: the tile size is the kernels' own.
+    """As its twin, `mamba2.ssd`; `chunk_size` is accepted for the twin's sake: the tile size is the
+    kernels' own.
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
@@ -2293,15 +2154,18 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     return _Plan((kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
 
 
-def _conv_forward(x, weight, bias, state, seq_idx):
-    y, final = x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[-1] - 1, x.shape[2])
+def _conv_new(x, weight, *_):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[-1] - 1, x.shape[2])
+
+
+def _conv_forward(y, final, x, weight, bias, state, seq_idx):
+    state = None if state is None else state.to(x.dtype)  # rounds as the twin does
     weight, bias, state, seq_idx = _contiguous(weight, bias, state, seq_idx)
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
     plan(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
         final_ptr=final,
     )  # fmt: skip
-    return y, final
 
 
 def _contiguous(*tensors):
@@ -2328,6 +2192,7 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
+    state = None if state is None else state.to(x.dtype)  # as in the forward
     dy = torch.zeros_like(x) if dy is None else dy
     given = _contiguous(weight, bias, state, seq_idx, dy, dfinal)
     weight, bias, state, seq_idx, dy, dfinal = given
@@ -2345,40 +2210,31 @@ def _conv_unit(x: Tensor) -> int:
     return 1 if 8 in (x.shape[2], x.stride(1)) else _unit(x.shape[2], x.stride(0), x.stride(1))
 
 
-def _conv_beyond(sizes, x, *_):
-    if 1 in (x.shape[2], x.stride(1)):
-        return "the rows of x are one element wide or apart"
-    return None
+def _conv_misfit(x, weight, bias, initial_state, seq_idx):
+    sizes = _sizes("b l d, d k, d, b k-1 d, b l", x, weight, bias, initial_state, seq_idx)
+    if sizes is None:
+        return ""
+    if not 2 <= sizes["k"] <= 4:
+        return f"the convolution has {sizes['k']} taps; it must be 2 to 4"
+    if x.stride(2) != 1 or 1 in (x.shape[2], x.stride(1)):
+        return "the channels of x are not next to each other in memory, or rows overlap"
+    return _seq_limit(seq_idx)
 
 
 CONV = _Operation(
     "causal_conv1d",
-    """
-    x               b l d     : row
-    weight          d k
-    bias?           d
-    initial_state?  b k-1 d
-    seq_idx?        b l       : int
-    """,
-    gives="""
-    y               b l d     : x
-    final           b k-1 d   : x
-    """,
-    limits=dict(k=range(2, 5)),
-    beyond=_conv_beyond,
-    forward=_conv_forward,
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx",
+    results=2,
+    new=_conv_new,
+    run=_conv_forward,
+    misfit=_conv_misfit,
     backward=_conv_backward,
 )
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.causal_conv1d`; shapes are those of `CONV` above. Rows of x may be any
-    distance apart."""
-    if not CONV.takes(x, weight, bias, initial_state, seq_idx):
-        return None
-    if initial_state is not None:
-        initial_state = initial_state.to(x.dtype)  # rounds as the twin does
-    return CONV.run(x, weight, bias, initial_state, seq_idx)
+    """As its twin, `mamba2.causal_conv1d`. Rows of x may be any distance apart."""
+    return CONV(x, weight, bias, initial_state, seq_idx)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2593,12 +2449,14 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     return _Plan((kernel, (programs, 1, 1), numbers, options)), slots
 
 
-def _norm_forward(y, z, weight, eps, groups):
-    out = torch.empty(y.shape, dtype=(weight if z is None else z).dtype, device=y.device)
+def _norm_new(y, z, weight, eps, groups):
+    return (y.new_empty(y.shape, dtype=(weight if z is None else z).dtype),)
+
+
+def _norm_forward(out, y, z, weight, eps, groups):
     y, z = _rows(y), None if z is None else _rows(z)
     plan, _ = _norm_plan(y, z, eps, groups)
     plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
-    return out
 
 
 def _norm_backward(dout, y, z, weight, eps, groups):
@@ -2627,33 +2485,33 @@ def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
     return partial, dweight
 
 
-def _norm_rules(sizes, eps, groups):
+def _norm_misfit(x, gate, weight, eps, groups):
+    if x.dim() == 0 or x.numel() == 0 or weight.shape != x.shape[-1:]:
+        return ""
+    if gate is not None and gate.shape != x.shape:
+        return ""
     if not isinstance(eps, (int, float)) or not isinstance(groups, int):
-        return "eps is not a number, or groups not an integer"
-    if groups < 1 or sizes["d"] % groups:
-        return "groups does not divide the last dimension of x"
-    sizes["channels"] = sizes["d"] // groups
-    return None
+        return ""
+    if groups < 1 or x.shape[-1] % groups:
+        return ""
+    size = x.shape[-1] // groups
+    return None if size <= 8192 else f"a group has {size} channels; it must be 1 to 8192"
 
 
 NORM = _Operation(
     "rms_norm",
-    """
-    x, gate?  ... d
-    weight    d
-    """,
-    numbers="float eps, int groups",
-    gives="out ... d : gate|weight",
-    rules=_norm_rules,
-    limits=dict(channels=range(1, 8193)),
-    forward=_norm_forward,
+    "Tensor x, Tensor? gate, Tensor weight, float eps, int groups",
+    results=1,
+    new=_norm_new,
+    run=_norm_forward,
+    misfit=_norm_misfit,
     backward=_norm_backward,
 )
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
-    """As its twin, `mamba2.rms_norm`; shapes are those of `NORM` above. Rows of x and gate, which
-    often is a slice of a projection, may be any distance apart."""
+    """As its twin, `mamba2.rms_norm`. Rows of x and gate, which often is a slice of a projection,
+    may be any distance apart."""
     return NORM(x, gate, weight, eps, groups)
 
 
@@ -2682,16 +2540,26 @@ def _heads(xBC, dt_bias, norm_weight, groups):
     return x.view(b, l, h, hp // h), B.view(b, l, groups, n), C.view(b, l, groups, n)
 
 
-def _middle_forward(
-    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, eps, low, high
+def _middle_new(
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, *_
 ):
-    z, xBC, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
-    xBC, conv = _conv_forward(xBC, weight, bias, conv, seq_idx)
+    (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
+    new, n = zxbcdt.new_empty, (d - hp) // (2 * groups)
+    out, y, final = new(b, l, hp), new(b, l, hp), new(b, h, hp // h, n, dtype=torch.float32)
+    return out, new(b, k - 1, d), final, new(b, l, d), y
+
+
+def _middle_forward(
+    out, new_conv, new_ssm, xBC, y,
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx,
+    groups, eps, low, high,
+):  # fmt: skip
+    z, xBC_in, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
+    _conv_forward(xBC, new_conv, xBC_in, weight, bias, conv, seq_idx)
     x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
     raw = dt_bias.contiguous(), low, high
-    y, ssm = _ssd_forward_from(raw, x, dt, A_log, B, C, D, ssm, seq_idx)
-    y = y.view(z.shape)
-    return _norm_forward(y, z, norm_weight, eps, groups), conv, ssm, xBC, y
+    _ssd_forward(y.view(x.shape), new_ssm, x, dt, A_log, B, C, D, ssm, seq_idx, raw)
+    _norm_forward(out, y, z, norm_weight, eps, groups)
 
 
 def _middle_backward(
@@ -2724,40 +2592,33 @@ def _middle_backward(
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
-def _middle_rules(sizes, groups, *_):
+def _middle_misfit(
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, *_
+):
+    """Silent: the operations that it consists of will say it."""
+    axes = "b l w, d 1 k, d, h, h, h, hp, b k-1 d, b h p n, b l"
+    inputs = zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx
+    if (sizes := _sizes(axes, *inputs)) is None or sizes["l"] == 1:
+        return ""
     d, hp, h = sizes["d"], sizes["hp"], sizes["h"]
-    if sizes["l"] == 1:
-        return "there is only one position, without a state"
     if hp % h or h % groups or d <= hp or (d - hp) % (2 * groups) or sizes["w"] != hp + d + h:
-        return "the channels are not those of heads and groups"
-    sizes.update(p=hp // h, n=(d - hp) // (2 * groups), channels=hp // groups)
-    return None
+        return ""
+    p, n = hp // h, (d - hp) // (2 * groups)
+    fits = sizes.setdefault("p", p) == p and sizes.setdefault("n", n) == n
+    fits = fits and 2 <= sizes["k"] <= 4 and hp // groups <= 8192
+    return None if fits and not (_ssd_limit(zxbcdt, p, n) or _seq_limit(seq_idx)) else ""
 
 
 MIDDLE = _Operation(
     "layer_middle",
-    """
-    zxbcdt             b l w
-    weight             d 1 k
-    bias?              d
-    dt_bias, A_log, D  h
-    norm_weight        hp
-    conv?              b k-1 d
-    ssm?               b h p n
-    seq_idx?           b l       : int
-    """,
-    numbers="int groups, float eps, float low, float high",
-    gives="""
-    out                b l hp    : zxbcdt
-    new_conv           b k-1 d   : zxbcdt
-    new_ssm            b h p n   : float32
-    xBC                b l d     : zxbcdt kept
-    y                  b l hp    : zxbcdt kept
-    """,
-    rules=_middle_rules,
-    limits=dict(p=SIZES, n=SIZES, k=range(2, 5), channels=range(1, 8193)),
-    beyond=_ssd_beyond,
-    forward=_middle_forward,
+    "Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
+    "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, "
+    "int groups, float eps, float low, float high",
+    results=3,
+    kept=2,  # what the convolution and SSD return
+    new=_middle_new,
+    run=_middle_forward,
+    misfit=_middle_misfit,
     backward=_middle_backward,
 )
 
@@ -2769,10 +2630,10 @@ def layer_middle(
     """All between a layer's projections, from z, xBC and dt to norm(y · silu(z)); one position is a
     step. Where it cannot run, it is the turn of the operations it consists of, which warn.
 
-    Shapes are those of `MIDDLE` above: d = h p + 2 g n, and w = h p + d + h. conv and ssm are the
-    Mamba2State, weight and bias the convolution's; dt is clamped to dt_limit after softplus; `out`
-    is as in `layer_step`. Returns the output, the new conv, and the new ssm, in ssm's dtype if that
-    has 2 bytes. The gradients cannot be differentiated again.
+    zxbcdt (b, l, h p + d + h), d = h p + 2 g n. conv (b, k-1, d) and ssm (b, h, p, n) are the
+    Mamba2State, weight (d, 1, k) and bias (d) the convolution's; dt is clamped to dt_limit after
+    softplus; `out` is as in `layer_step`. Returns the output (b, l, h p), the new conv, and the new
+    ssm, in ssm's dtype if that has 2 bytes. The gradients cannot be differentiated again.
     """
     if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
         if zxbcdt.shape[2] != norm_weight.shape[0] + weight.shape[0] + dt_bias.shape[0]:
@@ -2788,10 +2649,10 @@ def layer_middle(
         return rms_norm(y, norm_weight, eps, gate=z, groups=groups), *state
     weights, numbers = (weight, bias, dt_bias, A_log, D, norm_weight), (eps, *dt_limit)
     numbers = groups, *map(float, numbers)
-    if MIDDLE.refusal(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)[0] is not None:
+    results = MIDDLE(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
+    if results is None:
         return None
-    conv = None if conv is None else conv.to(zxbcdt.dtype)  # rounds as the twin does
-    y, conv, new_ssm = MIDDLE.run(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
+    y, conv, new_ssm = results
     if ssm is not None and ssm.dtype.itemsize == 2:
         new_ssm = new_ssm.to(ssm.dtype)
     return y, conv, new_ssm
@@ -2939,81 +2800,45 @@ def _step_plan(xBC, dt, ssm, weight, bias, low, high):
     return _Plan((_step_kernel, (b * g, triton.cdiv(tiles, share), 1), numbers, config))
 
 
-def _step_into(
-    y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high
-):
-    """Run the kernel, with results to the first three tensors."""
+def _step_run(y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
     given = _contiguous(conv, ssm, weight, bias, dt_bias, A_log, D)
     conv, ssm, weight, bias, dt_bias, A_log, D = given
-    with torch.cuda.device_of(xBC):
-        _step_plan(xBC, dt, ssm, weight, bias, low, high)(
-            xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv, ssm_ptr=ssm, weight_ptr=weight, bias_ptr=bias,
-            dt_bias_ptr=dt_bias, A_log_ptr=A_log, D_ptr=D, y_ptr=y, new_conv_ptr=new_conv,
-            new_ssm_ptr=new_ssm,
-        )  # fmt: skip
+    _step_plan(xBC, dt, ssm, weight, bias, low, high)(
+        xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv, ssm_ptr=ssm, weight_ptr=weight, bias_ptr=bias,
+        dt_bias_ptr=dt_bias, A_log_ptr=A_log, D_ptr=D, y_ptr=y, new_conv_ptr=new_conv,
+        new_ssm_ptr=new_ssm,
+    )  # fmt: skip
 
 
-def _step_forward(xBC, dt, conv, ssm, *others):
+def _step_new(xBC, dt, conv, ssm, *_):
     b, h, p, _ = ssm.shape
-    results = xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
-    _step_into(*results, xBC, dt, conv, ssm, *others)
-    return results
+    return xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
 
 
-def _step_rules(sizes, *_):
+def _step_misfit(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
+    axes = "b 1 d, b 1 h, b k-1 d, b h p n, d 1 k, d, h, h, h"
+    sizes = _sizes(axes, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D)
+    if sizes is None:
+        return ""
     d, h, p, n = (sizes[letter] for letter in "dhpn")
     groups = (d - h * p) // (2 * n)
     if groups < 1 or d != h * p + 2 * groups * n or h % groups:
-        return "the channels of xBC are not those of x, B and C"
-    sizes["hp"] = h * p
-    return None
+        return ""
+    if n > 1024:
+        return f"d_state is {n}; it must be 1 to 1024"
+    return (
+        None if xBC.stride(2) == dt.stride(2) == 1 else "the rows of xBC or dt are not contiguous"
+    )
 
 
 STEP = _Operation(
     "layer_step",
-    """
-    xBC                b 1 d     : row
-    dt                 b 1 h     : row
-    conv               b k-1 d
-    ssm                b h p n
-    weight             d 1 k
-    bias?              d
-    dt_bias, A_log, D  h
-    """,
-    numbers="float low, float high",
-    gives="""
-    y                  b 1 hp    : xBC
-    new_conv           b k-1 d   : xBC
-    new_ssm            b h p n   : ssm
-    """,
-    graded=False,
-    rules=_step_rules,
-    limits=dict(n=range(1, 1025)),
-    forward=_step_forward,
-)
-
-
-def _out_beyond(sizes, xBC, conv, new_conv, ssm, new_ssm):
-    if torch.compiler.is_compiling():
-        return "out is given under torch.compile, which knows only functions without effects"
-    if (new_conv.dtype, new_ssm.dtype) != (xBC.dtype, ssm.dtype):
-        return "out does not have the dtypes of xBC and ssm"
-    if not (new_conv.is_contiguous() and new_ssm.is_contiguous()):
-        return "out is not contiguous"
-    apart = new_conv.data_ptr() - conv.data_ptr()
-    if -new_conv.nbytes < apart < conv.nbytes:
-        return "out[0] overlaps conv, which all heads read: it must have memory of its own"
-    return None
-
-
-STEP_OUT = _Operation(
-    "layer_step",
-    """
-    xBC           b 1 d
-    conv, out[0]  b k-1 d
-    ssm, out[1]   b h p n
-    """,
-    beyond=_out_beyond,
+    "Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, Tensor dt_bias, "
+    "Tensor A_log, Tensor D, float low, float high",
+    results=3,
+    new=_step_new,
+    run=_step_run,
+    misfit=_step_misfit,
 )
 
 
@@ -3022,18 +2847,18 @@ def layer_step(
 ):
     """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._convolve_and_scan`.
 
-    Shapes are those of `STEP` above: d = h p + 2 g n. Arguments are as for `layer_middle`; xBC and
-    dt may be slices. `out`: tensors to write the new conv and ssm to, instead of new ones, for a
-    CUDA graph; out[1] may be ssm itself, out[0] must not be conv. There are no gradients.
+    xBC is (b, 1, d), dt (b, 1, h), either may be a slice; other arguments are as for
+    `layer_middle`. `out`: the buffers of a CUDA graph, contiguous, for the new conv and ssm; out[1]
+    may be ssm itself, out[0] must not be conv. They are used if their dtypes are those of xBC and
+    ssm. There are no gradients.
     """
-    given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
-    dt_limit = tuple(map(float, dt_limit))
-    if out is None:
-        return STEP(*given, *dt_limit)
-    if not (STEP.takes(*given, *dt_limit) and STEP_OUT.takes(xBC, conv, out[0], ssm, out[1])):
+    given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *map(float, dt_limit)
+    if out is None or (out[0].dtype, out[1].dtype) != (xBC.dtype, ssm.dtype):
+        return STEP(*given)
+    if not STEP.takes(*given):
         return None
     y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
-    _step_into(y, *out, *given, *dt_limit)
+    _step_run(y, *out, *given)
     return y, *out
 
 
@@ -3141,49 +2966,48 @@ def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
     )
 
 
-def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, groups):
+def _norm_linear_new(x, norm_weight, weight, bias, gate, residual, eps, groups):
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    return (x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype),)
+
+
+def _norm_linear_run(out, x, norm_weight, weight, bias, gate, residual, eps, groups):
     x, gate, residual = [t if t is None else _rows(t) for t in (x, gate, residual)]
     norm_weight, bias = _contiguous(norm_weight, bias)
     _norm_linear_plan(x, weight, bias, gate, residual, eps, groups)(
         x_ptr=x, gate_ptr=gate, norm_ptr=norm_weight, weight_ptr=weight, bias_ptr=bias,
         residual_ptr=residual, out_ptr=out,
     )  # fmt: skip
-    return out
 
 
-def _norm_linear_rules(sizes, eps, groups):
-    if not sizes["..."] or groups < 1 or sizes["d"] % groups:
-        return "x has no rows, or groups do not divide it"
-    if math.prod(sizes["..."]) > NORM_LINEAR_ROWS:
-        return f"there are more than {NORM_LINEAR_ROWS} rows"
-    return None
+def _norm_linear_misfit(x, norm_weight, weight, bias, gate, residual, eps, groups):
+    sizes = _sizes("d, o d, o", norm_weight, weight, bias)
+    if sizes is None or x.dim() < 2 or x.shape[-1] != sizes["d"] or weight.stride(1) != 1:
+        return ""
+    rows = x.shape[:-1]
+    if not 1 <= rows.numel() <= NORM_LINEAR_ROWS or groups < 1 or sizes["d"] % groups:
+        return ""
+    fits = gate is None or gate.shape == x.shape
+    fits = fits and (residual is None or residual.shape == (*rows, sizes["o"]))
+    return None if fits else ""
 
 
 NORM_LINEAR = _Operation(
     "norm_linear",
-    """
-    x            ... d
-    norm_weight  d
-    weight       o d     : row
-    bias?        o
-    gate?        ... d
-    residual?    ... o
-    """,
-    numbers="float eps, int groups",
-    gives="out ... o : weight residual",
-    graded=False,
-    rules=_norm_linear_rules,
-    forward=_norm_linear_forward,
+    "Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
+    "float eps, int groups",
+    results=1,
+    new=_norm_linear_new,
+    run=_norm_linear_run,
+    misfit=_norm_linear_misfit,
 )
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
     """linear(rms_norm(x, norm_weight, eps, gate, groups), weight, bias) + residual, of a few rows.
 
-    Shapes are those of `NORM_LINEAR` above. Nothing is rounded on the way: the arithmetic is fp32.
-    There are no gradients.
+    x and gate are (..., d), residual (..., o), norm_weight (d), weight (o, d) and bias (o). Nothing
+    is rounded on the way: the arithmetic is fp32. There are no gradients.
     """
     return NORM_LINEAR(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
@@ -3527,7 +3351,7 @@ def _calls_of_ssd(kind, dtype, n):
     x, B, C = wide.split([h * p, g * n, g * n], 2)
     x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
     dt, dy, per_head = torch.empty(b, l, h, **draw), torch.empty_like(x), torch.empty(h, **f32)
-    inputs = (per_head, 0.0, math.inf), x, dt, per_head, B, C, per_head, None, None
+    raw, inputs = (per_head, 0.0, math.inf), (x, dt, per_head, B, C, per_head, None, None)
     before = module._Plan.__call__, module._kind, module._segments, module._plans
 
     def record(plan, **tensors):
@@ -3539,8 +3363,8 @@ def _calls_of_ssd(kind, dtype, n):
     module._Plan.__call__, module._kind, module._plans = record, lambda device: kind, {}
     module._segments = lambda *sizes: 2
     try:
-        _ssd_forward_from(*inputs)
-        _ssd_backward_into(x, dt, B, C, dy, None, *inputs)
+        _ssd_forward(*_ssd_new(*inputs), *inputs, raw)
+        _ssd_backward_into(x, dt, B, C, dy, None, raw, *inputs)
     finally:
         module._Plan.__call__, module._kind, module._segments, module._plans = before
     return calls

@@ -3475,15 +3475,8 @@ def test_kernel_step_writes_where_it_is_told_to():
     weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
     step = functools.partial(mamba2.kernels.layer_step, xBC, dt, conv, ssm, *weights)
     expected, new = step(), torch.full_like(conv, torch.nan)
-    for refused, reason in (
-        ((conv, ssm), "out.0. overlaps conv"),
-        ((new.double(), ssm), "out.0. is not bfloat16"),
-        ((new, ssm.to(HALF)), "dtypes"),
-        ((new, ssm.mT.contiguous().mT), "contiguous"),
-        ((new[:, 1:], ssm), "shape of out.0."),
-    ):
-        said, _ = mamba2.kernels.STEP_OUT.refusal(xBC, conv, refused[0], ssm, refused[1])
-        assert re.search(reason, said) and step(out=refused) is None
+    for buffers in ((new.double(), ssm), (new, ssm.double())):  # which are left as they are
+        assert identical(step(out=buffers), expected) and buffers[0].isnan().all()
     found = step(out=(new, ssm))
     assert identical(found, expected) and found[1] is new and found[2] is ssm
 
