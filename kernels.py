@@ -58,7 +58,7 @@ dB and dC are summed on chip; no atomics anywhere, hence the same bits every tim
                       │                    shares of a group's heads; and one series
     W, parts ──────finish──> dB, dC        sums over shares, with W C and W^T B
     series            └────> ddt, sums     the chain rule to dt; sums: one row for each chunk,
-    sums ──────────_fold───> dA, dD        (b·c, h + size of dD) fp32
+    sums ──────────sum─────> dA, dD        (b·c, h + size of dD) fp32
 
 In a layer `prep` and `finish` also do what lies between the layer's parameters and dt, A: softplus
 and its gradient, -exp(A_log) and its gradient.
@@ -100,7 +100,7 @@ rows may be any distance apart, as in a slice of a wider projection, as long as 
 is contiguous.
 
 Gradients of weights are sums over all positions. Every program sums the positions it walks over in
-registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order.
+registers and writes one row of partial sums; PyTorch adds the rows.
 """
 
 import concurrent.futures
@@ -449,6 +449,12 @@ class _Plan:
             with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
                 prepared = list(pool.map(prepare, self.calls))
         return [(compiled[grid], pick, values) for compiled, grid, pick, values in prepared]
+
+
+def _sums(partial, *tensors):
+    """The sums of rows of a matrix, as tensors like these, which lie side by side in it."""
+    parts = zip(partial.split([t.numel() for t in tensors], 1), tensors, strict=True)
+    return [part.sum(0).view(t.shape).to(t.dtype) for part, t in parts]
 
 
 def _tensors(kernel) -> list[str]:
@@ -1559,8 +1565,7 @@ def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
     ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
     given_D = torch.zeros_like(A) if D is None else D
     given = x, dt, A, B, C, given_D, initial_state, seq_idx
-    (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
-    _fold(sums, dD, dA)
+    (dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
     return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
 
 
@@ -1609,13 +1614,12 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     the rows of different batch elements follow one another.
 
     Returns:
-        What `_fold` has to sum, and to where: into dD, dA, and the gradient of dt_bias if there is
-        one. And the gradient of the initial state.
+        dD, dA, and the gradient of dt_bias if there is one. And the gradient of the initial state.
     """
     (b, _, h, p), n, bias = x.shape, B.shape[3], raw[0]
-    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-    dinit = x.new_empty(0) if initial_state is None else contiguous(initial_state)
-    sums_to = [contiguous(t) for t in (D, A, bias) if t is not None]
+    dinit = (
+        x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    )
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
     dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
     settings = _settings(x, n)
@@ -1638,7 +1642,7 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     )  # fmt: skip
     if dx is not dx_to:
         dx_to.copy_(dx)
-    return (sums, *sums_to), dinit
+    return _sums(sums, *(t for t in (D, A, bias) if t is not None)), dinit
 
 
 def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1735,54 +1739,6 @@ def _sigmoid(v):
 def _approximate(instruction: tl.constexpr, v):
     assembly: tl.constexpr = instruction + ".approx.ftz.f32 $0, $1;"
     return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
-
-
-@jit
-def _fold_kernel(
-    partial_ptr, first_ptr, second_ptr, third_ptr, rows, columns, n_first, n_second, n_third,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """out[c] = Σ_r partial[r, c]: the first `n_first` columns to one tensor, the next to others.
-
-    Grid: (blocks of columns,). Tile: ROWS x COLUMNS, moved down all rows.
-
-        sum = 0
-        for block of rows:            # always in the same order
-            sum += partial[block, columns]
-        out[columns] = Σ over ROWS of sum
-
-    Masked: rows and columns past the end.
-    """
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    sum_rc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for row in range(0, rows, ROWS):
-        r = row + tl.arange(0, ROWS)
-        mask_rc = (r[:, None] < rows) & (c[None, :] < columns)
-        at_rc = r[:, None].to(tl.int64) * columns + c[None, :]
-        sum_rc += tl.load(partial_ptr + at_rc, mask=mask_rc, other=0.0)
-    sum_c = tl.sum(sum_rc, axis=0)
-    tl.store(first_ptr + c, sum_c, mask=c < n_first)
-    c -= n_first
-    tl.store(second_ptr + c, sum_c, mask=(c >= 0) & (c < n_second))
-    c -= n_second
-    tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
-
-
-@_planned
-def _fold_plan(partial, *outs):
-    # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
-    # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    (rows, columns), sizes = partial.shape, [t.numel() for t in outs] + [0, 0]
-    numbers = dict(zip(("n_first", "n_second", "n_third"), sizes, strict=False))
-    numbers.update(rows=rows, columns=columns, ROWS=64, COLUMNS=32)
-    return _Plan((_fold_kernel, (triton.cdiv(columns, 32), 1, 1), numbers, dict(num_warps=4)))
-
-
-def _fold(partial: Tensor, *outs: Tensor) -> None:
-    """Sum the rows of a matrix into up to three tensors, one after the other."""
-    first, second, third = [*outs, partial, partial][:3]
-    plan = _fold_plan(partial, *outs)
-    plan(partial_ptr=partial, first_ptr=first, second_ptr=second, third_ptr=third)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2174,23 +2130,14 @@ def _contiguous(*tensors):
 
 def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums, dstate = _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)
-    _fold(*sums)
-    _, dweight, dbias = sums
-    return [dx, dweight, dbias, dstate]
+    return [dx, *_conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)]
 
 
 def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
-    """Write dx, whose batch elements follow one another.
-
-    Returns:
-        What `_fold` has to sum, and to where: into dweight and dbias, which is empty without a
-        bias. And the gradient of the state.
-    """
+    """Write dx, whose batch elements follow one another; return dweight, dbias and the gradient of
+    the state, which are empty if there are no such inputs."""
     x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
     d, k = x.shape[2], weight.shape[-1]
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
     state = None if state is None else state.to(x.dtype)  # as in the forward
     dy = torch.zeros_like(x) if dy is None else dy
@@ -2202,7 +2149,8 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
         dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
-    return (partial, dweight, dbias), dstate
+    dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
+    return dweight, x.new_empty(0) if bias is None else dbias, dstate
 
 
 def _conv_unit(x: Tensor) -> int:
@@ -2462,18 +2410,11 @@ def _norm_forward(out, y, z, weight, eps, groups):
 def _norm_backward(dout, y, z, weight, eps, groups):
     dy = y.new_empty(y.shape)
     dz = y.new_empty(0) if z is None else z.new_empty(z.shape)
-    sums = _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)
-    _fold(*sums)
-    return [dy, dz, sums[1]]
+    return [dy, dz, _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)]
 
 
 def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
-    """Write dy, and dz if there is a z. Rows of both lie evenly.
-
-    Returns:
-        What `_fold` has to sum, and to where: into dweight.
-    """
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    """Write dy, and dz if there is a z, both with rows that lie evenly; return dweight."""
     y, dy = _rows(y), _rows(dy)
     z, dz = (None, None) if z is None else (_rows(z), _rows(dz))
     plan, slots = _norm_plan(y, z, eps, groups, dy, dz)
@@ -2482,7 +2423,7 @@ def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
         y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
         dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
-    return partial, dweight
+    return _sums(partial, weight)[0]
 
 
 def _norm_misfit(x, gate, weight, eps, groups):
@@ -2577,18 +2518,13 @@ def _middle_backward(
     if dout is None:
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
-    norm_sums = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
+    dnorm_weight = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
     raw = dt_bias.contiguous(), low, high
-    ssd_sums, dinit = _ssd_backward_into(
+    (dD, dA_log, ddt_bias), dinit = _ssd_backward_into(
         dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
     )
     given = dconv, xBC_in, weight, bias, conv, seq_idx
-    conv_sums, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
-    for sums in (norm_sums, ssd_sums, conv_sums):
-        _fold(*sums)
-    (_, dnorm_weight), (_, dD, dA_log, ddt_bias), (_, dweight, dbias) = (
-        norm_sums, ssd_sums, conv_sums
-    )  # fmt: skip
+    dweight, dbias, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
