@@ -120,7 +120,9 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -137,17 +139,8 @@ except ImportError as error:
     if not (error.name or "").startswith("triton"):  # something that triton needs
         raise
     TRITON = False
-
-    class _NoTriton:
-        """Stands in for whatever is named or called in the definitions of kernels."""
-
-        def __getattr__(self, name):
-            return self
-
-        def __call__(self, *args, **kwargs):
-            return self
-
-    triton = tl = TensorDescriptor = _NoTriton()
+    # Stands in for whatever is named or called in the definitions of kernels.
+    triton = tl = TensorDescriptor = mock.MagicMock()
 
 __version__ = "0.0.1"  # a number, because transformers asks any module called `kernels` for one
 
@@ -3278,59 +3271,28 @@ TARGETS = {
 }
 
 
-def _calls_of_ssd(kind, dtype, n):
-    """What SSD launches in a layer of 2.7b, on this kind of GPU, forward and backward, by name."""
-    module, calls = sys.modules[__name__], {}
+def _kernels_of_ssd(kind, dtype, n) -> dict:
+    """What compiles the kernels of SSD, by name: those of a layer of 2.7b on this kind of GPU."""
     b, l, h, p, g = 8, 4096, 80, 64, 1
-    draw, f32 = dict(device="meta", dtype=dtype), dict(device="meta", dtype=torch.float32)
-    wide = torch.empty(b, l, h * p + 2 * g * n, **draw)
-    x, B, C = wide.split([h * p, g * n, g * n], 2)
+    empty, found = functools.partial(torch.empty, device="meta"), {}
+    x, B, C = empty(b, l, h * p + 2 * g * n, dtype=dtype).split([h * p, g * n, g * n], 2)
     x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
-    dt, dy, per_head = torch.empty(b, l, h, **draw), torch.empty_like(x), torch.empty(h, **f32)
+    dt, per_head = empty(b, l, h, dtype=dtype), empty(h)
     raw, inputs = (per_head, 0.0, math.inf), (x, dt, per_head, B, C, per_head, None, None)
-    before = module._Plan.__call__, module._kind, module._segments, module._plans
 
     def record(plan, **tensors):
         tensors |= plan.descriptors(tensors)
         for kernel, grid, numbers, options in plan.calls:
-            given = {name: tensors[numbers.get(name, name)] for name in _tensors(kernel)}
-            calls[kernel.fn.__name__] = kernel, grid, numbers | given, options
+            given = numbers | {name: tensors[numbers.get(name, name)] for name in _tensors(kernel)}
+            values = [given[name] for name in kernel.arg_names]
+            compile_ = functools.partial(kernel.warmup, *values, grid=grid, **options)
+            found[kernel.fn.__name__] = compile_
 
-    module._Plan.__call__, module._kind, module._plans = record, lambda device: kind, {}
-    module._segments = lambda *sizes: 2
-    try:
+    changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
+    with mock.patch.dict(globals(), changes), mock.patch.object(_Plan, "__call__", record):
         _ssd_forward(*_ssd_new(*inputs), *inputs, raw)
-        _ssd_backward_into(x, dt, B, C, dy, None, raw, *inputs)
-    finally:
-        module._Plan.__call__, module._kind, module._segments, module._plans = before
-    return calls
-
-
-def _compile_for(backend, arch, threads, call):
-    """The kernel of a call, compiled for a GPU that need not be here."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, _, given, options = call
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    names |= {torch.int32: "i32", torch.int64: "i64"}
-    signature, constants, aligned = {}, {}, {}
-    constexprs = {param.name for param in kernel.params if param.is_constexpr}
-    for at, name in enumerate(kernel.arg_names):
-        value = given[name]
-        if isinstance(value, TensorDescriptor):
-            block = list(value.block_shape)
-            signature[name] = f"tensordesc<{names[value.base.dtype]}{block}>"
-        elif isinstance(value, Tensor):
-            signature[name], aligned[at,] = "*" + names[value.dtype], [["tt.divisibility", 16]]
-        elif value is None or name in constexprs or (value == 1 and name not in VARYING):
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0 and name not in VARYING:
-                aligned[at,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget(backend, arch, threads), options=options)
+        _ssd_backward_into(x, dt, B, C, torch.empty_like(x), None, raw, *inputs)
+    return found
 
 
 def _spills(compiled, arch) -> tuple[int, int]:
@@ -3353,17 +3315,26 @@ def _spills(compiled, arch) -> tuple[int, int]:
 
 def _print_targets(words: list[str]) -> None:
     """Compile for every target, or for lines with all of the words; no GPU is needed."""
+    from triton.backends.compiler import GPUTarget
+
     print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
     print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
-    for target, (backend, arch, threads, kind) in TARGETS.items():
-        for dtype, n in itertools.product(DTYPES, (128, 256)):
-            if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in SETTINGS:
-                continue
-            for name, call in _calls_of_ssd(kind, dtype, n).items():
-                line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name.removesuffix('_kernel'):10}"
-                if not all(word in line for word in words):
-                    continue
-                compiled = _compile_for(backend, arch, threads, call)
+    cases = itertools.product(
+        TARGETS.items(), (torch.bfloat16, torch.float16, torch.float32), (128, 256)
+    )
+    for (target, (backend, arch, threads, kind)), dtype, n in cases:
+        if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in SETTINGS:
+            continue
+        gpu = SimpleNamespace(  # what Triton asks for the GPU at hand
+            get_current_target=functools.partial(GPUTarget, backend, arch, threads),
+            get_current_device=lambda target=target: target,
+            get_current_stream=lambda device: None,
+        )
+        triton.runtime.driver.set_active(gpu)
+        for name, compile_ in _kernels_of_ssd(kind, dtype, n).items():
+            line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name.removesuffix('_kernel'):10}"
+            if all(word in line for word in words):
+                compiled = compile_()
                 registers, spilled = _spills(compiled, arch)
                 print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
 
