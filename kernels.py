@@ -2554,15 +2554,15 @@ MIDDLE = _Operation(
 
 def layer_middle(
     zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight,
-    *, groups, eps, dt_limit=(0.0, math.inf), out=None,
+    *, groups, eps, dt_limit=(0.0, math.inf), in_place=False,
 ):  # fmt: skip
     """All between a layer's projections, from z, xBC and dt to norm(y · silu(z)); one position is a
     step. Where it cannot run, it is the turn of the operations it consists of, which warn.
 
     zxbcdt (b, l, h p + d + h), d = h p + 2 g n. conv (b, k-1, d) and ssm (b, h, p, n) are the
     Mamba2State, weight (d, 1, k) and bias (d) the convolution's; dt is clamped to dt_limit after
-    softplus; `out` is as in `layer_step`. Returns the output (b, l, h p), the new conv, and the new
-    ssm, in ssm's dtype if that has 2 bytes. The gradients cannot be differentiated again.
+    softplus; in_place is as in `layer_step`. Returns the output (b, l, h p), the new conv, and the
+    new ssm, in ssm's dtype if that has 2 bytes. The gradients cannot be differentiated again.
     """
     if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
         if zxbcdt.shape[2] != norm_weight.shape[0] + weight.shape[0] + dt_bias.shape[0]:
@@ -2571,7 +2571,7 @@ def layer_middle(
         step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
         if not NORM.takes(z, z, norm_weight, eps, groups):  # z is as y will be
             return None
-        result = layer_step(*step, dt_limit=dt_limit, out=out)
+        result = layer_step(*step, dt_limit=dt_limit, in_place=in_place)
         if result is None:
             return None
         y, *state = result
@@ -2772,23 +2772,23 @@ STEP = _Operation(
 
 
 def layer_step(
-    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
+    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), in_place=False
 ):
     """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._convolve_and_scan`.
 
     xBC is (b, 1, d), dt (b, 1, h), either may be a slice; other arguments are as for
-    `layer_middle`. `out`: the buffers of a CUDA graph, contiguous, for the new conv and ssm; out[1]
-    may be ssm itself, out[0] must not be conv. They are used if their dtypes are those of xBC and
-    ssm. There are no gradients.
+    `layer_middle`. in_place: the new ssm is written over this one, which is contiguous. There are
+    no gradients.
     """
     given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *map(float, dt_limit)
-    if out is None or (out[0].dtype, out[1].dtype) != (xBC.dtype, ssm.dtype):
+    if not in_place:
         return STEP(*given)
     if not STEP.takes(*given):
         return None
     y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
-    _step_run(y, *out, *given)
-    return y, *out
+    new_conv = xBC.new_empty(conv.shape)
+    _step_run(y, new_conv, ssm, *given)
+    return y, new_conv, ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2979,8 +2979,7 @@ def layer(layer, zxbcdt, state, seq_idx):
         return None
     weights = conv1d.weight, conv1d.bias, layer.dt_bias, layer.A_log, layer.D, norm.weight
     options = dict(groups=norm.groups, eps=norm.eps, dt_limit=layer.config.time_step_limit)
-    # A DecodingGraph keeps states of its own, with buffers named `out` for the new state.
-    options["out"] = getattr(state, "out", None)
+    options["in_place"] = type(state) is _BufferedState
     return layer_middle(zxbcdt, conv, ssm, seq_idx, *weights, **options)
 
 
@@ -3022,7 +3021,7 @@ def block(block, h, state):
     if few and not NORM_LINEAR.takes(z, *last):  # z is as y will be
         return None
     weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
-    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
+    options = dict(dt_limit=layer.config.time_step_limit, in_place=type(state) is _BufferedState)
     if (result := layer_step(xBC, dt, *state, *weights, **options)) is None:
         return None
     y, conv, ssm = result
@@ -3134,16 +3133,16 @@ def _modes() -> tuple | None:
 
 
 class _BufferedState(tuple):
-    """A state (conv, ssm) in buffers of a CUDA graph; `out` is where the next one is written."""
+    """A state (conv, ssm) in buffers of a CUDA graph: the next ssm may be written over this one."""
 
 
 class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `copies` copies one out, so caches are never modified. Weights are read where they lie. Programs
-    of all heads read conv, so none may overwrite it: there are two buffers for it, and two graphs,
-    one from the first to the second and one back, which take turns.
+    `copies` copies one out, so caches are never modified. Weights are read where they lie. A layer
+    writes ssm over the last one; its conv is new, as programs of all heads read the last one, and
+    copied into its buffer at the end.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
@@ -3179,7 +3178,7 @@ class DecodingGraph:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(graph.done)
         # Buffers may come from another stream: it must not reuse their memory before this is done.
-        for buffer in {graph.token, *itertools.chain(*graph.states, *graph.others)}:
+        for buffer in (graph.token, *itertools.chain(*graph.states)):
             buffer.record_stream(stream)
         graph.load(cache)
         return graph
@@ -3191,38 +3190,27 @@ class DecodingGraph:
         cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
-        self.made_for, self.states, self.others = key, [], []
-        for conv, ssm in cache.states:
-            state = _BufferedState((conv.clone(), ssm.clone()))
-            other = _BufferedState((conv.clone(), state[1]))
-            state.out, other.out = tuple(other), tuple(state)
-            self.states.append(state)
-            self.others.append(other)
+        clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+        self.made_for = key
+        self.states = [_BufferedState(map(clone, state)) for state in cache.states]
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
-        self.turns, memory, kind = [], torch.cuda.graph_pool_handle(), type(cache)
         with DecodingGraph.capturing, torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # for what is done once, such as compiling kernels
-                for _ in range(2):
-                    self.step(model, kind)
-            torch.cuda.current_stream().wait_stream(stream)
-            # Other threads may go on using the GPU.
-            options = dict(pool=memory, stream=stream, capture_error_mode="thread_local")
-            for _ in range(2):
-                graph = torch.cuda.CUDAGraph()
-                # A capture that fails would leave its stream the current one.
-                with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
-                    logits = self.step(model, kind)
-                self.turns.append((graph, logits))
+            with torch.cuda.stream(stream):
+                self.step(model, type(cache))  # for what is done once, such as compiling kernels
+                self.graph = torch.cuda.CUDAGraph()
+                # Other threads may go on using the GPU.
+                options = dict(stream=stream, capture_error_mode="thread_local")
+                with torch.cuda.graph(self.graph, **options):
+                    self.logits = self.step(model, type(cache))
             self.done = stream.record_event()
 
     def step(self, model, kind):
         """The step itself, from buffers to buffers; `kind` is the class of caches."""
         cache = kind(tuple(self.states))
         output = model(self.token, cache=cache, use_cache=True, return_dict=True)
-        self.states, self.others = self.others, self.states
         _copy(self.states, output.cache.states)
         return output.logits[:, -1]
 
@@ -3240,11 +3228,8 @@ class DecodingGraph:
         """The logits (b, vocabulary) after ids (b, 1); until the next call."""
         with torch.cuda.device(ids.device):
             self.token.copy_(ids)
-            graph, logits = self.turns[0]
-            graph.replay()
-        self.turns.reverse()
-        self.states, self.others = self.others, self.states
-        return logits
+            self.graph.replay()
+        return self.logits
 
 
 def _copy(targets, sources):
