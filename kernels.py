@@ -5,8 +5,8 @@ forward and backward, and one token of a layer.
 namesake in mamba2.py (its twin, in plain PyTorch), but returns None where it cannot run on these
 tensors, as without Triton or a GPU. Then mamba2.py goes on in plain PyTorch; a warning says so
 once, if the tensors are on a GPU and looked like ones for a kernel. Triton compiles at the first
-call. `python test_mamba2.py ssd layer prefill` times all of it on a GPU; `python kernels.py
---targets` compiles SSD's kernels for other GPUs, without one.
+call. `python test_mamba2.py ssd layer prefill` times all of it on a GPU; `python test_mamba2.py
+targets` compiles SSD's kernels for other GPUs, without one.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
@@ -111,16 +111,11 @@ import itertools
 import math
 import operator
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -3238,93 +3233,3 @@ def _copy(targets, sources):
         pairs = [(to, of) for to, of in zip(into, out_of, strict=True) if to is not of]
         if pairs:
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
-
-
-# --------------------------------------------------------------------------------------------------
-# What SSD's kernels need on other GPUs: python kernels.py --targets [words]
-# --------------------------------------------------------------------------------------------------
-
-TARGETS = {
-    "sm_80": ("cuda", 80, 32, "portable"),
-    "sm_86": ("cuda", 86, 32, "portable"),
-    "sm_89": ("cuda", 89, 32, "portable"),
-    "sm_90": ("cuda", 90, 32, "tma"),
-    "sm_90 portable": ("cuda", 90, 32, "portable"),
-    "sm_100": ("cuda", 100, 32, "portable"),
-    "sm_120": ("cuda", 120, 32, "portable"),
-    "gfx942": ("hip", "gfx942", 64, "cdna"),
-}
-
-
-def _kernels_of_ssd(kind, dtype, n) -> dict:
-    """What compiles the kernels of SSD, by name: those of a layer of 2.7b on this kind of GPU."""
-    b, l, h, p, g = 8, 4096, 80, 64, 1
-    empty, found = functools.partial(torch.empty, device="meta"), {}
-    x, B, C = empty(b, l, h * p + 2 * g * n, dtype=dtype).split([h * p, g * n, g * n], 2)
-    x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
-    dt, per_head = empty(b, l, h, dtype=dtype), empty(h)
-    raw, inputs = (per_head, 0.0, math.inf), (x, dt, per_head, B, C, per_head, None, None)
-
-    def record(plan, **tensors):
-        tensors |= plan.descriptors(tensors)
-        for kernel, grid, numbers, options in plan.calls:
-            given = numbers | {name: tensors[numbers.get(name, name)] for name in _tensors(kernel)}
-            values = [given[name] for name in kernel.arg_names]
-            compile_ = functools.partial(kernel.warmup, *values, grid=grid, **options)
-            found[kernel.fn.__name__] = compile_
-
-    changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
-    with mock.patch.dict(globals(), changes), mock.patch.object(_Plan, "__call__", record):
-        _ssd_forward(*_ssd_new(*inputs), *inputs, raw)
-        _ssd_backward_into(x, dt, B, C, torch.empty_like(x), None, raw, *inputs)
-    return found
-
-
-def _spills(compiled, arch) -> tuple[int, int]:
-    """Registers for each thread, and bytes of them that are spilled to memory."""
-    if "amdgcn" in compiled.asm:
-        found = re.findall(r"vgpr_(?:spill_)?count:\s*(\d+)", compiled.asm["amdgcn"])
-        return int(found[-2]), 4 * int(found[-1])
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = ["ptxas-blackwell", "ptxas"] if arch >= 100 else ["ptxas"]
-    assembler = next(folder / name for name in names if (folder / name).exists())
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "kernel.ptx"
-        path.write_text(compiled.asm["ptx"])
-        chip = f"--gpu-name=sm_{arch}" + "a" * (arch >= 90)
-        command = [assembler, "-v", chip, path, "-o", path.with_suffix(".cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
-
-
-def _print_targets(words: list[str]) -> None:
-    """Compile for every target, or for lines with all of the words; no GPU is needed."""
-    from triton.backends.compiler import GPUTarget
-
-    print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
-    print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
-    cases = itertools.product(
-        TARGETS.items(), (torch.bfloat16, torch.float16, torch.float32), (128, 256)
-    )
-    for (target, (backend, arch, threads, kind)), dtype, n in cases:
-        if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in SETTINGS:
-            continue
-        gpu = SimpleNamespace(  # what Triton asks for the GPU at hand
-            get_current_target=functools.partial(GPUTarget, backend, arch, threads),
-            get_current_device=lambda target=target: target,
-            get_current_stream=lambda device: None,
-        )
-        triton.runtime.driver.set_active(gpu)
-        for name, compile_ in _kernels_of_ssd(kind, dtype, n).items():
-            line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name.removesuffix('_kernel'):10}"
-            if all(word in line for word in words):
-                compiled = compile_()
-                registers, spilled = _spills(compiled, arch)
-                print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
-
-
-if __name__ == "__main__":
-    if "--targets" not in sys.argv:
-        sys.exit("python kernels.py --targets [words]; the benchmarks are those of test_mamba2.py")
-    _print_targets([word for word in sys.argv[1:] if word != "--targets"])
