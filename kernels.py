@@ -431,11 +431,9 @@ class _Plan:
                 compiled = kernel.warmup(*pick(tensors), *values, grid=grid, **options)
             return compiled, grid, pick, values
 
-        if len(self.calls) == 1:
-            prepared = [prepare(self.calls[0])]
-        else:  # at the same time: one after the other takes half as long again
-            with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
-                prepared = list(pool.map(prepare, self.calls))
+        # At the same time: one after the other takes half as long again.
+        with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
+            prepared = list(pool.map(prepare, self.calls))
         return [(compiled[grid], pick, values) for compiled, grid, pick, values in prepared]
 
 
