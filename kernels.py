@@ -56,11 +56,11 @@ dB and dC are summed on chip; no atomics anywhere, hence the same bits every tim
            two parts,  │                   and four series, sums over p, n and a chunk
          one launch    └ bc > parts        (2, b·c·g·shares, q, n) fp32: dB and dC but for W, by
                       │                    shares of a group's heads; and one series
-    W, parts ──────finish──> dB, dC        sums over shares, with W C and W^T B
-    series            └────> ddt, sums     the chain rule to dt; sums: one row for each chunk,
+    W, parts ──────total───> dB, dC        sums over shares, with W C and W^T B
+    series ────────chain───> ddt, sums     the chain rule to dt; sums: one row for each chunk,
     sums ──────────sum─────> dA, dD        (b·c, h + size of dD) fp32
 
-In a layer `prep` and `finish` also do what lies between the layer's parameters and dt, A: softplus
+In a layer `prep` and `chain` also do what lies between the layer's parameters and dt, A: softplus
 and its gradient, -exp(A_log) and its gradient.
 
 Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
@@ -1037,7 +1037,7 @@ def bc_part(
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a share of a group's heads, to which `total_part` adds those with W. o as above.
+    """Sums over a share of a group's heads, to which `total_kernel` adds those with W. o as above.
 
         dB_s  = sum_h o_s dt_s x_s dH
         dC_t  = sum_h 2^a_t dy_t H
@@ -1148,16 +1148,18 @@ def chunk_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def total_part(
-    pid, nb, B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr, B_row, C_row, dB_sl,
+@jit
+def total_kernel(
+    B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr, B_row, C_row, dB_sl,
     L, NC, G, N, NSPLIT, PROGRAMS,
     Q: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dB = sum over shares of W C + their dB, dC = sum over shares of W^T B + their dC.
 
-    Tiles (q, n). Masked: columns past n, positions past l.
+    Grid (b · c · g, n/NB). Tiles (q, n). Masked: columns past n, positions past l.
     """
+    pid = tl.program_id(0)
+    nb = tl.program_id(1)
     g = pid % G
     c = (pid // G) % NC
     b = pid // G // NC
@@ -1186,12 +1188,11 @@ def total_part(
     tl.store(dC_ptr + at, dC_tn.to(dC_ptr.dtype.element_ty), mask=mask_qn)
 
 
-@triton.jit
-def chain_part(
-    bc, h, dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
+@jit
+def chain_kernel(
+    dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
     A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr,
-    PB: tl.constexpr,
+    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
 
@@ -1204,7 +1205,9 @@ def chain_part(
 
         draw_j = ddt_j · sigmoid(dt_j + bias);  dbias = sum_j draw_j;  dA_log = A · dA
 
-    Tile (q, h). Row and column sums come from the same fp32 products, and no suffix sum is a total
+    Grid (b·c, h / HB). Tile (q, h).
+
+    Row and column sums come from the same fp32 products, and no suffix sum is a total
     minus a prefix sum: either would cancel badly where the decay is strong.
 
         load row, col, in, out, and out one position earlier; add up the parts of the headdim
@@ -1213,8 +1216,10 @@ def chain_part(
 
     Masked: heads past h, positions past l (their dt is 0).
     """
+    bc = tl.program_id(0)
     b = bc // NC
     c = bc % NC
+    h = tl.program_id(1) * HB + tl.arange(0, HB)
     q = tl.arange(0, Q)
     pp = tl.arange(0, PB)
     mask_h = h < H
@@ -1275,36 +1280,6 @@ def chain_part(
         tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
-@jit
-def finish_kernel(
-    B_mem, C_mem, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
-    dB_ptr, dC_ptr, ddt_ptr, sums_ptr, B_row, C_row,
-    A_sh, dB_sl, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
-    RAW: tl.constexpr, D_VECTOR: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """From what the chunks' programs left to the gradients: two kernels in one launch.
-
-    Grid (b·c, g · n/NB + h/HB): programs of `total_part`, one for each tile of dB, and then some of
-    `chain_part`, one for every HB heads.
-    """
-    bc = tl.program_id(0)
-    i = tl.program_id(1)
-    tiles = G * tl.cdiv(N, NB)
-    if i < tiles:
-        total_part(
-            bc * G + i % G, i // G, B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr,
-            B_row, C_row, dB_sl, L, NC, G, N, NSPLIT, PROGRAMS, Q, NB, PREC, TMA,
-        )  # fmt: skip
-    else:
-        chain_part(
-            bc, (i - tiles) * HB + tl.arange(0, HB), dt_ptr, A_ptr, bias_ptr, series_ptr,
-            cross_ptr, ddt_ptr, sums_ptr, A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-            RAW, D_VECTOR, Q, PB,
-        )  # fmt: skip
-
-
 # SSD: launches ------------------------------------------------------------------------------------
 
 
@@ -1317,7 +1292,7 @@ class _Settings(NamedTuple):
     warps: int
     stages: int  # of the pipeline: tiles are fetched one iteration less than that ahead
     programs: int  # that run at once on a multiprocessor
-    finish: int  # warps of finish_kernel
+    finish: int  # warps of total_kernel and chain_kernel
 
     @property
     def TMA(self) -> bool:
@@ -1581,15 +1556,13 @@ def _ssd_backward_plan(
         borders_mem=([2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]),
     )  # fmt: skip
     options = dict(num_warps=settings.warps, num_stages=settings.stages)
-    grid, finish = (
-        (b * nc, g * triton.cdiv(n, 64) + triton.cdiv(h, 16), 1),
-        dict(num_warps=settings.finish),
-    )
+    finish = dict(num_warps=settings.finish)
     plan = _Plan(
         prep,
         (border_kernel, (b * h * npb, 1, 2), numbers, options),
         (chunk_kernel, (2 * programs, 1, 1), numbers, options),
-        (finish_kernel, grid, numbers | narrow, finish),
+        (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), numbers | narrow, finish),
+        (chain_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, finish),
         tiles=tiles if settings.TMA else (),
     )
     return plan, nc, npb, programs, columns
