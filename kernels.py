@@ -199,8 +199,8 @@ def _planned(plan: Callable) -> Callable:
             (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a)
             for a in arguments
         ]
-        found = _plans.get(key := (plan, *kinds))
-        if found is None:
+        found = _plans.get(key := (plan, *kinds), find)
+        if found is find:  # not None, which a result may be
             if len(_plans) > 4_000:  # inputs of ever new lengths
                 _plans.clear()
             found = _plans[key] = plan(*arguments)
@@ -243,7 +243,7 @@ class _Operation:
     def __init__(self, name, inputs, results, new, run, misfit, backward=None, kept=0):
         self.name, self.results, self.kept = name, results, kept
         self.new, self.run, self.backward = new, run, backward
-        self.misfit, self.known_misfit = misfit, _planned(misfit)
+        self.misfit, self.known_reason = misfit, _planned(self.reason)
         kinds = [part.split() for part in inputs.split(", ")]
         self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
         if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
@@ -273,25 +273,32 @@ class _Operation:
         if not TRITON or not compiling and (transformed or forward_ad._current_level >= 0):
             return False  # a transform needs to see every operation
         fake, wanted = compiling, self.backward is None and torch.is_grad_enabled()
-        device = getattr(inputs[0], "device", None)
-        for (name, optional), tensor in zip(self.tensors, inputs, strict=False):
+        for (_, optional), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None and optional:
                 continue
-            if not isinstance(tensor, Tensor) or tensor.device != device:
+            if not isinstance(tensor, Tensor) or wanted and tensor.requires_grad:
                 return False
-            if not compiling and _lies_elsewhere(tensor) or wanted and tensor.requires_grad:
-                return False
-            if (tensor.dtype in DTYPES) == (name == "seq_idx"):  # which holds integers
+            if not compiling and _lies_elsewhere(tensor):
                 return False
             fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
-        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
-            return False
-        reason = (self.misfit if fake else self.known_misfit)(*inputs)
+        reason = (self.reason if fake else self.known_reason)(*inputs)
         if reason and not compiling and (self.name, reason) not in _said:
             _said.add((self.name, reason))
             message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
             warnings.warn(message, stacklevel=5)  # for the caller of the twin
         return reason is None
+
+    def reason(self, *inputs) -> str | None:
+        """As `misfit`, which tells no devices and dtypes that no kernel takes from others."""
+        device = inputs[0].device
+        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+            return ""
+        for (name, _), tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is None:
+                continue
+            if tensor.device != device or (tensor.dtype in DTYPES) == (name == "seq_idx"):
+                return ""  # seq_idx holds integers
+        return self.misfit(*inputs)
 
     def call(self, *inputs):
         hidden = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
