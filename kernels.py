@@ -289,7 +289,7 @@ class _Operation:
         return reason is None
 
     def reason(self, *inputs) -> str | None:
-        """As `misfit`, which tells no devices and dtypes that no kernel takes from others."""
+        """As `misfit`; "" also for a device or a dtype for which there is no kernel."""
         device = inputs[0].device
         if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
             return ""
@@ -318,10 +318,7 @@ class _Operation:
 
     def empty_gradients(self, *inputs):
         x, count = inputs[0], sum(name != "seq_idx" for name, _ in self.tensors)
-        return [
-            x.new_empty(0 if t is None else t.shape, dtype=(x if t is None else t).dtype)
-            for t in inputs[:count]
-        ]
+        return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:count]]
 
     def save(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
