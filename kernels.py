@@ -5,8 +5,8 @@ forward and backward, and one token of a layer.
 namesake in mamba2.py (its twin, in plain PyTorch), but returns None where it cannot run on these
 tensors, as without Triton or a GPU. Then mamba2.py goes on in plain PyTorch; a warning says so
 once, if the tensors are on a GPU and looked like ones for a kernel. Triton compiles at the first
-call. `python test_mamba2.py ssd layer prefill` times all of it on a GPU; `python kernels.py
---targets` compiles SSD's kernels for other GPUs, without one.
+call. `python test_mamba2.py ssd layer prefill` times all of it on a GPU; `python test_mamba2.py
+targets` compiles SSD's kernels for other GPUs, without one.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
@@ -56,11 +56,11 @@ dB and dC are summed on chip; no atomics anywhere, hence the same bits every tim
            two parts,  │                   and four series, sums over p, n and a chunk
          one launch    └ bc > parts        (2, b·c·g·shares, q, n) fp32: dB and dC but for W, by
                       │                    shares of a group's heads; and one series
-    W, parts ──────finish──> dB, dC        sums over shares, with W C and W^T B
-    series            └────> ddt, sums     the chain rule to dt; sums: one row for each chunk,
-    sums ──────────_fold───> dA, dD        (b·c, h + size of dD) fp32
+    W, parts ──────total───> dB, dC        sums over shares, with W C and W^T B
+    series ────────chain───> ddt, sums     the chain rule to dt; sums: one row for each chunk,
+    sums ──────────sum─────> dA, dD        (b·c, h + size of dD) fp32
 
-In a layer `prep` and `finish` also do what lies between the layer's parameters and dt, A: softplus
+In a layer `prep` and `chain` also do what lies between the layer's parameters and dt, A: softplus
 and its gradient, -exp(A_log) and its gradient.
 
 Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
@@ -100,7 +100,7 @@ rows may be any distance apart, as in a slice of a wider projection, as long as 
 is contiguous.
 
 Gradients of weights are sums over all positions. Every program sums the positions it walks over in
-registers and writes one row of partial sums; `_fold_kernel` adds the rows in a fixed order.
+registers and writes one row of partial sums; PyTorch adds the rows.
 """
 
 import concurrent.futures
@@ -111,16 +111,13 @@ import itertools
 import math
 import operator
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -137,17 +134,8 @@ except ImportError as error:
     if not (error.name or "").startswith("triton"):  # something that triton needs
         raise
     TRITON = False
-
-    class _NoTriton:
-        """Stands in for whatever is named or called in the definitions of kernels."""
-
-        def __getattr__(self, name):
-            return self
-
-        def __call__(self, *args, **kwargs):
-            return self
-
-    triton = tl = TensorDescriptor = _NoTriton()
+    # Stands in for whatever is named or called in the definitions of kernels.
+    triton = tl = TensorDescriptor = mock.MagicMock()
 
 __version__ = "0.0.1"  # a number, because transformers asks any module called `kernels` for one
 
@@ -178,7 +166,9 @@ if __name__ == "kernels":
 # Run kernels as Python, on a CPU, for tests. The interpreter's matrix products are wrong in
 # bfloat16, which is left to plain PyTorch.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+if INTERPRET:
+    DTYPES = DTYPES[:2]
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
 # numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
 # another length would wait for seconds. (NSEG, NSPLIT and HPS, of which there are few, are not.)
@@ -209,221 +199,14 @@ def _planned(plan: Callable) -> Callable:
             (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else (type(a), a)
             for a in arguments
         ]
-        found = _plans.get(key := (plan, *kinds))
-        if found is None:
+        found = _plans.get(key := (plan, *kinds), find)
+        if found is find:  # not None, which a result may be
             if len(_plans) > 4_000:  # inputs of ever new lengths
                 _plans.clear()
             found = _plans[key] = plan(*arguments)
         return found
 
     return find
-
-
-class _Operation:
-    """An operation and what it takes and returns. All that is said of it elsewhere follows from
-    this: whether it can run, the warning, and for torch.compile its signature and the kind of its
-    results. Calling it runs `forward`, or returns None if it cannot run; see `_operator`.
-
-    takes    the tensors: names, with a `?` if they may be None, and axes by letters (`k-1` is one
-             less than k, `...` any axes; alternatives are between `|`). After a colon: `int`, they
-             hold integers; `one`, they have the dtype of the first tensor; `row`, their last axis
-             has to be contiguous
-    numbers  what follows the tensors, as in the schema of an operator
-    gives    the results: name, axes, and after a colon the dtype: float32, or that of one of the
-             tensors (`a|b`: of a, if it is there, else of b; `a b`: the wider one). `kept`: the
-             operation's own, for the backward
-    graded   whether there are gradients
-
-    There are two kinds of reason not to run. Of a silent one nobody is told: no kernel is meant for
-    these tensors (on a CPU, in float64, empty), or they do not fit together, and then it is the
-    twin's turn to say so. The limits of a kernel, a loud one, a user should hear of, once.
-
-    rules    rules(sizes, *numbers): a silent reason. It may add sizes that follow from others
-    limits   by letter, the sizes that the kernels have been made for
-    beyond   beyond(sizes, *inputs): a loud reason
-    """
-
-    WORDS = dict(
-        p="headdim is {}",
-        n="d_state is {}",
-        k="the convolution has {} taps",
-        channels="a group has {} channels",
-    )
-
-    def __init__(
-        self, name, takes, numbers="", gives="", forward=None, backward=None, *, graded=True,
-        rules=None, limits=None, beyond=None,
-    ):  # fmt: skip
-        self.name, self.graded = name, graded
-        self.rules, self.limits, self.beyond = rules, limits or {}, beyond
-        self.tensors, self.results = [], []
-        for names, axes, kind in _lines(takes):
-            shapes = [_axes(shape) for shape in axes.split("|")]
-            self.tensors += [(name.strip("?"), "?" in name, shapes, kind) for name in names]
-        for (name,), axes, kind in _lines(gives):
-            dtypes = [word.split("|") for word in kind if word != "kept"]
-            self.results.append((name, *_axes(axes), dtypes, "kept" in kind))
-        self.kept = sum(kept for *_, kept in self.results)
-        self.floats = sum("int" not in kind for *_, kind in self.tensors)
-        self.numbers = [number for number in numbers.split(", ") if number]
-        if forward and TRITON:  # else nothing will ask; an old torch, as 2.6, cannot register it
-            self.run = _operator(self, forward, backward)
-
-    def __call__(self, *inputs):
-        return self.run(*inputs) if self.takes(*inputs, depth=5) else None
-
-    def refusal(self, *inputs) -> tuple[str | None, bool]:
-        """Why the operation cannot run on these inputs, or None; and whether to say so."""
-        if not TRITON:
-            return "triton is not installed, or too old", False
-        compiling = torch.compiler.is_compiling()
-        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-        if not compiling and (transformed or forward_ad._current_level >= 0):
-            return "a transform is active, which needs to see every operation", False
-        fake, wanted = compiling, not self.graded and torch.is_grad_enabled()
-        for (name, optional, *_), tensor in zip(self.tensors, inputs, strict=False):
-            if tensor is None and optional:
-                continue
-            if not isinstance(tensor, Tensor):
-                return f"{name} is not a tensor", False
-            if not compiling and _lies_elsewhere(tensor):
-                return f"the numbers of {name} are not those at its address", False
-            if wanted and tensor.requires_grad:
-                return "gradients are wanted", False
-            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
-        device = inputs[0].device
-        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
-            return "the kernels need tensors on a CUDA device", False
-        reason, loud, sizes = (self._misfit if fake else self._known_misfit)(*inputs)
-        if reason is None and self.beyond:
-            reason = self.beyond(sizes, *inputs)
-        return reason, loud
-
-    def _misfit(self, *inputs) -> tuple[str | None, bool, dict]:
-        """The answer of `refusal` as far as it follows from shapes, strides, dtypes and device; and
-        the size of each letter."""
-        device, sizes = inputs[0].device, {"1": 1}
-        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
-            if tensor is None:
-                continue
-            if tensor.device != device:
-                return f"{name} is not on the device of the other tensors", False, sizes
-            if "int" in kind:
-                if tensor.is_floating_point() or tensor.is_complex():
-                    return f"{name} does not hold integers", False, sizes
-            elif tensor.dtype not in DTYPES:
-                return f"{name} is not bfloat16, float16 or float32", False, sizes
-            elif INTERPRET and tensor.dtype == torch.bfloat16:
-                return f"{name} is bfloat16, which the interpreter gets wrong", False, sizes
-        reason = self._fill(sizes, inputs)
-        return reason or self._limit(sizes, inputs), reason is None, sizes
-
-    _known_misfit = _planned(_misfit)
-
-    def _fill(self, sizes, inputs) -> str | None:
-        """Find the size of each letter; or why the inputs do not fit together."""
-        numbers = inputs[len(self.tensors) :]
-        for late in (False, True):  # what may be None comes after what follows from the others
-            for (name, optional, shapes, _), tensor in zip(self.tensors, inputs, strict=False):
-                if optional is not late or tensor is None:
-                    continue
-                if not _fits(sizes, shapes, tensor.shape):
-                    return f"the shape of {name} does not fit the others, or it is empty"
-            reason = self.rules(sizes, *numbers) if self.rules and not late else None
-            if reason is not None:
-                return reason
-        return None
-
-    def _limit(self, sizes, inputs) -> str | None:
-        """What of these inputs is beyond the kernels."""
-        for letter, allowed in self.limits.items():
-            size, few = sizes[letter], isinstance(allowed, tuple)
-            if size not in allowed if few else not allowed[0] <= size <= allowed[-1]:
-                rule = f"one of {allowed}" if few else f"{allowed[0]} to {allowed[-1]}"
-                return f"{self.WORDS[letter].format(size)}; it must be {rule}"
-        x, first = inputs[0], self.tensors[0][0]
-        for (name, _, _, kind), tensor in zip(self.tensors, inputs, strict=False):
-            if tensor is None:
-                continue
-            if "one" in kind and tensor.dtype != x.dtype:
-                dtypes = f"{tensor.dtype} and {x.dtype}"
-                return f"{name} and {first} are {dtypes}; they must have one dtype"
-            if "row" in kind and tensor.stride(-1) != 1:
-                return f"the channels of {name} are not next to each other in memory"
-            if "int" in kind and tensor.dtype not in (torch.int32, torch.int64):
-                return f"{name} is {tensor.dtype}; it must be int32 or int64"
-        return None
-
-    def takes(self, *inputs, depth=4) -> bool:
-        """Whether the operation can run on these inputs. A loud reason why not is said once, as a
-        warning for the caller so many calls above this one."""
-        reason, loud = self.refusal(*inputs)
-        if reason is None:
-            return True
-        if loud and not torch.compiler.is_compiling() and (self.name, reason) not in _said:
-            _said.add((self.name, reason))
-            message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
-            warnings.warn(message, stacklevel=depth)
-        return False
-
-    def empty(self, *inputs):
-        """Its results, of which only shape and dtype count."""
-        named = {name: tensor for (name, *_), tensor in zip(self.tensors, inputs, strict=False)}
-        sizes, made = {"1": 1}, []
-        self._fill(sizes, inputs)
-        for _, wide, axes, dtypes, _ in self.results:
-            shape = [*(sizes["..."] if wide else ()), *(sizes[x] - less for x, less in axes)]
-            dtype = None
-            for names in dtypes:
-                of = [named[name] for name in names if named.get(name) is not None]
-                new = of[0].dtype if of else torch.float32 if names == ["float32"] else dtype
-                dtype = new if dtype is None else torch.promote_types(dtype, new)
-            made.append(inputs[0].new_empty(shape, dtype=dtype))
-        return made[0] if len(made) == 1 else tuple(made)
-
-    def schema(self, backward=False) -> str:
-        """The signature of an operator; for its gradients those of the results come first."""
-        inputs = [f"Tensor{'?' * may} {name}" for name, may, *_ in self.tensors] + self.numbers
-        kept = [f"Tensor {name}" for name, *_, kept in self.results if kept]
-        gradients = [f"Tensor? d{name}" for name, *_, kept in self.results if not kept]
-        if backward:
-            return f"({', '.join([*gradients, *kept, *inputs])}) -> Tensor[]"
-        outputs = ", ".join(["Tensor"] * len(self.results))
-        return f"({', '.join(inputs)}) -> " + (f"({outputs})" if "," in outputs else outputs)
-
-
-def _lines(text: str):
-    """Of each line the names, the axes, and the words after the colon."""
-    for line in filter(str.strip, text.splitlines()):
-        line, _, kind = line.partition(":")
-        *names, axes = line.replace(", ", ",").strip().split(maxsplit=1)
-        yield names[0].split(","), axes, kind.split()
-
-
-def _axes(axes: str) -> tuple[bool, list]:
-    """Whether any axes may come first; then (letter, how much the axis is shorter than that)."""
-    words = axes.split()
-    pairs = [(letter.removesuffix("-1"), int("-1" in letter)) for letter in words]
-    return ("..." in words, [pair for pair in pairs if pair[0] != "..."])
-
-
-def _fits(sizes: dict, shapes: list, shape: torch.Size) -> bool:
-    """Whether a shape, not empty, is one of these; letters without a size get theirs from it."""
-    for wide, axes in shapes:
-        if wide and len(shape) >= len(axes):
-            before, shape = shape[: len(shape) - len(axes)], shape[len(shape) - len(axes) :]
-            if 0 in before or sizes.setdefault("...", before) != before:
-                return False
-        fits = len(shape) == len(axes)
-        for (letter, less), size in zip(axes, shape, strict=False):
-            if less:
-                size += less
-            if size == 0 or sizes.setdefault(letter, size) != size:
-                fits = False
-                break
-        if fits:
-            return True
-    return False
 
 
 def _free_namespace() -> str:
@@ -437,99 +220,162 @@ def _free_namespace() -> str:
 NAMESPACE = _free_namespace()
 
 
-def _operator(declared: _Operation, forward, backward):
-    """`forward` as something that autograd and torch.compile know, with `backward` as its gradient.
+class _Operation:
+    """A function of tensors as autograd and torch.compile know it, from what launches its kernels.
+    Calling it gives its results, or None if kernels cannot run on these inputs.
 
-    forward(*inputs)               the declared results
-    backward(*gradients, *kept, *inputs)
-                                   a list: the gradients of the inputs that hold no integers,
-                                   contiguous, and an empty tensor for an input that is None
+    inputs    as in the schema of an operator: tensors, `Tensor?` if they may be None, then numbers
+    results   how many; `kept` more follow them, which are for the backward alone
+    new       new(*inputs): results and kept, not yet written
+    run       run(*results, *kept, *inputs): writes them
+    misfit    misfit(*inputs), from shapes, strides, dtypes and device: None if the kernels can take
+              the inputs; "" if they do not fit together, which is for the twin to say; else a limit
+              of the kernels, which a user should hear of
+    backward  backward(*gradients of the results, *kept, *inputs): a list, the gradients of all
+              tensors but seq_idx, contiguous, and an empty tensor for an input that is None
 
-    To torch.compile these are two opaque operators. Eager calls enter through an autograd.Function
-    instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the GPU needs.
-    (So does that of a Function with a `setup_context`, in part: 0.1 ms, for inspect.signature.)
+    To torch.compile, forward and backward are two opaque operators. Eager calls enter through an
+    autograd.Function instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer
+    than the GPU needs. (So does that of a Function with a `setup_context`, in part: 0.1 ms, for
+    inspect.signature.)
     """
-    qualified = f"{NAMESPACE}::{declared.name}"
-    count, kept = declared.floats, declared.kept
-    inputs_in_all = len(declared.tensors) + len(declared.numbers)
 
-    def answers(results):
-        return results[:-kept] if kept else results
+    def __init__(self, name, inputs, results, new, run, misfit, backward=None, kept=0):
+        self.name, self.results, self.kept = name, results, kept
+        self.new, self.run, self.backward = new, run, backward
+        self.misfit, self.known_reason = misfit, _planned(self.reason)
+        kinds = [part.split() for part in inputs.split(", ")]
+        self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
+        if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
+            return
+        made = ", ".join(["Tensor"] * (results + kept))
+        define = functools.partial(torch.library.custom_op, mutates_args=())
+        schema = f"({inputs}) -> " + (f"({made})" if "," in made else made)
+        self.opaque = define(f"{NAMESPACE}::{name}", self.forward, schema=schema)
+        self.opaque.register_fake(lambda *inputs: _alone(new(*inputs)))
+        if backward is not None:
+            given = [f"Tensor? d{i}" for i in range(results)] + [
+                f"Tensor k{i}" for i in range(kept)
+            ]
+            schema = f"({', '.join([*given, inputs])}) -> Tensor[]"
+            name = f"{NAMESPACE}::{name}_backward"
+            self.opaque_backward = define(name, backward, schema=schema)
+            self.opaque_backward.register_fake(lambda *a: self.empty_gradients(*a[-len(kinds) :]))
+            self.opaque.register_autograd(self.opaque_gradients, setup_context=self.save)
 
-    forward = _on_device_of(0, forward)
-    operator = functools.partial(torch.library.custom_op, mutates_args=())
-    opaque = operator(qualified, forward, schema=declared.schema())
-    opaque.register_fake(declared.empty)
+    def __call__(self, *inputs):
+        return self.call(*inputs) if self.takes(*inputs) else None
 
-    def call(*inputs):
+    def takes(self, *inputs) -> bool:
+        """Whether the kernels can run. A limit of theirs is told once, as a warning."""
+        compiling = torch.compiler.is_compiling()
+        transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+        if not TRITON or not compiling and (transformed or forward_ad._current_level >= 0):
+            return False  # a transform needs to see every operation
+        fake, wanted = compiling, self.backward is None and torch.is_grad_enabled()
+        for (_, optional), tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is None and optional:
+                continue
+            if not isinstance(tensor, Tensor) or wanted and tensor.requires_grad:
+                return False
+            if not compiling and _lies_elsewhere(tensor):
+                return False
+            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
+        reason = (self.reason if fake else self.known_reason)(*inputs)
+        if reason and not compiling and (self.name, reason) not in _said:
+            _said.add((self.name, reason))
+            message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
+            warnings.warn(message, stacklevel=5)  # for the caller of the twin
+        return reason is None
+
+    def reason(self, *inputs) -> str | None:
+        """As `misfit`; "" also for a device or a dtype for which there is no kernel."""
+        device = inputs[0].device
+        if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
+            return ""
+        for (name, _), tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is None:
+                continue
+            if tensor.device != device or (tensor.dtype in DTYPES) == (name == "seq_idx"):
+                return ""  # seq_idx holds integers
+        return self.misfit(*inputs)
+
+    def call(self, *inputs):
         hidden = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
         if hidden or type(inputs[0]) not in (Tensor, nn.Parameter):
             # A FakeTensor, for one, has nothing for a kernel to read; and modes see no launches.
-            return answers(opaque(*inputs))
-        if backward is None or not torch.is_grad_enabled():
-            return answers(forward(*inputs))
-        return eager.apply(*inputs)
+            made = self.opaque(*inputs)
+        elif self.backward is None or not torch.is_grad_enabled():
+            made = self.forward(*inputs)
+        else:
+            return _Eager.apply(self, *inputs)
+        return made[: self.results] if self.kept else made
 
-    if backward is None:
-        return call
-    backward = _on_device_of(-inputs_in_all, backward)
-    schema = declared.schema(backward=True)
-    opaque_backward = operator(f"{qualified}_backward", backward, schema=schema)
+    def forward(self, *inputs):
+        made = self.new(*inputs)
+        self.run(*made, *inputs)
+        return _alone(made)
 
-    def fake_backward(*arguments):
-        x, *others = arguments[-inputs_in_all:][:count]
-        return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, *others)]
+    def empty_gradients(self, *inputs):
+        x, count = inputs[0], sum(name != "seq_idx" for name, _ in self.tensors)
+        return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:count]]
 
-    def save(ctx, inputs, output):
+    def save(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        tensors = [i for i in inputs if i is None or isinstance(i, Tensor)]
-        ctx.save_for_backward(*tensors, *(output[len(output) - kept :] if kept else ()))
-        ctx.numbers = inputs[len(tensors) :]
+        tensors, ctx.numbers = inputs[: len(self.tensors)], inputs[len(self.tensors) :]
+        ctx.save_for_backward(*tensors, *(output[self.results :] if self.kept else ()))
 
-    def gradients(run, ctx, *given):
-        saved = ctx.saved_tensors
-        at = len(saved) - kept
-        inputs = (*saved[:at], *ctx.numbers)
-        found = [None] * len(inputs)
-        if any(gradient is not None for gradient in given):
-            found[:count] = run(*given, *saved[at:], *inputs)
-        pairs = zip(found, inputs, strict=True)
+    def gradients(self, run, ctx, *given):
+        count, given = len(self.tensors), given[: self.results]
+        inputs, kept = (*ctx.saved_tensors[:count], *ctx.numbers), ctx.saved_tensors[count:]
+        found = run(*given, *kept, *inputs) if any(g is not None for g in given) else []
+        pairs = itertools.zip_longest(found, inputs)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
 
-    def opaque_gradients(ctx, *given):
-        return gradients(opaque_backward, ctx, *given[: len(given) - kept])
-
-    opaque_backward.register_fake(fake_backward)
-    opaque.register_autograd(opaque_gradients, setup_context=save)
-
-    class eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            results = forward(*inputs)
-            save(ctx, inputs, results)
-            return answers(results)
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, *given):
-            # Inputs were checked. A gradient may be of any kind, and to be read at its
-            # address it must be there as it is: with its sign, and not in a subclass's own tensors.
-            given = [g if g is None else g.resolve_neg() for g in given]
-            hidden = torch.compiler.is_compiling()
-            hidden = hidden or any(g is not None and _lies_elsewhere(g) for g in given)
-            return gradients(opaque_backward if hidden else backward, ctx, *given)
-
-    return call
+    def opaque_gradients(self, ctx, *given):
+        return self.gradients(self.opaque_backward, ctx, *given)
 
 
-def _on_device_of(at: int, function: Callable) -> Callable:
-    """The function, run on the device of its argument number `at`."""
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, operation, *inputs):
+        made = operation.forward(*inputs)
+        operation.save(ctx, inputs, made)
+        ctx.operation = operation
+        return made[: operation.results] if operation.kept else made
 
-    def run(*arguments):
-        with torch.cuda.device_of(arguments[at]):
-            return function(*arguments)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *given):
+        # Inputs were checked. A gradient may be of any kind, and to be read at its address it must
+        # be there as it is: with its sign, and not in a subclass's own tensors.
+        given, operation = [g if g is None else g.resolve_neg() for g in given], ctx.operation
+        hidden = torch.compiler.is_compiling()
+        hidden = hidden or any(g is not None and _lies_elsewhere(g) for g in given)
+        run = operation.opaque_backward if hidden else operation.backward
+        return None, *operation.gradients(run, ctx, *given)
 
-    return run
+
+def _alone(made: tuple):
+    return made[0] if len(made) == 1 else made
+
+
+def _sizes(axes: str, *tensors) -> dict | None:
+    """The size of each axis by its letter, or None if the tensors do not have these axes, or are
+    empty. `k-1` is one less than k."""
+    sizes = {"1": 1}
+    for letters, tensor in zip(axes.split(", "), tensors, strict=True):
+        letters = letters.split()
+        if tensor is None:
+            continue
+        if tensor.dim() != len(letters):
+            return None
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            if letter == "k-1":
+                letter, size = "k", size + 1
+            if size == 0 or sizes.setdefault(letter, size) != size:
+                return None
+    return sizes
 
 
 def _allows_tf32() -> bool:
@@ -558,17 +404,18 @@ class _Plan:
 
     def __call__(self, **tensors):
         kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
-        if (key := tuple(kinds)) not in self.ready:
-            described = tensors | self.descriptors(tensors)
-            checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
-            self.ready[key] = checked, self.prepared(described)
-        checked, launches = self.ready[key]
-        for name, fields in checked:
-            descriptor = TensorDescriptor.__new__(TensorDescriptor)
-            vars(descriptor).update(fields, base=tensors[name])
-            tensors[name] = descriptor
-        for launch, pick, numbers in launches:
-            launch(*pick(tensors), *numbers)
+        with torch.cuda.device_of(next(iter(tensors.values()))):
+            if (key := tuple(kinds)) not in self.ready:
+                described = tensors | self.descriptors(tensors)
+                checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
+                self.ready[key] = checked, self.prepared(described)
+            checked, launches = self.ready[key]
+            for name, fields in checked:
+                descriptor = TensorDescriptor.__new__(TensorDescriptor)
+                vars(descriptor).update(fields, base=tensors[name])
+                tensors[name] = descriptor
+            for launch, pick, numbers in launches:
+                launch(*pick(tensors), *numbers)
 
     def descriptors(self, tensors):
         return {name: TensorDescriptor(tensors[name], *tile) for name, tile in self.tiles.items()}
@@ -588,12 +435,16 @@ class _Plan:
                 compiled = kernel.warmup(*pick(tensors), *values, grid=grid, **options)
             return compiled, grid, pick, values
 
-        if len(self.calls) == 1:
-            prepared = [prepare(self.calls[0])]
-        else:  # at the same time: one after the other takes half as long again
-            with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
-                prepared = list(pool.map(prepare, self.calls))
+        # At the same time: one after the other takes half as long again.
+        with concurrent.futures.ThreadPoolExecutor(len(self.calls)) as pool:
+            prepared = list(pool.map(prepare, self.calls))
         return [(compiled[grid], pick, values) for compiled, grid, pick, values in prepared]
+
+
+def _sums(partial, *tensors):
+    """The sums of rows of a matrix, as tensors like these, which lie side by side in it."""
+    parts = zip(partial.split([t.numel() for t in tensors], 1), tensors, strict=True)
+    return [part.sum(0).view(t.shape).to(t.dtype) for part, t in parts]
 
 
 def _tensors(kernel) -> list[str]:
@@ -1190,7 +1041,7 @@ def bc_part(
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a share of a group's heads, to which `total_part` adds those with W. o as above.
+    """Sums over a share of a group's heads, to which `total_kernel` adds those with W. o as above.
 
         dB_s  = sum_h o_s dt_s x_s dH
         dC_t  = sum_h 2^a_t dy_t H
@@ -1301,16 +1152,18 @@ def chunk_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def total_part(
-    pid, nb, B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr, B_row, C_row, dB_sl,
+@jit
+def total_kernel(
+    B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr, B_row, C_row, dB_sl,
     L, NC, G, N, NSPLIT, PROGRAMS,
     Q: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dB = sum over shares of W C + their dB, dC = sum over shares of W^T B + their dC.
 
-    Tiles (q, n). Masked: columns past n, positions past l.
+    Grid (b · c · g, n/NB). Tiles (q, n). Masked: columns past n, positions past l.
     """
+    pid = tl.program_id(0)
+    nb = tl.program_id(1)
     g = pid % G
     c = (pid // G) % NC
     b = pid // G // NC
@@ -1339,12 +1192,11 @@ def total_part(
     tl.store(dC_ptr + at, dC_tn.to(dC_ptr.dtype.element_ty), mask=mask_qn)
 
 
-@triton.jit
-def chain_part(
-    bc, h, dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
+@jit
+def chain_kernel(
+    dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
     A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr,
-    PB: tl.constexpr,
+    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
 
@@ -1357,7 +1209,9 @@ def chain_part(
 
         draw_j = ddt_j · sigmoid(dt_j + bias);  dbias = sum_j draw_j;  dA_log = A · dA
 
-    Tile (q, h). Row and column sums come from the same fp32 products, and no suffix sum is a total
+    Grid (b·c, h / HB). Tile (q, h).
+
+    Row and column sums come from the same fp32 products, and no suffix sum is a total
     minus a prefix sum: either would cancel badly where the decay is strong.
 
         load row, col, in, out, and out one position earlier; add up the parts of the headdim
@@ -1366,8 +1220,10 @@ def chain_part(
 
     Masked: heads past h, positions past l (their dt is 0).
     """
+    bc = tl.program_id(0)
     b = bc // NC
     c = bc % NC
+    h = tl.program_id(1) * HB + tl.arange(0, HB)
     q = tl.arange(0, Q)
     pp = tl.arange(0, PB)
     mask_h = h < H
@@ -1428,36 +1284,6 @@ def chain_part(
         tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
-@jit
-def finish_kernel(
-    B_mem, C_mem, dt_ptr, A_ptr, bias_ptr, series_ptr, W_ptr, parts_ptr, cross_ptr,
-    dB_ptr, dC_ptr, ddt_ptr, sums_ptr, B_row, C_row,
-    A_sh, dB_sl, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, G, NPB, N, NSPLIT, PROGRAMS,
-    RAW: tl.constexpr, D_VECTOR: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, HB: tl.constexpr, PREC: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """From what the chunks' programs left to the gradients: two kernels in one launch.
-
-    Grid (b·c, g · n/NB + h/HB): programs of `total_part`, one for each tile of dB, and then some of
-    `chain_part`, one for every HB heads.
-    """
-    bc = tl.program_id(0)
-    i = tl.program_id(1)
-    tiles = G * tl.cdiv(N, NB)
-    if i < tiles:
-        total_part(
-            bc * G + i % G, i // G, B_mem, C_mem, W_ptr, parts_ptr, dB_ptr, dC_ptr,
-            B_row, C_row, dB_sl, L, NC, G, N, NSPLIT, PROGRAMS, Q, NB, PREC, TMA,
-        )  # fmt: skip
-    else:
-        chain_part(
-            bc, (i - tiles) * HB + tl.arange(0, HB), dt_ptr, A_ptr, bias_ptr, series_ptr,
-            cross_ptr, ddt_ptr, sums_ptr, A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-            RAW, D_VECTOR, Q, PB,
-        )  # fmt: skip
-
-
 # SSD: launches ------------------------------------------------------------------------------------
 
 
@@ -1470,7 +1296,7 @@ class _Settings(NamedTuple):
     warps: int
     stages: int  # of the pipeline: tiles are fetched one iteration less than that ahead
     programs: int  # that run at once on a multiprocessor
-    finish: int  # warps of finish_kernel
+    finish: int  # warps of total_kernel and chain_kernel
 
     @property
     def TMA(self) -> bool:
@@ -1647,8 +1473,9 @@ def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
     )  # fmt: skip
 
 
-def _ssd_forward(x, dt, A, B, C, D, initial_state, seq_idx):
-    return _ssd_forward_from(NOT_RAW, x, dt, A, B, C, D, initial_state, seq_idx)
+def _ssd_new(x, dt, A, B, *_):
+    (b, _, h, p), n = x.shape, B.shape[3]
+    return x.new_empty(x.shape), x.new_empty(b, h, p, n, dtype=torch.float32)
 
 
 @_planned
@@ -1675,10 +1502,8 @@ def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, i
     return _Plan(*calls, tiles=tiles if settings.TMA else ()), nc, nseg
 
 
-def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
-    (b, l, h, p), n = x.shape, B.shape[3]
-    f32 = dict(device=x.device, dtype=torch.float32)
-    y, final = x.new_empty(b, l, h, p), torch.empty(b, h, p, n, **f32)
+def _ssd_forward(y, final, x, dt, A, B, C, D, initial_state, seq_idx, raw=NOT_RAW):
+    (b, _, h, p), n = x.shape, B.shape[3]
     x, B, C, precision = _operands(x, B, C)
     settings = _settings(x, n)
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
@@ -1693,10 +1518,9 @@ def _ssd_forward_from(raw, x, dt, A, B, C, D, initial_state, seq_idx):
     plan, nc, nseg = _ssd_forward_plan(settings, precision, *raw, *inputs)
     seg = decay = None
     if nseg > 1:
-        seg, decay = torch.empty(b, nseg, h, p, n, **f32), torch.empty(b, nseg, h, **f32)
+        seg, decay = final.new_empty(b, nseg, h, p, n), final.new_empty(b, nseg, h)
     tensors = _ssd_tensors(3, settings.Q, nc, raw[0], *inputs)
     plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
-    return y, final
 
 
 def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
@@ -1706,8 +1530,7 @@ def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
     ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
     given_D = torch.zeros_like(A) if D is None else D
     given = x, dt, A, B, C, given_D, initial_state, seq_idx
-    (sums, dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
-    _fold(sums, dD, dA)
+    (dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
     return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
 
 
@@ -1737,15 +1560,13 @@ def _ssd_backward_plan(
         borders_mem=([2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]),
     )  # fmt: skip
     options = dict(num_warps=settings.warps, num_stages=settings.stages)
-    grid, finish = (
-        (b * nc, g * triton.cdiv(n, 64) + triton.cdiv(h, 16), 1),
-        dict(num_warps=settings.finish),
-    )
+    finish = dict(num_warps=settings.finish)
     plan = _Plan(
         prep,
         (border_kernel, (b * h * npb, 1, 2), numbers, options),
         (chunk_kernel, (2 * programs, 1, 1), numbers, options),
-        (finish_kernel, grid, numbers | narrow, finish),
+        (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), numbers | narrow, finish),
+        (chain_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, finish),
         tiles=tiles if settings.TMA else (),
     )
     return plan, nc, npb, programs, columns
@@ -1756,13 +1577,12 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     the rows of different batch elements follow one another.
 
     Returns:
-        What `_fold` has to sum, and to where: into dD, dA, and the gradient of dt_bias if there is
-        one. And the gradient of the initial state.
+        dD, dA, and the gradient of dt_bias if there is one. And the gradient of the initial state.
     """
     (b, _, h, p), n, bias = x.shape, B.shape[3], raw[0]
-    contiguous = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-    dinit = x.new_empty(0) if initial_state is None else contiguous(initial_state)
-    sums_to = [contiguous(t) for t in (D, A, bias) if t is not None]
+    dinit = (
+        x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    )
     x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
     dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
     settings = _settings(x, n)
@@ -1785,43 +1605,51 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     )  # fmt: skip
     if dx is not dx_to:
         dx_to.copy_(dx)
-    return (sums, *sums_to), dinit
+    return _sums(sums, *(t for t in (D, A, bias) if t is not None)), dinit
 
 
-def _ssd_beyond(sizes, x, *_):
-    if _has_settings(x.device, 2 if x.dtype == torch.bfloat16 else 4, sizes["n"] == 256):
+def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
+    of_D = "h" if D is None or D.dim() == 1 else "h p"
+    axes = f"b l h p, b l h, h, b l g n, b l g n, {of_D}, b h p n, b l"
+    sizes = _sizes(axes, x, dt, A, B, C, D, initial_state, seq_idx)
+    if sizes is None or sizes["h"] % sizes["g"]:
+        return ""
+    if not x.dtype == B.dtype == C.dtype:
+        return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
+    return _ssd_limit(x, sizes["p"], sizes["n"]) or _seq_limit(seq_idx)
+
+
+def _ssd_limit(x, p, n):
+    if p not in SIZES or n not in SIZES:
+        return f"headdim is {p} and d_state is {n}; they must be of {SIZES}"
+    if _has_settings(x.device, 2 if x.dtype == torch.bfloat16 else 4, n == 256):
         return None
     if _has_settings(x.device, 2, False):
-        return f"this GPU has too little shared memory for a d_state of {sizes['n']} in {x.dtype}"
+        return f"this GPU has too little shared memory for a d_state of {n} in {x.dtype}"
     return "there are no settings for this kind of GPU, or it has too little shared memory"
+
+
+def _seq_limit(seq_idx):
+    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
+        return f"seq_idx is {seq_idx.dtype}; it must be int32 or int64"
+    return None
 
 
 SSD = _Operation(
     "ssd",
-    """
-    x               b l h p
-    dt              b l h
-    A               h
-    B, C            b l g n   : one
-    D?              h | h p
-    initial_state?  b h p n
-    seq_idx?        b l       : int
-    """,
-    gives="""
-    y               b l h p   : x
-    final           b h p n   : float32
-    """,
-    rules=lambda s: "the groups do not divide the heads" if s["h"] % s["g"] else None,
-    limits=dict(p=SIZES, n=SIZES),
-    beyond=_ssd_beyond,
-    forward=_ssd_forward,
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
+    "Tensor? seq_idx",
+    results=2,
+    new=_ssd_new,
+    run=_ssd_forward,
+    misfit=_ssd_misfit,
     backward=_ssd_backward,
 )
 
 
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.ssd`; shapes are those of `SSD` above. `chunk_size` is accepted for the
-    twin's sake: the tile size is the kernels' own.
+    """As its twin, `mamba2.ssd`; `chunk_size` is accepted for the twin's sake: the tile size is the
+    kernels' own.
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
@@ -1874,54 +1702,6 @@ def _sigmoid(v):
 def _approximate(instruction: tl.constexpr, v):
     assembly: tl.constexpr = instruction + ".approx.ftz.f32 $0, $1;"
     return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
-
-
-@jit
-def _fold_kernel(
-    partial_ptr, first_ptr, second_ptr, third_ptr, rows, columns, n_first, n_second, n_third,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """out[c] = Σ_r partial[r, c]: the first `n_first` columns to one tensor, the next to others.
-
-    Grid: (blocks of columns,). Tile: ROWS x COLUMNS, moved down all rows.
-
-        sum = 0
-        for block of rows:            # always in the same order
-            sum += partial[block, columns]
-        out[columns] = Σ over ROWS of sum
-
-    Masked: rows and columns past the end.
-    """
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    sum_rc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for row in range(0, rows, ROWS):
-        r = row + tl.arange(0, ROWS)
-        mask_rc = (r[:, None] < rows) & (c[None, :] < columns)
-        at_rc = r[:, None].to(tl.int64) * columns + c[None, :]
-        sum_rc += tl.load(partial_ptr + at_rc, mask=mask_rc, other=0.0)
-    sum_c = tl.sum(sum_rc, axis=0)
-    tl.store(first_ptr + c, sum_c, mask=c < n_first)
-    c -= n_first
-    tl.store(second_ptr + c, sum_c, mask=(c >= 0) & (c < n_second))
-    c -= n_second
-    tl.store(third_ptr + c, sum_c, mask=(c >= 0) & (c < n_third))
-
-
-@_planned
-def _fold_plan(partial, *outs):
-    # 32 columns are one 128-byte line of fp32, and give some hundred programs for a few thousand
-    # columns; 64 rows at once keep enough loads in flight to read a few MB in a few microseconds.
-    (rows, columns), sizes = partial.shape, [t.numel() for t in outs] + [0, 0]
-    numbers = dict(zip(("n_first", "n_second", "n_third"), sizes, strict=False))
-    numbers.update(rows=rows, columns=columns, ROWS=64, COLUMNS=32)
-    return _Plan((_fold_kernel, (triton.cdiv(columns, 32), 1, 1), numbers, dict(num_warps=4)))
-
-
-def _fold(partial: Tensor, *outs: Tensor) -> None:
-    """Sum the rows of a matrix into up to three tensors, one after the other."""
-    first, second, third = [*outs, partial, partial][:3]
-    plan = _fold_plan(partial, *outs)
-    plan(partial_ptr=partial, first_ptr=first, second_ptr=second, third_ptr=third)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2293,15 +2073,18 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     return _Plan((kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
 
 
-def _conv_forward(x, weight, bias, state, seq_idx):
-    y, final = x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[-1] - 1, x.shape[2])
+def _conv_new(x, weight, *_):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[-1] - 1, x.shape[2])
+
+
+def _conv_forward(y, final, x, weight, bias, state, seq_idx):
+    state = None if state is None else state.to(x.dtype)  # rounds as the twin does
     weight, bias, state, seq_idx = _contiguous(weight, bias, state, seq_idx)
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
     plan(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
         final_ptr=final,
     )  # fmt: skip
-    return y, final
 
 
 def _contiguous(*tensors):
@@ -2310,24 +2093,16 @@ def _contiguous(*tensors):
 
 def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums, dstate = _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)
-    _fold(*sums)
-    _, dweight, dbias = sums
-    return [dx, dweight, dbias, dstate]
+    return [dx, *_conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)]
 
 
 def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
-    """Write dx, whose batch elements follow one another.
-
-    Returns:
-        What `_fold` has to sum, and to where: into dweight and dbias, which is empty without a
-        bias. And the gradient of the state.
-    """
+    """Write dx, whose batch elements follow one another; return dweight, dbias and the gradient of
+    the state, which are empty if there are no such inputs."""
     x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
     d, k = x.shape[2], weight.shape[-1]
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    dbias = weight.new_empty(0) if bias is None else torch.empty_like(bias)
     dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
+    state = None if state is None else state.to(x.dtype)  # as in the forward
     dy = torch.zeros_like(x) if dy is None else dy
     given = _contiguous(weight, bias, state, seq_idx, dy, dfinal)
     weight, bias, state, seq_idx, dy, dfinal = given
@@ -2337,7 +2112,8 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
         dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
-    return (partial, dweight, dbias), dstate
+    dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
+    return dweight, x.new_empty(0) if bias is None else dbias, dstate
 
 
 def _conv_unit(x: Tensor) -> int:
@@ -2345,40 +2121,31 @@ def _conv_unit(x: Tensor) -> int:
     return 1 if 8 in (x.shape[2], x.stride(1)) else _unit(x.shape[2], x.stride(0), x.stride(1))
 
 
-def _conv_beyond(sizes, x, *_):
-    if 1 in (x.shape[2], x.stride(1)):
-        return "the rows of x are one element wide or apart"
-    return None
+def _conv_misfit(x, weight, bias, initial_state, seq_idx):
+    sizes = _sizes("b l d, d k, d, b k-1 d, b l", x, weight, bias, initial_state, seq_idx)
+    if sizes is None:
+        return ""
+    if not 2 <= sizes["k"] <= 4:
+        return f"the convolution has {sizes['k']} taps; it must be 2 to 4"
+    if x.stride(2) != 1 or 1 in (x.shape[2], x.stride(1)):
+        return "the channels of x are not next to each other in memory, or rows overlap"
+    return _seq_limit(seq_idx)
 
 
 CONV = _Operation(
     "causal_conv1d",
-    """
-    x               b l d     : row
-    weight          d k
-    bias?           d
-    initial_state?  b k-1 d
-    seq_idx?        b l       : int
-    """,
-    gives="""
-    y               b l d     : x
-    final           b k-1 d   : x
-    """,
-    limits=dict(k=range(2, 5)),
-    beyond=_conv_beyond,
-    forward=_conv_forward,
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx",
+    results=2,
+    new=_conv_new,
+    run=_conv_forward,
+    misfit=_conv_misfit,
     backward=_conv_backward,
 )
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.causal_conv1d`; shapes are those of `CONV` above. Rows of x may be any
-    distance apart."""
-    if not CONV.takes(x, weight, bias, initial_state, seq_idx):
-        return None
-    if initial_state is not None:
-        initial_state = initial_state.to(x.dtype)  # rounds as the twin does
-    return CONV.run(x, weight, bias, initial_state, seq_idx)
+    """As its twin, `mamba2.causal_conv1d`. Rows of x may be any distance apart."""
+    return CONV(x, weight, bias, initial_state, seq_idx)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2593,29 +2360,24 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     return _Plan((kernel, (programs, 1, 1), numbers, options)), slots
 
 
-def _norm_forward(y, z, weight, eps, groups):
-    out = torch.empty(y.shape, dtype=(weight if z is None else z).dtype, device=y.device)
+def _norm_new(y, z, weight, eps, groups):
+    return (y.new_empty(y.shape, dtype=(weight if z is None else z).dtype),)
+
+
+def _norm_forward(out, y, z, weight, eps, groups):
     y, z = _rows(y), None if z is None else _rows(z)
     plan, _ = _norm_plan(y, z, eps, groups)
     plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
-    return out
 
 
 def _norm_backward(dout, y, z, weight, eps, groups):
     dy = y.new_empty(y.shape)
     dz = y.new_empty(0) if z is None else z.new_empty(z.shape)
-    sums = _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)
-    _fold(*sums)
-    return [dy, dz, sums[1]]
+    return [dy, dz, _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)]
 
 
 def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
-    """Write dy, and dz if there is a z. Rows of both lie evenly.
-
-    Returns:
-        What `_fold` has to sum, and to where: into dweight.
-    """
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    """Write dy, and dz if there is a z, both with rows that lie evenly; return dweight."""
     y, dy = _rows(y), _rows(dy)
     z, dz = (None, None) if z is None else (_rows(z), _rows(dz))
     plan, slots = _norm_plan(y, z, eps, groups, dy, dz)
@@ -2624,36 +2386,36 @@ def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
         y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
         dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
-    return partial, dweight
+    return _sums(partial, weight)[0]
 
 
-def _norm_rules(sizes, eps, groups):
+def _norm_misfit(x, gate, weight, eps, groups):
+    if x.dim() == 0 or x.numel() == 0 or weight.shape != x.shape[-1:]:
+        return ""
+    if gate is not None and gate.shape != x.shape:
+        return ""
     if not isinstance(eps, (int, float)) or not isinstance(groups, int):
-        return "eps is not a number, or groups not an integer"
-    if groups < 1 or sizes["d"] % groups:
-        return "groups does not divide the last dimension of x"
-    sizes["channels"] = sizes["d"] // groups
-    return None
+        return ""
+    if groups < 1 or x.shape[-1] % groups:
+        return ""
+    size = x.shape[-1] // groups
+    return None if size <= 8192 else f"a group has {size} channels; it must be 1 to 8192"
 
 
 NORM = _Operation(
     "rms_norm",
-    """
-    x, gate?  ... d
-    weight    d
-    """,
-    numbers="float eps, int groups",
-    gives="out ... d : gate|weight",
-    rules=_norm_rules,
-    limits=dict(channels=range(1, 8193)),
-    forward=_norm_forward,
+    "Tensor x, Tensor? gate, Tensor weight, float eps, int groups",
+    results=1,
+    new=_norm_new,
+    run=_norm_forward,
+    misfit=_norm_misfit,
     backward=_norm_backward,
 )
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
-    """As its twin, `mamba2.rms_norm`; shapes are those of `NORM` above. Rows of x and gate, which
-    often is a slice of a projection, may be any distance apart."""
+    """As its twin, `mamba2.rms_norm`. Rows of x and gate, which often is a slice of a projection,
+    may be any distance apart."""
     return NORM(x, gate, weight, eps, groups)
 
 
@@ -2682,16 +2444,26 @@ def _heads(xBC, dt_bias, norm_weight, groups):
     return x.view(b, l, h, hp // h), B.view(b, l, groups, n), C.view(b, l, groups, n)
 
 
-def _middle_forward(
-    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, eps, low, high
+def _middle_new(
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, *_
 ):
-    z, xBC, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
-    xBC, conv = _conv_forward(xBC, weight, bias, conv, seq_idx)
+    (b, l, _), (d, _, k), h, hp = zxbcdt.shape, weight.shape, dt_bias.shape[0], norm_weight.shape[0]
+    new, n = zxbcdt.new_empty, (d - hp) // (2 * groups)
+    out, y, final = new(b, l, hp), new(b, l, hp), new(b, h, hp // h, n, dtype=torch.float32)
+    return out, new(b, k - 1, d), final, new(b, l, d), y
+
+
+def _middle_forward(
+    out, new_conv, new_ssm, xBC, y,
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx,
+    groups, eps, low, high,
+):  # fmt: skip
+    z, xBC_in, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
+    _conv_forward(xBC, new_conv, xBC_in, weight, bias, conv, seq_idx)
     x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
     raw = dt_bias.contiguous(), low, high
-    y, ssm = _ssd_forward_from(raw, x, dt, A_log, B, C, D, ssm, seq_idx)
-    y = y.view(z.shape)
-    return _norm_forward(y, z, norm_weight, eps, groups), conv, ssm, xBC, y
+    _ssd_forward(y.view(x.shape), new_ssm, x, dt, A_log, B, C, D, ssm, seq_idx, raw)
+    _norm_forward(out, y, z, norm_weight, eps, groups)
 
 
 def _middle_backward(
@@ -2709,70 +2481,58 @@ def _middle_backward(
     if dout is None:
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
-    norm_sums = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
+    dnorm_weight = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
     raw = dt_bias.contiguous(), low, high
-    ssd_sums, dinit = _ssd_backward_into(
+    (dD, dA_log, ddt_bias), dinit = _ssd_backward_into(
         dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
     )
     given = dconv, xBC_in, weight, bias, conv, seq_idx
-    conv_sums, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
-    for sums in (norm_sums, ssd_sums, conv_sums):
-        _fold(*sums)
-    (_, dnorm_weight), (_, dD, dA_log, ddt_bias), (_, dweight, dbias) = (
-        norm_sums, ssd_sums, conv_sums
-    )  # fmt: skip
+    dweight, dbias, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
-def _middle_rules(sizes, groups, *_):
+def _middle_misfit(
+    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, *_
+):
+    """Silent: the operations that it consists of will say it."""
+    axes = "b l w, d 1 k, d, h, h, h, hp, b k-1 d, b h p n, b l"
+    inputs = zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx
+    if (sizes := _sizes(axes, *inputs)) is None or sizes["l"] == 1:
+        return ""
     d, hp, h = sizes["d"], sizes["hp"], sizes["h"]
-    if sizes["l"] == 1:
-        return "there is only one position, without a state"
     if hp % h or h % groups or d <= hp or (d - hp) % (2 * groups) or sizes["w"] != hp + d + h:
-        return "the channels are not those of heads and groups"
-    sizes.update(p=hp // h, n=(d - hp) // (2 * groups), channels=hp // groups)
-    return None
+        return ""
+    p, n = hp // h, (d - hp) // (2 * groups)
+    fits = sizes.setdefault("p", p) == p and sizes.setdefault("n", n) == n
+    fits = fits and 2 <= sizes["k"] <= 4 and hp // groups <= 8192
+    return None if fits and not (_ssd_limit(zxbcdt, p, n) or _seq_limit(seq_idx)) else ""
 
 
 MIDDLE = _Operation(
     "layer_middle",
-    """
-    zxbcdt             b l w
-    weight             d 1 k
-    bias?              d
-    dt_bias, A_log, D  h
-    norm_weight        hp
-    conv?              b k-1 d
-    ssm?               b h p n
-    seq_idx?           b l       : int
-    """,
-    numbers="int groups, float eps, float low, float high",
-    gives="""
-    out                b l hp    : zxbcdt
-    new_conv           b k-1 d   : zxbcdt
-    new_ssm            b h p n   : float32
-    xBC                b l d     : zxbcdt kept
-    y                  b l hp    : zxbcdt kept
-    """,
-    rules=_middle_rules,
-    limits=dict(p=SIZES, n=SIZES, k=range(2, 5), channels=range(1, 8193)),
-    beyond=_ssd_beyond,
-    forward=_middle_forward,
+    "Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
+    "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, "
+    "int groups, float eps, float low, float high",
+    results=3,
+    kept=2,  # what the convolution and SSD return
+    new=_middle_new,
+    run=_middle_forward,
+    misfit=_middle_misfit,
     backward=_middle_backward,
 )
 
 
 def layer_middle(
     zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight,
-    *, groups, eps, dt_limit=(0.0, math.inf), out=None,
+    *, groups, eps, dt_limit=(0.0, math.inf), in_place=False,
 ):  # fmt: skip
     """All between a layer's projections, from z, xBC and dt to norm(y · silu(z)); one position is a
     step. Where it cannot run, it is the turn of the operations it consists of, which warn.
 
-    Shapes are those of `MIDDLE` above: d = h p + 2 g n, and w = h p + d + h. conv and ssm are the
-    Mamba2State, weight and bias the convolution's; dt is clamped to dt_limit after softplus; `out`
-    is as in `layer_step`. Returns the output, the new conv, and the new ssm, in ssm's dtype if that
-    has 2 bytes. The gradients cannot be differentiated again.
+    zxbcdt (b, l, h p + d + h), d = h p + 2 g n. conv (b, k-1, d) and ssm (b, h, p, n) are the
+    Mamba2State, weight (d, 1, k) and bias (d) the convolution's; dt is clamped to dt_limit after
+    softplus; in_place is as in `layer_step`. Returns the output (b, l, h p), the new conv, and the
+    new ssm, in ssm's dtype if that has 2 bytes. The gradients cannot be differentiated again.
     """
     if conv is not None and zxbcdt.ndim == 3 and zxbcdt.shape[1] == 1:
         if zxbcdt.shape[2] != norm_weight.shape[0] + weight.shape[0] + dt_bias.shape[0]:
@@ -2781,17 +2541,17 @@ def layer_middle(
         step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
         if not NORM.takes(z, z, norm_weight, eps, groups):  # z is as y will be
             return None
-        result = layer_step(*step, dt_limit=dt_limit, out=out)
+        result = layer_step(*step, dt_limit=dt_limit, in_place=in_place)
         if result is None:
             return None
         y, *state = result
         return rms_norm(y, norm_weight, eps, gate=z, groups=groups), *state
     weights, numbers = (weight, bias, dt_bias, A_log, D, norm_weight), (eps, *dt_limit)
     numbers = groups, *map(float, numbers)
-    if MIDDLE.refusal(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)[0] is not None:
+    results = MIDDLE(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
+    if results is None:
         return None
-    conv = None if conv is None else conv.to(zxbcdt.dtype)  # rounds as the twin does
-    y, conv, new_ssm = MIDDLE.run(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
+    y, conv, new_ssm = results
     if ssm is not None and ssm.dtype.itemsize == 2:
         new_ssm = new_ssm.to(ssm.dtype)
     return y, conv, new_ssm
@@ -2939,102 +2699,66 @@ def _step_plan(xBC, dt, ssm, weight, bias, low, high):
     return _Plan((_step_kernel, (b * g, triton.cdiv(tiles, share), 1), numbers, config))
 
 
-def _step_into(
-    y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high
-):
-    """Run the kernel, with results to the first three tensors."""
+def _step_run(y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
     given = _contiguous(conv, ssm, weight, bias, dt_bias, A_log, D)
     conv, ssm, weight, bias, dt_bias, A_log, D = given
-    with torch.cuda.device_of(xBC):
-        _step_plan(xBC, dt, ssm, weight, bias, low, high)(
-            xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv, ssm_ptr=ssm, weight_ptr=weight, bias_ptr=bias,
-            dt_bias_ptr=dt_bias, A_log_ptr=A_log, D_ptr=D, y_ptr=y, new_conv_ptr=new_conv,
-            new_ssm_ptr=new_ssm,
-        )  # fmt: skip
+    _step_plan(xBC, dt, ssm, weight, bias, low, high)(
+        xBC_ptr=xBC, dt_ptr=dt, conv_ptr=conv, ssm_ptr=ssm, weight_ptr=weight, bias_ptr=bias,
+        dt_bias_ptr=dt_bias, A_log_ptr=A_log, D_ptr=D, y_ptr=y, new_conv_ptr=new_conv,
+        new_ssm_ptr=new_ssm,
+    )  # fmt: skip
 
 
-def _step_forward(xBC, dt, conv, ssm, *others):
+def _step_new(xBC, dt, conv, ssm, *_):
     b, h, p, _ = ssm.shape
-    results = xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
-    _step_into(*results, xBC, dt, conv, ssm, *others)
-    return results
+    return xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
 
 
-def _step_rules(sizes, *_):
+def _step_misfit(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
+    axes = "b 1 d, b 1 h, b k-1 d, b h p n, d 1 k, d, h, h, h"
+    sizes = _sizes(axes, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D)
+    if sizes is None:
+        return ""
     d, h, p, n = (sizes[letter] for letter in "dhpn")
     groups = (d - h * p) // (2 * n)
     if groups < 1 or d != h * p + 2 * groups * n or h % groups:
-        return "the channels of xBC are not those of x, B and C"
-    sizes["hp"] = h * p
-    return None
+        return ""
+    if n > 1024:
+        return f"d_state is {n}; it must be 1 to 1024"
+    return (
+        None if xBC.stride(2) == dt.stride(2) == 1 else "the rows of xBC or dt are not contiguous"
+    )
 
 
 STEP = _Operation(
     "layer_step",
-    """
-    xBC                b 1 d     : row
-    dt                 b 1 h     : row
-    conv               b k-1 d
-    ssm                b h p n
-    weight             d 1 k
-    bias?              d
-    dt_bias, A_log, D  h
-    """,
-    numbers="float low, float high",
-    gives="""
-    y                  b 1 hp    : xBC
-    new_conv           b k-1 d   : xBC
-    new_ssm            b h p n   : ssm
-    """,
-    graded=False,
-    rules=_step_rules,
-    limits=dict(n=range(1, 1025)),
-    forward=_step_forward,
-)
-
-
-def _out_beyond(sizes, xBC, conv, new_conv, ssm, new_ssm):
-    if torch.compiler.is_compiling():
-        return "out is given under torch.compile, which knows only functions without effects"
-    if (new_conv.dtype, new_ssm.dtype) != (xBC.dtype, ssm.dtype):
-        return "out does not have the dtypes of xBC and ssm"
-    if not (new_conv.is_contiguous() and new_ssm.is_contiguous()):
-        return "out is not contiguous"
-    apart = new_conv.data_ptr() - conv.data_ptr()
-    if -new_conv.nbytes < apart < conv.nbytes:
-        return "out[0] overlaps conv, which all heads read: it must have memory of its own"
-    return None
-
-
-STEP_OUT = _Operation(
-    "layer_step",
-    """
-    xBC           b 1 d
-    conv, out[0]  b k-1 d
-    ssm, out[1]   b h p n
-    """,
-    beyond=_out_beyond,
+    "Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, Tensor dt_bias, "
+    "Tensor A_log, Tensor D, float low, float high",
+    results=3,
+    new=_step_new,
+    run=_step_run,
+    misfit=_step_misfit,
 )
 
 
 def layer_step(
-    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), out=None
+    xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *, dt_limit=(0.0, math.inf), in_place=False
 ):
     """One token in a layer, from xBC and dt to y; its twin is `mamba2.Mamba2._convolve_and_scan`.
 
-    Shapes are those of `STEP` above: d = h p + 2 g n. Arguments are as for `layer_middle`; xBC and
-    dt may be slices. `out`: tensors to write the new conv and ssm to, instead of new ones, for a
-    CUDA graph; out[1] may be ssm itself, out[0] must not be conv. There are no gradients.
+    xBC is (b, 1, d), dt (b, 1, h), either may be a slice; other arguments are as for
+    `layer_middle`. in_place: the new ssm is written over this one, which is contiguous. There are
+    no gradients.
     """
-    given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
-    dt_limit = tuple(map(float, dt_limit))
-    if out is None:
-        return STEP(*given, *dt_limit)
-    if not (STEP.takes(*given, *dt_limit) and STEP_OUT.takes(xBC, conv, out[0], ssm, out[1])):
+    given = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, *map(float, dt_limit)
+    if not in_place:
+        return STEP(*given)
+    if not STEP.takes(*given):
         return None
     y = xBC.new_empty(*dt.shape[:2], ssm.shape[1] * ssm.shape[2])
-    _step_into(y, *out, *given, *dt_limit)
-    return y, *out
+    new_conv = xBC.new_empty(conv.shape)
+    _step_run(y, new_conv, ssm, *given)
+    return y, new_conv, ssm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3141,49 +2865,48 @@ def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
     )
 
 
-def _norm_linear_forward(x, norm_weight, weight, bias, gate, residual, eps, groups):
+def _norm_linear_new(x, norm_weight, weight, bias, gate, residual, eps, groups):
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    return (x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype),)
+
+
+def _norm_linear_run(out, x, norm_weight, weight, bias, gate, residual, eps, groups):
     x, gate, residual = [t if t is None else _rows(t) for t in (x, gate, residual)]
     norm_weight, bias = _contiguous(norm_weight, bias)
     _norm_linear_plan(x, weight, bias, gate, residual, eps, groups)(
         x_ptr=x, gate_ptr=gate, norm_ptr=norm_weight, weight_ptr=weight, bias_ptr=bias,
         residual_ptr=residual, out_ptr=out,
     )  # fmt: skip
-    return out
 
 
-def _norm_linear_rules(sizes, eps, groups):
-    if not sizes["..."] or groups < 1 or sizes["d"] % groups:
-        return "x has no rows, or groups do not divide it"
-    if math.prod(sizes["..."]) > NORM_LINEAR_ROWS:
-        return f"there are more than {NORM_LINEAR_ROWS} rows"
-    return None
+def _norm_linear_misfit(x, norm_weight, weight, bias, gate, residual, eps, groups):
+    sizes = _sizes("d, o d, o", norm_weight, weight, bias)
+    if sizes is None or x.dim() < 2 or x.shape[-1] != sizes["d"] or weight.stride(1) != 1:
+        return ""
+    rows = x.shape[:-1]
+    if not 1 <= rows.numel() <= NORM_LINEAR_ROWS or groups < 1 or sizes["d"] % groups:
+        return ""
+    fits = gate is None or gate.shape == x.shape
+    fits = fits and (residual is None or residual.shape == (*rows, sizes["o"]))
+    return None if fits else ""
 
 
 NORM_LINEAR = _Operation(
     "norm_linear",
-    """
-    x            ... d
-    norm_weight  d
-    weight       o d     : row
-    bias?        o
-    gate?        ... d
-    residual?    ... o
-    """,
-    numbers="float eps, int groups",
-    gives="out ... o : weight residual",
-    graded=False,
-    rules=_norm_linear_rules,
-    forward=_norm_linear_forward,
+    "Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
+    "float eps, int groups",
+    results=1,
+    new=_norm_linear_new,
+    run=_norm_linear_run,
+    misfit=_norm_linear_misfit,
 )
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
     """linear(rms_norm(x, norm_weight, eps, gate, groups), weight, bias) + residual, of a few rows.
 
-    Shapes are those of `NORM_LINEAR` above. Nothing is rounded on the way: the arithmetic is fp32.
-    There are no gradients.
+    x and gate are (..., d), residual (..., o), norm_weight (d), weight (o, d) and bias (o). Nothing
+    is rounded on the way: the arithmetic is fp32. There are no gradients.
     """
     return NORM_LINEAR(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
@@ -3226,29 +2949,13 @@ def layer(layer, zxbcdt, state, seq_idx):
         return None
     weights = conv1d.weight, conv1d.bias, layer.dt_bias, layer.A_log, layer.D, norm.weight
     options = dict(groups=norm.groups, eps=norm.eps, dt_limit=layer.config.time_step_limit)
-    # A DecodingGraph keeps states of its own, with buffers named `out` for the new state.
-    options["out"] = getattr(state, "out", None)
+    options["in_place"] = type(state) is _BufferedState
     return layer_middle(zxbcdt, conv, ssm, seq_idx, *weights, **options)
 
 
-# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
-ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
-
-
-def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
-        return False
-    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
-    return ADDS and halves and type(weight) is nn.Parameter and bias is None
-
-
 def block(block, h, state):
-    """One token in a Mamba2Block: h (b, 1, d), conv and ssm; or None.
-
-    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
-    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
-    """
+    """One token in a Mamba2Block, of few rows, by `norm_linear`, `layer_step`, `norm_linear`: h
+    (b, 1, d), conv and ssm; or None."""
     if state is None or h.shape[1] != 1 or not _is(block.mixer, "Mamba2"):
         return None
     norm, layer = block.norm, block.mixer
@@ -3257,29 +2964,23 @@ def block(block, h, state):
     if torch.is_autocast_enabled(h.device.type) or not all([_is(*part) for part in parts]):
         return None
     weight, bias = layer.out_proj.weight, layer.out_proj.bias
-    eps, groups = layer.norm.eps, layer.norm.groups
-    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
-    zxbcdt = norm_linear(*first) if weight.stride(1) == 1 else None
-    few = zxbcdt is not None
-    if not (few or _adds(h, weight, bias)):
+    if weight.stride(1) != 1:
         return None
-    zxbcdt = zxbcdt if few else layer.in_proj(norm(h))
+    zxbcdt = norm_linear(h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias)
+    if zxbcdt is None:
+        return None
     z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
-    last = layer.norm.weight, weight, bias, z, h, eps, groups
-    if few and not NORM_LINEAR.takes(z, *last):  # z is as y will be
+    eps, groups = layer.norm.eps, layer.norm.groups
+    # z is as y will be.
+    if not NORM_LINEAR.takes(z, layer.norm.weight, weight, bias, z, h, eps, groups):
         return None
     weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
-    options = dict(dt_limit=layer.config.time_step_limit, out=getattr(state, "out", None))
+    options = dict(dt_limit=layer.config.time_step_limit, in_place=type(state) is _BufferedState)
     if (result := layer_step(xBC, dt, *state, *weights, **options)) is None:
         return None
     y, conv, ssm = result
-    if few:
-        options = dict(gate=z, groups=groups, residual=h)
-        h = norm_linear(y, layer.norm.weight, eps, weight, bias, **options)
-    else:
-        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
-        h = torch.addmm(h[:, 0], y, weight.t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
-    return h, conv, ssm
+    options = dict(gate=z, groups=groups, residual=h)
+    return norm_linear(y, layer.norm.weight, eps, weight, bias, **options), conv, ssm
 
 
 class Text:
@@ -3413,16 +3114,16 @@ def _modes() -> tuple | None:
 
 
 class _BufferedState(tuple):
-    """A state (conv, ssm) in buffers of a CUDA graph; `out` is where the next one is written."""
+    """A state (conv, ssm) in buffers of a CUDA graph: the next ssm may be written over this one."""
 
 
 class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `copies` copies one out, so caches are never modified. Weights are read where they lie. Programs
-    of all heads read conv, so none may overwrite it: there are two buffers for it, and two graphs,
-    one from the first to the second and one back, which take turns.
+    `copies` copies one out, so caches are never modified. Weights are read where they lie. A layer
+    writes ssm over the last one; its conv is new, as programs of all heads read the last one, and
+    copied into its buffer at the end.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
@@ -3458,7 +3159,7 @@ class DecodingGraph:
         stream = torch.cuda.current_stream(device)
         stream.wait_event(graph.done)
         # Buffers may come from another stream: it must not reuse their memory before this is done.
-        for buffer in {graph.token, *itertools.chain(*graph.states, *graph.others)}:
+        for buffer in (graph.token, *itertools.chain(*graph.states)):
             buffer.record_stream(stream)
         graph.load(cache)
         return graph
@@ -3470,38 +3171,27 @@ class DecodingGraph:
         cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
-        self.made_for, self.states, self.others = key, [], []
-        for conv, ssm in cache.states:
-            state = _BufferedState((conv.clone(), ssm.clone()))
-            other = _BufferedState((conv.clone(), state[1]))
-            state.out, other.out = tuple(other), tuple(state)
-            self.states.append(state)
-            self.others.append(other)
+        clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+        self.made_for = key
+        self.states = [_BufferedState(map(clone, state)) for state in cache.states]
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
-        self.turns, memory, kind = [], torch.cuda.graph_pool_handle(), type(cache)
         with DecodingGraph.capturing, torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # for what is done once, such as compiling kernels
-                for _ in range(2):
-                    self.step(model, kind)
-            torch.cuda.current_stream().wait_stream(stream)
-            # Other threads may go on using the GPU.
-            options = dict(pool=memory, stream=stream, capture_error_mode="thread_local")
-            for _ in range(2):
-                graph = torch.cuda.CUDAGraph()
-                # A capture that fails would leave its stream the current one.
-                with torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
-                    logits = self.step(model, kind)
-                self.turns.append((graph, logits))
+            with torch.cuda.stream(stream):
+                self.step(model, type(cache))  # for what is done once, such as compiling kernels
+                self.graph = torch.cuda.CUDAGraph()
+                # Other threads may go on using the GPU.
+                options = dict(stream=stream, capture_error_mode="thread_local")
+                with torch.cuda.graph(self.graph, **options):
+                    self.logits = self.step(model, type(cache))
             self.done = stream.record_event()
 
     def step(self, model, kind):
         """The step itself, from buffers to buffers; `kind` is the class of caches."""
         cache = kind(tuple(self.states))
         output = model(self.token, cache=cache, use_cache=True, return_dict=True)
-        self.states, self.others = self.others, self.states
         _copy(self.states, output.cache.states)
         return output.logits[:, -1]
 
@@ -3519,11 +3209,8 @@ class DecodingGraph:
         """The logits (b, vocabulary) after ids (b, 1); until the next call."""
         with torch.cuda.device(ids.device):
             self.token.copy_(ids)
-            graph, logits = self.turns[0]
-            graph.replay()
-        self.turns.reverse()
-        self.states, self.others = self.others, self.states
-        return logits
+            self.graph.replay()
+        return self.logits
 
 
 def _copy(targets, sources):
@@ -3532,115 +3219,3 @@ def _copy(targets, sources):
         pairs = [(to, of) for to, of in zip(into, out_of, strict=True) if to is not of]
         if pairs:
             torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
-
-
-# --------------------------------------------------------------------------------------------------
-# What SSD's kernels need on other GPUs: python kernels.py --targets [words]
-# --------------------------------------------------------------------------------------------------
-
-TARGETS = {
-    "sm_80": ("cuda", 80, 32, "portable"),
-    "sm_86": ("cuda", 86, 32, "portable"),
-    "sm_89": ("cuda", 89, 32, "portable"),
-    "sm_90": ("cuda", 90, 32, "tma"),
-    "sm_90 portable": ("cuda", 90, 32, "portable"),
-    "sm_100": ("cuda", 100, 32, "portable"),
-    "sm_120": ("cuda", 120, 32, "portable"),
-    "gfx942": ("hip", "gfx942", 64, "cdna"),
-}
-
-
-def _calls_of_ssd(kind, dtype, n):
-    """What SSD launches in a layer of 2.7b, on this kind of GPU, forward and backward, by name."""
-    module, calls = sys.modules[__name__], {}
-    b, l, h, p, g = 8, 4096, 80, 64, 1
-    draw, f32 = dict(device="meta", dtype=dtype), dict(device="meta", dtype=torch.float32)
-    wide = torch.empty(b, l, h * p + 2 * g * n, **draw)
-    x, B, C = wide.split([h * p, g * n, g * n], 2)
-    x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
-    dt, dy, per_head = torch.empty(b, l, h, **draw), torch.empty_like(x), torch.empty(h, **f32)
-    inputs = (per_head, 0.0, math.inf), x, dt, per_head, B, C, per_head, None, None
-    before = module._Plan.__call__, module._kind, module._segments, module._plans
-
-    def record(plan, **tensors):
-        tensors |= plan.descriptors(tensors)
-        for kernel, grid, numbers, options in plan.calls:
-            given = {name: tensors[numbers.get(name, name)] for name in _tensors(kernel)}
-            calls[kernel.fn.__name__] = kernel, grid, numbers | given, options
-
-    module._Plan.__call__, module._kind, module._plans = record, lambda device: kind, {}
-    module._segments = lambda *sizes: 2
-    try:
-        _ssd_forward_from(*inputs)
-        _ssd_backward_into(x, dt, B, C, dy, None, *inputs)
-    finally:
-        module._Plan.__call__, module._kind, module._segments, module._plans = before
-    return calls
-
-
-def _compile_for(backend, arch, threads, call):
-    """The kernel of a call, compiled for a GPU that need not be here."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, _, given, options = call
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    names |= {torch.int32: "i32", torch.int64: "i64"}
-    signature, constants, aligned = {}, {}, {}
-    constexprs = {param.name for param in kernel.params if param.is_constexpr}
-    for at, name in enumerate(kernel.arg_names):
-        value = given[name]
-        if isinstance(value, TensorDescriptor):
-            block = list(value.block_shape)
-            signature[name] = f"tensordesc<{names[value.base.dtype]}{block}>"
-        elif isinstance(value, Tensor):
-            signature[name], aligned[at,] = "*" + names[value.dtype], [["tt.divisibility", 16]]
-        elif value is None or name in constexprs or (value == 1 and name not in VARYING):
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0 and name not in VARYING:
-                aligned[at,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget(backend, arch, threads), options=options)
-
-
-def _spills(compiled, arch) -> tuple[int, int]:
-    """Registers for each thread, and bytes of them that are spilled to memory."""
-    if "amdgcn" in compiled.asm:
-        found = re.findall(r"vgpr_(?:spill_)?count:\s*(\d+)", compiled.asm["amdgcn"])
-        return int(found[-2]), 4 * int(found[-1])
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = ["ptxas-blackwell", "ptxas"] if arch >= 100 else ["ptxas"]
-    assembler = next(folder / name for name in names if (folder / name).exists())
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "kernel.ptx"
-        path.write_text(compiled.asm["ptx"])
-        chip = f"--gpu-name=sm_{arch}" + "a" * (arch >= 90)
-        command = [assembler, "-v", chip, path, "-o", path.with_suffix(".cubin")]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
-
-
-def _print_targets(words: list[str]) -> None:
-    """Compile for every target, or for lines with all of the words; no GPU is needed."""
-    print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
-    print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
-    for target, (backend, arch, threads, kind) in TARGETS.items():
-        for dtype, n in itertools.product(DTYPES, (128, 256)):
-            if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in SETTINGS:
-                continue
-            for name, call in _calls_of_ssd(kind, dtype, n).items():
-                line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name.removesuffix('_kernel'):10}"
-                if not all(word in line for word in words):
-                    continue
-                compiled = _compile_for(backend, arch, threads, call)
-                registers, spilled = _spills(compiled, arch)
-                print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
-
-
-if __name__ == "__main__":
-    if "--targets" not in sys.argv:
-        sys.exit("python kernels.py --targets [words]; the benchmarks are those of test_mamba2.py")
-    _print_targets([word for word in sys.argv[1:] if word != "--targets"])
