@@ -327,7 +327,8 @@ class _Operation:
 
     def gradients(self, run, ctx, *given):
         count, given = len(self.tensors), given[: self.results]
-        inputs, kept = (*ctx.saved_tensors[:count], *ctx.numbers), ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # read once, as checkpoints demand
+        inputs, kept = (*saved[:count], *ctx.numbers), saved[count:]
         found = run(*given, *kept, *inputs) if any(g is not None for g in given) else []
         pairs = itertools.zip_longest(found, inputs)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
@@ -2953,9 +2954,24 @@ def layer(layer, zxbcdt, state, seq_idx):
     return layer_middle(zxbcdt, conv, ssm, seq_idx, *weights, **options)
 
 
+# Before that torch.addmm(..., out_dtype=...) refuses a float32 tensor to add to.
+ADDS = torch.__version__ >= "2.10" and torch.version.hip is None
+
+
+def _adds(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch.addmm can add this projection, in half precision, to h in float32."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or h.device.type != "cuda":
+        return False
+    halves = weight.dtype in (torch.bfloat16, torch.float16) and h.dtype == torch.float32
+    return ADDS and halves and type(weight) is nn.Parameter and bias is None
+
+
 def block(block, h, state):
-    """One token in a Mamba2Block, of few rows, by `norm_linear`, `layer_step`, `norm_linear`: h
-    (b, 1, d), conv and ssm; or None."""
+    """One token in a Mamba2Block: h (b, 1, d), conv and ssm; or None.
+
+    For few rows three kernels do all of it: `norm_linear`, `layer_step`, `norm_linear`. For more,
+    the matrix products are cuBLAS's, the second of which adds to h before it rounds.
+    """
     if state is None or h.shape[1] != 1 or not _is(block.mixer, "Mamba2"):
         return None
     norm, layer = block.norm, block.mixer
@@ -2964,23 +2980,29 @@ def block(block, h, state):
     if torch.is_autocast_enabled(h.device.type) or not all([_is(*part) for part in parts]):
         return None
     weight, bias = layer.out_proj.weight, layer.out_proj.bias
-    if weight.stride(1) != 1:
-        return None
-    zxbcdt = norm_linear(h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias)
-    if zxbcdt is None:
-        return None
-    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
     eps, groups = layer.norm.eps, layer.norm.groups
-    # z is as y will be.
-    if not NORM_LINEAR.takes(z, layer.norm.weight, weight, bias, z, h, eps, groups):
+    first = h, norm.weight, norm.eps, layer.in_proj.weight, layer.in_proj.bias
+    zxbcdt = norm_linear(*first) if weight.stride(1) == 1 else None
+    few = zxbcdt is not None
+    if not (few or _adds(h, weight, bias)):
+        return None
+    zxbcdt = zxbcdt if few else layer.in_proj(norm(h))
+    z, xBC, dt = zxbcdt.split_with_sizes(layer.widths, 2)
+    last = layer.norm.weight, weight, bias, z, h, eps, groups
+    if few and not NORM_LINEAR.takes(z, *last):  # z is as y will be
         return None
     weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
     options = dict(dt_limit=layer.config.time_step_limit, in_place=type(state) is _BufferedState)
     if (result := layer_step(xBC, dt, *state, *weights, **options)) is None:
         return None
     y, conv, ssm = result
-    options = dict(gate=z, groups=groups, residual=h)
-    return norm_linear(y, layer.norm.weight, eps, weight, bias, **options), conv, ssm
+    if few:
+        options = dict(gate=z, groups=groups, residual=h)
+        h = norm_linear(y, layer.norm.weight, eps, weight, bias, **options)
+    else:
+        y = layer.norm(y, gate=z)[:, 0]  # (b, h p)
+        h = torch.addmm(h[:, 0], y, weight.t(), out_dtype=h.dtype)[:, None]  # (b, 1, d)
+    return h, conv, ssm
 
 
 class Text:

@@ -3326,6 +3326,8 @@ def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype):
             assert f.dtype == p.dtype
             limit = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
             assert relative_error(f, w) <= 3 * relative_error(p, w) + limit, f"{cuts} [{i}]"
+    step = functools.partial(torch.utils.checkpoint.checkpoint, layer.step, use_reentrant=False)
+    assert identical(layer_with_gradients(layer, step, u, *sequences, cuts), found)
 
 
 def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
