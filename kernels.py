@@ -1301,7 +1301,7 @@ class _Settings(NamedTuple):
 
     @property
     def TMA(self) -> bool:
-        return self.kind == "tma"
+        return self.kind == "tma" or INTERPRET and not PORTABLE
 
 
 # By (kind of GPU, bytes per number, whether d_state is 256). Rows of the kind "tma" are for Hopper,
@@ -1309,21 +1309,23 @@ class _Settings(NamedTuple):
 # narrowest tile that its matrix instruction takes, and work in a chunk grows with Q. PB is 64 even
 # when the headdim is less: a padded tile costs little, and narrower headdim tiles are where Triton
 # 3.4-3.7 has been seen to miscompile. Where tiles would be more than 16 KB each (d_state 256, or
-# fp32), Q is halved and twice the warps share the work. Two programs fill the registers.
+# fp32), Q is halved and twice the warps share the work. Two programs fill the registers. In 4 bytes
+# Hopper runs the portable kernels: its own spilled 3 KB in chunk_kernel, which took 7 to 20% longer
+# in fp32 (16% less in fp16); a d_state of 256 spilled 16 KB, and took 30 times as long as 128.
 #
 # "portable" is for all others from compute capability 8.0 on, with 99 KB: one program of 8 warps,
 # for 4 spill registers, and tiles one iteration ahead, for which there is room. (Blackwell has a
 # tensor memory accelerator, but with one Triton 3.6 cannot compile border_kernel for data centers'
 # GPUs, and spills 3 KB in chunk_kernel for others.) "cdna" is AMD's MI300, where a warp is twice as
 # wide and a program has 64 KB. Rows that are missing do not fit.
+_IN_4_BYTES = _Settings("portable", 32, 32, 8, 2, 1, 8)
 SETTINGS = {
     ("tma", 2, False): _Settings("tma", 64, 64, 4, 3, 2, 4),
     ("tma", 2, True): _Settings("tma", 32, 64, 8, 3, 2, 4),
-    ("tma", 4, False): _Settings("tma", 32, 64, 8, 2, 2, 8),
-    ("tma", 4, True): _Settings("tma", 32, 32, 8, 2, 2, 8),
+    ("tma", 4, False): _IN_4_BYTES,
     ("portable", 2, False): _Settings("portable", 64, 64, 8, 2, 1, 4),
     ("portable", 2, True): _Settings("portable", 32, 64, 8, 2, 1, 4),
-    ("portable", 4, False): _Settings("portable", 32, 32, 8, 2, 1, 8),
+    ("portable", 4, False): _IN_4_BYTES,
     ("cdna", 2, False): _Settings("cdna", 64, 64, 4, 2, 1, 4),
 }
 # The portable settings serve any GPU. MAMBA2_KERNELS=portable chooses them where others would be.
@@ -1344,14 +1346,18 @@ def _kind(device: torch.device) -> str | None:
     return "portable" if properties.major >= 8 and memory >= 99 * 1024 else None
 
 
+def _key(device: torch.device, dtype: torch.dtype, n: int) -> tuple:
+    """Of SETTINGS; fp16 is read as fp32."""
+    return _kind(device), 2 if dtype == torch.bfloat16 else 4, n == 256
+
+
 def _settings(x: Tensor, n: int) -> _Settings:
-    """The settings for x, of which fp16 is read as fp32."""
-    return SETTINGS[_kind(x.device), 2 if x.dtype == torch.bfloat16 else 4, n == 256]
+    return SETTINGS[_key(x.device, x.dtype, n)]
 
 
 @torch.compiler.assume_constant_result
-def _has_settings(device: torch.device, size: int, wide: bool) -> bool:
-    return (_kind(device), size, wide) in SETTINGS
+def _has_settings(device: torch.device, dtype: torch.dtype, n: int) -> bool:
+    return _key(device, dtype, n) in SETTINGS
 
 
 def _operands(*tensors):
@@ -1360,12 +1366,11 @@ def _operands(*tensors):
     The range of fp16 is too small for what multiplies in here, such as dt (B·C). So fp16 is read as
     fp32, multiplied as tf32, which has fp16's 10 bits and fp32's range, and accumulated in fp32.
     """
-    x, precision = tensors[0], "ieee"
+    x, precision, even = tensors[0], "ieee", not _settings(tensors[0], tensors[1].shape[3]).TMA
     if x.dtype == torch.float16:
         tensors, precision = [t.float() for t in tensors], "tf32"
     elif x.dtype == torch.float32 and x.is_cuda and _allows_tf32():
         precision = "tf32"
-    even = _kind(x.device) != "tma"
     return *(_addressable(t, even) for t in tensors), precision
 
 
@@ -1482,8 +1487,7 @@ def _ssd_new(x, dt, A, B, *_):
 @_planned
 def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
     b, _, h, _ = x.shape
-    # Of the state only 32 rows fit beside the parts of the factors of tf32x3, whatever d_state is.
-    Q, PB = settings.Q, 32 if precision == "tf32x3" else settings.PB
+    Q, PB = settings.Q, settings.PB
     numbers, narrow, tiles, prep = _ssd_shared(
         settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
     )
@@ -1623,10 +1627,10 @@ def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
 def _ssd_limit(x, p, n):
     if p not in SIZES or n not in SIZES:
         return f"headdim is {p} and d_state is {n}; they must be of {SIZES}"
-    if _has_settings(x.device, 2 if x.dtype == torch.bfloat16 else 4, n == 256):
+    if _has_settings(x.device, x.dtype, n):
         return None
-    if _has_settings(x.device, 2, False):
-        return f"this GPU has too little shared memory for a d_state of {n} in {x.dtype}"
+    if _has_settings(x.device, torch.bfloat16, 128):
+        return f"there are no settings for a d_state of {n} in {x.dtype} on this GPU"
     return "there are no settings for this kind of GPU, or it has too little shared memory"
 
 
