@@ -7,7 +7,7 @@ One idea carries all of it: a layer is a pure function, y, state = layer.step(u,
 number of positions. One call prefills, resumes, decodes one token in constant time, or forks a
 prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to rounding,
 the result of one call. First come three forms of SSD, the layer and the language model; then masks
-and checks, configuration, the model in transformers, and several GPUs.
+and checks, configuration, the model in transformers, several GPUs, and hybrids with attention.
 
     code   paper    meaning
     b               batch
@@ -236,8 +236,8 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
 # --------------------------------------------------------------------------------------------------
 
 
-def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
-    """Causal depthwise convolution and SiLU: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
+def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None, silu=True):
+    """Causal depthwise convolution and, if silu: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
 
     x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
     first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
@@ -245,7 +245,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     x's dtype, computed in float32 at least.
     """
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
-    if kernels and (fused := kernels.causal_conv1d(x, weight, bias, **options)) is not None:
+    if kernels and silu and (fused := kernels.causal_conv1d(x, weight, bias, **options)):
         return fused
     sizes = {}
     _require(sizes, "b l d", x=x)
@@ -269,7 +269,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
         if number is not None:
             tap = tap.masked_fill((number[:, j : j + l] != number[:, k - 1 :])[..., None], 0)
         y = torch.addcmul(y, weight[:, j], tap)
-    return F.silu(y).to(x.dtype), final_state
+    return (F.silu(y) if silu else y).to(x.dtype), final_state
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
@@ -497,10 +497,10 @@ class Mamba2(nn.Module):
 class Mamba2Block(nn.Module):
     """A residual block: h + mixer(norm(h)); h (b, l, d). See `Mamba2.forward`."""
 
-    def __init__(self, config: Mamba2Config):
+    def __init__(self, config: Mamba2Config, mixer: nn.Module | None = None):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = Mamba2(config, depth=config.num_hidden_layers)
+        self.mixer = mixer or Mamba2(config, depth=config.num_hidden_layers)
 
     def forward(self, h, state=None, layout=None):
         layout = Layout(h.shape[1]) if layout is None else layout
@@ -522,12 +522,13 @@ class Mamba2Backbone(nn.Module):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(make_blocks(config))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
         self, x, cache=None, mask=None, starts=None, group=None, hidden_states=None, use_cache=True
     ):
+        _check("attn_layer_idx", group and self.config.attn_layer_idx, *NO_SLICES)
         h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             h = h.to(_at_least_float32(h.dtype))
@@ -779,6 +780,7 @@ COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
 POSITIVE = "must be a positive number", lambda v: 0 < v < math.inf
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
+NO_SLICES = "attention has no slices: leave out group, or use DDP or FSDP2", lambda v: not v
 LIMITS = "must be (low, high), 0 <= low <= high", lambda v: len(v) == 2 and 0 <= v[0] <= v[1]
 
 OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
@@ -809,6 +811,9 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("eos_token_id", None, 0, ANY, "last token of a text"),
     ("pad_token_id", None, 0, ANY, "token that fills up rows"),
     ("use_cache", None, True, ANY, "return a cache, unless in training or with labels"),
+    ("attn_layer_idx", None, None, ANY, "layers with attention instead, counted from 0"),
+    ("attn_cfg", None, None, ANY, "a dict of options of `Attention`"),
+    ("d_intermediate", None, 0, ANY, "width of an MLP after each layer; 0 is none"),
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
@@ -817,8 +822,7 @@ _COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_re
 _COMMON |= {"time_step_rank", "_name_or_path"}
 # Options of other programs that change the results, with the only value that is implemented.
 _OTHERS = {"rms_norm": True, "norm_before_gate": False, "D_has_hdim": False}
-_OTHERS |= {"d_inner": None, "d_ssm": None, "d_intermediate": 0, "attn": None}
-_OTHERS |= {"attn_layer_idx": [], "layer": "Mamba2", "activation": "silu"}
+_OTHERS |= {"d_inner": None, "d_ssm": None, "attn": None, "layer": "Mamba2", "activation": "silu"}
 
 
 class Mamba2Config(PreTrainedConfig):
@@ -881,9 +885,10 @@ class Mamba2Config(PreTrainedConfig):
         _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
-        """As in transformers, whose own Mamba-2 ignores rmsnorm = False. Then num_heads is None, so
+        """As in transformers, whose own Mamba-2 ignores such options. Then num_heads is None, so
         that it refuses the file instead of adding norms; here None is computed."""
-        return super().to_dict() | ({} if self.rmsnorm else {"num_heads": None})
+        theirs = self.rmsnorm and not (self.attn_layer_idx or self.d_intermediate)
+        return super().to_dict() | ({} if theirs else {"num_heads": None})
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -892,7 +897,8 @@ class Mamba2Config(PreTrainedConfig):
         options = dict(config_dict)
         if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
             ssm_cfg, multiple = options.pop("ssm_cfg"), options.pop("pad_vocab_size_multiple", 8)
-            options = {"layer": "Mamba1", **options, **ssm_cfg}
+            only_attention = len(options.get("attn_layer_idx") or ()) == options["n_layer"]
+            options = {"layer": "Mamba2" if only_attention else "Mamba1", **options, **ssm_cfg}
             options["vocab_size"] += -options["vocab_size"] % multiple
             options.pop("model_type", None)
         if "model_type" in options and "norm_eps" not in options:
@@ -935,7 +941,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
-    _no_split_modules = ["Mamba2Block"]  # for device_map
+    _no_split_modules = ["Mamba2Block", "MLPBlock"]  # for device_map
     _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
     _is_stateful = True  # a state cannot be rewound, as speculative decoding needs
     _reorder_cache = staticmethod(lambda cache, rows: cache.select(rows))  # of beams
@@ -1109,6 +1115,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             # makes both terms equal keeps the fewest.
             layer = self.backbone.layers[0].mixer
             between = sum(tensor.numel() for tensor in layer.initial_state(batch=1))
+            keys = [m.widths[1] for m in self.modules() if isinstance(m, Attention)]
+            between += (l + 1) * sum(keys) / len(self.backbone.layers)  # half of keys and values
             inside = 4 * sum(layer.widths)
             if self.backbone.gradient_checkpointing:
                 inside = self.config.hidden_size + inside / self.config.num_hidden_layers
@@ -1417,6 +1425,7 @@ class _SumOfRanks(torch.autograd.Function):
 def _agree(group, model, x, length, labels, mask, seq_idx, position_ids, **options):
     """`targets_and_starts` in this rank's part, which it reads in segments of `length`. All ranks
     must call in the same way: options are some of what must be equal."""
+    _check("attn_layer_idx", model.config.attn_layer_idx, *NO_SLICES)
     options |= {name: getattr(model.config, name) for name in _DEFAULTS}
     options |= dict(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
     options |= dict(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
@@ -1430,6 +1439,158 @@ def _agree(group, model, x, length, labels, mask, seq_idx, position_ids, **optio
     text = dict(zip(text, whole, strict=True))
     found = targets_and_starts(**text | dict(mask=text["mask"].bool()))
     return [None if t is None else own(t) for t in found]
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Hybrids: attention and MLPs in the language model
+# --------------------------------------------------------------------------------------------------
+
+
+class AttentionState(NamedTuple):
+    """The state of an `Attention` layer, immutable. It grows with m, the positions before."""
+
+    conv: Tensor  # (b, k-1, h p + 2 g p), the convolution's last inputs; k = 1 without one
+    past: Tensor  # (b, m, 2 g, p), rotated keys, then values, in the dtype of in_proj(u)
+    counts: Tensor  # (b, m) bool: False where masked, and in earlier packed sequences
+
+    select, detach = Mamba2State.select, Mamba2State.detach
+
+    def map(self, function, *others: AttentionState) -> AttentionState:
+        """As `Mamba2State.map`; to shorter states, positions that do not count are prepended."""
+        m = max(state.past.shape[1] for state in (self, *others))
+        padded = []
+        for conv, past, counts in (self, *others):
+            missing = m - past.shape[1], 0
+            padded.append((conv, F.pad(past, (0, 0, 0, 0, *missing)), F.pad(counts, missing)))
+        return AttentionState(*map(function, *padded))
+
+    def to(self, *args, **kwargs) -> AttentionState:
+        """The state on another device. Arguments are as for Tensor.to, but no dtype changes."""
+        return self.map(lambda tensor: tensor.to(self.conv.to(*args, **kwargs).device))
+
+
+class Attention(nn.Module):
+    """Causal softmax attention, a layer with the interface and the promises of `Mamba2`, but for
+    slices, and with a state that grows:
+
+        u ── in_proj ── q, k, v ── conv1d ── rotate q and k ── softmax(q k^T) v ── out_proj ── out
+
+        layer = Attention(256, num_heads=4, causal=True)  # the original's options and defaults
+        y, state = layer.step(u, state)  # takes longer with each position before
+    """
+
+    step = Mamba2.step
+
+    def __init__(
+        self, d_model, num_heads, num_heads_kv=None, head_dim=None, causal=False, d_conv=0,
+        rotary_emb_dim=0, rotary_emb_base=10000.0, rotary_emb_interleaved=False,
+        softmax_scale=None, qkv_proj_bias=True, out_proj_bias=True,
+    ):  # fmt: skip
+        super().__init__()
+        self.head_dim = p = head_dim or d_model // num_heads
+        _check("causal", causal, "must be True", lambda v: v)
+        _check("rotary_emb_interleaved", rotary_emb_interleaved, "must be False", lambda v: not v)
+        rule = f"must be even, and at most {p}"
+        _check("rotary_emb_dim", rotary_emb_dim, rule, lambda d: d in range(0, p + 1, 2))
+        self.rotary, self.scale = (rotary_emb_dim, rotary_emb_base), softmax_scale
+        self.widths = [num_heads * p, *[(num_heads_kv or num_heads) * p] * 2]  # of q, k and v
+        self.in_proj = nn.Linear(d_model, sum(self.widths), qkv_proj_bias)
+        self.conv1d = CausalConv1d(sum(self.widths), d_conv, bias=True) if d_conv else None
+        for weight in self.conv1d.parameters() if d_conv else ():
+            nn.init.uniform_(weight, -(d_conv**-0.5), d_conv**-0.5)
+        self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)  # Differs: at any depth
+
+    def initial_state(self, batch: int) -> AttentionState:
+        """The state before the first position, without keys and values."""
+        k, zeros = self.conv1d.weight.shape[2] if self.conv1d else 1, self.in_proj.weight.new_zeros
+        past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
+        return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
+
+    def forward(self, u, state=None, mask=None, seq_idx=None, *, reset=None, layout=None):
+        """y of `step`; or for u sorted by a Layout: y in that order, and the new state."""
+        if layout is None:
+            layout = Layout.of(u, mask, seq_idx, None, reset)
+            return layout.restore(self.forward(layout.sort(u), state, layout=layout)[0])
+        _check("group", layout.slices, *NO_SLICES)
+        qkv, state = self.in_proj(u), state or self.initial_state(len(u))  # (b, l, h p + 2 g p)
+        if layout.starts is not None:
+            state = state.map(lambda tensor: _erase(tensor, layout.starts))
+        (conv, past, counts), number = state, layout.seq_idx
+        if number is None:  # of packed sequences; that of the state is 0
+            number = torch.zeros(qkv.shape[:2], dtype=torch.long, device=qkv.device)
+        if self.conv1d:
+            window, before = torch.cat([1 * conv.to(qkv.dtype), qkv], dim=1), conv.shape[1]
+            qkv, _ = self.conv1d(qkv, initial_state=conv, seq_idx=layout.seq_idx, silu=False)
+            conv = last_inputs(window, before, layout.length, F.pad(number, (before, 0)))
+        position = counts.sum(1, keepdim=True) + torch.arange(qkv.shape[1], device=qkv.device)
+        position = position - (position * _borders(number)).cummax(1).values  # 0 where one begins
+        q, k, v = (t.unflatten(2, (-1, self.head_dim)) for t in qkv.split(self.widths, dim=-1))
+        q, k = (rotate(t, position, *self.rotary) for t in (q, k))
+        masks = dict(is_causal=True)  # faster than a mask, which old or packed positions need
+        if past.shape[1] > 0 or layout.seq_idx is not None:
+            old = counts[:, None] & (number == 0)[..., None]  # (b, l, m)
+            new = (number[..., None] == number[:, None]).tril()  # (b, l, l)
+            masks = dict(attn_mask=torch.cat([old, new], dim=2)[:, None])
+        past = torch.cat([past.to(qkv.dtype), torch.cat([k, v], dim=2)], dim=1)
+        k, v = past.chunk(2, dim=2)  # (b, m + l, g, p)
+        masks |= dict(scale=self.scale, enable_gqa=q.shape[2] != k.shape[2])
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **masks)
+        new = number == number[:, -1:]  # of the last sequence
+        if layout.skipped is not None:
+            new = new & ~layout.skipped
+        counts = torch.cat([counts & (number == 0).all(1, keepdim=True), new], dim=1)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), AttentionState(conv, past, counts)
+
+
+def rotate(x, position, d, base):
+    """Rotary embedding of x (b, l, h, p) at positions (b, l): of the first d channels, i and
+    i + d/2 turn together, by the angle base^(-2i/d) per position."""
+    dtype = _at_least_float32(x.dtype)
+    angle = base ** -(torch.arange(0, d, 2, dtype=dtype, device=x.device) / d)  # (d/2)
+    angle = position[..., None, None] * angle  # (b, l, 1, d/2)
+    a, b, rest = x.to(dtype).tensor_split([d // 2, d], dim=-1)
+    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+    return torch.cat([*turned, rest], dim=-1).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """fc2(y silu(gate)), with y and gate the halves of fc1(x); x and the result are (..., d_model).
+    As in the original, the width is rounded up to a multiple of 128."""
+
+    def __init__(self, d_model: int, width: int):
+        super().__init__()
+        width += -width % 128
+        self.fc1 = nn.Linear(d_model, 2 * width, bias=False)
+        self.fc2 = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x):
+        y, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(y * F.silu(gate))
+
+
+class MLPBlock(Mamba2Block):
+    """A block with an MLP after its mixer: h + mlp(norm2(h)) of the h of Mamba2Block."""
+
+    def __init__(self, config: Mamba2Config, mixer: nn.Module | None = None):
+        super().__init__(config, mixer)
+        self.norm2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = GatedMLP(config.hidden_size, config.d_intermediate)
+
+    def forward(self, h, state=None, layout=None):
+        h, state = super().forward(h, state, layout)
+        return h + self.mlp(self.norm2(h)), state
+
+
+def make_blocks(config):
+    """The blocks of a model: with Mamba2 or Attention, and with MLPs or without."""
+    n, layers, options = config.num_hidden_layers, config.attn_layer_idx or (), config.attn_cfg
+    _check("attn_layer_idx", layers, f"must be from 0 to {n - 1}", lambda v: {*v} <= {*range(n)})
+    kind = MLPBlock if config.d_intermediate else Mamba2Block
+    for i in range(n):
+        yield kind(config, Attention(config.hidden_size, **options) if i in layers else None)
+
+
+torch.serialization.add_safe_globals([AttentionState])
 
 
 if kernels:  # may stand in for calls of these
