@@ -58,7 +58,7 @@ try:
     import transformers
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
     from transformers.generation import MaxLengthCriteria
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
     from transformers.utils import can_return_tuple
 except ImportError as error:
     if error.name != "transformers":  # transformers is there, but broken: show that
@@ -1222,6 +1222,33 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 tokens, alive = [], []
             if left > 0:
                 output = self(ids[:, -1:], cache=output.cache, use_cache=True, return_dict=True)
+
+
+class Mamba2ForSequenceClassification(Mamba2ForCausalLM):
+    """The backbone, and config.num_labels scores for each text: those at its last token that
+    attention_mask does not mask, on whichever side the padding is."""
+
+    accepts_loss_kwargs, _tied_weights_keys = False, None
+    _keys_to_ignore_on_load_missing = ["score.weight"]  # so that it can begin with a language model
+    _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
+
+    def __init__(self, config: Mamba2Config):
+        PreTrainedModel.__init__(self, config)
+        self.backbone = Mamba2Backbone(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **others
+    ):
+        x, mask, _ = _inputs(input_ids, inputs_embeds, attention_mask, None, others)
+        h, _ = self.backbone(x, None, mask, use_cache=False)
+        last = -1 if mask is None else mask.cumsum(1).argmax(1)
+        logits, loss = self.score(h[torch.arange(len(h), device=h.device), last]), None
+        if labels is not None:
+            loss = self.loss_function(labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss, logits)
 
 
 def _one_cache(cache, past_key_values):
