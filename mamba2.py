@@ -1527,9 +1527,10 @@ class Attention(nn.Module):
             nn.init.uniform_(weight, -(d_conv**-0.5), d_conv**-0.5)
         self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)  # Differs: at any depth
 
-    def initial_state(self, batch: int) -> AttentionState:
+    def initial_state(self, batch: int, like: Tensor | None = None) -> AttentionState:
         """The state before the first position, without keys and values."""
-        k, zeros = self.conv1d.weight.shape[2] if self.conv1d else 1, self.in_proj.weight.new_zeros
+        zeros = (self.in_proj.weight if like is None else like).new_zeros
+        k = self.conv1d.weight.shape[2] if self.conv1d else 1
         past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
         return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
 
@@ -1539,17 +1540,18 @@ class Attention(nn.Module):
             layout = Layout.of(u, mask, seq_idx, None, reset)
             return layout.restore(self.forward(layout.sort(u), state, layout=layout)[0])
         _check("group", layout.slices, *NO_SLICES)
-        qkv, state = self.in_proj(u), state or self.initial_state(len(u))  # (b, l, h p + 2 g p)
+        qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
+        state = state or self.initial_state(len(u), qkv)
         if layout.starts is not None:
             state = state.map(lambda tensor: _erase(tensor, layout.starts))
-        (conv, past, counts), number = state, layout.seq_idx
-        if number is None:  # of packed sequences; that of the state is 0
-            number = torch.zeros(qkv.shape[:2], dtype=torch.long, device=qkv.device)
+        (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence
+        number = qkv.new_zeros(qkv.shape[:2]).long() if number is None else number
         if self.conv1d:
             window, before = torch.cat([1 * conv.to(qkv.dtype), qkv], dim=1), conv.shape[1]
             qkv, _ = self.conv1d(qkv, initial_state=conv, seq_idx=layout.seq_idx, silu=False)
             conv = last_inputs(window, before, layout.length, F.pad(number, (before, 0)))
-        position = counts.sum(1, keepdim=True) + torch.arange(qkv.shape[1], device=qkv.device)
+        index = torch.arange(qkv.shape[1], device=qkv.device)
+        position = counts.sum(1, keepdim=True) + index  # (b, l)
         position = position - (position * _borders(number)).cummax(1).values  # 0 where one begins
         q, k, v = (t.unflatten(2, (-1, self.head_dim)) for t in qkv.split(self.widths, dim=-1))
         q, k = (rotate(t, position, *self.rotary) for t in (q, k))
@@ -1562,9 +1564,7 @@ class Attention(nn.Module):
         k, v = past.chunk(2, dim=2)  # (b, m + l, g, p)
         masks |= dict(scale=self.scale, enable_gqa=q.shape[2] != k.shape[2])
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **masks)
-        new = number == number[:, -1:]  # of the last sequence
-        if layout.skipped is not None:
-            new = new & ~layout.skipped
+        new = (number == number[:, -1:]) & (index < layout.length)  # of the last sequence
         counts = torch.cat([counts & (number == 0).all(1, keepdim=True), new], dim=1)
         return self.out_proj(y.transpose(1, 2).flatten(2)), AttentionState(conv, past, counts)
 

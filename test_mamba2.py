@@ -807,6 +807,7 @@ TINY = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_si
 TINY |= dict(head_dim=8, chunk_size=8, initializer_range=0.2)
 ALL = dict(n_groups=2, use_bias=True, time_step_limit=(0.01, 0.1))  # every option that may leak
 HYBRID = dict(n_groups=2, attn_layer_idx=[1], attn_cfg=ROTARY, d_intermediate=20)
+ATTENTION_FIRST = HYBRID | dict(attn_layer_idx=[0])
 EITHER = pytest.mark.parametrize("options", [ALL, HYBRID], ids=["mamba2", "hybrid"])
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
 CACHE_NAMES = ["cache", "past_key_values"]  # transformers' name since 5.24, and the one before
@@ -1206,6 +1207,23 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "TypeError: are one option": FLA | dict(layer_norm_epsilon=1e-6),
         "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
         "ValueError: only 'Mamba2' is implemented": ORIGINAL | dict(ssm_cfg=dict(layer="S4")),
+    },
+    mamba2.Attention: {
+        "ValueError: causal = False: must be True": ROTARY | dict(d_model=10, causal=False),
+        "ValueError: causal = False: must be": dict(d_model=10, num_heads=2),
+        "ValueError: rotary_emb_interleaved = True: must be False": dict(
+            d_model=10, num_heads=2, causal=True, rotary_emb_interleaved=True
+        ),
+        "ValueError: rotary_emb_dim = 8: must be even, and at most 6": ROTARY
+        | dict(d_model=10, rotary_emb_dim=8),
+        "ValueError: rotary_emb_dim = 3: must be even": ROTARY | dict(d_model=10, rotary_emb_dim=3),
+        "TypeError: argument 'mlp_dim'": ROTARY | dict(d_model=10, mlp_dim=64),
+    },
+    mamba2.Mamba2LM: {
+        f"ValueError: attn_layer_idx = .{layer}.: must be from 0 to 23": dict(
+            config=Mamba2Config(attn_layer_idx=[layer], attn_cfg=ROTARY)
+        )
+        for layer in (-1, 24)
     },
     "forward": {
         "ValueError: exactly one of input_ids and inputs_e": dict(
@@ -2207,9 +2225,9 @@ def test_every_format_loads_and_is_saved_in_transformers_format(form, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("write", [save, original])
-def test_dtype_device_map_and_offloading_are_kept(write, tmp_path):
-    model, folder = tiny(), tmp_path / "model"
+@pytest.mark.parametrize("write, more", [(save, {}), (original, {}), (save, ATTENTION_FIRST)])
+def test_dtype_device_map_and_offloading_are_kept(write, more, tmp_path):
+    model, folder = tiny(**more), tmp_path / "model"
     write(model, folder)
     places = dict.fromkeys(["backbone.embeddings", "lm_head", "backbone.layers.1"], str(DEVICE))
     places |= {"backbone.norm_f": "disk", "backbone.layers.0": "disk"}
@@ -2219,7 +2237,7 @@ def test_dtype_device_map_and_offloading_are_kept(write, tmp_path):
         dtype = options.get("dtype", torch.float32)
         assert {p.dtype for p in loaded.parameters()} == {dtype} and loaded.dtype == dtype
         place = "meta" if options is on_disk else "cpu" if "dtype" in options else DEVICE.type
-        assert loaded.backbone.layers[0].mixer.D.device.type == place
+        assert loaded.backbone.layers[0].mixer.out_proj.weight.device.type == place
         logits = loaded(tokens(2, 9).to(loaded.lm_head.weight.device)).logits
         tolerance = F32 if dtype == torch.float32 else 5e-2
         assert_close(logits.cpu(), model(tokens(2, 9)).logits.cpu(), tolerance)
@@ -2362,6 +2380,180 @@ def test_mixers_of_hybrids_in_transformers_load_as_the_table_in_the_readme_says(
         exec(line, dict(layer=layer, c=c, mixer=theirs))
     u = torch.randn(2, 37, 32)
     assert_close(layer(u), theirs(u), 1e-5)  # float32, in which their norms compute
+
+
+@torch.no_grad()
+def test_the_state_of_attention_grows_by_two_vectors_per_position_and_moves_in_its_dtype():
+    layer = make_layer(ROTARY)
+    states = [layer.step(layer_inputs(layer, 4, l)[0])[1] for l in range(5)]
+    sizes = [sum(t.nbytes for t in state) for state in states]
+    assert {b - a for a, b in itertools.pairwise(sizes)} == {4 * (8 * 2 * 2 * 6 + 1)}
+    assert identical(states[4].to(DEVICE, torch.bfloat16), states[4])
+    assert {t.device.type for t in states[4].to("meta")} == {"meta"}
+
+
+def test_attention_in_half_precision_loses_only_roundings_and_is_compiled_in_one_graph():
+    exact = mamba2.Attention(32, **ROTARY).to(DEVICE)
+    u, half = torch.randn(2, 50, 32, device=DEVICE), copy.deepcopy(exact).bfloat16()
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        cast = in_pieces(exact.step, dict(u=u, state=None), "state", [49])
+    for y, state in (half.step(u.bfloat16()), cast):
+        assert {t.dtype for t in (y, *state[:2])} == {torch.bfloat16}
+        assert_close(y, exact(u), 0.02)  # as for `Mamba2`
+    layer, mask = make_layer(ROTARY), torch.tensor([[0, 1, 1, 1, 1], [1, 0, 1, 0, 1]])
+    (u, state), seq_idx = (
+        layer_inputs(layer, 2, 5),
+        torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]),
+    )
+    given, inputs = (mask.to(DEVICE), seq_idx.to(DEVICE)), [u, state, list(layer.parameters())]
+    results = []
+    for step in (layer.step, torch.compile(layer.step, fullgraph=True, backend="eager")):
+        y, end = step(u, state, *given)
+        assert type(end) is mamba2.AttentionState
+        results.append([y, end, gradients([y, end[:2]], inputs)])
+    assert_close(*results)
+
+
+# The configurations of state-spaces/mamba2attn-2.7b and transformerpp-2.7b, as published.
+PUBLISHED = dict(d_model=2560, vocab_size=50277, rms_norm=True, residual_in_fp32=True)
+PUBLISHED |= dict(fused_add_norm=True, pad_vocab_size_multiple=16, tie_embeddings=True)
+NO_BIASES = dict(causal=True, out_proj_bias=False, qkv_proj_bias=False)
+MAMBA2ATTN = PUBLISHED | dict(d_intermediate=0, n_layer=64, ssm_cfg=dict(layer="Mamba2"))
+MAMBA2ATTN |= dict(attn_layer_idx=[9, 18, 27, 36, 45, 56])
+MAMBA2ATTN["attn_cfg"] = NO_BIASES | dict(num_heads=30, head_dim=128, rotary_emb_dim=64, d_conv=4)
+TRANSFORMERPP = PUBLISHED | dict(d_intermediate=6912, n_layer=32, ssm_cfg={})
+TRANSFORMERPP |= dict(attn_layer_idx=[*range(32)])
+TRANSFORMERPP["attn_cfg"] = NO_BIASES | dict(num_heads=32, head_dim=80, rotary_emb_dim=40)
+HYBRIDS = {  # each with the number of its parameters, and with sizes of a small one like it
+    "mamba2attn": (MAMBA2ATTN, 2_697_590_880, dict(attn_layer_idx=[1])),
+    "transformerpp": (
+        TRANSFORMERPP,
+        2_666_457_600,
+        dict(attn_layer_idx=[0, 1], d_intermediate=100),
+    ),
+}
+
+
+def hybrid_by_hand(model, ids):
+    """Logits; the layers and the MLPs by hand."""
+    h = model.backbone.embeddings(ids)
+    for block in model.backbone.layers:
+        attends = isinstance(block.mixer, mamba2.Attention)
+        by_hand = attention_by_hand if attends else layer_by_hand
+        h = h + by_hand(block.mixer, block.norm(h))[0]
+        if isinstance(block, mamba2.MLPBlock):
+            y, gate = (block.norm2(h) @ block.mlp.fc1.weight.T).chunk(2, -1)
+            h = h + (y * gate * torch.sigmoid(gate)) @ block.mlp.fc2.weight.T
+    return model.backbone.norm_f(h) @ model.backbone.embeddings.weight.T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_load_as_published_decode_as_the_whole_and_are_saved_for_this_file_only(
+    name, tmp_path
+):
+    config, count, sizes = HYBRIDS[name]
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(Mamba2Config.from_dict(config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    # Segments keep the keys and values of all before them: some segments take the least memory.
+    assert 2 < 131_072 / model._segment_length("auto", 1, 131_072, None) < 20
+    assert model._segment_length("auto", 1, 0, None) == 1
+
+    config = config | sizes | dict(d_model=32, n_layer=2, vocab_size=61)
+    config["ssm_cfg"] = config["ssm_cfg"] and dict(layer="Mamba2", headdim=8, d_state=8)
+    config["attn_cfg"] = config["attn_cfg"] | dict(num_heads=3, head_dim=6, rotary_emb_dim=4)
+    model = Mamba2ForCausalLM(Mamba2Config.from_dict(config)).double().to(DEVICE)
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    names = {"norm.weight", "mixer.in_proj.weight", "mixer.out_proj.weight"}
+    names |= (
+        {"mixer.conv1d.weight", "mixer.conv1d.bias"} if "d_conv" in config["attn_cfg"] else set()
+    )
+    mlp = (
+        {"norm2.weight", "mlp.fc1.weight", "mlp.fc2.weight"} if config["d_intermediate"] else set()
+    )
+    assert model.backbone.layers[1].state_dict().keys() == names | mlp  # as published
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model, ids = load(tmp_path, dtype=torch.float64), tokens(2, 14, vocabulary=61)
+    expected = hybrid_by_hand(model, ids)
+    assert_close(model(ids).logits, expected)
+    cache, logits = model.prefill(ids[:, :9]), []
+    for token in ids[:, 9:].split(1, dim=1):
+        output = model(token, cache=cache)
+        cache = output.cache
+        logits.append(output.logits)
+    assert_close(torch.cat(logits, 1), expected[:, 9:])
+    torch.save(cache, tmp_path / "cache.pt")
+    assert identical(torch.load(tmp_path / "cache.pt").states, cache.states)
+    save(model, tmp_path / "saved")
+    assert_same_model(load(tmp_path / "saved", dtype=torch.float64), model, F64)
+    for kind in (THEIRS, transformers.AutoModelForCausalLM):
+        with pytest.raises(Exception, match="num_heads"):
+            kind.from_pretrained(tmp_path / "saved", ignore_mismatched_sizes=True)
+
+
+def test_attention_is_decoded_by_plain_steps_and_has_no_slices(monkeypatch):
+    model, ids, group = tiny(**HYBRID), tokens(1, 4), object()
+    for kind in mamba2.kernels and (mamba2.Attention, mamba2.GatedMLP, mamba2.MLPBlock) or ():
+        assert kind not in mamba2.kernels._kinds.values()
+    if mamba2.kernels:  # there is no graph
+        assert mamba2.kernels._fingerprint(model, DEVICE) is None
+        assert mamba2.kernels._fingerprint(tiny(), DEVICE) is not None
+    monkeypatch.setattr(mamba2, "Slices", mock.Mock(side_effect=AssertionError("it is sent")))
+    for call in (model, model.backbone):
+        with pytest.raises(ValueError, match="attn_layer_idx = .1.: attention has no slices"):
+            call(ids, group=group)
+    monkeypatch.setattr(mamba2, "Slices", mock.Mock())
+    with pytest.raises(ValueError, match="group = .* attention has no slices"):
+        model.backbone.layers[1].mixer.step(torch.randn(1, 2, 32), group=group)
+    assert not mamba2.Slices.return_value.mock_calls  # nothing is sent
+
+
+@EITHER
+def test_texts_are_classified_by_their_last_token_on_whichever_side_they_are_padded(
+    options, tmp_path
+):
+    language_model = tiny(dtype=torch.float64, tie_word_embeddings=False, **options)
+    save(language_model, tmp_path)  # with a head, which is left out
+    kind = mamba2.Mamba2ForSequenceClassification
+    model = load(tmp_path, kind, dtype=torch.float64, num_labels=3)
+    backbone = language_model.backbone
+    assert identical(model.backbone.state_dict(), backbone.state_dict())
+    (ids, mask, _), scores = padded(), []
+    labels = torch.tensor([0, 2, 1, 1, 0, 2], device=DEVICE)
+    for row, exists in zip(ids, mask.bool(), strict=True):
+        h = backbone(row[exists][None])[0][0, -1] if exists.any() else torch.zeros(32, **DRAW)
+        scores.append(h @ model.score.weight.T)
+    scores = torch.stack(scores)
+    output = model(ids, attention_mask=mask, labels=labels)
+    assert_close(output.logits, scores)
+    assert_close(output.loss, F.cross_entropy(scores, labels))
+    embeds = model.get_input_embeddings()(ids)
+    assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, scores)
+    assert_close(model(ids[-1:]).logits, scores[-1:])
+    again = load(save(model, tmp_path / "again"), kind, dtype=torch.float64)
+    assert_close(again(ids, mask).logits, scores)
+
+
+def test_the_trainer_and_the_pipeline_classify_texts(tmp_path):
+    texts = [letter * length for letter in "ab" for length in (1, 3, 4, 7)]
+    tokenizer = transformers.ByT5Tokenizer()
+    labels = {0: "letter a", 1: "letter b"}
+    config = Mamba2Config(**TINY | dict(vocab_size=384, initializer_range=1.0, id2label=labels))
+    model = mamba2.Mamba2ForSequenceClassification(config).to(DEVICE)
+    data = [tokenizer(text) | {"labels": int(text[0] == "b")} for text in texts]
+    options = dict(max_steps=30, per_device_train_batch_size=8)
+    losses = train(
+        tmp_path, data, transformers.DataCollatorWithPadding(tokenizer), model, **options
+    )
+    assert losses[-1] < 0.1 * losses[0] and abs(losses[0] - math.log(2)) < 0.7
+    classify = transformers.pipeline("text-classification", model.eval(), tokenizer=tokenizer)
+    for batch_size in (1, 4):
+        found = [row["label"] for row in classify(texts, batch_size=batch_size)]
+        assert found == [f"letter {text[0]}" for text in texts]
 
 
 # --------------------------------------------------------------------------- README and notebook
