@@ -1498,7 +1498,7 @@ class AttentionState(NamedTuple):
 
 class Attention(nn.Module):
     """Causal softmax attention, a layer with the interface and the promises of `Mamba2`, but for
-    slices, and with a state that grows:
+    slices, and with a state that grows. Differs: new weights are drawn alike at any depth.
 
         u ── in_proj ── q, k, v ── conv1d ── rotate q and k ── softmax(q k^T) v ── out_proj ── out
 
@@ -1525,7 +1525,7 @@ class Attention(nn.Module):
         self.conv1d = CausalConv1d(sum(self.widths), d_conv, bias=True) if d_conv else None
         for weight in self.conv1d.parameters() if d_conv else ():
             nn.init.uniform_(weight, -(d_conv**-0.5), d_conv**-0.5)
-        self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)  # Differs: at any depth
+        self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> AttentionState:
         """The state before the first position, without keys and values."""
@@ -1555,15 +1555,15 @@ class Attention(nn.Module):
         position = position - (position * _borders(number)).cummax(1).values  # 0 where one begins
         q, k, v = (t.unflatten(2, (-1, self.head_dim)) for t in qkv.split(self.widths, dim=-1))
         q, k = (rotate(t, position, *self.rotary) for t in (q, k))
-        masks = dict(is_causal=True)  # faster than a mask, which old or packed positions need
+        options = dict(is_causal=True)  # faster than a mask, which old or packed positions need
         if past.shape[1] > 0 or layout.seq_idx is not None:
             old = counts[:, None] & (number == 0)[..., None]  # (b, l, m)
             new = (number[..., None] == number[:, None]).tril()  # (b, l, l)
-            masks = dict(attn_mask=torch.cat([old, new], dim=2)[:, None])
+            options = dict(attn_mask=torch.cat([old, new], dim=2)[:, None])  # (b, 1, l, m + l)
         past = torch.cat([past.to(qkv.dtype), torch.cat([k, v], dim=2)], dim=1)
         k, v = past.chunk(2, dim=2)  # (b, m + l, g, p)
-        masks |= dict(scale=self.scale, enable_gqa=q.shape[2] != k.shape[2])
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **masks)
+        options |= dict(scale=self.scale, enable_gqa=q.shape[2] != k.shape[2])
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **options)
         new = (number == number[:, -1:]) & (index < layout.length)  # of the last sequence
         counts = torch.cat([counts & (number == 0).all(1, keepdim=True), new], dim=1)
         return self.out_proj(y.transpose(1, 2).flatten(2)), AttentionState(conv, past, counts)
