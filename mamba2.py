@@ -1537,13 +1537,15 @@ class Attention(nn.Module):
     def forward(self, u, state=None, mask=None, seq_idx=None, *, reset=None, layout=None):
         """y of `step`; or for u sorted by a Layout: y in that order, and the new state."""
         if layout is None:
-            layout = Layout.of(u, mask, seq_idx, None, reset)
-            return layout.restore(self.forward(layout.sort(u), state, layout=layout)[0])
+            own = Layout.of(u, mask, seq_idx)
+            return own.restore(self.forward(own.sort(u), state, reset=reset, layout=own)[0])
         _check("group", layout.slices, *NO_SLICES)
+        _require(dict(b=len(u)), "b", "integers", reset=reset)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
         state = state or self.initial_state(len(u), qkv)
-        if layout.starts is not None:
-            state = state.map(lambda tensor: _erase(tensor, layout.starts))
+        for rows in (reset, layout.starts):
+            if rows is not None:
+                state = state.map(functools.partial(_erase, where=rows.bool()))
         (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence
         number = qkv.new_zeros(qkv.shape[:2]).long() if number is None else number
         if self.conv1d:
@@ -1572,17 +1574,15 @@ class Attention(nn.Module):
 def rotate(x, position, d, base):
     """Rotary embedding of x (b, l, h, p) at positions (b, l): of the first d channels, i and
     i + d/2 turn together, by the angle base^(-2i/d) per position."""
-    dtype = _at_least_float32(x.dtype)
-    angle = base ** -(torch.arange(0, d, 2, dtype=dtype, device=x.device) / d)  # (d/2)
-    angle = position[..., None, None] * angle  # (b, l, 1, d/2)
-    a, b, rest = x.to(dtype).tensor_split([d // 2, d], dim=-1)
+    exponent = torch.arange(0, d, 2, dtype=_at_least_float32(x.dtype), device=x.device) / d
+    angle = position[..., None, None] * base**-exponent  # (b, l, 1, d/2)
+    a, b, rest = x.to(angle.dtype).tensor_split([d // 2, d], dim=-1)
     turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
     return torch.cat([*turned, rest], dim=-1).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
-    """fc2(y silu(gate)), with y and gate the halves of fc1(x); x and the result are (..., d_model).
-    As in the original, the width is rounded up to a multiple of 128."""
+    """fc2(y silu(gate)), with y, gate = fc1(x); the width is rounded up to a multiple of 128."""
 
     def __init__(self, d_model: int, width: int):
         super().__init__()
