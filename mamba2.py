@@ -1564,7 +1564,7 @@ class Attention(nn.Module):
             options = dict(attn_mask=torch.cat([old, new], dim=2)[:, None])  # (b, 1, l, m + l)
         past = torch.cat([past.to(qkv.dtype), torch.cat([k, v], dim=2)], dim=1)
         k, v = past.chunk(2, dim=2)  # (b, m + l, g, p)
-        options |= dict(scale=self.scale, enable_gqa=q.shape[2] != k.shape[2])
+        options = dict(scale=self.scale, enable_gqa=q.shape[2] != k.shape[2], **options)
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **options)
         new = (number == number[:, -1:]) & (index < layout.length)  # of the last sequence
         counts = torch.cat([counts & (number == 0).all(1, keepdim=True), new], dim=1)
