@@ -897,7 +897,7 @@ class Mamba2Config(PreTrainedConfig):
         options = dict(config_dict)
         if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
             ssm_cfg, multiple = options.pop("ssm_cfg"), options.pop("pad_vocab_size_multiple", 8)
-            only_attention = len(options.get("attn_layer_idx") or ()) == options["n_layer"]
+            only_attention = len(options.get("attn_layer_idx") or ()) == options.get("n_layer")
             options = {"layer": "Mamba2" if only_attention else "Mamba1", **options, **ssm_cfg}
             options["vocab_size"] += -options["vocab_size"] % multiple
             options.pop("model_type", None)
@@ -1596,7 +1596,7 @@ class GatedMLP(nn.Module):
 
 
 class MLPBlock(Mamba2Block):
-    """A block with an MLP after its mixer: h + mlp(norm2(h)) of the h of Mamba2Block."""
+    """A Mamba2Block with an MLP after its mixer, which adds mlp(norm2(h)) to h."""
 
     def __init__(self, config: Mamba2Config, mixer: nn.Module | None = None):
         super().__init__(config, mixer)

@@ -2229,6 +2229,7 @@ def test_every_format_loads_and_is_saved_in_transformers_format(form, tmp_path):
 def test_dtype_device_map_and_offloading_are_kept(write, more, tmp_path):
     model, folder = tiny(**more), tmp_path / "model"
     write(model, folder)
+    assert {type(block).__name__ for block in model.backbone.layers} <= {*model._no_split_modules}
     places = dict.fromkeys(["backbone.embeddings", "lm_head", "backbone.layers.1"], str(DEVICE))
     places |= {"backbone.norm_f": "disk", "backbone.layers.0": "disk"}
     on_disk = dict(device_map=places, offload_folder=tmp_path / "weights")
@@ -2397,7 +2398,8 @@ def test_attention_in_half_precision_loses_only_roundings_and_is_compiled_in_one
     u, half = torch.randn(2, 50, 32, device=DEVICE), copy.deepcopy(exact).bfloat16()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         cast = in_pieces(exact.step, dict(u=u, state=None), "state", [49])
-    for y, state in (half.step(u.bfloat16()), cast):
+    resumed = half.step(u.bfloat16(), exact.initial_state(2))  # which is float32
+    for y, state in (half.step(u.bfloat16()), cast, resumed):
         assert {t.dtype for t in (y, *state[:2])} == {torch.bfloat16}
         assert_close(y, exact(u), 0.02)  # as for `Mamba2`
     layer, mask = make_layer(ROTARY), torch.tensor([[0, 1, 1, 1, 1], [1, 0, 1, 0, 1]])
