@@ -297,6 +297,11 @@ class CausalConv1d(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
+    def reset_parameters(self):
+        bound = self.weight.shape[2] ** -0.5
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
     def forward(self, x, **options):
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, **options)
 
@@ -390,9 +395,9 @@ class Mamba2(nn.Module):
         config = self.config
         weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
         weights += [(self.out_proj.weight, self.widths[0] * self.depth)]
-        weights += [(weight, config.conv_kernel) for weight in self.conv1d.parameters()]
         for weight, fan_in in weights:
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+        self.conv1d.reset_parameters()
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
@@ -959,7 +964,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.embeddings = embeddings
 
     def _init_weights(self, module):
-        if isinstance(module, (Mamba2, nn.Linear)):
+        if isinstance(module, (Mamba2, nn.Linear, CausalConv1d)):
             if not getattr(next(module.parameters()), "_is_hf_initialized", False):  # by loading
                 module.reset_parameters()
         else:
@@ -1523,8 +1528,8 @@ class Attention(nn.Module):
         self.widths = [num_heads * p, *[(num_heads_kv or num_heads) * p] * 2]  # of q, k and v
         self.in_proj = nn.Linear(d_model, sum(self.widths), qkv_proj_bias)
         self.conv1d = CausalConv1d(sum(self.widths), d_conv, bias=True) if d_conv else None
-        for weight in self.conv1d.parameters() if d_conv else ():
-            nn.init.uniform_(weight, -(d_conv**-0.5), d_conv**-0.5)
+        if d_conv:
+            self.conv1d.reset_parameters()
         self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> AttentionState:

@@ -1319,7 +1319,7 @@ def test_bfloat16_weights_keep_a_float32_residual_stream_and_state(residual_in_f
     assert_close(output.logits.float(), tiny(**options)(ids).logits, 5e-2)
 
 
-@pytest.mark.parametrize("options", [{}, dict(expand=1.5, use_bias=True), dict(n_groups=2)])
+@pytest.mark.parametrize("options", [{}, dict(expand=1.5, use_bias=True), HYBRID])
 def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
     sizes = dict(vocab_size=1024, hidden_size=64, head_dim=16, num_hidden_layers=4)
     new = Mamba2ForCausalLM(Mamba2Config(**sizes, **options)).to(DEVICE)
@@ -1335,8 +1335,10 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
     for model, slack in ((new, 0.05), (late, 0.5)):  # a head of its own is drawn wider
         assert abs(model(ids, labels=ids).loss.item() - math.log(1024)) < slack
         for layer in model.backbone.layers:  # the original's depth scaling, by sqrt(4)
-            width = layer.mixer.out_proj.in_features
-            assert 0.95 < layer.mixer.out_proj.weight.abs().max() * (4 * width) ** 0.5 <= 1
+            out, depth = layer.mixer.out_proj, 4 if isinstance(layer.mixer, Mamba2) else 1
+            assert 0.95 < out.weight.abs().max() * (depth * out.in_features) ** 0.5 <= 1
+            taps = layer.mixer.conv1d.weight
+            assert 0.9 < taps.abs().max() * taps.shape[2] ** 0.5 <= 1
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
 
 
