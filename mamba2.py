@@ -237,7 +237,7 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None, silu=True):
-    """Causal depthwise convolution and, if silu: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
+    """Causal depthwise convolution, and SiLU if silu: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
 
     x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
     first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
@@ -296,11 +296,6 @@ class CausalConv1d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-
-    def reset_parameters(self):
-        bound = self.weight.shape[2] ** -0.5
-        for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x, **options):
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, **options)
@@ -395,9 +390,9 @@ class Mamba2(nn.Module):
         config = self.config
         weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
         weights += [(self.out_proj.weight, self.widths[0] * self.depth)]
+        weights += [(weight, config.conv_kernel) for weight in self.conv1d.parameters()]
         for weight, fan_in in weights:
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
-        self.conv1d.reset_parameters()
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
@@ -500,20 +495,26 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + mixer(norm(h)); h (b, l, d). See `Mamba2.forward`."""
+    """A residual block: h + mixer(norm(h)); h (b, l, d). See `Mamba2.forward`. In a hybrid the
+    mixer may be attention, and h + mlp(norm2(h)) may follow."""
 
     def __init__(self, config: Mamba2Config, mixer: nn.Module | None = None):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = mixer or Mamba2(config, depth=config.num_hidden_layers)
+        self.mlp = None
+        if config.d_intermediate:
+            self.norm2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+            self.mlp = GatedMLP(config.hidden_size, config.d_intermediate)
 
     def forward(self, h, state=None, layout=None):
         layout = Layout(h.shape[1]) if layout is None else layout
         plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
-        if kernels and plain and (fused := kernels.block(self, h, state)) is not None:
+        if kernels and plain and not self.mlp and (fused := kernels.block(self, h, state)):
             return fused[0], Mamba2State(*fused[1:])
         y, state = self.mixer(self.norm(h), state, layout=layout)
-        return h + y, state
+        h = h + y
+        return (h + self.mlp(self.norm2(h)) if self.mlp else h), state
 
 
 class Mamba2Backbone(nn.Module):
@@ -785,7 +786,6 @@ COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
 POSITIVE = "must be a positive number", lambda v: 0 < v < math.inf
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
-NO_SLICES = "attention has no slices: leave out group, or use DDP or FSDP2", lambda v: not v
 LIMITS = "must be (low, high), 0 <= low <= high", lambda v: len(v) == 2 and 0 <= v[0] <= v[1]
 
 OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
@@ -890,8 +890,8 @@ class Mamba2Config(PreTrainedConfig):
         _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
-        """As in transformers, whose own Mamba-2 ignores such options. Then num_heads is None, so
-        that it refuses the file instead of adding norms; here None is computed."""
+        """As in transformers, whose own Mamba-2 ignores rmsnorm = False and hybrids. Then num_heads
+        is None, so that it refuses the file instead of misreading it; here None is computed."""
         theirs = self.rmsnorm and not (self.attn_layer_idx or self.d_intermediate)
         return super().to_dict() | ({} if theirs else {"num_heads": None})
 
@@ -946,7 +946,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
-    _no_split_modules = ["Mamba2Block", "MLPBlock"]  # for device_map
+    _no_split_modules = ["Mamba2Block"]  # for device_map
     _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
     _is_stateful = True  # a state cannot be rewound, as speculative decoding needs
     _reorder_cache = staticmethod(lambda cache, rows: cache.select(rows))  # of beams
@@ -964,7 +964,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.embeddings = embeddings
 
     def _init_weights(self, module):
-        if isinstance(module, (Mamba2, nn.Linear, CausalConv1d)):
+        if isinstance(module, (Mamba2, Attention, nn.Linear)):
             if not getattr(next(module.parameters()), "_is_hf_initialized", False):  # by loading
                 module.reset_parameters()
         else:
@@ -1477,6 +1477,8 @@ def _agree(group, model, x, length, labels, mask, seq_idx, position_ids, **optio
 # 8. Hybrids: attention and MLPs in the language model
 # --------------------------------------------------------------------------------------------------
 
+NO_SLICES = "attention has no slices: leave out group, or use DDP or FSDP2", lambda v: not v
+
 
 class AttentionState(NamedTuple):
     """The state of an `Attention` layer, immutable. It grows with m, the positions before."""
@@ -1509,6 +1511,8 @@ class Attention(nn.Module):
 
         layer = Attention(256, num_heads=4, causal=True)  # the original's options and defaults
         y, state = layer.step(u, state)  # takes longer with each position before
+
+    There are h = num_heads of p = head_dim channels, and g = num_heads_kv of keys and values.
     """
 
     step = Mamba2.step
@@ -1528,9 +1532,14 @@ class Attention(nn.Module):
         self.widths = [num_heads * p, *[(num_heads_kv or num_heads) * p] * 2]  # of q, k and v
         self.in_proj = nn.Linear(d_model, sum(self.widths), qkv_proj_bias)
         self.conv1d = CausalConv1d(sum(self.widths), d_conv, bias=True) if d_conv else None
-        if d_conv:
-            self.conv1d.reset_parameters()
         self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw the convolution's weights as in `Mamba2`; the projections draw their own."""
+        for weight in self.conv1d.parameters() if self.conv1d else ():
+            bound = self.conv1d.weight.shape[2] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> AttentionState:
         """The state before the first position, without keys and values."""
@@ -1559,7 +1568,8 @@ class Attention(nn.Module):
             conv = last_inputs(window, before, layout.length, F.pad(number, (before, 0)))
         index = torch.arange(qkv.shape[1], device=qkv.device)
         position = counts.sum(1, keepdim=True) + index  # (b, l)
-        position = position - (position * _borders(number)).cummax(1).values  # 0 where one begins
+        # Each packed sequence begins at 0, as it would alone.
+        position = position - (position * _borders(number)).cummax(1).values
         q, k, v = (t.unflatten(2, (-1, self.head_dim)) for t in qkv.split(self.widths, dim=-1))
         q, k = (rotate(t, position, *self.rotary) for t in (q, k))
         options = dict(is_causal=True)  # faster than a mask, which old or packed positions need
@@ -1600,26 +1610,13 @@ class GatedMLP(nn.Module):
         return self.fc2(y * F.silu(gate))
 
 
-class MLPBlock(Mamba2Block):
-    """A Mamba2Block with an MLP after its mixer, which adds mlp(norm2(h)) to h."""
-
-    def __init__(self, config: Mamba2Config, mixer: nn.Module | None = None):
-        super().__init__(config, mixer)
-        self.norm2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mlp = GatedMLP(config.hidden_size, config.d_intermediate)
-
-    def forward(self, h, state=None, layout=None):
-        h, state = super().forward(h, state, layout)
-        return h + self.mlp(self.norm2(h)), state
-
-
 def make_blocks(config):
-    """The blocks of a model: with Mamba2 or Attention, and with MLPs or without."""
+    """The blocks of a model, some of which have attention in a hybrid."""
     n, layers, options = config.num_hidden_layers, config.attn_layer_idx or (), config.attn_cfg
     _check("attn_layer_idx", layers, f"must be from 0 to {n - 1}", lambda v: {*v} <= {*range(n)})
-    kind = MLPBlock if config.d_intermediate else Mamba2Block
     for i in range(n):
-        yield kind(config, Attention(config.hidden_size, **options) if i in layers else None)
+        attention = Attention(config.hidden_size, **options) if i in layers else None
+        yield Mamba2Block(config, attention)
 
 
 torch.serialization.add_safe_globals([AttentionState])
