@@ -237,12 +237,12 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None, silu=True):
-    """Causal depthwise convolution, and SiLU if silu: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
+    """Causal depthwise convolution and SiLU: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
 
     x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
     first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
     (b, l, d) and final_state (b, k-1, d), the last inputs, zero if of an earlier sequence; both in
-    x's dtype, computed in float32 at least.
+    x's dtype, computed in float32 at least. With silu=False there is no SiLU.
     """
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and silu and (fused := kernels.causal_conv1d(x, weight, bias, **options)):
