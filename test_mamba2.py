@@ -2505,6 +2505,8 @@ def test_attention_is_decoded_by_plain_steps_and_has_no_slices(monkeypatch):
         assert not {mamba2.Attention, mamba2.GatedMLP} & {*mamba2.kernels._kinds.values()}
         assert mamba2.kernels._fingerprint(model, DEVICE) is None
         assert mamba2.kernels._fingerprint(tiny(), DEVICE) is not None
+        monkeypatch.setattr(mamba2.kernels, "block", mock.Mock(side_effect=AssertionError))
+        model(ids[:, :1], cache=model.prefill(ids))
     monkeypatch.setattr(mamba2, "Slices", mock.Mock(side_effect=AssertionError("it is sent")))
     for call in (model, model.backbone):
         with pytest.raises(ValueError, match="attn_layer_idx = .1.: attention has no slices"):
