@@ -654,7 +654,9 @@ class Layout(NamedTuple):
         if seq_idx is not None:
             starts = slices.starts(seq_idx, mask) if slices else sequence_starts(seq_idx, mask)
         starts = layout.sort(starts)
-        return cls(*layout[:5], starts.cumsum(1), None if continues else starts[:, :1].any(1))
+        rows = None if continues else starts[:, :1].any(1)
+        length, skipped, source, place, *_ = layout  # no slice, which PyTorch 2.7 cannot compile
+        return cls(length, skipped, source, place, slices, starts.cumsum(1), rows)
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
