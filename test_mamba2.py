@@ -2503,8 +2503,8 @@ def test_attention_is_decoded_by_plain_steps_and_has_no_slices(monkeypatch):
     model, ids, group = tiny(**HYBRID), tokens(1, 4), object()
     if mamba2.kernels:  # there is no graph
         assert not {mamba2.Attention, mamba2.GatedMLP} & {*mamba2.kernels._kinds.values()}
-        assert mamba2.kernels._fingerprint(model, DEVICE) is None
-        assert mamba2.kernels._fingerprint(tiny(), DEVICE) is not None
+        assert mamba2.kernels._fingerprint(model, model.device) is None
+        assert mamba2.kernels._fingerprint(tiny(), model.device) is not None
         monkeypatch.setattr(mamba2.kernels, "block", mock.Mock(side_effect=AssertionError))
         model(ids[:, :1], cache=model.prefill(ids))
     monkeypatch.setattr(mamba2, "Slices", mock.Mock(side_effect=AssertionError("it is sent")))
