@@ -236,16 +236,21 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
 # --------------------------------------------------------------------------------------------------
 
 
-def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None, silu=True):
+def causal_conv1d(
+    x, weight, bias=None, *, initial_state=None, seq_idx=None, length=None, silu=True
+):
     """Causal depthwise convolution and SiLU: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
 
     x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
     first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
     (b, l, d) and final_state (b, k-1, d), the last inputs, zero if of an earlier sequence; both in
-    x's dtype, computed in float32 at least. With silu=False there is no SiLU.
+    x's dtype, computed in float32 at least. length (b, 1), or a number: final_state holds the last
+    of the first so many inputs; None is of all. With silu=False there is no SiLU.
     """
-    options = dict(initial_state=initial_state, seq_idx=seq_idx)
-    if kernels and silu and (fused := kernels.causal_conv1d(x, weight, bias, **options)):
+    options, fused = dict(initial_state=initial_state, seq_idx=seq_idx), None
+    if kernels and silu:
+        fused = kernels.causal_conv1d(x, weight, bias, **options)
+    if fused is not None and not isinstance(length, Tensor):
         return fused
     sizes = {}
     _require(sizes, "b l d", x=x)
@@ -260,7 +265,13 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None, sil
     number = None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (k - 1, 0))
     # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
-    final_state = last_inputs(window, k - 1, l, number)
+    last = (l if length is None else length) + torch.arange(k - 1, device=x.device)
+    final_state = _take(window, last)  # a copy, which does not keep the window alive
+    if number is not None:
+        of_last = _take(number, last)  # (b, k-1)
+        final_state = _erase(final_state, of_last != of_last[:, -1:])
+    if fused is not None:
+        return fused[0], final_state
     dtype = _at_least_float32(x.dtype)
     window, weight = window.to(dtype), weight.to(dtype)
     y = weight.new_zeros(d) if bias is None else bias.to(dtype)
@@ -462,7 +473,7 @@ class Mamba2(nn.Module):
 
     def _convolve_and_scan(self, zxbcdt, state, layout):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
-        (h, p, g, n), k = self.sizes, self.config.conv_kernel
+        h, p, g, n = self.sizes
         z, xBC, dt = zxbcdt.split(self.widths, dim=-1)
         dtype = _at_least_float32(dt.dtype)
         dt = F.softplus(dt + self.dt_bias.to(dtype)).clamp(*self.config.time_step_limit)
@@ -470,13 +481,9 @@ class Mamba2(nn.Module):
             dt = _erase(dt, layout.skipped)  # (b, l, h)
         A = -torch.exp(self.A_log.to(dtype))  # (h)
 
-        conv, ssm = state or (xBC.new_zeros(len(xBC), k - 1, xBC.shape[2]), None)
-        convolved, new_conv = self.conv1d(xBC, initial_state=conv, seq_idx=layout.seq_idx)
-        if layout.skipped is not None:  # new_conv has the masked positions at the end
-            window = torch.cat([1 * conv.to(xBC.dtype), xBC], dim=1)
-            number = None if layout.seq_idx is None else F.pad(layout.seq_idx, (k - 1, 0))
-            new_conv = last_inputs(window, k - 1, layout.length, number)
-
+        conv, ssm = state or (None, None)
+        options = dict(seq_idx=layout.seq_idx, length=layout.length)
+        convolved, new_conv = self.conv1d(xBC, initial_state=conv, **options)
         x, B, C = convolved.split([h * p, g * n, g * n], dim=-1)
         x = x.unflatten(2, (h, p))  # (b, l, h, p)
         B, C = (t.unflatten(2, (g, n)) for t in (B, C))  # (b, l, g, n)
@@ -607,18 +614,6 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     if x.shape[1] == 0:  # times exp of an empty sum, 1, so that dt and A have gradients: zeros
         state = state * log_decay.sum(1).exp()[..., None, None]
     return log_decay, D, state.to(dtype)
-
-
-def last_inputs(window, count, length, number):
-    """The convolution's state (b, k-1, d): of each row of a window (b, k-1+l, d) the `count` = k-1
-    inputs from `length` on, which is one number for all rows, or (b, 1). Inputs become zero if
-    the `number` of their sequence, (b, k-1+l) or None, is not that of the last one."""
-    index = length + torch.arange(count, device=window.device)  # (k-1) or (b, k-1)
-    state = _take(window, index)  # a copy, which does not keep the whole window alive
-    if number is not None:
-        number = _take(number, index)
-        state = _erase(state, number != number[:, -1:])
-    return state
 
 
 class Layout(NamedTuple):
@@ -1565,9 +1560,8 @@ class Attention(nn.Module):
         (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence
         number = qkv.new_zeros(qkv.shape[:2]).long() if number is None else number
         if self.conv1d:
-            window, before = torch.cat([1 * conv.to(qkv.dtype), qkv], dim=1), conv.shape[1]
-            qkv, _ = self.conv1d(qkv, initial_state=conv, seq_idx=layout.seq_idx, silu=False)
-            conv = last_inputs(window, before, layout.length, F.pad(number, (before, 0)))
+            options = dict(seq_idx=layout.seq_idx, length=layout.length, silu=False)
+            qkv, conv = self.conv1d(qkv, initial_state=conv, **options)
         index = torch.arange(qkv.shape[1], device=qkv.device)
         position = counts.sum(1, keepdim=True) + index  # (b, l)
         # Each packed sequence begins at 0, as it would alone.
