@@ -502,8 +502,8 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: h + mixer(norm(h)); h (b, l, d). See `Mamba2.forward`. In a hybrid the
-    mixer may be attention, and h + mlp(norm2(h)) may follow."""
+    """A residual block: hidden + mixer(norm(hidden)), which are (b, l, d). See `Mamba2.forward`. In
+    a hybrid the mixer may be attention, and hidden + mlp(norm2(hidden)) may follow."""
 
     def __init__(self, config: Mamba2Config, mixer: nn.Module | None = None):
         super().__init__()
@@ -514,22 +514,22 @@ class Mamba2Block(nn.Module):
             self.norm2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
             self.mlp = GatedMLP(config.hidden_size, config.d_intermediate)
 
-    def forward(self, h, state=None, layout=None):
-        layout = Layout(h.shape[1]) if layout is None else layout
+    def forward(self, hidden, state=None, layout=None):
+        layout = Layout(hidden.shape[1]) if layout is None else layout
         plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
-        if kernels and plain and not self.mlp and (fused := kernels.block(self, h, state)):
+        if kernels and plain and not self.mlp and (fused := kernels.block(self, hidden, state)):
             return fused[0], Mamba2State(*fused[1:])
-        y, state = self.mixer(self.norm(h), state, layout=layout)
-        h = h + y
-        return (h + self.mlp(self.norm2(h)) if self.mlp else h), state
+        y, state = self.mixer(self.norm(hidden), state, layout=layout)
+        hidden = hidden + y
+        return (hidden + self.mlp(self.norm2(hidden)) if self.mlp else hidden), state
 
 
 class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
-    Mamba2Cache of the tokens before, to h (b, l, d) and the new cache. mask and group as in
+    Mamba2Cache of the tokens before, to hidden (b, l, d) and the new cache. mask and group as in
     `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool, or
     None: the positions at which another sequence begins, see `sequence_starts`. The input of each
-    block, and h, are appended to the list hidden_states, if there is one."""
+    block, and hidden, are appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -542,31 +542,32 @@ class Mamba2Backbone(nn.Module):
         self, x, cache=None, mask=None, starts=None, group=None, hidden_states=None, use_cache=True
     ):
         _check("attn_layer_idx", group and self.config.attn_layer_idx, *NO_SLICES)
-        h = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
+        hidden = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
-            h = h.to(_at_least_float32(h.dtype))
+            hidden = hidden.to(_at_least_float32(hidden.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
-        layout = Layout.of(h, mask, group=group, starts=starts)
-        h, states, new_states = layout.sort(h), cache.states or [None] * len(self.layers), []
+        layout = Layout.of(hidden, mask, group=group, starts=starts)
+        hidden, new_states = layout.sort(hidden), []
+        states = cache.states or [None] * len(self.layers)
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
-                hidden_states.append(layout.restore(h))
+                hidden_states.append(layout.restore(hidden))
             run = functools.partial(block, layout=layout)
             if self.gradient_checkpointing and self.training:
                 run = functools.partial(recomputed, block, run)
-            h, state = run(h, state)
+            hidden, state = run(hidden, state)
             new_states.append(state if use_cache else None)  # None frees its memory
-        h = layout.restore(self.norm_f(h))
+        hidden = layout.restore(self.norm_f(hidden))
         if hidden_states is not None:
-            hidden_states.append(h)
+            hidden_states.append(hidden)
         if not use_cache:
-            return h, None
+            return hidden, None
         # A tensor, because torch.compile would make another graph for each int.
-        length = torch.full((), h.shape[1], device=h.device)
+        length = torch.full((), hidden.shape[1], device=hidden.device)
         if group is not None:
             dist.all_reduce(length, group=group)
             new_states = layout.slices.last(new_states)
-        return h, Mamba2Cache(tuple(new_states), cache.length + length)
+        return hidden, Mamba2Cache(tuple(new_states), cache.length + length)
 
 
 class Mamba2LM(nn.Module):
@@ -582,8 +583,8 @@ class Mamba2LM(nn.Module):
             self.lm_head.weight = self.backbone.embeddings.weight
 
     def forward(self, ids, cache=None):
-        h, cache = self.backbone(ids, cache)
-        return self.lm_head(h), cache
+        hidden, cache = self.backbone(ids, cache)
+        return self.lm_head(hidden), cache
 
 
 # --------------------------------------------------------------------------------------------------
@@ -677,9 +678,9 @@ def _erase(x: Tensor, where: Tensor) -> Tensor:
 
 @dataclass(eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model after some tokens, of constant size. A forward pass takes one as
-    `cache` and returns a new one; none is ever changed. torch.save and torch.load keep it in a
-    file."""
+    """The state of a whole model after some tokens; its size is constant, unless a layer is
+    attention. A forward pass takes one as `cache` and returns a new one; none is ever changed.
+    torch.save and torch.load keep it in a file."""
 
     states: tuple[Mamba2State, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
@@ -1041,14 +1042,14 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         whole, options = (x, mask, starts, targets), (use_cache, group, hidden_states)
-        loss, h, cache = self._in_segments(whole, past, length, first, *options)
+        loss, hidden, cache = self._in_segments(whole, past, length, first, *options)
         if labels is not None:
             items = (targets != -100).sum()
             if group is not None:
                 loss, items = (_SumOfRanks.apply(t, group) for t in (loss, items))
             loss = loss / (items if num_items_in_batch is None else num_items_in_batch)
-        h = h[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else h
-        logits = None if no_logits else self.lm_head(h)
+        hidden = hidden[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else hidden
+        logits = None if no_logits else self.lm_head(hidden)
         states = hidden_states and tuple(hidden_states)
         cache = cache if text is past else text.now(cache)
         return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
@@ -1061,12 +1062,12 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         segments, memory grows as s + l / s, or as the square root of l with the best s.
 
         whole: tokens (b, l) or embeddings (b, l, d); mask, starts and targets, (b, l) or None.
-        Returns the summed loss or None; h from the position `first` on; the cache or None.
+        Returns the summed loss or None; hidden from the position `first` on; the cache or None.
         """
 
         def run(x, mask, starts, targets, cache, keep_cache):
-            h, cache = self.backbone(x, cache, mask, starts, group, hidden_states, keep_cache)
-            return None if targets is None else self.summed_loss(h, targets), h, cache
+            hidden, cache = self.backbone(x, cache, mask, starts, group, hidden_states, keep_cache)
+            return None if targets is None else self.summed_loss(hidden, targets), hidden, cache
 
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
@@ -1080,28 +1081,30 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
             for i, piece in enumerate(zip(*pieces, strict=True)):
                 arguments = *piece, cache, use_cache or i < count - 1
-                loss, h, cache = recomputed(self, run, *arguments) if count > 1 else run(*arguments)
+                call = functools.partial(recomputed, self, run) if count > 1 else run
+                loss, hidden, cache = call(*arguments)
                 losses.append(loss)
-                if first < (i + 1) * length or i == count - 1:  # an empty view would keep all of h
-                    kept.append(h[:, max(0, first - i * length) :])
+                if first < (i + 1) * length or i == count - 1:  # an empty view would keep it all
+                    kept.append(hidden[:, max(0, first - i * length) :])
         loss = None if losses[0] is None else sum(losses)
         return loss, torch.cat(kept, dim=1), cache
 
-    def summed_loss(self, h, targets):
-        """The summed cross entropy of logits of h (b, l, d) against targets (b, l), -100 left out.
+    def summed_loss(self, hidden, targets):
+        """The summed cross entropy of logits of hidden (b, l, d); targets (b, l), -100 left out.
 
         The logits of a few rows at a time are made, used and freed, and made again for the backward
         pass; if one chunk holds all rows, its logits are kept.
         """
 
-        def loss_of_rows(h, targets):
-            logits = self.lm_head(h)  # (rows, vocabulary)
+        def loss_of_rows(hidden, targets):
+            logits = self.lm_head(hidden)  # (rows, vocabulary)
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
         # hidden_size rows make logits as large as the head's weight; a GPU is slow with fewer.
-        rows = max(self.config.hidden_size, 4096 if h.is_cuda else 64)
-        chunks = [*zip(h.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)]
+        rows = max(self.config.hidden_size, 4096 if targets.is_cuda else 64)
+        hidden, targets = hidden.flatten(0, 1).split(rows), targets.flatten().split(rows)
+        chunks = [*zip(hidden, targets, strict=True)]
         if len(chunks) == 1:
             return loss_of_rows(*chunks[0])
         return sum(recomputed(self.lm_head, loss_of_rows, *chunk) for chunk in chunks)
@@ -1245,9 +1248,10 @@ class Mamba2ForSequenceClassification(Mamba2ForCausalLM):
         self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **others
     ):
         x, mask, _ = _inputs(input_ids, inputs_embeds, attention_mask, None, others)
-        h, _ = self.backbone(x, None, mask, use_cache=False)
+        hidden, _ = self.backbone(x, None, mask, use_cache=False)
         last = -1 if mask is None else mask.cumsum(1).argmax(1)
-        logits, loss = self.score(h[torch.arange(len(h), device=h.device), last]), None
+        rows = torch.arange(len(hidden), device=hidden.device)
+        logits, loss = self.score(hidden[rows, last]), None
         if labels is not None:
             loss = self.loss_function(labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss, logits)
@@ -1611,7 +1615,7 @@ def make_blocks(config):
     n, layers, options = config.num_hidden_layers, config.attn_layer_idx or (), config.attn_cfg
     _check("attn_layer_idx", layers, f"must be from 0 to {n - 1}", lambda v: {*v} <= {*range(n)})
     for i in range(n):
-        attention = Attention(config.hidden_size, **options) if i in layers else None
+        attention = Attention(config.hidden_size, **options or {}) if i in layers else None
         yield Mamba2Block(config, attention)
 
 
