@@ -781,6 +781,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 # What an option may be: a rule, and whether it holds. ANY also stands where PyTorch has the rule.
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
+WIDTH = "must be an integer of at least 0", lambda v: type(v) is int and v >= 0
 POSITIVE = "must be a positive number", lambda v: 0 < v < math.inf
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
@@ -816,7 +817,7 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("use_cache", None, True, ANY, "return a cache, unless in training or with labels"),
     ("attn_layer_idx", None, None, ANY, "layers with attention instead, counted from 0"),
     ("attn_cfg", None, None, ANY, "a dict of options of `Attention`"),
-    ("d_intermediate", None, 0, ANY, "width of an MLP after each layer; 0 is none"),
+    ("d_intermediate", None, 0, WIDTH, "width of an MLP after each layer; 0 is none"),
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
@@ -1524,6 +1525,9 @@ class Attention(nn.Module):
         softmax_scale=None, qkv_proj_bias=True, out_proj_bias=True,
     ):  # fmt: skip
         super().__init__()
+        rule = "must be a positive integer, and divide d_model if there is no head_dim"
+        divides = lambda h: COUNT[1](h) and (head_dim or d_model % h == 0)
+        _check("num_heads", num_heads, rule, divides)
         self.head_dim = p = head_dim or d_model // num_heads
         _check("causal", causal, "must be True", lambda v: v)
         _check("rotary_emb_interleaved", rotary_emb_interleaved, "must be False", lambda v: not v)

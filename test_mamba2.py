@@ -677,7 +677,7 @@ IMPOSSIBLE |= dict(n_groups=[0, 5, 48, "2"], num_heads=[23, 0, 24.0, "24"], use_
 IMPOSSIBLE["vocab_size"] = [0, 1.0]
 IMPOSSIBLE |= dict(hidden_act=["gelu", "relu", None], residual_in_fp32=["no"])
 IMPOSSIBLE |= dict(expand=[0, -2, math.inf, math.nan], tie_word_embeddings=[None])
-IMPOSSIBLE |= dict(layer_norm_epsilon=[0, -1e-5, math.nan])
+IMPOSSIBLE |= dict(layer_norm_epsilon=[0, -1e-5, math.nan], d_intermediate=[-1, 2.0])
 IMPOSSIBLE["time_step_limit"] = [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
 
 
@@ -1217,6 +1217,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: rotary_emb_dim = 8: must be even, and at most 6": ROTARY
         | dict(d_model=10, rotary_emb_dim=8),
         "ValueError: rotary_emb_dim = 3: must be even": ROTARY | dict(d_model=10, rotary_emb_dim=3),
+        "ValueError: num_heads = 4: must be .*, and divide": dict(d_model=10, num_heads=4),
         "TypeError: argument 'mlp_dim'": ROTARY | dict(d_model=10, mlp_dim=64),
     },
     mamba2.Mamba2LM: {
