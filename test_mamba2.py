@@ -2990,6 +2990,7 @@ PASSED_IN_THE_INTERPRETER = {  # how many, by settings and names
 }
 
 RUNS = getattr(mamba2.kernels, "TRITON", False) and (CUDA or INTERPRETED)
+HAS_INTERPRETER = getattr(mamba2.kernels, "TRITON", False) and not (CUDA or INTERPRETED)
 needs_cuda = pytest.mark.skipif(not (RUNS and CUDA), reason="needs CUDA and Triton")
 
 
@@ -3879,19 +3880,31 @@ def test_kernels_reach_beyond_two_to_the_31_elements():
             assert relative_error(found, want) <= 1e-2, key
 
 
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
+@pytest.fixture(scope="session", autouse=True)
+def interpreters(request):
+    """Tests of the kernels in the interpreter, by settings: they run beside all other tests."""
+    started = {}
+    for item in request.session.items:
+        if item.originalname == "test_the_kernels_pass_in_the_interpreter" and HAS_INTERPRETER:
+            settings, names = (item.callspec.params[name] for name in ("settings", "names"))
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names]
+            environment = {**os.environ, "TRITON_INTERPRET": "1", "MAMBA2_KERNELS": settings}
+            options = dict(
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            started[settings] = subprocess.Popen([*command, str(Path(__file__))], **options)
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.skipif(not HAS_INTERPRETER, reason="the kernels run in this process, or not at all")
 @pytest.mark.parametrize("settings, names", PASSED_IN_THE_INTERPRETER)
-def test_the_kernels_pass_in_the_interpreter(settings, names):
-    if not getattr(mamba2.kernels, "TRITON", False):
-        pytest.skip("Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MAMBA2_KERNELS": settings}
-    done = subprocess.run(
-        [*command, str(Path(__file__))], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed == PASSED_IN_THE_INTERPRETER[settings, names], done.stdout[-500:]
+def test_the_kernels_pass_in_the_interpreter(settings, names, interpreters):
+    said, _ = interpreters[settings].communicate()
+    assert interpreters[settings].returncode == 0, said[-6000:]
+    passed = int(re.search(r"(\d+) passed", said)[1])
+    assert passed == PASSED_IN_THE_INTERPRETER[settings, names], said[-500:]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels")
