@@ -1161,7 +1161,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
             raise ValueError(f"{count} tokens, and the cache has seen {seen}: {rule}")
         samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
-        cache = cache.repeat(samples)
+        # Another object with the same tensors: transformers marks the caches that it is given.
+        cache = cache.repeat(samples) if samples > 1 else Mamba2Cache(cache.states, cache.length)
         cache = kernels.Text.of(self, cache) if kernels else cache
         options |= {CACHE: cache, "use_cache": True}
         output = super().generate(inputs, generation_config, **options)
