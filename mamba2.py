@@ -31,7 +31,7 @@ Sequences are "packed" if several lie one after another in the same row; masked 
 skipped, wherever they occur. "Differs:" marks where this file departs on purpose from the paper,
 from transformers' Mamba-2 or from "the original", the authors' package mamba_ssm.
 
-Section 6 and reading a config.json need transformers, all else only torch and einops. On CUDA,
+Section 6 and config.json files need transformers, all else only torch and einops. On CUDA,
 `kernels.py` beside this file takes over where `kernels` is mentioned: set `kernels = None` if you
 change the mathematics. MIT licence.
 """
@@ -101,7 +101,8 @@ if (_path := Path(__file__).with_name("kernels.py")).is_file():
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
 # Inside, everything is float32 (float64 if x is), autocast or not: states and decay sums accumulate
-# over many steps and need this precision. Gradients reach every floating-point input.
+# over many steps and need this precision. (The kernels round factors of products.) Gradients reach
+# every floating-point input.
 
 
 def _without_autocast(function):
@@ -244,8 +245,8 @@ def causal_conv1d(
     x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
     first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
     (b, l, d) and final_state (b, k-1, d), the last inputs, zero if of an earlier sequence; both in
-    x's dtype, computed in float32 at least. length (b, 1), or a number: final_state holds the last
-    of the first so many inputs; None is of all. With silu=False there is no SiLU.
+    x's dtype, computed in float32 at least. length (b, 1): final_state holds the last of the first
+    so many inputs; None, or l, is of all. With silu=False there is no SiLU.
     """
     options, fused = dict(initial_state=initial_state, seq_idx=seq_idx), None
     if kernels and silu:
@@ -630,7 +631,7 @@ class Layout(NamedTuple):
     place: Tensor | None = None  # (b, l), where they return to
     slices: Slices | None = None
     seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
-    starts: Tensor | None = None  # (b) bool: another sequence than the state's begins
+    starts: Tensor | None = None  # (b) bool, of the first position: it begins another sequence
 
     @classmethod
     def of(cls, x, mask=None, seq_idx=None, group=None, starts=None):
@@ -682,7 +683,7 @@ class Mamba2Cache:
     attention. A forward pass takes one as `cache` and returns a new one; none is ever changed.
     torch.save and torch.load keep it in a file."""
 
-    states: tuple[Mamba2State, ...]  # of each layer
+    states: tuple[Mamba2State | AttentionState, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
 
     # What transformers' generate asks of a cache. At False it passes only tokens that are not read.
@@ -1052,7 +1053,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = hidden[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else hidden
         logits = None if no_logits else self.lm_head(hidden)
         states = hidden_states and tuple(hidden_states)
-        cache = cache if text is past else text.now(cache)
+        cache = cache if text is past else text.now(cache)  # generate holds one Text throughout
         return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
@@ -1309,7 +1310,7 @@ def recomputed(module, function, *arguments):
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
     """(b, l) each, or None: for each position that is not masked the label that it has to predict,
     which is that of the next such position, or -100 if another sequence starts there or there is
-    none; and the `sequence_starts`, which position_ids of 0 mark too."""
+    none; and where sequences start: `sequence_starts`, or else where position_ids are 0."""
     starts = None if position_ids is None else position_ids == 0
     starts = starts if seq_idx is None else sequence_starts(seq_idx, mask)
     if labels is None:
@@ -1412,7 +1413,7 @@ def _flat(conv, ssm):
 
 def _move(tensor, group, peer, sends):
     """Send the tensor to the rank `peer`, or receive one like it from there; the tensor itself if
-    there is no such rank."""
+    there is no such rank, or nothing to move."""
     if not 0 <= peer < dist.get_world_size(group) or tensor.numel() == 0:
         return tensor
     move, moved = dist.isend, tensor.contiguous()
@@ -1425,8 +1426,8 @@ def _move(tensor, group, peer, sends):
 
 
 class _Handover(torch.autograd.Function):
-    """x and a state as they are, or the state that is received. Its gradient goes the other way,
-    before autograd turns to what x was computed from."""
+    """x unchanged, and a state: `flat`, which is sent to `peer`, or what peer sends. The state's
+    gradient goes the other way; x passes through so that autograd does that before it goes on."""
 
     @staticmethod
     def forward(ctx, group, peer, sends, x, flat, anchor=None):
