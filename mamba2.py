@@ -459,8 +459,9 @@ class Mamba2(nn.Module):
             state = state.map(lambda tensor: _erase(tensor, reset.bool()))
         zxbcdt = self.in_proj(u)
         if layout.slices:
-            start = state or self.initial_state(len(u))
-            zxbcdt, state = layout.slices.receive(zxbcdt, start)
+            state = state or self.initial_state(len(u))
+            zxbcdt, *state = layout.slices.hand_over(zxbcdt, state, sends=False)
+            state = Mamba2State(*state)
         if state is not None and layout.starts is not None:
             state = state.map(lambda tensor: _erase(tensor, layout.starts))
         fused = None
@@ -468,7 +469,7 @@ class Mamba2(nn.Module):
             fused = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, layout)
         if layout.slices:
-            y = layout.slices.send(y, conv, ssm)
+            y = layout.slices.hand_over(y, (conv, ssm), sends=True)[0]
         y = self.out_proj(y)  # (b, l, d)
         return layout.restore(y) if wants_y else (y, Mamba2State(conv, ssm))
 
@@ -529,8 +530,8 @@ class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
     Mamba2Cache of the tokens before, to hidden (b, l, d) and the new cache. mask and group as in
     `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool, or
-    None: the positions at which another sequence begins, see `sequence_starts`. The input of each
-    block, and hidden, are appended to the list hidden_states, if there is one."""
+    None: the positions at which another sequence begins. The input of each block, and hidden, are
+    appended to the list hidden_states, if there is one."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -635,7 +636,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, x, mask=None, seq_idx=None, group=None, starts=None):
-        """Checked, for x (b, l, ...): arguments of `Mamba2.step`, or `sequence_starts`."""
+        """Checked, for x (b, l, ...): arguments of `Mamba2.step`; or `starts`, (b, l) bool."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx, starts=starts)
         _require(sizes, "b l", "a mask", mask=mask)
@@ -645,13 +646,15 @@ class Layout(NamedTuple):
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             count = (~skipped).sum(1, keepdim=True)
             layout = cls(count, skipped, source, source.argsort(dim=1), slices)
-        if seq_idx is None and starts is None:
+        if seq_idx is not None and slices:
+            _, starts = slices.targets_and_starts(x, max(1, x.shape[1]), mask, seq_idx=seq_idx)
+        if starts is not None:
+            starts = layout.sort(starts)
+            rows = starts[:, :1].any(1)
+        elif seq_idx is not None:
+            starts, rows = layout.borders(seq_idx), None  # the first position begins no sequence
+        else:
             return layout
-        continues = starts is None and slices is None  # the first position begins no sequence
-        if seq_idx is not None:
-            starts = slices.starts(seq_idx, mask) if slices else sequence_starts(seq_idx, mask)
-        starts = layout.sort(starts)
-        rows = None if continues else starts[:, :1].any(1)
         length, skipped, source, place, *_ = layout  # no slice, which PyTorch 2.7 cannot compile
         return cls(length, skipped, source, place, slices, starts.cumsum(1), rows)
 
@@ -663,12 +666,11 @@ class Layout(NamedTuple):
         """The inverse of `sort`; masked positions are 0."""
         return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
 
-
-def sequence_starts(seq_idx, mask=None):
-    """(b, l) bool: whether another packed sequence begins at this position, whose label is not that
-    of the one before. Masked positions are skipped; the first of the others begins none."""
-    layout = Layout.of(seq_idx, mask)
-    return layout.restore(_borders(layout.sort(seq_idx.long())))
+    def borders(self, seq_idx):
+        """(b, l) bool, sorted: whether a position begins another sequence, with another label than
+        the position before. The first position begins none, and masked ones do not."""
+        borders = _borders(self.sort(seq_idx.long()))
+        return borders if self.skipped is None else _erase(borders, self.skipped)
 
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
@@ -1031,11 +1033,12 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training and labels is None
         _require(dict(b=b, l=l), "b l", "integers", labels=labels)
         if group is None:
-            targets, starts = targets_and_starts(labels, mask, *packing)
+            targets, starts = targets_and_starts(labels, mask, **packing)
         else:
             same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
-            same |= dict(items=num_items_in_batch is not None)
-            targets, starts = _agree(group, self, x, length, labels, mask, *packing, **same)
+            same = same_on_ranks(self, x, items=num_items_in_batch is not None, **same)
+            packing["labels"] = labels
+            targets, starts = Slices(group).targets_and_starts(x, length, mask, same, **packing)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1286,7 +1289,7 @@ def _inputs(ids, embeds, mask, seq_idx, others):
         _require(sizes, "b l", "a mask", attention_mask=mask)
         # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
-    packing = seq_idx, position_ids if seq_idx is None else None
+    packing = dict(seq_idx=seq_idx, position_ids=position_ids if seq_idx is None else None)
     return embeds if ids is None else ids, mask, packing
 
 
@@ -1310,20 +1313,28 @@ def recomputed(module, function, *arguments):
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
     """(b, l) each, or None: for each position that is not masked the label that it has to predict,
     which is that of the next such position, or -100 if another sequence starts there or there is
-    none; and where sequences start: `sequence_starts`, or else where position_ids are 0."""
+    none; and where sequences start: where seq_idx changes, or else where position_ids are 0."""
     starts = None if position_ids is None else position_ids == 0
-    starts = starts if seq_idx is None else sequence_starts(seq_idx, mask)
+    if seq_idx is not None:
+        layout = Layout.of(seq_idx, mask)
+        starts = layout.restore(layout.borders(seq_idx))
     if labels is None:
         return None, starts
-    layout, targets = Layout.of(labels, mask), labels.long()
+    layout = Layout.of(labels, mask)
+    targets = labels.long() + 100  # so that 0 is -100, also where the layout has put 0
     if starts is not None:
-        targets = targets.masked_fill(starts, -100)
-    if mask is not None:
-        targets = _take(targets.masked_fill(~mask, -100), layout.source)
-    targets = F.pad(targets, (0, 1), value=-100)[:, 1:]
-    if mask is not None:
-        targets = _take(targets, layout.place).masked_fill(~mask, -100)
-    return targets, starts
+        targets = targets.masked_fill(starts, 0)
+    return layout.restore(F.pad(layout.sort(targets), (0, 1))[:, 1:]) - 100, starts
+
+
+def same_on_ranks(model, x, **options):
+    """Options that must be equal on all ranks of a group: else one would wait for what another
+    never sends."""
+    _check("attn_layer_idx", model.config.attn_layer_idx, *NO_SLICES)
+    options |= {name: getattr(model.config, name) for name in _DEFAULTS}
+    options |= dict(dtype=x.dtype, gradients=torch.is_grad_enabled(), training=model.training)
+    options |= dict(autocast=torch.is_autocast_enabled(x.device.type))
+    return options | dict(checkpoints=model.backbone.gradient_checkpointing)
 
 
 def register_with_transformers():
@@ -1354,93 +1365,76 @@ class Slices:
     """
 
     def __init__(self, group):
-        if not isinstance(group, dist.ProcessGroup):  # as a group of other ranks, in PyTorch
-            raise TypeError(
-                f"group = {group}: it must be a process group that this rank belongs to"
-            )
+        rule = "must be a process group that this rank belongs to"
+        _check("group", group, rule, lambda group: isinstance(group, dist.ProcessGroup))
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def gather(self, text, length, **options):
-        """text (m, b, l), integers, of the whole sequence, of which this rank reads `length`
-        positions at a time; and a function that cuts this rank's part (b, l) from (b, positions).
-        It raises on every rank, before anything else is sent, unless all pass equal options."""
-        ranks = [None] * self.ranks
-        dist.all_gather_object(ranks, (options, text.cpu(), length), group=self.group)
-        for name in options:
-            values = [others.get(name) for others, _, _ in ranks]
-            if any(value != values[0] for value in values):
-                raise ValueError(f"{name} = {values} on the ranks of the group: make it equal")
-        segments = zip(*(text.split(length, dim=2) for _, text, length in ranks), strict=True)
-        slices = [piece for pieces in segments for piece in pieces]
-        sizes, mine = [piece.shape[2] for piece in slices], slice(self.rank, None, self.ranks)
-        whole = torch.cat(slices, dim=2).to(text.device)
-        return whole, lambda t: torch.cat(t.split(sizes, dim=1)[mine], dim=1)
+    def targets_and_starts(self, x, length, mask=None, same=None, **text):
+        """`targets_and_starts` of the whole sequence, at the positions of x, this rank's part, of
+        which it reads `length` at a time. It raises on every rank, before anything else is sent,
+        unless all pass arguments of the same names, and equal options `same`."""
+        text = {name: rows for name, rows in text.items() if rows is not None}
+        same = dict(same or {}, batch=x.shape[0], arguments=[*text])
+        every = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+        rows = [every * self.rank, every if mask is None else mask, *text.values()]
+        rows, ranks = torch.stack([row.long() for row in rows]).cpu(), [None] * self.ranks
+        dist.all_gather_object(ranks, (same, rows, length), group=self.group)
+        for name in same:
+            values, rule = [options[name] for options, *_ in ranks], "one per rank, make them equal"
+            _check(name, values, rule, lambda values: all(value == values[0] for value in values))
+        parts = [rows.split(length, dim=2) for _, rows, length in ranks]
+        segments = [torch.cat(slices, dim=2) for slices in zip(*parts, strict=True)]
+        rank, mask, *rows = torch.cat(segments, dim=2).to(x.device)  # (b, l) of the whole sequence
+        found = targets_and_starts(mask=mask.bool(), **dict(zip(text, rows, strict=True)))
+        return [None if t is None else t[rank == self.rank].view(x.shape[:2]) for t in found]
 
-    def starts(self, seq_idx, mask=None):
-        """`sequence_starts` in this rank's slice."""
-        text = torch.stack([seq_idx, torch.ones_like(seq_idx) if mask is None else mask]).long()
-        (seq_idx, mask), own = self.gather(text, max(1, text.shape[2]))
-        return own(sequence_starts(seq_idx, mask.bool()))
-
-    def receive(self, x, state):
-        """x, which the layer computes before it needs the state, and the state after the slices of
-        the ranks before; `state` on the first rank."""
+    def hand_over(self, x, state, *, sends):
+        """x, conv and ssm. The state (conv, ssm) is sent to the next rank, or it is that of the
+        rank before: `state` on the first rank. The layer computes x before it needs the state."""
         # What is received always requires gradients, or ranks would wait for some that never come.
-        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
-        x, flat = _Handover.apply(self.group, self.rank - 1, False, x, _flat(*state), anchor)
-        conv, ssm = flat.split([tensor.numel() for tensor in state])
-        ssm = ssm.view_as(state.ssm).to(state.ssm.dtype)
-        return x, Mamba2State(conv.view_as(state.conv), ssm)
-
-    def send(self, y, conv, ssm):
-        """y. The next rank gets the state, and adds its gradient."""
-        return _Handover.apply(self.group, self.rank + 1, True, y, _flat(conv, ssm))[0]
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and not sends)
+        peer = self.rank + (1 if sends else -1)
+        x, conv, ssm = _Handover.apply(self.group, peer, sends, anchor, x, *state)
+        return x, conv, ssm.to(state[1].dtype)
 
     def last(self, states):
         """On every rank the states of the last one."""
-        others = torch.tensor(self.rank < self.ranks - 1)
+        others = torch.full((), self.rank < self.ranks - 1, device=states[0].ssm.device)
         layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
-        layers = (t.masked_fill(others.to(t.device), 0) for t in layers)
-        layers = (_SumOfRanks.apply(t, self.group) for t in layers)
+        layers = (_SumOfRanks.apply(t.masked_fill(others, 0), self.group) for t in layers)
         return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
 
-def _flat(conv, ssm):
-    """The state as one tensor, in one dtype on all ranks: autocast may give them different ones."""
-    dtype = _at_least_float32(torch.promote_types(conv.dtype, ssm.dtype))
-    return torch.cat([conv.to(dtype).flatten(), ssm.to(dtype).flatten()])
-
-
-def _move(tensor, group, peer, sends):
-    """Send the tensor to the rank `peer`, or receive one like it from there; the tensor itself if
-    there is no such rank, or nothing to move."""
-    if not 0 <= peer < dist.get_world_size(group) or tensor.numel() == 0:
-        return tensor
-    move, moved = dist.isend, tensor.contiguous()
-    if not sends:
-        move, moved = dist.irecv, torch.empty_like(moved)
-    for request in dist.batch_isend_irecv([dist.P2POp(move, moved, group=group, group_peer=peer)]):
-        if not (sends and tensor.is_cuda):  # NCCL itself keeps a tensor until it is sent
-            request.wait()
-    return moved
-
-
 class _Handover(torch.autograd.Function):
-    """x unchanged, and a state: `flat`, which is sent to `peer`, or what peer sends. The state's
-    gradient goes the other way; x passes through so that autograd does that before it goes on."""
+    """`Slices.hand_over`. The state's gradient goes the other way, and x passes through so that
+    autograd sees to that before it goes on with the layer."""
 
     @staticmethod
-    def forward(ctx, group, peer, sends, x, flat, anchor=None):
+    def forward(ctx, group, peer, sends, anchor, x, *state):
         ctx.way = group, peer, sends
-        return x, _move(flat, *ctx.way)
+        return x, *_move(state, *ctx.way)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx, gradient):
+    def backward(ctx, dx, *dstate):
         group, peer, sends = ctx.way
-        moved = _move(gradient, group, peer, not sends)
+        moved = _move(dstate, group, peer, not sends)
         own = sends or peer < 0  # else the gradient is that of another rank's state
-        return None, None, None, dx, moved if own else None, None
+        return None, None, None, None, dx, *(moved if own else (None, None))
+
+
+def _move(tensors, group, peer, sends):
+    """The tensors, sent to the rank `peer`, or such tensors from there; the same ones if there is
+    no such rank. They travel in float32 at least, as autocast differs between ranks."""
+    if not 0 <= peer < dist.get_world_size(group):
+        return tensors
+    moved = [t.to(_at_least_float32(t.dtype)).contiguous() for t in tensors]
+    move, moved = (dist.isend, moved) if sends else (dist.irecv, [*map(torch.empty_like, moved)])
+    moves = [dist.P2POp(move, tensor, group=group, group_peer=peer) for tensor in moved]
+    for request in dist.batch_isend_irecv(moves):
+        if not (sends and moved[0].is_cuda):  # NCCL itself keeps a tensor until it is sent
+            request.wait()
+    return tensors if sends else moved
 
 
 class _SumOfRanks(torch.autograd.Function):
@@ -1456,25 +1450,6 @@ class _SumOfRanks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
-
-
-def _agree(group, model, x, length, labels, mask, seq_idx, position_ids, **options):
-    """`targets_and_starts` in this rank's part, which it reads in segments of `length`. All ranks
-    must call in the same way: options are some of what must be equal."""
-    _check("attn_layer_idx", model.config.attn_layer_idx, *NO_SLICES)
-    options |= {name: getattr(model.config, name) for name in _DEFAULTS}
-    options |= dict(batch=x.shape[0], dtype=x.dtype, gradients=torch.is_grad_enabled())
-    options |= dict(autocast=torch.is_autocast_enabled(x.device.type), training=model.training)
-    options |= dict(checkpoints=model.backbone.gradient_checkpointing)
-    text = dict(labels=labels, seq_idx=seq_idx, position_ids=position_ids)
-    text = {name: row for name, row in text.items() if row is not None}
-    options |= dict(arguments=[*text])
-    text["mask"] = torch.ones(x.shape[:2], device=x.device) if mask is None else mask
-    rows = torch.stack([row.long() for row in text.values()])
-    whole, own = Slices(group).gather(rows, length, **options)
-    text = dict(zip(text, whole, strict=True))
-    found = targets_and_starts(**text | dict(mask=text["mask"].bool()))
-    return [None if t is None else own(t) for t in found]
 
 
 # --------------------------------------------------------------------------------------------------
