@@ -829,8 +829,8 @@ def tiny(kind=Mamba2ForCausalLM, dtype=torch.float32, **options):
 
 
 def tokens(*shape, seed=0, vocabulary=VOCABULARY):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, vocabulary, shape, generator=generator).to(DEVICE)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(1, vocabulary, shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def model_gradients(model, loss):
@@ -2632,17 +2632,22 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
 # Several processes
 # --------------------------------------------------------------------------------------------------
 #
-# Each is a rank of torch.distributed, on the CPU, with gloo. What is right is what one process
-# computes, in float64; every rank computes that as well as its own part.
+# Each is a rank of torch.distributed, on the CPU with gloo, and of some tests also on a GPU with
+# NCCL. What is right is what one process computes, in float64; every rank computes that as well as
+# its own part.
 
 
-def on_ranks(*worlds):
+def on_ranks(*worlds, nccl=False):
     """Make a test of `case(rank, world)`, which runs in each of `world` processes."""
 
     def decorate(case):
-        @pytest.mark.parametrize("world", worlds)
-        def test(ranks, world):
-            ranks(world, case.__name__)
+        backends = [("gloo", world) for world in worlds] + [("nccl", 2)] * nccl
+
+        @pytest.mark.parametrize("backend, world", backends)
+        def test(ranks, backend, world):
+            if backend == "nccl" and torch.cuda.device_count() < world:
+                pytest.skip(f"needs {world} GPUs")
+            ranks(backend, world, case.__name__)
 
         test.case = case
         return test
@@ -2653,35 +2658,42 @@ def on_ranks(*worlds):
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """A function that runs a case on all ranks of a world, and fails if any of them fails."""
-    context, groups = multiprocessing.get_context("forkserver"), {}
-    context.set_forkserver_preload([__name__])
+    groups = {}
 
-    def run(world, case):
-        if world not in groups:
-            given = world, tmp_path_factory.mktemp("ranks")
-            groups[world] = [context.Pool(1, start_rank, (i, *given)) for i in range(world)]
-        answers = [pool.apply_async(run_on_rank, (case,)) for pool in groups[world]]
+    def run(backend, world, case):
+        if (group := (backend, world)) not in groups:
+            given = *group, tmp_path_factory.mktemp("ranks")
+            with pytest.MonkeyPatch.context() as patch:
+                context = multiprocessing.get_context("spawn")
+                if backend == "gloo":  # which forks, and that CUDA does not survive
+                    patch.setenv("CUDA_VISIBLE_DEVICES", "")
+                    context = multiprocessing.get_context("forkserver")
+                    context.set_forkserver_preload([__name__])
+                groups[group] = [context.Pool(1, start_rank, (i, *given)) for i in range(world)]
+        answers = [pool.apply_async(run_on_rank, (case,)) for pool in groups[group]]
         for answer in answers:
             answer.wait(100)
         errors = [answer.get() if answer.ready() else "no answer" for answer in answers]
         if any(errors):  # then ranks may be out of step
-            for pool in groups.pop(world):
+            for pool in groups.pop(group):
                 pool.terminate()
         assert not any(errors), "\n".join(f"rank {i}: {e}" for i, e in enumerate(errors) if e)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # CUDA does not survive a fork
-        yield run
+    yield run
     for pool in itertools.chain(*groups.values()):
         pool.terminate()
 
 
-def start_rank(rank, world, folder):
+def start_rank(rank, backend, world, folder):
     global DEVICE, FOLDER
     DEVICE, FOLDER = torch.device("cpu"), folder
-    DRAW["device"] = DEVICE
     given = dict(init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60), **given)
+    if backend == "nccl":
+        given["device_id"] = DEVICE = torch.device("cuda", rank)
+        torch.cuda.set_device(DEVICE)
+        torch.set_default_device(DEVICE)
+    DRAW["device"] = DEVICE
+    dist.init_process_group(backend, timeout=timedelta(seconds=60), **given)
 
 
 def run_on_rank(case):
@@ -2703,7 +2715,7 @@ def cut(ends, rank):
     return slice(([0, *ends])[rank], ends[rank])
 
 
-@on_ranks(2, 4)
+@on_ranks(2, 4, nccl=True)
 def test_a_model_on_slices_gives_loss_gradients_and_cache_of_the_whole(rank, world):
     l, turn, group, ids = torch.arange(40), itertools.count(), dist.group.WORLD, tokens(2, 40)
     plain = dict(input_ids=ids, labels=ids.masked_fill(ids % 6 == 0, -100))
@@ -2783,10 +2795,10 @@ def train_on(batches, model, optimizer, backward=torch.Tensor.backward, **given)
     return losses
 
 
-@on_ranks(2, 4)
+@on_ranks(2, 4, nccl=True)
 def test_ddp_and_fsdp2_train_as_one_process_on_rows_and_on_slices(rank, world):
     b, l, batches = torch.arange(8), torch.arange(24), [tokens(8, 24, seed=i) for i in range(2)]
-    mesh = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("rows", "slices"))
+    mesh = dist.init_device_mesh(DEVICE.type, (world // 2, 2), mesh_dim_names=("rows", "slices"))
     sequence, pairs = dict(group=dist.group.WORLD), dict(group=mesh.get_group("slices"))
     pieces = l.unflatten(0, (-1, world, 2))[:, rank].flatten()  # of segments
     cases = [
@@ -2901,7 +2913,7 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
         assert not FSDP2_RUNS or isinstance(model.backbone.layers[0], FSDPModule)
 
 
-@on_ranks(2, 4)
+@on_ranks(2, 4, nccl=True)
 def test_the_bytes_that_a_layer_sends_are_those_of_the_formula_at_any_length(rank, world):
     model, group, exchange, sent = tiny().train(), dist.group.WORLD, dist.batch_isend_irecv, []
     config, layers = model.config, model.config.num_hidden_layers
@@ -2924,7 +2936,7 @@ def test_the_bytes_that_a_layer_sends_are_those_of_the_formula_at_any_length(ran
             assert sum(sent) == layers * segments * passes * formula
 
 
-@on_ranks(2, 4)
+@on_ranks(2, 4, nccl=True)
 def test_ranks_that_call_differently_all_get_an_error(rank, world):
     model, ids, group = tiny().train(), tokens(2, 8), dist.group.WORLD
     shallow, checkpointed = tiny(num_hidden_layers=1).train(), tiny().train()
@@ -2945,7 +2957,7 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
         ("num_hidden_layers", lambda: call(shallow)),
         ("checkpoints", lambda: call(checkpointed)),
         ("gradients", torch.no_grad()(call)),
-        ("autocast", torch.autocast("cpu", torch.bfloat16)(call)),
+        ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(call)),
         ("cache", lambda: call(use_cache=True)),
         ("training", lambda: call(tiny())),
     ):
@@ -4196,6 +4208,7 @@ PARALLEL = [  # engine, shape, rows of a rank, length, segment_length; all ranks
     ("DDP", "130m", 8, 4096, 0),
     ("FSDP2", "2.7b", 2, 4096, 0),
     ("DDP of slices", "2.7b", 1, 262144, 8192),
+    ("DDP of slices", "2.7b", 1, 262144, 13108),
 ]
 if not CUDA:
     PARALLEL = [("DDP", "tiny", 8, 64, 0), ("DDP of slices", "tiny", 1, 64, 8)]
