@@ -440,9 +440,8 @@ class Mamba2(nn.Module):
             reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
         """
         _require({}, "b l d", u=u)
-        layout = Layout.of(u, mask, seq_idx, group)
-        # Not forward, so that hooks run.
-        y, state = self(layout.sort(u), state, layout=layout, reset=reset)
+        layout = Layout.of(u, mask, seq_idx, group, reset=reset)
+        y, state = self(layout.sort(u), state, layout=layout)  # not forward, so that hooks run
         return layout.restore(y), state
 
     def forward(
@@ -452,18 +451,15 @@ class Mamba2(nn.Module):
         all layers: y in that order, and the new state."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
         if wants_y := layout is None:
-            layout = Layout.of(u, mask, seq_idx, group)
+            layout = Layout.of(u, mask, seq_idx, group, reset=reset)
             u = layout.sort(u)
-        _require(dict(b=len(u)), "b", "integers", reset=reset)
-        if state is not None and reset is not None:
-            state = state.map(lambda tensor: _erase(tensor, reset.bool()))
         zxbcdt = self.in_proj(u)
         if layout.slices:
             state = state or self.initial_state(len(u))
             zxbcdt, *state = layout.slices.hand_over(zxbcdt, state, sends=False)
             state = Mamba2State(*state)
-        if state is not None and layout.starts is not None:
-            state = state.map(lambda tensor: _erase(tensor, layout.starts))
+        if state is not None and layout.reset is not None:
+            state = state.map(lambda tensor: _erase(tensor, layout.reset))
         fused = None
         if kernels and layout.skipped is None:
             fused = kernels.layer(self, zxbcdt, state, layout.seq_idx)
@@ -632,31 +628,33 @@ class Layout(NamedTuple):
     place: Tensor | None = None  # (b, l), where they return to
     slices: Slices | None = None
     seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
-    starts: Tensor | None = None  # (b) bool, of the first position: it begins another sequence
+    reset: Tensor | None = None  # (b) bool: the first position begins another sequence
 
     @classmethod
-    def of(cls, x, mask=None, seq_idx=None, group=None, starts=None):
+    def of(cls, x, mask=None, seq_idx=None, group=None, reset=None, starts=None):
         """Checked, for x (b, l, ...): arguments of `Mamba2.step`; or `starts`, (b, l) bool."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx, starts=starts)
         _require(sizes, "b l", "a mask", mask=mask)
+        _require(sizes, "b", "integers", reset=reset)
         slices = None if group is None else Slices(group)
         layout = cls(x.shape[1], slices=slices)
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             count = (~skipped).sum(1, keepdim=True)
             layout = cls(count, skipped, source, source.argsort(dim=1), slices)
-        if seq_idx is not None and slices:
+        reset = reset.bool() if reset is not None and not (slices and slices.rank) else None
+        if slices and seq_idx is not None:
             _, starts = slices.targets_and_starts(x, max(1, x.shape[1]), mask, seq_idx=seq_idx)
         if starts is not None:
             starts = layout.sort(starts)
-            rows = starts[:, :1].any(1)
+            first = starts[:, :1].any(1)
+            reset = first if reset is None else first | reset
         elif seq_idx is not None:
-            starts, rows = layout.borders(seq_idx), None  # the first position begins no sequence
-        else:
-            return layout
+            starts = layout.borders(seq_idx)
+        number = None if starts is None else starts.cumsum(1)
         length, skipped, source, place, *_ = layout  # no slice, which PyTorch 2.7 cannot compile
-        return cls(length, skipped, source, place, slices, starts.cumsum(1), rows)
+        return cls(length, skipped, source, place, slices, number, reset)
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
@@ -766,7 +764,7 @@ def _require(sizes, axes, kind="floating-point numbers", **tensors):
             raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
         if kind == "a mask" and tensor.is_floating_point() and tensor.numel() and _readable(tensor):
             if not ((tensor == 0) | (tensor == 1)).all() or not tensor.any():
-                raise ValueError("a float mask must hold 0 and 1: pass mask == 0 if it is additive")
+                raise ValueError("a float mask must hold 0 and 1, and some 1: is it additive? Pass mask == 0")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -1533,15 +1531,13 @@ class Attention(nn.Module):
     def forward(self, u, state=None, mask=None, seq_idx=None, *, reset=None, layout=None):
         """y of `step`; or for u sorted by a Layout: y in that order, and the new state."""
         if layout is None:
-            own = Layout.of(u, mask, seq_idx)
-            return own.restore(self.forward(own.sort(u), state, reset=reset, layout=own)[0])
+            own = Layout.of(u, mask, seq_idx, reset=reset)
+            return own.restore(self.forward(own.sort(u), state, layout=own)[0])
         _check("group", layout.slices, *NO_SLICES)
-        _require(dict(b=len(u)), "b", "integers", reset=reset)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
         state = state or self.initial_state(len(u), qkv)
-        for rows in (reset, layout.starts):
-            if rows is not None:
-                state = state.map(functools.partial(_erase, where=rows.bool()))
+        if layout.reset is not None:
+            state = state.map(lambda tensor: _erase(tensor, layout.reset))
         (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence
         number = qkv.new_zeros(qkv.shape[:2]).long() if number is None else number
         if self.conv1d:
