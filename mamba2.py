@@ -763,8 +763,9 @@ def _require(sizes, axes, kind="floating-point numbers", **tensors):
         if tensor.is_complex() or kind not in (found, "a mask"):
             raise TypeError(f"{name} is {tensor.dtype}: it must be a tensor of {kind}")
         if kind == "a mask" and tensor.is_floating_point() and tensor.numel() and _readable(tensor):
+            rule = "must hold 0 and 1, not 0 alone: if it is additive, pass mask == 0"
             if not ((tensor == 0) | (tensor == 1)).all() or not tensor.any():
-                raise ValueError("a float mask must hold 0 and 1, and some 1: is it additive? Pass mask == 0")
+                raise ValueError(f"{name}, a float mask, {rule}")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1234,7 +1234,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
-        "ValueError: and some 1: .* == 0": dict(attention_mask=0.0 * IDS),
+        "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
         r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
         "AttributeError: 'DynamicCache'": dict(past_key_values=transformers.DynamicCache()),
         ONE_NAME: BOTH_NAMES,
