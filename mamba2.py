@@ -555,7 +555,7 @@ class Mamba2Backbone(nn.Module):
                 hidden_states.append(layout.restore(hidden))
             run = functools.partial(block, layout=layout)
             if self.gradient_checkpointing and self.training:
-                run = functools.partial(recomputed, block, run)
+                run = functools.partial(checkpoint, run, use_reentrant=False)
             hidden, state = run(hidden, state)
             new_states.append(state if use_cache else None)  # None frees its memory
         hidden = layout.restore(self.norm_f(hidden))
@@ -1083,8 +1083,10 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
             for i, piece in enumerate(zip(*pieces, strict=True)):
                 arguments = *piece, cache, use_cache or i < count - 1
-                call = functools.partial(recomputed, self, run) if count > 1 else run
-                loss, hidden, cache = call(*arguments)
+                if count > 1:
+                    loss, hidden, cache = checkpoint(run, *arguments, use_reentrant=False)
+                else:
+                    loss, hidden, cache = run(*arguments)
                 losses.append(loss)
                 if first < (i + 1) * length or i == count - 1:  # an empty view would keep it all
                     kept.append(hidden[:, max(0, first - i * length) :])
@@ -1109,7 +1111,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         chunks = [*zip(hidden, targets, strict=True)]
         if len(chunks) == 1:
             return loss_of_rows(*chunks[0])
-        return sum(recomputed(self.lm_head, loss_of_rows, *chunk) for chunk in chunks)
+        return sum(checkpoint(loss_of_rows, *chunk, use_reentrant=False) for chunk in chunks)
 
     def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
@@ -1288,23 +1290,6 @@ def _inputs(ids, embeds, mask, seq_idx, others):
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
     packing = seq_idx, position_ids if seq_idx is None else None
     return embeds if ids is None else ids, mask, packing
-
-
-def recomputed(module, function, *arguments):
-    """function(*arguments), whose activations are not kept, but computed again for the backward
-    pass. It is an error if weights of the module were changed in place since, as in autograd."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    # These tensors themselves, because FSDP replaces module.parameters() between both passes.
-    weights = [] if torch.compiler.is_compiling() else [*module.parameters()]
-    versions = [weight._version for weight in weights]
-
-    def checked(*arguments):
-        if [weight._version for weight in weights] != versions:
-            raise RuntimeError("weights were modified in place: call backward() before that")
-        return function(*arguments)
-
-    return checkpoint(checked, *arguments, use_reentrant=False)
 
 
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
