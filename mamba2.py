@@ -1115,24 +1115,21 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
-        length = self.config.segment_length if length is None else length
+        config = self.config
+        length = config.segment_length if length is None else length
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
-            # With `count` segments, count * between + l / count * inside numbers are kept: states,
-            # and what the positions of one segment leave for the backward pass. The count that
-            # makes both terms equal keeps the fewest.
-            layer = self.backbone.layers[0].mixer
-            between = sum(tensor.numel() for tensor in layer.initial_state(batch=1))
-            keys = [m.widths[1] for m in self.modules() if isinstance(m, Attention)]
-            between += (l + 1) * sum(keys) / len(self.backbone.layers)  # half of keys and values
-            inside = 4 * sum(layer.widths)
-            if self.backbone.gradient_checkpointing:
-                inside = self.config.hidden_size + inside / self.config.num_hidden_layers
-            count = math.ceil(math.sqrt(l * inside / between))
-            if self.device.type == "cuda":  # fewer, where launching kernels would take longest
-                count = min(count, int(b * l * layer.in_proj.weight.numel() / 7e10))
-            length = -(-l // max(1, count))  # all of one length, but for the last
+            # What is kept for the backward pass, in numbers per layer and channel: a state for each
+            # segment, in a hybrid also keys and values, half of them on average; and `position` for
+            # each position of one segment. Their sum is least if both take the same.
+            attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
+            state, position = config.state_size + l * attention, 8
+            if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
+                position = 1 / config.expand + 8 / config.num_hidden_layers
+            length = math.ceil(math.sqrt(l * state / position))
+            if self.device.type == "cuda":  # longer, where launching kernels would take longest
+                length = max(length, 2**34 // max(1, b * config.hidden_size**2))
         return length or max(1, l)
 
     @torch.no_grad()
