@@ -800,7 +800,7 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("conv_kernel", "d_conv", 4, COUNT, "k, taps of the short convolution"),
     ("chunk_size", None, 256, COUNT, "chunk length; above 64 means 64; speed only"),
     ("segment_length", None, 0, ANY, "positions read at a time, 0: all, 'auto'; memory and speed"),
-    ("hidden_act", None, "silu", SILU, "of convolution and gate"),
+    ("hidden_act", "activation", "silu", SILU, "of convolution and gate"),
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
     ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
@@ -822,12 +822,11 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
-_COMMON = {name for name in dir(PreTrainedConfig) if not name.startswith("__")}
-_COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
-_COMMON |= {"time_step_rank", "_name_or_path"}
+_COMMON = {*dir(PreTrainedConfig()), "attn_implementation", "experts_implementation"}
+_COMMON |= {"rescale_prenorm_residual", "time_step_rank"}
 # Options of other programs that change the results, with the only value that is implemented.
-_OTHERS = {"rms_norm": True, "norm_before_gate": False, "D_has_hdim": False}
-_OTHERS |= {"d_inner": None, "d_ssm": None, "attn": None, "layer": "Mamba2", "activation": "silu"}
+_OTHERS = dict(model_type="mamba2", layer="Mamba2", rms_norm=True, norm_before_gate=False)
+_OTHERS |= dict(D_has_hdim=False, d_inner=None, d_ssm=None, attn=None)
 
 
 class Mamba2Config(PreTrainedConfig):
@@ -844,50 +843,35 @@ class Mamba2Config(PreTrainedConfig):
     attribute_map["norm_eps"] = "layer_norm_epsilon"  # in flash-linear-attention
 
     def __init__(self, **options):
-        given = {}
-        for alias, value in options.items():
-            name = self.attribute_map.get(alias, alias)
-            if name in given:
-                raise TypeError(f"{name!r} has two names, which are one option: give one of them")
-            given[name] = value
-        model_type, known = given.pop("model_type", "mamba2"), ("mamba2", "mamba2-single-file")
-        _check("model_type", model_type, "must be 'mamba2'", lambda value: value in known)
+        if twice := [name for name in options if self.attribute_map.get(name) in options]:
+            raise TypeError(f"{twice} are given under another name too: give one of the two")
+        given = {self.attribute_map.get(name, name): value for name, value in options.items()}
+        if unknown := given.keys() - _DEFAULTS.keys() - _COMMON:
+            raise TypeError(f"Mamba2Config has no option {min(unknown)!r}: see mamba2.OPTIONS")
         for name, default in _DEFAULTS.items():
             setattr(self, name, given.pop(name, default))
-        for name in given.keys() - _COMMON:
-            raise TypeError(f"Mamba2Config has no option {name!r}: see mamba2.OPTIONS")
-        if transformers is not None:
-            super().__init__(**given)
-            # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
-            self.rescale_prenorm_residual = False
-            # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
-            # model_type and whose weight is accessed there without calling the module. Ours always
-            # calls it. What is saved is the class's own model_type, "mamba2".
-            self.model_type = "mamba2-single-file"
+        super().__init__(**given)
+        # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
+        self.rescale_prenorm_residual = False
+        # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
+        # model_type and whose weight is accessed there without calling the module. Ours always
+        # calls it. What is saved is the class's own model_type, "mamba2".
+        self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
     def validate_architecture(self):
-        """Compute num_heads if it is None, and check all options. transformers calls this by its
-        name, whenever it makes or changes a configuration."""
-        if isinstance(self.time_step_limit, list):  # JSON has no tuples
-            self.time_step_limit = tuple(self.time_step_limit)
+        """Compute num_heads if it is None, and check all options."""
+        self.time_step_limit = tuple(self.time_step_limit)  # JSON has no tuples
         names = {name: f"{name} ({alias})" if alias else name for name, alias, *_ in OPTIONS}
         for name, _, _, rule, _ in OPTIONS:
             _check(names[name], getattr(self, name), *rule)
         p, inner = self.head_dim, self.expand * self.hidden_size
-        inner = round(inner) if math.isclose(inner, round(inner)) else inner
-        product = f"expand * {names['hidden_size']} = {inner}"
         if self.num_heads is None:
-            sizes = [size for size in range(p, 0, -1) if inner % size == 0]
-            sizes = [size for size in sizes if size % 16 == 0] or sizes[:3]
-            rule = f"must divide {product}; choose {str(sizes)[1:-1] or 'another expand'}"
-            _check(names["head_dim"], p, rule, lambda p: inner % p == 0)
-            self.num_heads = inner // p
-        h, rule = self.num_heads, f"times {names['head_dim']}, {p}, must be {product}"
-        _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and h * p == inner)
+            self.num_heads = round(inner / p)
+        h, rule = self.num_heads, f"times {names['head_dim']} = {p} must be"
+        rule = f"{rule} expand * {names['hidden_size']} = {inner:g}"
+        _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
         _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
-        most, rule = self.time_step_max, f"must be at most {names['time_step_max']} = "
-        _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 ignores rmsnorm = False and hybrids. Then num_heads
@@ -899,25 +883,26 @@ class Mamba2Config(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """Read a `config.json`, in transformers' format (flash-linear-attention and mamba2-torch
         write it too) or in the original one. What is not implemented is a ValueError."""
-        options = dict(config_dict)
+        options, theirs = dict(config_dict), {}
         if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
             ssm_cfg, multiple = options.pop("ssm_cfg"), options.pop("pad_vocab_size_multiple", 8)
             only_attention = len(options.get("attn_layer_idx") or ()) == options.get("n_layer")
-            options = {"layer": "Mamba2" if only_attention else "Mamba1", **options, **ssm_cfg}
+            layer = "Mamba2" if only_attention else "Mamba1"
+            options = {"layer": layer, **options, **ssm_cfg, "model_type": "mamba2"}
             options["vocab_size"] += -options["vocab_size"] % multiple
-            options.pop("model_type", None)
-        if "model_type" in options and "norm_eps" not in options:
-            options.pop("norm_before_gate", None)  # transformers has written, but never read it
-        for name in options.keys() & _OTHERS.keys():
-            value, only = options.pop(name), _OTHERS[name]
+        elif "model_type" in options:
+            if "norm_eps" not in options:  # unless it is flash-linear-attention
+                options.pop("norm_before_gate", None)  # transformers has written, but never read it
+            if "emb_initializer_range" in options:  # mamba2-torch, which computes the heads
+                options.pop("num_heads", None)
+            else:  # transformers has defaults of its own for options that are left out
+                theirs = transformers.Mamba2Config().to_dict()
+        for name, only in _OTHERS.items():
+            value = options.pop(name, only)
             if value != only and (value or only):  # None means False, 0 or []
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
-        if "emb_initializer_range" in options:  # of mamba2-torch, which computes the heads
-            options.pop("num_heads", None)
-        elif "model_type" in options:  # options that are left out have transformers' defaults
-            there = {cls.attribute_map.get(name, name) for name in options}
-            theirs = transformers.Mamba2Config().to_dict()
-            options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
+        there = {cls.attribute_map.get(name, name) for name in options}
+        options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
         # What else is in the file is kept as an attribute, and means nothing here.
         names = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
         extra = {name: options.pop(name) for name in names}
