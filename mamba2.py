@@ -308,6 +308,13 @@ class CausalConv1d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw new weights as nn.Conv1d does, uniform in +-1/sqrt(taps)."""
+        bound = self.weight.shape[2] ** -0.5
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x, **options):
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, **options)
@@ -402,9 +409,9 @@ class Mamba2(nn.Module):
         config = self.config
         weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
         weights += [(self.out_proj.weight, self.widths[0] * self.depth)]
-        weights += [(weight, config.conv_kernel) for weight in self.conv1d.parameters()]
         for weight, fan_in in weights:
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+        self.conv1d.reset_parameters()
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
@@ -949,7 +956,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.embeddings = embeddings
 
     def _init_weights(self, module):
-        if isinstance(module, (Mamba2, Attention, nn.Linear)):
+        if isinstance(module, (Mamba2, CausalConv1d, nn.Linear)):
             if not getattr(next(module.parameters()), "_is_hf_initialized", False):  # by loading
                 module.reset_parameters()
         else:
@@ -1507,13 +1514,6 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(d_model, sum(self.widths), qkv_proj_bias)
         self.conv1d = CausalConv1d(sum(self.widths), d_conv, bias=True) if d_conv else None
         self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Draw the convolution's weights as in `Mamba2`; the projections draw their own."""
-        for weight in self.conv1d.parameters() if self.conv1d else ():
-            bound = self.conv1d.weight.shape[2] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> AttentionState:
         """The state before the first position, without keys and values."""
