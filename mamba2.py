@@ -931,23 +931,18 @@ if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
         cache = property(lambda self: self.past_key_values)
 
 
-class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
-    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers."""
+class Mamba2PreTrainedModel(PreTrainedModel):
+    """A backbone, to which each model below adds a head; and how their weights are drawn, loaded
+    and saved."""
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]  # for device_map
-    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
-    _is_stateful = True  # a state cannot be rewound, as speculative decoding needs
-    _reorder_cache = staticmethod(lambda cache, rows: cache.select(rows))  # of beams
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
         self.backbone = Mamba2Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def get_input_embeddings(self):
         return self.backbone.embeddings
@@ -977,6 +972,20 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, *args, **kwargs):
         """As in transformers, but always under transformers' names."""
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
+
+class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
+    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
+    _is_stateful = True  # a state cannot be rewound, as speculative decoding needs
+    _reorder_cache = staticmethod(lambda cache, rows: cache.select(rows))  # of beams
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -1016,12 +1025,14 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
             past = text.cache()
-        x, mask, packing = _inputs(input_ids, inputs_embeds, attention_mask, seq_idx, others)
+        position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
+        rows = dict(seq_idx=seq_idx, position_ids=position_ids, labels=labels)
+        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, others, **rows)
+        packing = seq_idx, position_ids if seq_idx is None else None
         b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        _require(dict(b=b, l=l), "b l", "integers", labels=labels)
         if group is None:
             targets, starts = targets_and_starts(labels, mask, *packing)
         else:
@@ -1065,6 +1076,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
+        call = functools.partial(checkpoint, run, use_reentrant=False) if count > 1 else run
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
@@ -1074,11 +1086,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
             for i, piece in enumerate(zip(*pieces, strict=True)):
-                arguments = *piece, cache, use_cache or i < count - 1
-                if count > 1:
-                    loss, hidden, cache = checkpoint(run, *arguments, use_reentrant=False)
-                else:
-                    loss, hidden, cache = run(*arguments)
+                loss, hidden, cache = call(*piece, cache, use_cache or i < count - 1)
                 losses.append(loss)
                 if first < (i + 1) * length or i == count - 1:  # an empty view would keep it all
                     kept.append(hidden[:, max(0, first - i * length) :])
@@ -1152,9 +1160,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
             raise ValueError(f"{count} tokens, and the cache has seen {seen}: {rule}")
-        samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
-        # Another object with the same tensors: transformers marks the caches that it is given.
-        cache = cache.repeat(samples) if samples > 1 else Mamba2Cache(cache.states, cache.length)
+        cache = Mamba2Cache(cache.states, cache.length)  # transformers marks the one that it gets
         cache = kernels.Text.of(self, cache) if kernels else cache
         options |= {CACHE: cache, "use_cache": True}
         output = super().generate(inputs, generation_config, **options)
@@ -1178,9 +1184,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         the other, such as beams, is an error. On CUDA, where asking waits for the GPU, it looks for
         the end of the text every eight tokens.
         """
-        for name in ("assistant_model", "streamer", "stop_strings"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
+        rule = "stream takes none: it is an iterator, with a loop of its own"
+        _check("streamer", options.get("streamer"), rule, lambda value: value is None)
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
 
     @torch.no_grad()
@@ -1223,17 +1228,16 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 output = self(ids[:, -1:], cache=output.cache, use_cache=True, return_dict=True)
 
 
-class Mamba2ForSequenceClassification(Mamba2ForCausalLM):
+class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
     """The backbone, and config.num_labels scores for each text: those at its last token that
     attention_mask does not mask, on whichever side the padding is."""
 
-    accepts_loss_kwargs, _tied_weights_keys = False, None
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_missing = ["score.weight"]  # so that it can begin with a language model
     _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
 
     def __init__(self, config: Mamba2Config):
-        PreTrainedModel.__init__(self, config)
-        self.backbone = Mamba2Backbone(config)
+        super().__init__(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -1241,11 +1245,11 @@ class Mamba2ForSequenceClassification(Mamba2ForCausalLM):
     def forward(
         self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **others
     ):
-        x, mask, _ = _inputs(input_ids, inputs_embeds, attention_mask, None, others)
+        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, others)
         hidden, _ = self.backbone(x, None, mask, use_cache=False)
-        last = -1 if mask is None else mask.cumsum(1).argmax(1)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        logits, loss = self.score(hidden[rows, last]), None
+        if mask is not None:
+            hidden = _take(hidden, mask.cumsum(1).argmax(1, keepdim=True))
+        logits, loss = self.score(hidden[:, -1]), None
         if labels is not None:
             loss = self.loss_function(labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss, logits)
@@ -1259,26 +1263,22 @@ def _one_cache(cache, past_key_values):
     return Mamba2Cache(()) if cache is None else cache
 
 
-def _inputs(ids, embeds, mask, seq_idx, others):
-    """Checked: ids (b, l) or embeddings (b, l, d); the mask (b, l) of these, bool, or None if
-    nothing is masked; seq_idx and position_ids, (b, l) or None, one of which says what is packed.
-    others: arguments by name, which must be None, but for position_ids, and a tokenizer, which
-    generate passes too."""
-    position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
+def _inputs(ids, embeds, mask, others, **rows):
+    """Checked: ids (b, l) or embeddings (b, l, d); and the mask (b, l) of these, bool, or None if
+    nothing is masked. rows: (b, l) integers, or None. others: arguments which must be None."""
     if others := [name for name, value in others.items() if value is not None]:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     sizes = {}
     _require(sizes, "b l d", inputs_embeds=embeds)
-    _require(sizes, "b l", "integers", input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
+    _require(sizes, "b l", "integers", input_ids=ids, **rows)
     if mask is not None:
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
         # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
-    packing = seq_idx, position_ids if seq_idx is None else None
-    return embeds if ids is None else ids, mask, packing
+    return embeds if ids is None else ids, mask
 
 
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
