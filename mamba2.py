@@ -1019,7 +1019,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
-        text = past = _one_cache(cache, past_key_values)
+        text = past = cache or past_key_values or Mamba2Cache(())
         if kernels and isinstance(text, kernels.Text):  # of `generate`, which decodes with a graph
             logits = text.decode(input_ids, attention_mask, output_hidden_states)
             if logits is not None:
@@ -1154,7 +1154,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         _check("attention_mask", mask, rule, lambda mask: mask is None or mask[:, -1:].all())
         config = self.generation_config if generation_config is None else generation_config
         settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
-        cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
+        cache = options.pop("cache", None) or options.pop("past_key_values", None)
+        cache = cache or Mamba2Cache(())
         given, seen = options.get("inputs_embeds", ids), cache.get_seq_length()
         count = 1 if given is None else given.shape[1]  # bos_token_id alone
         if count <= seen and (mask is None or mask.shape[1] == count):
@@ -1253,14 +1254,6 @@ class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss, logits)
-
-
-def _one_cache(cache, past_key_values):
-    """The cache, which callers may pass under either name; an empty one if there is none."""
-    if cache is not None and past_key_values is not None:
-        raise TypeError("cache and past_key_values are one argument: give one of them")
-    cache = past_key_values if cache is None else cache
-    return Mamba2Cache(()) if cache is None else cache
 
 
 def _inputs(ids, embeds, mask, others, **rows):
