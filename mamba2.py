@@ -549,7 +549,6 @@ class Mamba2Backbone(nn.Module):
     def forward(
         self, x, cache=None, mask=None, starts=None, group=None, hidden_states=None, use_cache=True
     ):
-        _check("attn_layer_idx", group and self.config.attn_layer_idx, *NO_SLICES)
         hidden = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             hidden = hidden.to(_at_least_float32(hidden.dtype))
@@ -1494,9 +1493,8 @@ class Attention(nn.Module):
         softmax_scale=None, qkv_proj_bias=True, out_proj_bias=True,
     ):  # fmt: skip
         super().__init__()
-        rule = "must be a positive integer, and divide d_model if there is no head_dim"
-        divides = lambda h: COUNT[1](h) and (head_dim or d_model % h == 0)
-        _check("num_heads", num_heads, rule, divides)
+        rule = "must divide d_model if there is no head_dim"
+        _check("num_heads", num_heads, rule, lambda h: head_dim or d_model % h == 0)
         self.head_dim = p = head_dim or d_model // num_heads
         _check("causal", causal, "must be True", lambda v: v)
         _check("rotary_emb_interleaved", rotary_emb_interleaved, "must be False", lambda v: not v)
@@ -1578,10 +1576,10 @@ class GatedMLP(nn.Module):
 
 def make_blocks(config):
     """The blocks of a model, some of which have attention in a hybrid."""
-    n, layers, options = config.num_hidden_layers, config.attn_layer_idx or (), config.attn_cfg
-    _check("attn_layer_idx", layers, f"must be from 0 to {n - 1}", lambda v: {*v} <= {*range(n)})
-    for i in range(n):
-        attention = Attention(config.hidden_size, **options or {}) if i in layers else None
+    layers, numbers = config.attn_layer_idx or (), range(config.num_hidden_layers)
+    _check("attn_layer_idx", layers, f"must be in {numbers}", lambda v: {*v} <= {*numbers})
+    for i in numbers:
+        attention = Attention(config.hidden_size, **config.attn_cfg or {}) if i in layers else None
         yield Mamba2Block(config, attention)
 
 
