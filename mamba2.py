@@ -1142,8 +1142,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
         With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
-        whole. With `return_dict_in_generate=True`, the new cache has seen all but the last token;
-        it is None after beams, or if rows ended before others: read their texts with `prefill`.
+        whole; for n beams or samples of each row, pass `cache.repeat(n)`. With
+        `return_dict_in_generate=True`, the new cache has seen all but the last token; it is None
+        after beams, or if rows ended before others: read their texts with `prefill`.
         """
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):

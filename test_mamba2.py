@@ -1241,6 +1241,9 @@ REFUSED["stream"] = REFUSED["generate"] | {
 REFUSED["stream"]["ValueError: streamer = 1: stream takes none"] = dict(streamer=1)
 REFUSED["stream"]["ValueError: could not locate a tokenizer"] = dict(stop_strings="a")
 REFUSED["stream"]["ValueError: assisted generation is not supp"] = dict(assistant_model=1)
+SAMPLES = dict(num_return_sequences=2, do_sample=True)
+UNREPEATED = SAMPLES | dict(cache=True, attention_mask=torch.ones(1, 18, device=DEVICE))
+REFUSED["generate"][r"ValueError: has shape \(1, 3, 96\): it must be \(2, 3"] = UNREPEATED
 LOOKUP = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
 REFUSED["generate"]["ValueError: assisted generation is not supported with stateful"] = LOOKUP
 if not CUDA:  # a GPU reports these later, and stays unusable
