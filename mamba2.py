@@ -968,9 +968,9 @@ class Mamba2PreTrainedModel(PreTrainedModel):
             raise ValueError(f"{str(name)!r} does not fit {cls.__name__}: {wrong}; {hint}")
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers, but always under transformers' names."""
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+    def save_pretrained(self, *args, save_original_format=False, **kwargs):
+        """As in transformers, but under transformers' names."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
 class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
@@ -1018,8 +1018,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
-        text = past = cache or past_key_values or Mamba2Cache(())
-        if kernels and isinstance(text, kernels.Text):  # of `generate`, which decodes with a graph
+        past = cache or past_key_values or Mamba2Cache(())
+        text = past if kernels and isinstance(past, kernels.Text) else None
+        if text:  # of `generate`, which decodes with a CUDA graph
             logits = text.decode(input_ids, attention_mask, output_hidden_states)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
@@ -1055,7 +1056,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         hidden = hidden[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else hidden
         logits = None if no_logits else self.lm_head(hidden)
         states = hidden_states and tuple(hidden_states)
-        cache = cache if text is past else text.now(cache)  # generate holds one Text throughout
+        cache = text.now(cache) if text else cache  # generate holds one Text throughout
         return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
