@@ -868,16 +868,14 @@ class Mamba2Config(PreTrainedConfig):
     def validate_architecture(self):
         """Compute num_heads if it is None, and check all options."""
         self.time_step_limit = tuple(self.time_step_limit)  # JSON has no tuples
-        names = {name: f"{name} ({alias})" if alias else name for name, alias, *_ in OPTIONS}
-        for name, _, _, rule, _ in OPTIONS:
-            _check(names[name], getattr(self, name), *rule)
+        for name, alias, _, rule, _ in OPTIONS:
+            _check(f"{name} ({alias})" if alias else name, getattr(self, name), *rule)
         p, inner = self.head_dim, self.expand * self.hidden_size
         if self.num_heads is None:
             self.num_heads = round(inner / p)
-        h, rule = self.num_heads, f"times {names['head_dim']} = {p} must be"
-        rule = f"{rule} expand * {names['hidden_size']} = {inner:g}"
-        _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
-        _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
+        h, rule = self.num_heads, f"times head_dim = {p} must be expand * hidden_size = {inner:g}"
+        _check("num_heads", h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
+        _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 ignores rmsnorm = False and hybrids. Then num_heads
@@ -1153,8 +1151,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         mask, ids = options.get("attention_mask"), options.get("input_ids", inputs)
         rule = "must end in 1, where a row's next token is read: pad on the left"
         _check("attention_mask", mask, rule, lambda mask: mask is None or mask[:, -1:].all())
-        config = self.generation_config if generation_config is None else generation_config
-        settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
         cache = options.pop("cache", None) or options.pop("past_key_values", None)
         cache = cache or Mamba2Cache(())
         given, seen = options.get("inputs_embeds", ids), cache.get_seq_length()
@@ -1167,6 +1163,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         options |= {CACHE: cache, "use_cache": True}
         output = super().generate(inputs, generation_config, **options)
         if isinstance(output, dict):
+            config = self.generation_config if generation_config is None else generation_config
+            settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
             cache, eos = output[CACHE], settings["eos_token_id"]
             chosen = output.sequences[:, 0 if ids is None else ids.shape[1] : -1]
             ends = torch.tensor([] if eos is None else eos, device=self.device)
@@ -1244,10 +1242,8 @@ class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **others
-    ):
-        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, others)
+    def forward(self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **more):
+        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, more)
         hidden, _ = self.backbone(x, None, mask, use_cache=False)
         if mask is not None:
             hidden = _take(hidden, mask.cumsum(1).argmax(1, keepdim=True))
