@@ -308,6 +308,13 @@ class CausalConv1d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Draw new weights as nn.Conv1d does, uniform in +-1/sqrt(taps)."""
+        bound = self.weight.shape[2] ** -0.5
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, x, **options):
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, **options)
@@ -402,9 +409,9 @@ class Mamba2(nn.Module):
         config = self.config
         weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
         weights += [(self.out_proj.weight, self.widths[0] * self.depth)]
-        weights += [(weight, config.conv_kernel) for weight in self.conv1d.parameters()]
         for weight, fan_in in weights:
             nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+        self.conv1d.reset_parameters()
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
@@ -539,7 +546,6 @@ class Mamba2Backbone(nn.Module):
     def forward(
         self, x, cache=None, mask=None, starts=None, group=None, hidden_states=None, use_cache=True
     ):
-        _check("attn_layer_idx", group and self.config.attn_layer_idx, *NO_SLICES)
         hidden = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
         if self.config.residual_in_fp32:  # also with half-precision weights
             hidden = hidden.to(_at_least_float32(hidden.dtype))
@@ -552,7 +558,7 @@ class Mamba2Backbone(nn.Module):
                 hidden_states.append(layout.restore(hidden))
             run = functools.partial(block, layout=layout)
             if self.gradient_checkpointing and self.training:
-                run = functools.partial(recomputed, block, run)
+                run = functools.partial(checkpoint, run, use_reentrant=False)
             hidden, state = run(hidden, state)
             new_states.append(state if use_cache else None)  # None frees its memory
         hidden = layout.restore(self.norm_f(hidden))
@@ -801,7 +807,7 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("conv_kernel", "d_conv", 4, COUNT, "k, taps of the short convolution"),
     ("chunk_size", None, 256, COUNT, "chunk length; above 64 means 64; speed only"),
     ("segment_length", None, 0, ANY, "positions read at a time, 0: all, 'auto'; memory and speed"),
-    ("hidden_act", None, "silu", SILU, "of convolution and gate"),
+    ("hidden_act", "activation", "silu", SILU, "of convolution and gate"),
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
     ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
@@ -823,12 +829,11 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
 ]
 _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
-_COMMON = {name for name in dir(PreTrainedConfig) if not name.startswith("__")}
-_COMMON |= {"attn_implementation", "experts_implementation", "rescale_prenorm_residual"}
-_COMMON |= {"time_step_rank", "_name_or_path"}
+_COMMON = {*dir(PreTrainedConfig()), "attn_implementation", "experts_implementation"}
+_COMMON |= {"rescale_prenorm_residual", "time_step_rank"}
 # Options of other programs that change the results, with the only value that is implemented.
-_OTHERS = {"rms_norm": True, "norm_before_gate": False, "D_has_hdim": False}
-_OTHERS |= {"d_inner": None, "d_ssm": None, "attn": None, "layer": "Mamba2", "activation": "silu"}
+_OTHERS = dict(model_type="mamba2", layer="Mamba2", rms_norm=True, norm_before_gate=False)
+_OTHERS |= dict(D_has_hdim=False, d_inner=None, d_ssm=None, attn=None)
 
 
 class Mamba2Config(PreTrainedConfig):
@@ -845,50 +850,33 @@ class Mamba2Config(PreTrainedConfig):
     attribute_map["norm_eps"] = "layer_norm_epsilon"  # in flash-linear-attention
 
     def __init__(self, **options):
-        given = {}
-        for alias, value in options.items():
-            name = self.attribute_map.get(alias, alias)
-            if name in given:
-                raise TypeError(f"{name!r} has two names, which are one option: give one of them")
-            given[name] = value
-        model_type, known = given.pop("model_type", "mamba2"), ("mamba2", "mamba2-single-file")
-        _check("model_type", model_type, "must be 'mamba2'", lambda value: value in known)
+        if twice := [name for name in options if self.attribute_map.get(name) in options]:
+            raise TypeError(f"{twice} are given under another name too: give one of the two")
+        given = {self.attribute_map.get(name, name): value for name, value in options.items()}
+        if unknown := given.keys() - _DEFAULTS.keys() - _COMMON:
+            raise TypeError(f"Mamba2Config has no option {min(unknown)!r}: see mamba2.OPTIONS")
         for name, default in _DEFAULTS.items():
             setattr(self, name, given.pop(name, default))
-        for name in given.keys() - _COMMON:
-            raise TypeError(f"Mamba2Config has no option {name!r}: see mamba2.OPTIONS")
-        if transformers is not None:
-            super().__init__(**given)
-            # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
-            self.rescale_prenorm_residual = False
-            # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
-            # model_type and whose weight is accessed there without calling the module. Ours always
-            # calls it. What is saved is the class's own model_type, "mamba2".
-            self.model_type = "mamba2-single-file"
+        super().__init__(**given)
+        # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
+        self.rescale_prenorm_residual = False
+        # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
+        # model_type and whose weight is accessed there without calling the module. Ours always
+        # calls it. What is saved is the class's own model_type, "mamba2".
+        self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
     def validate_architecture(self):
-        """Compute num_heads if it is None, and check all options. transformers calls this by its
-        name, whenever it makes or changes a configuration."""
-        if isinstance(self.time_step_limit, list):  # JSON has no tuples
-            self.time_step_limit = tuple(self.time_step_limit)
-        names = {name: f"{name} ({alias})" if alias else name for name, alias, *_ in OPTIONS}
-        for name, _, _, rule, _ in OPTIONS:
-            _check(names[name], getattr(self, name), *rule)
+        """Compute num_heads if it is None, and check all options."""
+        self.time_step_limit = tuple(self.time_step_limit)  # JSON has no tuples
+        for name, alias, _, rule, _ in OPTIONS:
+            _check(f"{name} ({alias})" if alias else name, getattr(self, name), *rule)
         p, inner = self.head_dim, self.expand * self.hidden_size
-        inner = round(inner) if math.isclose(inner, round(inner)) else inner
-        product = f"expand * {names['hidden_size']} = {inner}"
         if self.num_heads is None:
-            sizes = [size for size in range(p, 0, -1) if inner % size == 0]
-            sizes = [size for size in sizes if size % 16 == 0] or sizes[:3]
-            rule = f"must divide {product}; choose {str(sizes)[1:-1] or 'another expand'}"
-            _check(names["head_dim"], p, rule, lambda p: inner % p == 0)
-            self.num_heads = inner // p
-        h, rule = self.num_heads, f"times {names['head_dim']}, {p}, must be {product}"
-        _check(names["num_heads"], h, rule, lambda h: COUNT[1](h) and h * p == inner)
-        _check(names["n_groups"], self.n_groups, f"must divide {h}", lambda g: h % g == 0)
-        most, rule = self.time_step_max, f"must be at most {names['time_step_max']} = "
-        _check(names["time_step_min"], self.time_step_min, f"{rule}{most}", lambda t: t <= most)
+            self.num_heads = round(inner / p)
+        h, rule = self.num_heads, f"times head_dim = {p} must be expand * hidden_size = {inner:g}"
+        _check("num_heads", h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
+        _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
     def to_dict(self):
         """As in transformers, whose own Mamba-2 ignores rmsnorm = False and hybrids. Then num_heads
@@ -900,25 +888,26 @@ class Mamba2Config(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """Read a `config.json`, in transformers' format (flash-linear-attention and mamba2-torch
         write it too) or in the original one. What is not implemented is a ValueError."""
-        options = dict(config_dict)
+        options, theirs = dict(config_dict), {}
         if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
             ssm_cfg, multiple = options.pop("ssm_cfg"), options.pop("pad_vocab_size_multiple", 8)
             only_attention = len(options.get("attn_layer_idx") or ()) == options.get("n_layer")
-            options = {"layer": "Mamba2" if only_attention else "Mamba1", **options, **ssm_cfg}
+            layer = "Mamba2" if only_attention else "Mamba1"
+            options = {"layer": layer, **options, **ssm_cfg, "model_type": "mamba2"}
             options["vocab_size"] += -options["vocab_size"] % multiple
-            options.pop("model_type", None)
-        if "model_type" in options and "norm_eps" not in options:
-            options.pop("norm_before_gate", None)  # transformers has written, but never read it
-        for name in options.keys() & _OTHERS.keys():
-            value, only = options.pop(name), _OTHERS[name]
+        elif "model_type" in options:
+            if "norm_eps" not in options:  # unless it is flash-linear-attention
+                options.pop("norm_before_gate", None)  # transformers has written, but never read it
+            if "emb_initializer_range" in options:  # mamba2-torch, which computes the heads
+                options.pop("num_heads", None)
+            else:  # transformers has defaults of its own for options that are left out
+                theirs = transformers.Mamba2Config().to_dict()
+        for name, only in _OTHERS.items():
+            value = options.pop(name, only)
             if value != only and (value or only):  # None means False, 0 or []
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
-        if "emb_initializer_range" in options:  # of mamba2-torch, which computes the heads
-            options.pop("num_heads", None)
-        elif "model_type" in options:  # options that are left out have transformers' defaults
-            there = {cls.attribute_map.get(name, name) for name in options}
-            theirs = transformers.Mamba2Config().to_dict()
-            options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
+        there = {cls.attribute_map.get(name, name) for name in options}
+        options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
         # What else is in the file is kept as an attribute, and means nothing here.
         names = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
         extra = {name: options.pop(name) for name in names}
@@ -940,23 +929,18 @@ if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
         cache = property(lambda self: self.past_key_values)
 
 
-class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
-    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers."""
+class Mamba2PreTrainedModel(PreTrainedModel):
+    """A backbone, to which each model below adds a head; and how their weights are drawn, loaded
+    and saved."""
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _no_split_modules = ["Mamba2Block"]  # for device_map
-    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
-    _is_stateful = True  # a state cannot be rewound, as speculative decoding needs
-    _reorder_cache = staticmethod(lambda cache, rows: cache.select(rows))  # of beams
 
     def __init__(self, config: Mamba2Config):
         super().__init__(config)
         self.backbone = Mamba2Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     def get_input_embeddings(self):
         return self.backbone.embeddings
@@ -965,7 +949,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.embeddings = embeddings
 
     def _init_weights(self, module):
-        if isinstance(module, (Mamba2, Attention, nn.Linear)):
+        if isinstance(module, (Mamba2, CausalConv1d, nn.Linear)):
             if not getattr(next(module.parameters()), "_is_hf_initialized", False):  # by loading
                 module.reset_parameters()
         else:
@@ -983,9 +967,23 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{str(name)!r} does not fit {cls.__name__}: {wrong}; {hint}")
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers, but always under transformers' names."""
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+    def save_pretrained(self, *args, save_original_format=False, **kwargs):
+        """As in transformers, but under transformers' names."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
+    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
+    _is_stateful = True  # a state cannot be rewound, as speculative decoding needs
+    _reorder_cache = staticmethod(lambda cache, rows: cache.select(rows))  # of beams
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -1019,25 +1017,26 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
-        text = past = _one_cache(cache, past_key_values)
-        if kernels and isinstance(text, kernels.Text):  # of `generate`, which decodes with a graph
+        past = cache or past_key_values or Mamba2Cache(())
+        text = past if kernels and isinstance(past, kernels.Text) else None
+        if text:  # of `generate`, which decodes with a CUDA graph
             logits = text.decode(input_ids, attention_mask, output_hidden_states)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
             past = text.cache()
-        x, mask, packing = _inputs(input_ids, inputs_embeds, attention_mask, seq_idx, others)
+        position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
+        rows = dict(seq_idx=seq_idx, position_ids=position_ids, labels=labels)
+        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, others, **rows)
         b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        _require(dict(b=b, l=l), "b l", "integers", labels=labels)
         if group is None:
-            targets, starts = targets_and_starts(labels, mask, **packing)
+            targets, starts = targets_and_starts(mask=mask, **rows)
         else:
             same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
             same = same_on_ranks(self, x, items=num_items_in_batch is not None, **same)
-            packing["labels"] = labels
-            targets, starts = Slices(group).targets_and_starts(x, length, mask, same, **packing)
+            targets, starts = Slices(group).targets_and_starts(x, length, mask, same, **rows)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1055,7 +1054,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = hidden[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else hidden
         logits = None if no_logits else self.lm_head(hidden)
         states = hidden_states and tuple(hidden_states)
-        cache = cache if text is past else text.now(cache)  # generate holds one Text throughout
+        cache = text.now(cache) if text else cache  # generate holds one Text throughout
         return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
@@ -1075,6 +1074,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
+        call = run
+        if count > 1 and torch.is_grad_enabled():
+            call = functools.partial(checkpoint, run, use_reentrant=False)
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
@@ -1084,9 +1086,7 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
             for i, piece in enumerate(zip(*pieces, strict=True)):
-                arguments = *piece, cache, use_cache or i < count - 1
-                call = functools.partial(recomputed, self, run) if count > 1 else run
-                loss, hidden, cache = call(*arguments)
+                loss, hidden, cache = call(*piece, cache, use_cache or i < count - 1)
                 losses.append(loss)
                 if first < (i + 1) * length or i == count - 1:  # an empty view would keep it all
                     kept.append(hidden[:, max(0, first - i * length) :])
@@ -1111,28 +1111,25 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         chunks = [*zip(hidden, targets, strict=True)]
         if len(chunks) == 1:
             return loss_of_rows(*chunks[0])
-        return sum(recomputed(self.lm_head, loss_of_rows, *chunk) for chunk in chunks)
+        return sum(checkpoint(loss_of_rows, *chunk, use_reentrant=False) for chunk in chunks)
 
     def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
-        length = self.config.segment_length if length is None else length
+        config = self.config
+        length = config.segment_length if length is None else length
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
-            # With `count` segments, count * between + l / count * inside numbers are kept: states,
-            # and what the positions of one segment leave for the backward pass. The count that
-            # makes both terms equal keeps the fewest.
-            layer = self.backbone.layers[0].mixer
-            between = sum(tensor.numel() for tensor in layer.initial_state(batch=1))
-            keys = [m.widths[1] for m in self.modules() if isinstance(m, Attention)]
-            between += (l + 1) * sum(keys) / len(self.backbone.layers)  # half of keys and values
-            inside = 4 * sum(layer.widths)
-            if self.backbone.gradient_checkpointing:
-                inside = self.config.hidden_size + inside / self.config.num_hidden_layers
-            count = math.ceil(math.sqrt(l * inside / between))
-            if self.device.type == "cuda":  # fewer, where launching kernels would take longest
-                count = min(count, int(b * l * layer.in_proj.weight.numel() / 7e10))
-            length = -(-l // max(1, count))  # all of one length, but for the last
+            # What is kept for the backward pass, in numbers per layer and channel: a state for each
+            # segment, in a hybrid also keys and values, half of them on average; and `position` for
+            # each position of one segment. Their sum is least if both take the same.
+            attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
+            state, position = config.state_size + l * attention, 8
+            if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
+                position = 1 / config.expand + 8 / config.num_hidden_layers
+            length = math.ceil(math.sqrt(l * state / position))
+            if self.device.type == "cuda":  # longer, where launching kernels would take longest
+                length = max(length, 2**34 // max(1, b * config.hidden_size**2))
         return length or max(1, l)
 
     @torch.no_grad()
@@ -1146,8 +1143,9 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
         With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
-        whole. With `return_dict_in_generate=True`, the new cache has seen all but the last token;
-        it is None after beams, or if rows ended before others: read their texts with `prefill`.
+        whole; for n beams or samples of each row, pass `cache.repeat(n)`. With
+        `return_dict_in_generate=True`, the new cache has seen all but the last token; it is None
+        after beams, or if rows ended before others: read their texts with `prefill`.
         """
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
@@ -1155,21 +1153,20 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         mask, ids = options.get("attention_mask"), options.get("input_ids", inputs)
         rule = "must end in 1, where a row's next token is read: pad on the left"
         _check("attention_mask", mask, rule, lambda mask: mask is None or mask[:, -1:].all())
-        config = self.generation_config if generation_config is None else generation_config
-        settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
-        cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
+        cache = options.pop("cache", None) or options.pop("past_key_values", None)
+        cache = cache or Mamba2Cache(())
         given, seen = options.get("inputs_embeds", ids), cache.get_seq_length()
         count = 1 if given is None else given.shape[1]  # bos_token_id alone
         if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
             raise ValueError(f"{count} tokens, and the cache has seen {seen}: {rule}")
-        samples = max(settings["num_beams"] or 1, settings["num_return_sequences"] or 1)
-        # Another object with the same tensors: transformers marks the caches that it is given.
-        cache = cache.repeat(samples) if samples > 1 else Mamba2Cache(cache.states, cache.length)
+        cache = Mamba2Cache(cache.states, cache.length)  # transformers marks the one that it gets
         cache = kernels.Text.of(self, cache) if kernels else cache
         options |= {CACHE: cache, "use_cache": True}
         output = super().generate(inputs, generation_config, **options)
         if isinstance(output, dict):
+            config = self.generation_config if generation_config is None else generation_config
+            settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
             cache, eos = output[CACHE], settings["eos_token_id"]
             chosen = output.sequences[:, 0 if ids is None else ids.shape[1] : -1]
             ends = torch.tensor([] if eos is None else eos, device=self.device)
@@ -1189,9 +1186,8 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         the other, such as beams, is an error. On CUDA, where asking waits for the GPU, it looks for
         the end of the text every eight tokens.
         """
-        for name in ("assistant_model", "streamer", "stop_strings"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} is an option of generate: stream has a loop of its own")
+        rule = "stream takes none: it is an iterator, with a loop of its own"
+        _check("streamer", options.get("streamer"), rule, lambda value: value is None)
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
 
     @torch.no_grad()
@@ -1234,79 +1230,47 @@ class Mamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 output = self(ids[:, -1:], cache=output.cache, use_cache=True, return_dict=True)
 
 
-class Mamba2ForSequenceClassification(Mamba2ForCausalLM):
+class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
     """The backbone, and config.num_labels scores for each text: those at its last token that
     attention_mask does not mask, on whichever side the padding is."""
 
-    accepts_loss_kwargs, _tied_weights_keys = False, None
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_missing = ["score.weight"]  # so that it can begin with a language model
     _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
 
     def __init__(self, config: Mamba2Config):
-        PreTrainedModel.__init__(self, config)
-        self.backbone = Mamba2Backbone(config)
+        super().__init__(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **others
-    ):
-        x, mask, _ = _inputs(input_ids, inputs_embeds, attention_mask, None, others)
+    def forward(self, input_ids=None, attention_mask=None, labels=None, inputs_embeds=None, **more):
+        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, more)
         hidden, _ = self.backbone(x, None, mask, use_cache=False)
-        last = -1 if mask is None else mask.cumsum(1).argmax(1)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        logits, loss = self.score(hidden[rows, last]), None
+        if mask is not None:
+            hidden = _take(hidden, mask.cumsum(1).argmax(1, keepdim=True))
+        logits, loss = self.score(hidden[:, -1]), None
         if labels is not None:
             loss = self.loss_function(labels, pooled_logits=logits, config=self.config)
         return SequenceClassifierOutput(loss, logits)
 
 
-def _one_cache(cache, past_key_values):
-    """The cache, which callers may pass under either name; an empty one if there is none."""
-    if cache is not None and past_key_values is not None:
-        raise TypeError("cache and past_key_values are one argument: give one of them")
-    cache = past_key_values if cache is None else cache
-    return Mamba2Cache(()) if cache is None else cache
-
-
-def _inputs(ids, embeds, mask, seq_idx, others):
-    """Checked: ids (b, l) or embeddings (b, l, d); the mask (b, l) of these, bool, or None if
-    nothing is masked; seq_idx and position_ids, (b, l) or None, one of which says what is packed.
-    others: arguments by name, which must be None, but for position_ids, and a tokenizer, which
-    generate passes too."""
-    position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
+def _inputs(ids, embeds, mask, others, **rows):
+    """Checked: ids (b, l) or embeddings (b, l, d); and the mask (b, l) of these, bool, or None if
+    nothing is masked. rows: (b, l) integers, or None. others: arguments which must be None."""
     if others := [name for name, value in others.items() if value is not None]:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     sizes = {}
     _require(sizes, "b l d", inputs_embeds=embeds)
-    _require(sizes, "b l", "integers", input_ids=ids, seq_idx=seq_idx, position_ids=position_ids)
+    _require(sizes, "b l", "integers", input_ids=ids, **rows)
     if mask is not None:
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
         # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
-    packing = dict(seq_idx=seq_idx, position_ids=position_ids if seq_idx is None else None)
-    return embeds if ids is None else ids, mask, packing
-
-
-def recomputed(module, function, *arguments):
-    """function(*arguments), whose activations are not kept, but computed again for the backward
-    pass. It is an error if weights of the module were changed in place since, as in autograd."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    # These tensors themselves, because FSDP replaces module.parameters() between both passes.
-    weights = [] if torch.compiler.is_compiling() else [*module.parameters()]
-    versions = [weight._version for weight in weights]
-
-    def checked(*arguments):
-        if [weight._version for weight in weights] != versions:
-            raise RuntimeError("weights were modified in place: call backward() before that")
-        return function(*arguments)
-
-    return checkpoint(checked, *arguments, use_reentrant=False)
+    return embeds if ids is None else ids, mask
 
 
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
@@ -1501,9 +1465,8 @@ class Attention(nn.Module):
         softmax_scale=None, qkv_proj_bias=True, out_proj_bias=True,
     ):  # fmt: skip
         super().__init__()
-        rule = "must be a positive integer, and divide d_model if there is no head_dim"
-        divides = lambda h: COUNT[1](h) and (head_dim or d_model % h == 0)
-        _check("num_heads", num_heads, rule, divides)
+        rule = "must divide d_model if there is no head_dim"
+        _check("num_heads", num_heads, rule, lambda h: head_dim or d_model % h == 0)
         self.head_dim = p = head_dim or d_model // num_heads
         _check("causal", causal, "must be True", lambda v: v)
         _check("rotary_emb_interleaved", rotary_emb_interleaved, "must be False", lambda v: not v)
@@ -1514,13 +1477,6 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(d_model, sum(self.widths), qkv_proj_bias)
         self.conv1d = CausalConv1d(sum(self.widths), d_conv, bias=True) if d_conv else None
         self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Draw the convolution's weights as in `Mamba2`; the projections draw their own."""
-        for weight in self.conv1d.parameters() if self.conv1d else ():
-            bound = self.conv1d.weight.shape[2] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> AttentionState:
         """The state before the first position, without keys and values."""
@@ -1590,10 +1546,10 @@ class GatedMLP(nn.Module):
 
 def make_blocks(config):
     """The blocks of a model, some of which have attention in a hybrid."""
-    n, layers, options = config.num_hidden_layers, config.attn_layer_idx or (), config.attn_cfg
-    _check("attn_layer_idx", layers, f"must be from 0 to {n - 1}", lambda v: {*v} <= {*range(n)})
-    for i in range(n):
-        attention = Attention(config.hidden_size, **options or {}) if i in layers else None
+    layers, numbers = config.attn_layer_idx or (), range(config.num_hidden_layers)
+    _check("attn_layer_idx", layers, f"must be in {numbers}", lambda v: {*v} <= {*numbers})
+    for i in numbers:
+        attention = Attention(config.hidden_size, **config.attn_cfg or {}) if i in layers else None
         yield Mamba2Block(config, attention)
 
 
