@@ -871,11 +871,16 @@ class Mamba2Config(PreTrainedConfig):
         self.time_step_limit = tuple(self.time_step_limit)  # JSON has no tuples
         for name, alias, _, rule, _ in OPTIONS:
             _check(f"{name} ({alias})" if alias else name, getattr(self, name), *rule)
-        p, inner = self.head_dim, self.expand * self.hidden_size
+        p, inner = self.head_dim, round(self.expand * self.hidden_size, 6)
         if self.num_heads is None:
+            sizes = [size for size in range(p, 0, -1) if inner % size == 0]
+            sizes = [size for size in sizes if size % 16 == 0] or sizes
+            rule = f"must divide expand * hidden_size (d_model) = {inner:g}"
+            rule = f"{rule}; choose {str(sizes[:9])[1:-1] or 'another expand'}"
+            _check("head_dim (headdim)", p, rule, lambda p: p in sizes)
             self.num_heads = round(inner / p)
         h, rule = self.num_heads, f"times head_dim = {p} must be expand * hidden_size = {inner:g}"
-        _check("num_heads", h, rule, lambda h: COUNT[1](h) and math.isclose(h * p, inner))
+        _check("num_heads", h, rule, lambda h: COUNT[1](h) and h * p == inner)
         _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
     def to_dict(self):

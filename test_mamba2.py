@@ -1168,9 +1168,9 @@ def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
 IDS = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
 REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
     Mamba2: {
-        r"ValueError: head_dim = 64 must be expand \* hidden_size = 96": dict(d_model=48),
+        r"ValueError: 64: must divide .* \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
         "ValueError: num_heads = 3: times head_dim": dict(d_model=64, nheads=3),
-        "ValueError: hidden_size = 10.5": dict(d_model=7, headdim=1, expand=1.5),
+        "ValueError: d_model. = 10.5; choose another": dict(d_model=7, headdim=1, expand=1.5),
         "RuntimeError: uniform_ expects .* range": dict(d_model=64, dt_min=0.5),
         "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
         r"TypeError: and options \['d_state'\]: pass one": dict(d_model=Mamba2Config(), d_state=64),
