@@ -301,32 +301,22 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     return (x.flatten(-2) * weight).to(weight.dtype if gate is None else gate.dtype)
 
 
-class CausalConv1d(nn.Module):
-    """`causal_conv1d` with its parameters, which have the shapes of the published checkpoints."""
+class CausalConv1d(nn.Conv1d):
+    """`causal_conv1d` with its parameters."""
 
     def __init__(self, channels: int, taps: int, bias: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
-        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """Draw new weights as nn.Conv1d does, uniform in +-1/sqrt(taps)."""
-        bound = self.weight.shape[2] ** -0.5
-        for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
+        super().__init__(channels, channels, taps, groups=channels, bias=bias)
 
     def forward(self, x, **options):
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, **options)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """`rms_norm` with its weight."""
 
     def __init__(self, width: int, eps: float, groups: int = 1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.groups = eps, groups
+        super().__init__(width, eps)
+        self.groups = groups
 
     def forward(self, x, gate=None):
         return rms_norm(x, self.weight, self.eps, gate=gate, groups=self.groups)
@@ -407,16 +397,14 @@ class Mamba2(nn.Module):
         """Draw new weights as the original does, for a model of `depth` layers: projections and
         convolution uniform in +-1/sqrt(fan_in), out_proj divided by sqrt(depth)."""
         config = self.config
-        weights = [(self.in_proj.weight, config.hidden_size)]  # and fan_in
-        weights += [(self.out_proj.weight, self.widths[0] * self.depth)]
-        for weight, fan_in in weights:
-            nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
-        self.conv1d.reset_parameters()
+        for module in (self.in_proj, self.out_proj, self.conv1d):
+            module.reset_parameters()
+        self.out_proj.weight.div_(self.depth**0.5)
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
         if config.rmsnorm:
-            nn.init.ones_(self.norm.weight)
+            self.norm.reset_parameters()
         nn.init.ones_(self.D)
         # -A is uniform in [1, 16]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
