@@ -2518,6 +2518,9 @@ def test_texts_are_classified_by_their_last_token_on_whichever_side_they_are_pad
     embeds = model.get_input_embeddings()(ids)
     assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, scores)
     assert_close(model(ids[-1:]).logits, scores[-1:])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'position_ids'"):  # no packing
+        model(ids, position_ids=ids)
+    assert not hasattr(model, "generate")
     again = load(save(model, tmp_path / "again"), kind, dtype=torch.float64)
     assert_close(again(ids, mask).logits, scores)
 
