@@ -67,7 +67,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 FORMS = [mamba2.ssd_recurrent, mamba2.ssd_quadratic, ssd]
 DRAW = dict(dtype=torch.float64, device=DEVICE)
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
@@ -2588,14 +2588,14 @@ def test_the_commands_in_the_readme_are_understood(capsys):
     commands = re.findall(commands, README.read_text())
     assert BLOCKS and len(commands) >= 5
     for command in commands:
-        command_line().parse_args(command.split())
+        command_line(command.split())
     for dtype in (None, "bfloat16"):
-        benchmark_generation("tiny", 2, [7, 70], dtype, prompt=5, new=3, seconds=0.01)
+        benchmark_generation("tiny", 2, "7,70", dtype, prompt=5, new=3, seconds=0.01)
     rows = re.findall(
         r"^model.stream +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$", capsys.readouterr().out, re.M
     )
     assert [int(length) for length, _ in rows] == [7, 70] * 2 and len({mb for _, mb in rows}) == 1
-    benchmark_training("tiny", [40], ["plain", "both"])
+    benchmark_training("tiny", "40", "plain,both")
     rows = re.findall(r"^ +40 +(plain|both) +\d+ +[\w.]+ +[\d,]+$", capsys.readouterr().out, re.M)
     assert rows == ["plain", "both"]
 
@@ -3943,6 +3943,15 @@ def where():
     return f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}"
 
 
+@contextlib.contextmanager
+def reported(case):
+    """Print an error, such as of too little memory, or of a package that is missing, and go on."""
+    try:
+        yield
+    except Exception as problem:
+        print(f"{case}: {problem.__context__ or problem!r}"[:100], flush=True)
+
+
 def milliseconds(call, seconds=2.0):
     """Median time of a call and of its work on a GPU, from calls that take so long together."""
     timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
@@ -3956,23 +3965,19 @@ def random_model(shape):
 
 
 def piece_of_work(work, shape, b, l):
-    """What is called here, the same in float64, and the arguments."""
+    """What is called here, and the arguments."""
     torch.manual_seed(0)
     config, dtype = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32
     if work == "ssd":
         h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
         inputs = kernel_ssd_inputs(dtype, l, b, h, p, n, g, features="sliced")
-        return ssd, ssd, [t for t in inputs.values() if t is not None]
+        return ssd, [t for t in inputs.values() if t is not None]
     if work == "layer":
-        layer = Mamba2(config).to(DEVICE, dtype)
-        return layer, copy.deepcopy(layer).double(), (randn(b, l, config.hidden_size).to(dtype),)
-    model = random_model(shape).to(dtype).eval()
-    models = model, copy.deepcopy(model).double()
-    ids = torch.randint(config.vocab_size, (b, l), device=DEVICE)
+        return Mamba2(config).to(DEVICE, dtype), [randn(b, l, config.hidden_size).to(dtype)]
+    model, ids = random_model(shape).to(dtype).eval(), tokens(b, l, vocabulary=config.vocab_size)
     if work == "prefill":
-        return *(functools.partial(m, logits_to_keep=1) for m in models), (ids,)
-    ids = ids[:, :1]
-    return *(functools.partial(m, cache=m.prefill(ids)) for m in models), (ids,)
+        return functools.partial(model, logits_to_keep=1), [ids]
+    return functools.partial(model, cache=model.prefill(ids[:, :1])), [ids[:, :1]]
 
 
 def in_mamba_ssm(work, ours, inputs):
@@ -4026,71 +4031,57 @@ def in_transformers(work, ours, inputs):
     return peer if work == "layer" else functools.partial(peer, logits_to_keep=1)
 
 
-def measure(call, part, inputs, dy, plain):
-    """Milliseconds and bytes of a part, and the output or the first input's gradient."""
+def measure(call, part, inputs):
+    """Milliseconds, on a CPU the peak of MiB, and the output or the first input's gradient."""
     leaves = [t.detach().requires_grad_("bwd" in part) for t in inputs]
     wanted = [*leaves, *(call.parameters() if isinstance(call, nn.Module) else ())]
     forward = lambda: tensors(call(*leaves))[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        dy = torch.randn_like(forward())
     backward = lambda y: torch.autograd.grad(y, wanted, dy, retain_graph=True)[0]
     run = torch.no_grad()(forward)
     if part == "bwd":
         run = functools.partial(backward, forward())
     elif "bwd" in part:  # no y may outlive it: a graph that is captured would use its nodes again
         run = lambda: backward(forward())
-    found, peak = run(), ""
-    if not CUDA:
-        with Bytes() as watch:
-            run()
-        peak = f"{watch.peak / 2**20:8.0f}"
-    if plain:
-        ms = milliseconds(run, 0.2 if CUDA else 2.0)
-    else:
+    found = run()
+    if CUDA:
         from triton.testing import do_bench, do_bench_cudagraph
 
-        ms = (do_bench_cudagraph if "graph" in part else do_bench)(run, return_mode="median")
-    return ms, peak, found
+        bench = do_bench_cudagraph if "graph" in part else do_bench
+        return bench(run, return_mode="median"), "", found
+    with Bytes() as watch:
+        run()
+    return milliseconds(run), f"{watch.peak / 2**20:8.0f}", found
 
 
 def print_row(work, shape, b, l):
-    """Errors are relative to float64, of the output or the first input's gradient, in one row."""
-    (ours, exact, inputs), parts = piece_of_work(work, shape, b, l), WORK[work][0]
+    ours, inputs = piece_of_work(work, shape, b, l)
     sides = dict(ours=ours, plain=ours) if CUDA else dict(ours=ours)
     peers = dict(mamba_ssm=in_mamba_ssm, fla=in_fla) if CUDA else dict(transformers=in_transformers)
     for package, peer in peers.items():
-        try:
+        with reported(f"without {package}"):
             sides[package] = peer(work, ours, inputs)
-        except Exception as problem:  # an import may fail in many ways
-            print(f"without {package}: {problem!r}"[:100])
     if work == "token":
         sides["compiled"] = functools.partial(torch.compile(ours.func), **ours.keywords)
-    one = [t[:1] if t.ndim > 2 or not t.is_floating_point() else t for t in inputs]
-    one = [t.double() if t.is_floating_point() else t for t in one]
-    graded = "bwd" in parts
-    with torch.set_grad_enabled(graded):
-        want = tensors(exact(one[0].requires_grad_(graded), *one[1:]))[0]
-    dy = randn(b, *want.shape[1:]).to(torch.bfloat16 if CUDA else torch.float32)
-    slope = torch.autograd.grad(want, one[0], dy[:1].double())[0] if graded else None
-    reference = {}
-    for (who, call), part in itertools.product(sides.items(), parts.split(", ")):
-        plain = who == "plain" or not (CUDA and RUNS)
-        if call is None or (plain and "graph" in part):
+    first = {}
+    for (who, call), part in itertools.product(sides.items(), WORK[work][0].split(", ")):
+        if call is None or ("graph" in part and (who == "plain" or not CUDA)):
             continue
         kernels = None if who == "plain" else mamba2.kernels
-        try:
-            with mock.patch.object(mamba2, "kernels", kernels):
-                ms, peak, found = measure(call, part, inputs, dy, plain)
-        except Exception as problem:  # out of memory, or a peer that does not run here
-            print(f"{work}, {part}, {who}: {problem.__context__ or problem!r}"[:100])
-            continue
-        error = relative_error(found[:1], slope if "bwd" in part else want.detach())
-        ratio = ms / reference.setdefault(part, ms)
-        name = f"{work} {shape} b{b} l{l}"
-        print(f"{name:22} {part:17} {who:12}{ms:10.4f}{ratio:7.2f}  {error:.1e}{peak}", flush=True)
+        with reported(f"{work}, {part}, {who}"), mock.patch.object(mamba2, "kernels", kernels):
+            ms, peak, found = measure(call, part, inputs)
+            ms_of_first, of_first = first.setdefault(part, (ms, found))
+            differs = relative_error(found[:1], of_first[:1])
+            name = f"{f'{work} {shape} b{b} l{l}':22} {part:17} {who:12}"
+            print(f"{name}{ms:10.4f}{ms / ms_of_first:7.2f}  {differs:.1e}{peak}", flush=True)
 
 
-def benchmark_work(*works, more=(), shape=None):
-    print(f"{where()}{'':16}{'ms':>9}  ratio    error{'' if CUDA else '     MiB'}")
-    for work in (*works, *more):
+def benchmark_work(*works, shape=None):
+    """this, plain PyTorch and other packages: their differences are those from the first row"""
+    print(f"{where()}{'':16}{'ms':>9}  ratio  differs{'' if CUDA else '     MiB'}")
+    for work in works:
         on_gpu = CUDA and shape != "tiny"
         for row in WORK[work][1] if on_gpu else [(shape or "130m", 1, 2048)]:
             if shape in (None, row[0]):
@@ -4099,7 +4090,7 @@ def benchmark_work(*works, more=(), shape=None):
 
 
 def benchmark_cpu():
-    """Work on a CPU, also where there is a GPU, beside transformers' own Mamba-2."""
+    """on the CPU, also where there is a GPU, beside transformers' own Mamba-2 (the default)"""
     global CUDA, DEVICE
     CUDA, DEVICE = False, torch.device("cpu")
     torch.set_num_threads(2)
@@ -4108,7 +4099,7 @@ def benchmark_cpu():
 
 
 def benchmark_errors():
-    """Each form of SSD in each dtype against the recurrence in float64: values and gradients."""
+    """errors of each form of SSD in each dtype, against the recurrence in float64"""
     torch.manual_seed(0)
     b, l, h, p, g, n = 2, 1000, 4, 64, 1, 128
     x, B, C = (torch.randn(b, l, *size, **DRAW) for size in ((h, p), (g, n), (g, n)))
@@ -4125,7 +4116,7 @@ def benchmark_errors():
     print(f"{where()}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are")
     print("norms of differences over norms; state and sums are float32 at least in every form")
     print(" " * 27, *(f"{name:>8}" for name in ("y", "state", *(f"d {name}" for name in inputs))))
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    for dtype in DTYPES:
         # As in a layer: x, B and C in the dtype, and all else in float32 at least. The recurrence
         # has the same rounded inputs.
         high = torch.promote_types(dtype, torch.float32)
@@ -4155,41 +4146,41 @@ def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_lengt
         model = distribute(model, engine, **options[engine])
     optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
-    def step(l):
+    def seconds(l):
+        start = time.perf_counter()
         ids = torch.randint(Mamba2Config(**SHAPES[shape]).vocab_size, (b, l), device=DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=engine != "FSDP2"):
             loss = model(ids, labels=ids, segment_length=length, **given).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()  # waits for the GPU
+        loss.item()  # waits for the GPU
+        return time.perf_counter() - start
 
     for _ in range(2):  # the first compiles, and the second still asks for memory
-        step(min(l, 3 * length))
+        seconds(min(l, 3 * length))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step(l)
-        times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
-    return length, b * l / statistics.median(times), peak
+    speed = b * l / statistics.median(seconds(l) for _ in range(steps))
+    return length, speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
 
 
 METHODS = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
 
 
-def benchmark_training(shape, lengths, methods):
+def numbers(text):
+    return [int(number) for number in text.split(",") if number]
+
+
+def benchmark_training(shape, lengths, methods="plain,layers,segments,both"):
+    """SHAPE LENGTHS: memory and speed on long sequences, such as 2.7b 8192,1048576"""
     print(f"{where()}, mamba2-{shape}\n   length   method  segment     peak GB    tokens/s")
-    for l, method in itertools.product(lengths, methods):
+    for l, method in itertools.product(numbers(lengths), methods.split(",")):
         segment_length, again = METHODS[method]
-        try:
+        with reported(f"{l:9,} {method:>8}"):
             found = training_speed(shape, 1, l, again=again, segment_length=segment_length)
             length, speed, peak = found
             print(f"{l:9,} {method:>8} {length:8,}{peak:12.1f} {speed:11,.0f}", flush=True)
-        except torch.OutOfMemoryError:
-            print(f"{l:9,} {method:>8}   out of memory", flush=True)
 
 
 PARALLEL = [  # engine, shape, rows of a rank, length, segment_length; all ranks share the slices
@@ -4202,7 +4193,7 @@ if not CUDA:
 
 
 def benchmark_parallel():
-    """Training on all GPUs against one of them: under torchrun, or as a single process."""
+    """training on all GPUs against one of them, under torchrun or as a single process"""
     global DEVICE
     given = {}
     if not dist.is_torchelastic_launched():
@@ -4229,16 +4220,10 @@ def benchmark_parallel():
     dist.destroy_process_group()
 
 
-TARGETS = {  # for Triton: backend, architecture, threads in a warp; and the kind of our settings
-    "sm_80": ("cuda", 80, 32, "portable"),
-    "sm_86": ("cuda", 86, 32, "portable"),
-    "sm_89": ("cuda", 89, 32, "portable"),
-    "sm_90": ("cuda", 90, 32, "tma"),
-    "sm_90 portable": ("cuda", 90, 32, "portable"),
-    "sm_100": ("cuda", 100, 32, "portable"),
-    "sm_120": ("cuda", 120, 32, "portable"),
-    "gfx942": ("hip", "gfx942", 64, "cdna"),
-}
+# For Triton; and the kind of our settings.
+TARGETS = {"sm_80": "portable", "sm_86": "portable", "sm_89": "portable", "sm_90": "tma"}
+TARGETS |= {"sm_90 portable": "portable", "sm_100": "portable", "sm_120": "portable"}
+TARGETS["gfx942"] = "cdna"
 
 
 def kernels_of_ssd(kind, dtype, n):
@@ -4285,8 +4270,8 @@ def registers_and_spills(compiled, arch):
     return int(re.search(r"Used (\d+) registers", said)[1]), spilled
 
 
-def print_targets(words):
-    """What the kernels of SSD need on each target, or in lines with all of the words."""
+def print_targets(*words):
+    """WORDS: what the kernels need on other GPUs, in lines with all of these: sm_86 bfloat16"""
     from triton.backends.compiler import GPUTarget
 
     triton = mamba2.kernels.triton
@@ -4294,7 +4279,8 @@ def print_targets(words):
     print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
     dtypes = torch.bfloat16, torch.float16, torch.float32
     for target, dtype, n in itertools.product(TARGETS, dtypes, (128, 256)):
-        *gpu, kind = TARGETS[target]
+        kind, number = TARGETS[target], re.search("[0-9]+", target)[0]
+        gpu = ("hip", target, 64) if kind == "cdna" else ("cuda", int(number), 32)
         if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in mamba2.kernels.SETTINGS:
             continue
         at_hand = mock.Mock()  # what Triton asks for the GPU at hand
@@ -4310,8 +4296,10 @@ def print_targets(words):
 
 
 @torch.no_grad()
-def benchmark_generation(name, batch, contexts, state_dtype, prompt=100, new=256, seconds=2.0):
-    """Time of a prompt and of each token after it, greedily, on a GPU in bfloat16."""
+def benchmark_generation(
+    name, batch=1, contexts="", state_dtype=None, prompt=100, new=256, seconds=2.0
+):
+    """NAME: time of a prompt and of a token; of one of these shapes, or of a model's folder"""
     dtype = torch.bfloat16 if CUDA else torch.float32
     model = random_model(name) if name in SHAPES else Mamba2ForCausalLM.from_pretrained(name)
     model = model.to(DEVICE, dtype).eval()
@@ -4327,8 +4315,8 @@ def benchmark_generation(name, batch, contexts, state_dtype, prompt=100, new=256
     print(f"{where()}, {name}, {dtype}, batch {batch}")
     print("                       context   prefill s   ms a token   MB of state")
     for way, run in ways.items():
-        for length in [prompt, *contexts] if way == "model.stream" else [prompt]:
-            ids = torch.randint(1, model.config.vocab_size, (batch, length + 1), device=DEVICE)
+        for length in [prompt, *numbers(contexts)] if way == "model.stream" else [prompt]:
+            ids = tokens(int(batch), length + 1, vocabulary=model.config.vocab_size)
             reading = milliseconds(lambda: model.prefill(ids[:, :-1]), seconds)  # noqa: B023
             cache = model.prefill(ids[:, :-1])
             cache = cache.to(getattr(torch, state_dtype)) if state_dtype else cache
@@ -4353,32 +4341,34 @@ def figure_rows():
     """
     text = README.read_text()
 
-    def times(row, mine, other, part=0, table=""):
-        """Two columns of the first row that begins like this, below a row that begins like that."""
-        begin = text.index("| " + row, text.index("| " + table if table else ""))
-        cells = text[begin:].splitlines()[0].split("|")
-        return tuple(float(cells[column].split("/")[part]) for column in (mine, other))
+    def times(begin, mine, other, part=0):
+        """Two columns of a row that begins like this; of the second, if there are two."""
+        row = re.search(rf"^\| {begin}.*$", text, re.M)[0].splitlines()[-1].split("|")
+        return tuple(float(row[column].split("/")[part]) for column in (mine, other))
 
     bars = {
         "SSD, 2.7b: forward": times("SSD, batch 8", 2, 3),
         "SSD, 2.7b: backward": times("SSD, batch 8", 2, 3, part=1),
         "a layer's training step": times("in a CUDA graph", 2, 3),
         "a prompt of 8,192 tokens": times("in a CUDA graph", 2, 3, part=1),
-        "a token": times("mamba2-130m | 1 |", 4, 6),
-        "a token, 2.7b, batch 64": times("| 64 | bfloat16", 4, 6, table="mamba2-2.7b | 1 |"),
+        "a token": times(r"mamba2-130m \| 1 ", 4, 6),
+        "a token, 2.7b, batch 64": times(r"mamba2-2.7b \| 1 .*\n\| \| 64 ", 4, 6),
     }
     number = r"([\d.,\sand]+)"
     flat = re.search(rf"mamba2-130m\stakes{number}ms\sper\stoken\safter{number}tokens", text)
-    numbers = [re.findall(r"[\d.,]*\d", part) for part in flat.groups()]
-    milliseconds, contexts = ([float(n.replace(",", "")) for n in part] for part in numbers)
+    ms, contexts = (
+        [float(n.replace(",", "")) for n in re.findall(r"[\d.,]*\d", part)]
+        for part in flat.groups()
+    )
     c = Mamba2Config()  # mamba2-130m
-    inner, channels = c.nheads * c.headdim, c.nheads * c.headdim + 2 * c.ngroups * c.d_state
-    state = c.n_layer * (4 * inner * c.d_state + 2 * (c.d_conv - 1) * channels)  # ssm is float32
+    conv, ssm = Mamba2(c).initial_state(1)
+    state = c.n_layer * (2 * conv.numel() + 4 * ssm.numel())  # in bfloat16 and in float32
     keys_and_values = 2 * c.n_layer * c.d_model * 2  # bytes per token, in bfloat16
-    return bars, dict(zip(contexts, milliseconds, strict=True)), state, keys_and_values
+    return bars, dict(zip(contexts, ms, strict=True)), state, keys_and_values
 
 
 def draw_figure():
+    """the README's figure from its tables"""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
@@ -4392,10 +4382,9 @@ def draw_figure():
     left.axvline(1, color="black", linestyle="--", linewidth=1)
     left.set(title="Speed relative to mamba_ssm", xlim=(0, max(ratios) + 0.8))
     left.invert_yaxis()
-    contexts, memory = [*flat], [keys_and_values * context / 1e6 for context in flat]
-    right.loglog(contexts, memory, "s-", color=red)
-    right.loglog(contexts, [state / 1e6] * len(flat), "o-", color=blue)
-    right.text(1.5e4, 2.5 * memory[2], "Transformer", color=red, ha="right")
+    right.loglog([*flat], [keys_and_values * context / 1e6 for context in flat], "s-", color=red)
+    right.loglog([*flat], [state / 1e6] * len(flat), "o-", color=blue)
+    right.text(1.5e4, 1843.2, "Transformer", color=red, ha="right")
     right.text(1e6, 1.6 * state / 1e6, f"Mamba-2: {state / 1e6:.1f} MB", color=blue, ha="right")
     text = f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
     right.text(1e6, 0.32 * state / 1e6, text, color=blue, ha="right", size=9)
@@ -4405,44 +4394,33 @@ def draw_figure():
     right.minorticks_off()
     figure.tight_layout()
     figure.savefig(FIGURE, metadata=dict(Date=None))
-    print(f"{FIGURE} is drawn from the tables of README.md")
 
 
-def command_line():
-    parser = argparse.ArgumentParser(description="Benchmarks of mamba2.py; tests: pytest")
-    parser.set_defaults(run=benchmark_cpu)
-    commands = parser.add_subparsers()
+COMMANDS = dict(cpu=benchmark_cpu, errors=benchmark_errors, figure=draw_figure)
+COMMANDS |= {work: functools.partial(benchmark_work, work) for work in ("ssd", "layer", "prefill")}
+COMMANDS |= dict(generation=benchmark_generation, training=benchmark_training)
+COMMANDS |= dict(parallel=benchmark_parallel, targets=print_targets)
 
-    def command(name, run, help_):
-        added = commands.add_parser(name, help=help_)
-        added.set_defaults(run=run)
-        return added.add_argument
 
-    def numbers(text):
-        return [int(number) for number in text.split(",") if number]
-
-    command("cpu", benchmark_cpu, "beside transformers' own Mamba-2, on the CPU (the default)")
-    command("errors", benchmark_errors, "of every form of SSD in every dtype, against float64")
-    command("figure", draw_figure, "draw the README's figure from its tables")
-    command("parallel", benchmark_parallel, "training on several GPUs, under torchrun, against one")
-    for work in ("ssd", "layer", "prefill"):
-        add = command(work, functools.partial(benchmark_work, work), "this, PyTorch, and others")
-        add("more", nargs="*", help="more such work: ssd, layer, prefill")
-        add("--shape", choices=SHAPES, help="only this one; all unless given")
-    add = command("targets", print_targets, "compile for other GPUs, of which none is needed")
-    add("words", nargs="*", help="only lines with all of these, such as sm_86 bfloat16")
-    add = command("training", benchmark_training, "memory and speed on long sequences, on a GPU")
-    add("shape", choices=SHAPES, help="of which published model")
-    add("lengths", type=numbers, help="of sequences, such as 8192,1048576")
-    add("--methods", type=lambda text: text.split(","), default=[*METHODS], help=",".join(METHODS))
-    add = command("generation", benchmark_generation, "time of a prompt, and of a token")
-    add("name", help=f"{', '.join(SHAPES)}, or a model's name or folder")
-    add("--batch", type=int, default=1, help="rows (1)")
-    add("--contexts", type=numbers, default=[], help="such as 100,1000,10000: is it flat?")
-    add("--state-dtype", help="such as bfloat16; float32 unless given")
-    return parser
+def command_line(arguments=None):
+    """What is to run, with its arguments: an error if they do not fit."""
+    what = [f"  {name:11}{getattr(run, 'func', run).__doc__}" for name, run in COMMANDS.items()]
+    what = "\n".join(["Benchmarks of mamba2.py; tests: pytest", *what])
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=what, formatter_class=kind)
+    parser.add_argument("command", nargs="?", default="cpu", choices=COMMANDS)
+    parser.add_argument("words", nargs="*", help="more of ssd, layer, prefill; or as above")
+    parser.add_argument("--shape", choices=SHAPES, help="of ssd, layer, prefill; all unless given")
+    parser.add_argument("--methods", help=f"of training: {','.join(METHODS)}")
+    parser.add_argument("--batch", help="of generation: rows")
+    parser.add_argument("--contexts", help="of generation, such as 100,1000,10000: is it flat?")
+    parser.add_argument("--state-dtype", help="of generation, such as bfloat16")
+    options = vars(parser.parse_intermixed_args(arguments))
+    run, words = COMMANDS[options.pop("command")], options.pop("words")
+    options = {name: value for name, value in options.items() if value is not None}
+    inspect.signature(run).bind(*words, **options)
+    return functools.partial(run, *words, **options)
 
 
 if __name__ == "__main__":
-    arguments = vars(command_line().parse_args())
-    arguments.pop("run")(**arguments)
+    command_line()()
