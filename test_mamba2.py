@@ -329,84 +329,74 @@ def test_convolution_and_norm_lose_only_the_rounding_of_their_results(dtype):
     assert_close((y, normed), expected, 2e-6, rounding=torch.finfo(dtype).eps / 2)
 
 
-def gated_norm_by_hand(y, z, weight, config):
-    if not config.rmsnorm:
-        return y * z * torch.sigmoid(z)
-    parts = (y * z * torch.sigmoid(z)).chunk(config.ngroups, dim=-1)
-    squares = [(part**2).mean(-1, keepdim=True) + config.norm_epsilon for part in parts]
-    parts = [part / torch.sqrt(square) for part, square in zip(parts, squares, strict=True)]
-    return torch.cat(parts, -1) * weight
-
-
-def layer_by_hand(layer, u, state=None, mask=None, seq_idx=None):
-    """`layer.step` (Section 7.1), position by position, from the published parameters."""
-    c, (b, l, _) = layer.config, u.shape
+def mamba2_by_hand(layer, u, state):
+    """y (b, d) of one position u (b, d), and the state after it, from the published parameters."""
+    c, (conv, ssm), b = layer.config, state, len(u)
     inner, gn = c.nheads * c.headdim, c.ngroups * c.d_state
-    mask = torch.ones(b, l, device=DEVICE) if mask is None else mask
-    seq_idx = torch.zeros(b, l, device=DEVICE) if seq_idx is None else seq_idx
-    conv = u.new_zeros(b, c.d_conv - 1, inner + 2 * gn) if state is None else state.conv
-    ssm = u.new_zeros(b, c.nheads, c.headdim, c.d_state) if state is None else state.ssm
-    label, ys = seq_idx.new_zeros(b), [u[:, :0]]
-    for t in range(l):
-        exists = mask[:, t, None, None].bool()
-        # Another sequence begins: its label is not that of the last position that exists, if any.
-        begins = (seq_idx[:, t] != label) & mask[:, :t].any(1)
-        label = torch.where(mask[:, t].bool(), seq_idx[:, t], label)
-        z, xBC, dt = layer.in_proj(u[:, t]).split([inner, inner + 2 * gn, c.nheads], dim=-1)
-        window = torch.cat([conv.masked_fill(begins[:, None, None], 0), xBC[:, None]], 1)
-        xBC = (window * layer.conv1d.weight[:, 0].T).sum(1)  # (b, channels)
-        xBC = xBC if layer.conv1d.bias is None else xBC + layer.conv1d.bias
-        x, B, C = (xBC * torch.sigmoid(xBC)).split([inner, gn, gn], dim=-1)
-        dt = torch.log1p(torch.exp(dt + layer.dt_bias)).clamp(*c.dt_limit)[:, None]
-        x, A = x.view(b, 1, c.nheads, c.headdim), -torch.exp(layer.A_log)
-        B, C = (part.view(b, 1, c.ngroups, c.d_state) for part in (B, C))
-        before = ssm.masked_fill(begins[:, None, None, None], 0)
-        y, after = recurrence(x, dt, A, B, C, layer.D, before)
-        y = gated_norm_by_hand(y.flatten(2), z[:, None], getattr(layer.norm, "weight", None), c)
-        ys.append(torch.where(exists, layer.out_proj(y), 0))
-        conv = torch.where(exists, window[:, 1:], conv)
-        ssm = torch.where(exists[..., None], after, ssm)
-    return torch.cat(ys, 1), Mamba2State(conv, ssm)
+    z, xBC, dt = layer.in_proj(u).split([inner, inner + 2 * gn, c.nheads], dim=-1)
+    window = torch.cat([conv, xBC[:, None]], 1)
+    xBC = (window * layer.conv1d.weight[:, 0].T).sum(1)  # (b, channels)
+    xBC = xBC if layer.conv1d.bias is None else xBC + layer.conv1d.bias
+    x, B, C = (xBC * torch.sigmoid(xBC)).split([inner, gn, gn], dim=-1)
+    dt = torch.log1p(torch.exp(dt + layer.dt_bias)).clamp(*c.dt_limit)[:, None]
+    x, A = x.view(b, 1, c.nheads, c.headdim), -torch.exp(layer.A_log)
+    B, C = (part.view(b, 1, c.ngroups, c.d_state) for part in (B, C))
+    y, ssm = recurrence(x, dt, A, B, C, layer.D, ssm)
+    y = y.flatten(1) * z * torch.sigmoid(z)
+    if c.rmsnorm:
+        parts = y.unflatten(1, (c.ngroups, -1))
+        parts = parts / torch.sqrt((parts**2).mean(-1, keepdim=True) + c.norm_epsilon)
+        y = parts.flatten(1) * layer.norm.weight
+    return layer.out_proj(y), Mamba2State(window[:, 1:], ssm)
 
 
-def attention_by_hand(layer, u, state=None, mask=None, seq_idx=None):
-    """`Attention.step`, position by position, from the published parameters."""
-    (b, l, _), (d, base), p = u.shape, layer.rotary, layer.head_dim
+def attention_by_hand(layer, u, state):
+    (d, base), p, (conv, past, counts) = layer.rotary, layer.head_dim, state
     h, g = (width // p for width in layer.widths[:2])
-    mask = torch.ones(b, l, device=DEVICE) if mask is None else mask
-    seq_idx = torch.zeros(b, l, device=DEVICE) if seq_idx is None else seq_idx
-    conv, past, counts = layer.initial_state(b) if state is None else state
-    angles = base ** (-torch.arange(0, d, 2, **DRAW) / d)
-    label, ys = seq_idx.new_zeros(b), [u[:, :0]]
+    qkv = layer.in_proj(u)
+    if layer.conv1d:
+        window = torch.cat([conv, qkv[:, None]], 1)
+        qkv = (window * layer.conv1d.weight[:, 0].T).sum(1) + layer.conv1d.bias
+        conv = window[:, 1:]
+    q, k, v = qkv.unflatten(1, (-1, p)).split([h, g, g], 1)
+    angles = counts.sum(1)[:, None, None] * base ** (-torch.arange(0, d, 2, **DRAW) / d)
 
-    def turned(x, position):  # (b, heads, p): pairs of channels are complex numbers
-        z = torch.complex(x[..., : d // 2], x[..., d // 2 : d])
-        z = z * torch.exp(1j * position[:, None, None] * angles)
+    def turned(x):  # (b, heads, p): pairs of channels are complex numbers
+        z = torch.complex(x[..., : d // 2], x[..., d // 2 : d]) * torch.exp(1j * angles)
         return torch.cat([z.real, z.imag, x[..., d:]], -1)
 
-    for t in range(l):
+    past = torch.cat([past, torch.cat([turned(k), v], 1)[:, None]], 1)  # (b, m, 2 g, p)
+    counts = F.pad(counts, (0, 1), value=True)  # it sees itself
+    keys, values = past.repeat_interleave(h // g, 2).chunk(2, 2)  # (b, m, h, p)
+    scale = p**-0.5 if layer.scale is None else layer.scale
+    weights = torch.exp(scale * (turned(q)[:, None] * keys).sum(-1)) * counts[..., None]
+    weights = (weights / weights.sum(1, keepdim=True))[..., None]  # (b, m, h, 1)
+    y = layer.out_proj((weights * values).sum(1).flatten(1))
+    return y, mamba2.AttentionState(conv, past, counts)
+
+
+def by_hand(layer, u, state=None, mask=None, seq_idx=None):
+    """`layer.step` (Section 7.1), position by position."""
+    attends = isinstance(layer, mamba2.Attention)
+    step = attention_by_hand if attends else mamba2_by_hand
+    state = layer.initial_state(len(u)) if state is None else state
+    mask = torch.ones(u.shape[:2], device=DEVICE) if mask is None else mask
+    seq_idx = torch.zeros_like(mask) if seq_idx is None else seq_idx
+    of_rows = lambda where, x: where.view(-1, *[1] * (x.dim() - 1))
+    label, ys = seq_idx.new_zeros(len(u)), [u[:, :0]]
+    for t in range(u.shape[1]):
         exists = mask[:, t].bool()
+        # Another sequence begins: its label is not that of the last position that exists, if any.
         begins = (seq_idx[:, t] != label) & mask[:, :t].any(1)
         label = torch.where(exists, seq_idx[:, t], label)
-        qkv = layer.in_proj(u[:, t])
-        window = torch.cat([conv.masked_fill(begins[:, None, None], 0), qkv[:, None]], 1)
-        if layer.conv1d:
-            qkv = (window * layer.conv1d.weight[:, 0].T).sum(1) + layer.conv1d.bias
-            conv = torch.where(exists[:, None, None], window[:, 1:], conv)
-        before = counts & ~begins[:, None]
-        q, k, v = qkv.unflatten(1, (-1, p)).split([h, g, g], 1)
-        q, k = (turned(x, before.sum(1)) for x in (q, k))
-        past = torch.cat([past, torch.cat([k, v], 1)[:, None]], 1)  # (b, m, 2 g, p)
-        seen = F.pad(before, (0, 1), value=True)  # and itself
-        keys, values = past.repeat_interleave(h // g, 2).chunk(2, 2)  # (b, m, h, p)
-        scale = p**-0.5 if layer.scale is None else layer.scale
-        weights = torch.exp(scale * (q[:, None] * keys).sum(-1)) * seen[..., None]  # (b, m, h)
-        weights = (weights / weights.sum(1, keepdim=True))[..., None]
-        y = layer.out_proj((weights * values).sum(1).flatten(1))
+        y, new = step(layer, u[:, t], [x.masked_fill(of_rows(begins, x), 0) for x in state])
         ys.append(torch.where(exists[:, None], y, 0)[:, None])
-        counts = torch.where(exists[:, None], before, counts)
-        counts = torch.cat([counts, exists[:, None]], 1)
-    return torch.cat(ys, 1), mamba2.AttentionState(conv, past, counts)
+        if attends:  # keys and values of a masked position are there, and do not count
+            past = torch.cat([state.past, new.past[:, -1:]], 1)
+            state = state._replace(past=past, counts=F.pad(state.counts, (0, 1)))
+        kept = [torch.where(of_rows(exists, x), x, o) for x, o in zip(new, state, strict=True)]
+        state = type(new)(*kept)
+    return torch.cat(ys, 1), state
 
 
 def canonical(state):
@@ -443,7 +433,6 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
     """And a step modifies none of its inputs, so that a state can be resumed several times."""
     layer, masks = make_layer(**options), [[int(digit) for digit in row] for row in MASKS]
     runs = (torch.arange(11, device=DEVICE) // 4 % 2).expand(len(MASKS), -1)  # a label comes back
-    by_hand = attention_by_hand if isinstance(layer, mamba2.Attention) else layer_by_hand
     for b, l in ((len(MASKS), 11), (3, 0), (0, 5)):
         (u, state), seen = layer_inputs(layer, b, l), torch.tensor(masks, device=DEVICE)[:b, :l]
         others = [state, list(layer.parameters())]
@@ -479,18 +468,24 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
                 assert identical(*(canonical(s.select(skipped)) for s in (end, start)))
 
 
-@pytest.mark.parametrize("rmsnorm", [True, False])
-def test_a_layer_in_half_precision_keeps_its_state_in_float32_or_as_it_was_passed(rmsnorm):
-    """And it computes steps dt and decays A in float32."""
-    exact = Mamba2(d_model=32, d_state=16, headdim=8, ngroups=2, rmsnorm=rmsnorm).to(DEVICE)
+@pytest.mark.parametrize("options", [{}, dict(rmsnorm=False), ROTARY])
+def test_a_layer_in_half_precision_keeps_its_state_in_float32_or_as_it_was_passed(options):
+    """And it computes steps dt and decays A in float32. Of attention there is no such state."""
+    attends, sizes = options is ROTARY, dict(d_state=16, headdim=8, ngroups=2)
+    exact = mamba2.Attention(32, **ROTARY) if attends else Mamba2(32, **sizes, **options)
+    exact = exact.to(DEVICE)
     u, half = torch.randn(2, 100, 32, device=DEVICE), copy.deepcopy(exact).bfloat16()
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         cast = in_pieces(exact.step, dict(u=u, state=None), "state", [99])
         assert_close(exact(u.bfloat16()), cast[0], 0.02)  # is cast as float32 is
-    for y, state in (half.step(u.bfloat16()), cast):
-        assert [t.dtype for t in (y, *state)] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    wide = torch.bfloat16 if attends else torch.float32
+    resumed = half.step(u.bfloat16(), exact.initial_state(2))  # which is float32
+    for y, state in (resumed, half.step(u.bfloat16()), cast):
+        assert [t.dtype for t in (y, *state[:2])] == [torch.bfloat16, torch.bfloat16, wide]
         # About ten roundings of 2^-9 (weights, input, projections, convolution, norm) in a row.
         assert_close(y, exact(u), 0.02)
+    if attends:
+        return
     (conv, ssm), masks = state, (None, torch.ones(2, 100, device=DEVICE))
     for mask, dtype in itertools.product(masks, (torch.float16, torch.bfloat16, torch.float64)):
         expected = half.step(u.bfloat16(), state, mask)
@@ -513,7 +508,7 @@ def test_a_step_calls_hooks_and_projections_with_weights_of_another_dtype(method
     layer.in_proj.forward = lambda u: F.linear(u, weight.to(u.dtype) / 16)
     layer.register_forward_hook(lambda *given: calls.append(1))
     found = layer.step(u, state)
-    assert_close(found, layer_by_hand(layer, u, state))
+    assert_close(found, by_hand(layer, u, state))
     assert calls == [1] and torch.equal(layer(u, state), found[0])
 
 
@@ -2396,26 +2391,15 @@ def test_the_state_of_attention_grows_by_two_vectors_per_position_and_moves_in_i
     assert {t.device.type for t in states[4].to("meta")} == {"meta"}
 
 
-def test_attention_in_half_precision_loses_only_roundings_and_is_compiled_in_one_graph():
-    exact = mamba2.Attention(32, **ROTARY).to(DEVICE)
-    u, half = torch.randn(2, 50, 32, device=DEVICE), copy.deepcopy(exact).bfloat16()
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        cast = in_pieces(exact.step, dict(u=u, state=None), "state", [49])
-    resumed = half.step(u.bfloat16(), exact.initial_state(2))  # which is float32
-    for y, state in (half.step(u.bfloat16()), cast, resumed):
-        assert {t.dtype for t in (y, *state[:2])} == {torch.bfloat16}
-        assert_close(y, exact(u), 0.02)  # as for `Mamba2`
-    layer, mask = make_layer(ROTARY), torch.tensor([[0, 1, 1, 1, 1], [1, 0, 1, 0, 1]])
-    (u, state), seq_idx = (
-        layer_inputs(layer, 2, 5),
-        torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]),
-    )
-    given, inputs = (mask.to(DEVICE), seq_idx.to(DEVICE)), [u, state, list(layer.parameters())]
-    results = []
+def test_attention_is_compiled_in_one_graph():
+    layer, results = make_layer(ROTARY), []
+    u, state = layer_inputs(layer, 2, 5)
+    given = torch.tensor([[[0, 1, 1, 1, 1], [1, 0, 1, 0, 1]], [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]])
     for step in (layer.step, torch.compile(layer.step, fullgraph=True, backend="eager")):
-        y, end = step(u, state, *given)
+        y, end = step(u, state, *given.to(DEVICE))  # mask, seq_idx
         assert type(end) is mamba2.AttentionState
-        results.append([y, end, gradients([y, end[:2]], inputs)])
+        slopes = gradients([y, end[:2]], [u, state, list(layer.parameters())])
+        results.append([y, end, slopes])
     assert_close(*results)
 
 
@@ -2443,8 +2427,6 @@ def hybrid_by_hand(model, ids):
     """Logits; the layers and the MLPs by hand."""
     h = model.backbone.embeddings(ids)
     for block in model.backbone.layers:
-        attends = isinstance(block.mixer, mamba2.Attention)
-        by_hand = attention_by_hand if attends else layer_by_hand
         h = h + by_hand(block.mixer, block.norm(h))[0]
         if block.mlp:
             y, gate = (block.norm2(h) @ block.mlp.fc1.weight.T).chunk(2, -1)
