@@ -173,14 +173,16 @@ def identical(found, expected):
 def in_pieces(function, arguments, name, cuts):
     """Outputs and state of a function of sequences, called on one piece after the other.
 
-    name: of the function's argument for the state.
+    name: of the function's argument for the state. A reset is one of the first piece.
     """
-    sequences = {key: arguments.get(key) for key in ("u", "mask", "seq_idx", "x", "dt", "B", "C")}
-    sequences = {key: t for key, t in sequences.items() if t is not None}
-    state, ys, l = arguments[name], [], next(iter(sequences.values())).shape[1]
+    names = ("u", "mask", "seq_idx", "x", "dt", "B", "C")
+    sequences = {key: arguments[key] for key in names if arguments.get(key) is not None}
+    arguments, l = dict(arguments), next(iter(sequences.values())).shape[1]
+    state, ys = arguments[name], []
     for start, end in zip([0, *cuts], [*cuts, l], strict=True):
         pieces = {key: t[:, start:end] for key, t in sequences.items()}
         y, state = function(**arguments | pieces | {name: state})
+        arguments.pop("reset", None)
         ys.append(y)
     return torch.cat(ys, 1), state
 
@@ -373,6 +375,11 @@ def attention_by_hand(layer, u, state):
     return y, mamba2.AttentionState(conv, past, counts)
 
 
+def of_rows(where, x):
+    """where (b), as a mask of x (b, ...)."""
+    return where.view(-1, *[1] * (x.dim() - 1)).expand_as(x)
+
+
 def by_hand(layer, u, state=None, mask=None, seq_idx=None):
     """`layer.step` (Section 7.1), position by position."""
     attends = isinstance(layer, mamba2.Attention)
@@ -380,7 +387,7 @@ def by_hand(layer, u, state=None, mask=None, seq_idx=None):
     state = layer.initial_state(len(u)) if state is None else state
     mask = torch.ones(u.shape[:2], device=DEVICE) if mask is None else mask
     seq_idx = torch.zeros_like(mask) if seq_idx is None else seq_idx
-    of_rows = lambda where, x: where.view(-1, *[1] * (x.dim() - 1))
+
     label, ys = seq_idx.new_zeros(len(u)), [u[:, :0]]
     for t in range(u.shape[1]):
         exists = mask[:, t].bool()
@@ -427,7 +434,7 @@ MASKS = """00000111111 11111100000 11100001111 11110000111 10110100101
 
 
 @pytest.mark.parametrize("options", LAYERS)
-def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(options):
+def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_reset_and_in_any_pieces(options):
     """And a step modifies none of its inputs, so that a state can be resumed several times."""
     layer, masks = make_layer(**options), [[int(digit) for digit in row] for row in MASKS]
     runs = (torch.arange(11, device=DEVICE) // 4 % 2).expand(len(MASKS), -1)  # a label comes back
@@ -436,10 +443,13 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
         others = [state, list(layer.parameters())]
         packed = random.choice([runs[:b, :l], labels(b, l)])
         for start, mask, seq_idx in itertools.product((None, state), (None, seen), (None, packed)):
-            y, end = by_hand(layer, u, start, mask, seq_idx)
+            reset = torch.rand(b, device=DEVICE) < 0.3
+            begun = start and start.map(lambda t, r=reset: t.masked_fill(of_rows(r, t), 0))
+            y, end = by_hand(layer, u, begun, mask, seq_idx)
             expected = [y, canonical(end)]
             expected += [gradients(expected, [u, others])]
             given = dict(u=u, state=start, mask=mask, seq_idx=seq_idx)
+            given["reset"] = reset.to(random.choice([torch.bool, torch.int64]))
             if mask is not None:  # masked positions have no effect: neither NaN nor another label
                 junk = u.detach().masked_fill(mask[..., None] == 0, math.nan).requires_grad_()
                 kind = random.choice([torch.bool, torch.int64, torch.float32])
@@ -453,6 +463,7 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
                 found = [y, canonical(end)]
                 found += [gradients(found, [given["u"], others])]
                 assert_close(found, expected, case=f"{start} {mask} {seq_idx} {cuts=}")
+                assert_close(layer(**given), expected[0])
                 for part in end:  # no other memory is kept alive
                     assert part.untyped_storage().nbytes() == part.nbytes
             for tensor, (value, version) in zip(passed, before, strict=True):  # as they were
@@ -463,7 +474,7 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
             if start is not None and mask is not None:  # skipping all keeps the state bit for bit
                 skipped = ~mask.bool().any(1)
                 assert (y[skipped] == 0).all()
-                assert identical(*(canonical(s.select(skipped)) for s in (end, start)))
+                assert identical(*(canonical(s.select(skipped)) for s in (end, begun)))
 
 
 @pytest.mark.parametrize("options", [{}, dict(rmsnorm=False), ROTARY])
@@ -525,12 +536,15 @@ STEP_SHAPES = dict(u=(2, 5, 10), conv=(2, 3, 40), ssm=(2, 4, 5, 5), mask=(2, 5),
 NORM = functools.partial(mamba2.rms_norm, eps=1e-5)
 FUNCTIONS = [*((form, SSD_SHAPES) for form in FORMS), (mamba2.causal_conv1d, CONV_SHAPES)]
 FUNCTIONS += [(NORM, NORM_SHAPES), (step_of_parts, STEP_SHAPES)]
+for layer in (make_layer(), make_layer(ROTARY)):
+    step = functools.partial(layer.step, torch.ones(3, 2, 10, **DRAW))
+    FUNCTIONS.append((functools.partial(step, layer.initial_state(3)), dict(reset=(3,))))
 
 
 @pytest.mark.parametrize("function, shapes", FUNCTIONS)
 def test_shapes_and_dtypes_that_do_not_fit_are_refused_and_never_broadcast(function, shapes):
     arguments = {name: torch.ones(shape, **DRAW) for name, shape in shapes.items()}
-    arguments |= {name: t.long() for name, t in arguments.items() if name == "seq_idx"}
+    arguments |= {name: arguments[name].long() for name in shapes.keys() & {"seq_idx", "reset"}}
     function(**arguments)
     for name, right in arguments.items():
         wrong = [right[0], right[None], right[..., None]]
@@ -541,30 +555,13 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused_and_never_broadcast(funct
             if tensor.shape != right.shape:
                 with pytest.raises(ValueError, match="has shape .* must be"):
                     function(**arguments | {name: tensor})
-        kinds = {"seq_idx": [right.float()], "mask": []}.get(name, [right.int()])
+        kinds = (
+            [] if name == "mask" else [right.int() if right.is_floating_point() else right.float()]
+        )
         for value in [*kinds, right.cfloat(), [1.0]]:
             found = value.dtype if isinstance(value, torch.Tensor) else "a list"
             with pytest.raises(TypeError, match=f"(initial_state|{name}) is {found}: it must be"):
                 function(**arguments | {name: value})
-
-
-@pytest.mark.parametrize("attention", [None, ROTARY])
-def test_a_reset_begins_another_sequence_in_its_rows(attention):
-    layer, reset = make_layer(attention), torch.tensor([True, False, True], device=DEVICE)
-    (u, state), skipped = layer_inputs(layer, 3, 7), torch.rand(3, 7, device=DEVICE) < 0.5
-    for mask in (None, skipped):
-        y, new = layer.step(u, state, mask, reset=reset)
-        other, kept = (layer.step(u, start, mask) for start in (layer.initial_state(3), state))
-        assert_close(y, torch.stack([other[0][0], kept[0][1], other[0][2]]))
-        for row, expected in enumerate((other[1], kept[1], other[1])):
-            assert_close(*(canonical(part.select([row])) for part in (new, expected)))
-    given = torch.autograd.grad(y.sum() + new[1].sum(), state[:2])
-    assert all(torch.equal(t[[0, 2]], 0 * t[[0, 2]]) and t[1].any() for t in given)
-    assert_close(layer(u, state, reset=reset.long()), layer.step(u, state, reset=reset)[0])
-    with pytest.raises(ValueError, match=r"reset has shape \(2,\): it must be \(3\)"):
-        layer.step(u, state, reset=reset[:2])
-    with pytest.raises(RuntimeError, match="broadcast|expanded size"):
-        layer.step(u, state.select([0]), reset=reset)
 
 
 # ---- Initialisation and optimiser groups ---------------------------------------------------------
@@ -1238,6 +1235,9 @@ SSD = ssd_inputs(2, 5, 4, 3, 3, 6)
 for form, groups in itertools.product(FORMS, (3, 0)):
     given = SSD | {name: SSD[name][:, :, :groups] for name in "BC"}
     REFUSED.append((form, f"ValueError: g = {groups}: groups of B and C, must divide", given))
+for layer in (make_layer(), make_layer(ROTARY)):
+    given = dict(u=torch.ones(3, 2, 10, **DRAW), state=layer.initial_state(1), reset=IDS[0, :3])
+    REFUSED.append((layer.step, "RuntimeError: broadcast|expanded size", given))
 for value in (0, -3, 2.5, None, True):
     given = SSD | dict(chunk_size=value)
     REFUSED.append((ssd, f"ValueError: chunk_size = {value}: must be an integer", given))
