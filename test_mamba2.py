@@ -637,8 +637,7 @@ def test_the_defaults_are_those_of_mamba2_130m():
     shapes |= {"out_proj.weight": [768, 1536]}
     parameters = Mamba2(config, **options).state_dict()
     assert {name: [*value.shape] for name, value in parameters.items()} == shapes
-    for value in parameters.values():  # device and dtype mean what they do in nn.Linear
-        assert (value.device.type, value.dtype) == ("meta", torch.float16)
+    assert all(value.is_meta and value.dtype == torch.float16 for value in parameters.values())
     sizes = dict(n_layer=24, vocab_size=50288, d_state=128, headdim=64, ngroups=1, expand=2)
     sizes |= dict(nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
     sizes |= dict(dt_limit=(0, math.inf), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4)
@@ -655,18 +654,6 @@ IMPOSSIBLE |= dict(hidden_act=["gelu", "relu", None], residual_in_fp32=["no"])
 IMPOSSIBLE |= dict(expand=[0, -2, math.inf, math.nan], tie_word_embeddings=[None])
 IMPOSSIBLE |= dict(layer_norm_epsilon=[0, -1e-5, math.nan], d_intermediate=[-1, 2.0])
 IMPOSSIBLE["time_step_limit"] = [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
-
-
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_impossible_options_are_errors_that_say_what_would_do(name):
-    for value in IMPOSSIBLE[name]:
-        with pytest.raises(ValueError, match="must|only") as raised:
-            Mamba2Config(**{name: value})
-        assert re.match(rf"{name}( \(\w+\))? = {re.escape(repr(value))}: ", str(raised.value))
-        config = Mamba2Config(d_model=768)
-        setattr(config, name, value)  # so is a config that was changed afterwards
-        with pytest.raises(ValueError, match=rf"^{name}( \(\w+\))? = "):
-            Mamba2(config)
 
 
 # Configurations as flash-linear-attention, transformers and the original write them, in short.
@@ -829,19 +816,15 @@ def load(folder, kind=Mamba2ForCausalLM, **options):
 
 
 def test_transformers_still_has_the_private_names_that_mamba2_py_uses():
-    of_transformers = "_init_weights _is_hf_initialized _is_stateful _no_split_modules _prefill"
-    of_transformers += " _reorder_cache _supports_default_dynamic_cache _tied_weights_keys"
-    of_transformers += " _keys_to_ignore_on_load_missing _keys_to_ignore_on_load_unexpected"
-    of_transformers = set(of_transformers.split())
     modules = transformers.modeling_utils, transformers.generation.utils
     there = set(re.findall(r"\w+", " ".join(map(inspect.getsource, modules))))
-    assert of_transformers <= there, transformers.__version__
-
-    code, private = Path(mamba2.__file__).read_text(), r"(?<!\w)_[a-z]\w+"
-    defined = set(re.findall(r"^(?:def |class )?(_[a-z]\w+)", code, re.M))  # by this file, itself
-    used = set(re.findall(private, code)) & there - defined
-    used -= {"_name_or_path"}  # of files
-    assert used == of_transformers, "mamba2.py uses the first, and this test knows the second"
+    code = Path(mamba2.__file__).read_text()
+    defined = re.findall(r"^(?:def |class )?(_[a-z]\w+)", code, re.M)  # by this file, itself
+    used = set(re.findall(r"(?<!\w)_[a-z]\w+", code)) & there - {*defined, "_name_or_path"}
+    known = "_init_weights _is_hf_initialized _is_stateful _no_split_modules _prefill"
+    known += " _reorder_cache _supports_default_dynamic_cache _tied_weights_keys"
+    known += " _keys_to_ignore_on_load_missing _keys_to_ignore_on_load_unexpected"
+    assert used == set(known.split()), transformers.__version__
 
 
 VARIANTS = [{}, dict(tie_word_embeddings=False), dict(time_step_limit=(0.01, 0.1))]
@@ -1172,10 +1155,8 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     mamba2.Attention: {
         "ValueError: causal = False: must be True": ATTEND | dict(causal=False),
         "ValueError: causal = False: must be": dict(d_model=10, num_heads=2),
-        r"ValueError: rotary_emb_interleaved = True: must": ATTEND
-        | dict(rotary_emb_interleaved=True),
-        "ValueError: rotary_emb_dim = 8: must be even, and at most 6": ATTEND
-        | dict(rotary_emb_dim=8),
+        "ValueError: interleaved = True: must be": ATTEND | dict(rotary_emb_interleaved=True),
+        "ValueError: rotary_emb_dim = 8: .* at most 6": ATTEND | dict(rotary_emb_dim=8),
         "ValueError: rotary_emb_dim = 3: must be even": ATTEND | dict(rotary_emb_dim=3),
         "ValueError: num_heads = 4: must be .*, and divide": dict(d_model=10, num_heads=4),
         "TypeError: argument 'mlp_dim'": ATTEND | dict(mlp_dim=64),
@@ -1185,9 +1166,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         for i in (-1, 24)
     },
     "forward": {
-        "ValueError: exactly one of input_ids and inputs_e": dict(
-            inputs_embeds=torch.ones(2, 9, 32)
-        ),
+        "ValueError: exactly one of input_ids and": dict(inputs_embeds=torch.ones(2, 9, 32)),
         r"ValueError: input_ids has shape \(9,\): it must be \(9, l\)": dict(input_ids=IDS[0]),
         "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
@@ -1211,9 +1190,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "TypeError: input_ids is torch.float32: .* of integers": dict(input_ids=IDS[:1].float()),
         "ValueError: tempratur": dict(tempratur=1.0),
         "ValueError: 9 tokens, and the cache has seen 9: give the whole": dict(cache=True),
-        "ValueError: attention_mask = .*: must end .*pad on the left": dict(
-            attention_mask=0 * IDS[:1]
-        ),
+        "ValueError: _mask = .*: must end .*pad on the left": dict(attention_mask=0 * IDS[:1]),
     },
 }
 for name in ("seq_idx", "position_ids", "group"):
@@ -1238,6 +1215,12 @@ for form, groups in itertools.product(FORMS, (3, 0)):
 for layer in (make_layer(), make_layer(ROTARY)):
     given = dict(u=torch.ones(3, 2, 10, **DRAW), state=layer.initial_state(1), reset=IDS[0, :3])
     REFUSED.append((layer.step, "RuntimeError: broadcast|expanded size", given))
+for name, value in [(name, value) for name, values in IMPOSSIBLE.items() for value in values]:
+    error, changed_later = rf"^{name}( \(\w+\))? = ", Mamba2Config(d_model=768)
+    must = f"ValueError: {error}{re.escape(repr(value))}: .*(must|only)"
+    REFUSED.append((Mamba2Config, must, {name: value}))
+    setattr(changed_later, name, value)
+    REFUSED.append((Mamba2, f"ValueError: {error}", dict(d_model=changed_later)))
 for value in (0, -3, 2.5, None, True):
     given = SSD | dict(chunk_size=value)
     REFUSED.append((ssd, f"ValueError: chunk_size = {value}: must be an integer", given))
@@ -2224,10 +2207,11 @@ def test_weights_that_do_not_fit_the_config_are_errors_and_never_random(message,
         load(tmp_path, **config)
 
 
-@pytest.mark.parametrize("write", [save, original])
-def test_a_damaged_file_is_an_exception_and_never_a_model(write, tmp_path):
+@pytest.mark.parametrize(
+    "write, file", [(save, "model.safetensors"), (original, "pytorch_model.bin")]
+)
+def test_a_damaged_file_is_an_exception_and_never_a_model(write, file, tmp_path):
     write(tiny(), tmp_path)
-    file = "model.safetensors" if write is save else "pytorch_model.bin"
     content = (tmp_path / file).read_bytes()
     for kept in (0, len(content) // 2, len(content) - 1):
         (tmp_path / file).write_bytes(content[:kept])
@@ -2238,10 +2222,9 @@ def test_a_damaged_file_is_an_exception_and_never_a_model(write, tmp_path):
 def test_checkpoints_of_other_architectures_are_refused_with_the_reason(tmp_path):
     changed(tiny(), tmp_path / "model_type = 'mamba': must be 'mamba2'", model_type="mamba")
     original(tiny(), tmp_path / "layer = 'Mamba1': only 'Mamba2'", dict(layer="Mamba1"))
-    for folder in tmp_path.iterdir():
-        for kind in (Mamba2ForCausalLM, Mamba2Config):
-            with pytest.raises(ValueError, match=f"^{folder.name}"):
-                kind.from_pretrained(folder)
+    for folder, kind in itertools.product(tmp_path.iterdir(), (Mamba2ForCausalLM, Mamba2Config)):
+        with pytest.raises(ValueError, match=f"^{folder.name}"):
+            kind.from_pretrained(folder)
 
 
 def test_the_auto_classes_find_this_file_on_request_and_not_before(tmp_path, monkeypatch):
