@@ -436,10 +436,10 @@ MASKS = """00000111111 11111100000 11100001111 11110000111 10110100101
 @pytest.mark.parametrize("options", LAYERS)
 def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_reset_and_in_any_pieces(options):
     """And a step modifies none of its inputs, so that a state can be resumed several times."""
-    layer, masks = make_layer(**options), [[int(digit) for digit in row] for row in MASKS]
+    layer = make_layer(**options)
     runs = (torch.arange(11, device=DEVICE) // 4 % 2).expand(len(MASKS), -1)  # a label comes back
     for b, l in ((len(MASKS), 11), (3, 0), (0, 5)):
-        (u, state), seen = layer_inputs(layer, b, l), torch.tensor(masks, device=DEVICE)[:b, :l]
+        (u, state), seen = layer_inputs(layer, b, l), digits(*MASKS)[:b, :l]
         others = [state, list(layer.parameters())]
         packed = random.choice([runs[:b, :l], labels(b, l)])
         for start, mask, seq_idx in itertools.product((None, state), (None, seen), (None, packed)):
@@ -632,12 +632,11 @@ def test_an_option_has_its_name_in_transformers_and_its_name_in_the_paper_s_code
 
 def test_the_defaults_are_those_of_mamba2_130m():
     config, options = Mamba2Config(d_model=768), dict(device="meta", dtype=torch.float16)
-    shapes = dict(dt_bias=[24], A_log=[24], D=[24]) | {"in_proj.weight": [3352, 768]}
-    shapes |= {"conv1d.weight": [1792, 1, 4], "conv1d.bias": [1792], "norm.weight": [1536]}
-    shapes |= {"out_proj.weight": [768, 1536]}
-    parameters = Mamba2(config, **options).state_dict()
-    assert {name: [*value.shape] for name, value in parameters.items()} == shapes
-    assert all(value.is_meta and value.dtype == torch.float16 for value in parameters.values())
+    parameters = Mamba2(config, **options).state_dict().values()
+    assert all(value.is_meta and value.dtype == torch.float16 for value in parameters)
+    with torch.device("meta"):
+        parameters = Mamba2ForCausalLM(config).parameters()
+    assert sum(value.numel() for value in parameters) == 128_989_632
     sizes = dict(n_layer=24, vocab_size=50288, d_state=128, headdim=64, ngroups=1, expand=2)
     sizes |= dict(nheads=24, d_conv=4, chunk_size=256, bias=False, conv_bias=True)
     sizes |= dict(dt_limit=(0, math.inf), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4)
@@ -856,11 +855,15 @@ def test_logits_and_loss_equal_those_of_transformers_own_mamba2(options, tmp_pat
             assert_close(mine[mask.bool()], reference[mask.bool()], F32)
 
 
+def digits(*rows):
+    return torch.tensor([[int(digit) for digit in row] for row in rows], device=DEVICE)
+
+
 def padded():
     """A batch with masks of every kind, with nonsense at masked positions, and some labels -100."""
     rows = ["00000111111111111111", "11111111111110000000", "11110000000001111111"]
     rows += ["01101000111010110101", "00000000000000000000", "11111111111111111111"]
-    mask = torch.tensor([[int(c) for c in row] for row in rows], device=DEVICE)
+    mask = digits(*rows)
     ids = tokens(*mask.shape)
     labels = torch.where(tokens(*mask.shape, seed=1) % 5 == 0, -100, ids)
     labels = torch.where(mask.bool(), labels, tokens(*mask.shape, seed=2))
@@ -1290,9 +1293,8 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
 
 def test_sequences_begin_where_positions_are_0():
     model, ids = tiny(dtype=torch.float64), tokens(2, 6)
-    rows = lambda *rows: torch.tensor([[int(c) for c in row] for row in rows], device=DEVICE)
-    cache, labels = dict(cache=model(ids).cache), dict(seq_idx=rows("000011", "012222"))
-    mask = dict(attention_mask=rows("001111", "110111"))
+    cache, labels = dict(cache=model(ids).cache), dict(seq_idx=digits("000011", "012222"))
+    mask = dict(attention_mask=digits("001111", "110111"))
     for at, given, same in (
         (("012301", "000123"), {}, labels),  # as TRL packs rows of one length
         (("012301", "000123"), labels, labels),
@@ -1301,10 +1303,10 @@ def test_sequences_begin_where_positions_are_0():
         (("123456", "567891"), {}, {}),  # only 0 begins a sequence
         (("678912", "678912"), cache, cache),
     ):
-        found = model(ids, position_ids=rows(*at), **given).logits
+        found = model(ids, position_ids=digits(*at), **given).logits
         assert_close(found, model(ids, **same).logits)
     for whole, count in (("012345", 0), ("670123", 2)):
-        later = model(ids, position_ids=rows(whole, whole), **cache).logits
+        later = model(ids, position_ids=digits(whole, whole), **cache).logits
         assert_close(later[:, count:], model(ids[:, count:]).logits)
         assert_close(later[:, :count], model(ids[:, :count], **cache).logits)
 
@@ -1476,7 +1478,7 @@ def test_a_prompt_is_read_once_and_resumed_many_times_in_its_last_sequence(tmp_p
     model, ids = tiny(dtype=torch.float64, **ALL), tokens(1, 12)
     whole = torch.cat([ids.expand(3, -1), tokens(3, 5, seed=1)], 1)
     for labels in ("00111112222", "00111112223", "00111112233", "00111113333", "00000000000"):
-        seq_idx = torch.tensor([[int(label) for label in labels]], device=DEVICE)
+        seq_idx = digits(labels)
         start = labels.index(labels[-1])  # of the last sequence
         expected = without_cache(model, whole[:, start:], **GREEDY)[:, -12:]
         first = model.prefill(ids[:, :9], seq_idx=seq_idx[:, :9])
@@ -2332,9 +2334,9 @@ def test_the_state_of_attention_grows_by_two_vectors_per_position_and_moves_in_i
 def test_attention_is_compiled_in_one_graph():
     layer, results = make_layer(ROTARY), []
     u, state = layer_inputs(layer, 2, 5)
-    given = torch.tensor([[[0, 1, 1, 1, 1], [1, 0, 1, 0, 1]], [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]])
+    mask, seq_idx = digits("01111", "10101"), digits("00011", "01111")
     for step in (layer.step, torch.compile(layer.step, fullgraph=True, backend="eager")):
-        y, end = step(u, state, *given.to(DEVICE))  # mask, seq_idx
+        y, end = step(u, state, mask, seq_idx)
         assert type(end) is mamba2.AttentionState
         slopes = gradients([y, end[:2]], [u, state, list(layer.parameters())])
         results.append([y, end, slopes])
@@ -2462,7 +2464,7 @@ def test_the_trainer_and_the_pipeline_classify_texts(tmp_path):
 # --------------------------------------------------------------------------- README and notebook
 
 FSDP2_RUNS = Version(torch.__version__) >= Version("2.11")  # 2.7 fails; none between was tried
-README = ROOT / "README.md"
+README, FIGURE = ROOT / "README.md", ROOT / ".figure.svg"
 README_TEXT = README.read_text() if README.exists() else ""
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README_TEXT, re.M | re.S)
 
@@ -3821,6 +3823,7 @@ SHAPES = {
     "2.7b": dict(d_model=2560, n_layer=64),
     "codestral": dict(d_model=4096, n_layer=64, ngroups=8),
 }
+METHODS = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
 LARGE = [("2.7b", 8, 4096), ("130m", 8, 2048)]
 WORK = {  # parts to time; on a GPU: shapes, rows of the batch, lengths
     "ssd": ("fwd, bwd, fwd+bwd", [*LARGE, ("codestral", 2, 8192)]),
@@ -3830,8 +3833,7 @@ WORK = {  # parts to time; on a GPU: shapes, rows of the batch, lengths
 }
 
 
-def where():
-    return f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}"
+where = lambda: f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}"
 
 
 @contextlib.contextmanager
@@ -4056,9 +4058,6 @@ def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_lengt
     return length, speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
 
 
-METHODS = dict(plain=(0, False), layers=(0, True), segments=("auto", False), both=("auto", True))
-
-
 def numbers(text):
     return [int(number) for number in text.split(",") if number]
 
@@ -4069,8 +4068,8 @@ def benchmark_training(shape, lengths, methods="plain,layers,segments,both"):
     for l, method in itertools.product(numbers(lengths), methods.split(",")):
         segment_length, again = METHODS[method]
         with reported(f"{l:9,} {method:>8}"):
-            found = training_speed(shape, 1, l, again=again, segment_length=segment_length)
-            length, speed, peak = found
+            given = dict(again=again, segment_length=segment_length)
+            length, speed, peak = training_speed(shape, 1, l, **given)
             print(f"{l:9,} {method:>8} {length:8,}{peak:12.1f} {speed:11,.0f}", flush=True)
 
 
@@ -4223,9 +4222,6 @@ def benchmark_generation(
     print("read and write the states, at the speed of a copy")
 
 
-FIGURE = ROOT / ".figure.svg"
-
-
 def figure_rows():
     """What README's figure shows: times of this and of mamba_ssm by label, from the tables; the
     measured time of a token by length of the context; bytes of the state, and of keys and values.
@@ -4247,15 +4243,13 @@ def figure_rows():
     }
     number = r"([\d.,\sand]+)"
     flat = re.search(rf"mamba2-130m\stakes{number}ms\sper\stoken\safter{number}tokens", text)
-    ms, contexts = (
-        [float(n.replace(",", "")) for n in re.findall(r"[\d.,]*\d", part)]
-        for part in flat.groups()
-    )
+    flat = [re.findall(r"[\d.,]*\d", part.replace(",", "")) for part in flat.groups()]
+    flat = {float(context): float(ms) for ms, context in zip(*flat, strict=True)}
     c = Mamba2Config()  # mamba2-130m
     conv, ssm = Mamba2(c).initial_state(1)
     state = c.n_layer * (2 * conv.numel() + 4 * ssm.numel())  # in bfloat16 and in float32
     keys_and_values = 2 * c.n_layer * c.d_model * 2  # bytes per token, in bfloat16
-    return bars, dict(zip(contexts, ms, strict=True)), state, keys_and_values
+    return bars, flat, state, keys_and_values
 
 
 def draw_figure():
@@ -4264,21 +4258,20 @@ def draw_figure():
 
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    blue, red = "#0072B2", "#D55E00"
+    blue, red = dict(color="#0072B2"), dict(color="#D55E00")
     bars, flat, state, keys_and_values = figure_rows()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1.1, 1))
     ratios = [theirs / mine for mine, theirs in bars.values()]
-    drawn = left.barh([*bars], ratios, color=blue)
-    left.bar_label(drawn, [f"{ratio:.1f}×" for ratio in ratios], padding=3)
+    left.bar_label(left.barh([*bars], ratios, **blue), fmt="%.1f×", padding=3)
     left.axvline(1, color="black", linestyle="--", linewidth=1)
     left.set(title="Speed relative to mamba_ssm", xlim=(0, max(ratios) + 0.8))
     left.invert_yaxis()
-    right.loglog([*flat], [keys_and_values * context / 1e6 for context in flat], "s-", color=red)
-    right.loglog([*flat], [state / 1e6] * len(flat), "o-", color=blue)
-    right.text(1.5e4, 1843.2, "Transformer", color=red, ha="right")
-    right.text(1e6, 1.6 * state / 1e6, f"Mamba-2: {state / 1e6:.1f} MB", color=blue, ha="right")
-    text = f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
-    right.text(1e6, 0.32 * state / 1e6, text, color=blue, ha="right", size=9)
+    mb, text = state / 1e6, f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
+    right.loglog([*flat], [keys_and_values * context / 1e6 for context in flat], "s-", **red)
+    right.loglog([*flat], [mb] * len(flat), "o-", **blue)
+    right.text(1.5e4, 1843.2, "Transformer", ha="right", **red)
+    right.text(1e6, 1.6 * mb, f"Mamba-2: {mb:.1f} MB", ha="right", **blue)
+    right.text(1e6, 0.32 * mb, text, ha="right", size=9, **blue)
     right.set(title="Memory of one sequence", xlabel="context, tokens", ylim=(2, 2e5))
     right.set_xticks([100, 10_000, 1_000_000], ["100", "10,000", "1,000,000"])
     right.set_yticks([10, 1000, 100_000], ["10 MB", "1 GB", "100 GB"])
