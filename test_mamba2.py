@@ -1008,7 +1008,7 @@ def test_rows_of_caches_are_selected_repeated_and_joined_and_continue_as_alone(o
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("of_weights", [torch.float32, torch.float64])
 def test_steps_and_files_keep_the_dtype_of_ssm_whatever_it_is(dtype, of_weights, tmp_path):
     model, ids = tiny(dtype=of_weights), tokens(2, 12)
@@ -1342,10 +1342,9 @@ def test_greedy_text_is_that_of_a_loop_without_a_cache_which_is_used_whatever_th
     for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         ids = text[:, :12].to(dtype)
         assert identical(*(model(labels, labels=labels) for labels in (ids, text[:, :12])))
-        for write, given in itertools.product(
-            (streamed, Mamba2ForCausalLM.generate), ({}, dict(generation_config=config))
-        ):
-            assert torch.equal(write(model, ids, **GREEDY | given), text)
+        for write in (streamed, Mamba2ForCausalLM.generate):
+            assert torch.equal(write(model, ids, **GREEDY), text)
+            assert torch.equal(write(model, ids, generation_config=config), text)
         assert torch.equal(model.generate(ids, config, use_cache=False), text)
     assert {*lengths} == {12, 1}
 
@@ -1478,8 +1477,7 @@ def test_a_prompt_is_read_once_and_resumed_many_times_in_its_last_sequence(tmp_p
     model, ids = tiny(dtype=torch.float64, **ALL), tokens(1, 12)
     whole = torch.cat([ids.expand(3, -1), tokens(3, 5, seed=1)], 1)
     for labels in ("00111112222", "00111112223", "00111112233", "00111113333", "00000000000"):
-        seq_idx = digits(labels)
-        start = labels.index(labels[-1])  # of the last sequence
+        seq_idx, start = digits(labels), labels.index(labels[-1])  # of the last sequence
         expected = without_cache(model, whole[:, start:], **GREEDY)[:, -12:]
         first = model.prefill(ids[:, :9], seq_idx=seq_idx[:, :9])
         positions = torch.tensor([[i - labels.index(labels[i]) for i in (9, 10)]], device=DEVICE)
@@ -3647,17 +3645,13 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
             assert relative_error(found, without_kernels(transform, call, x)) <= 1e-5
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
-)
-def test_kernels_run_whichever_switch_of_tf32_is_set():
+def test_kernels_run_whichever_switch_of_tf32_is_set(monkeypatch):
+    if Version(torch.__version__) < Version("2.9"):
+        pytest.skip("PyTorch before 2.9")
     inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16)
-    switch = torch.backends.cuda.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
-    try:
-        y, _ = mamba2.kernels.ssd(**inputs)
-    finally:
-        switch.fp32_precision = before
+    # Now reading allow_tf32 raises.
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    y, _ = mamba2.kernels.ssd(**inputs)
     assert relative_error(y, mamba2.ssd_recurrent(**inputs)[0]) <= 1e-2
 
 
