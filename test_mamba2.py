@@ -555,10 +555,8 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused_and_never_broadcast(funct
             if tensor.shape != right.shape:
                 with pytest.raises(ValueError, match="has shape .* must be"):
                     function(**arguments | {name: tensor})
-        kinds = (
-            [] if name == "mask" else [right.int() if right.is_floating_point() else right.float()]
-        )
-        for value in [*kinds, right.cfloat(), [1.0]]:
+        other = right.int() if right.is_floating_point() else right.float()
+        for value in [*[other] * (name != "mask"), right.cfloat(), [1.0]]:
             found = value.dtype if isinstance(value, torch.Tensor) else "a list"
             with pytest.raises(TypeError, match=f"(initial_state|{name}) is {found}: it must be"):
                 function(**arguments | {name: value})
@@ -1406,6 +1404,10 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     before = past["cache"].map(torch.clone)
     hook = embeddings.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     for given, more, count in calls:
+        if samples == 1:
+            torch.manual_seed(1)
+            found = streamed(model, given, **options | more)
+            assert torch.equal(found[:, given.shape[1] :], text[:, 12:])
         lengths.clear()
         torch.manual_seed(1)
         output = model.generate(given, **options | more)
@@ -1424,11 +1426,6 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     if beams:
         assert len(text.unique(dim=0)) == len(text) == 9
         return
-    if samples == 1:
-        for given, more, _ in calls:
-            torch.manual_seed(1)
-            found = streamed(model, given, **options | more)
-            assert torch.equal(found[:, given.shape[1] :], text[:, 12:])
     if ended:
         return
 
@@ -1905,9 +1902,9 @@ def test_the_trainer_learns_the_same_whole_in_segments_accumulated_and_resumed(t
             model = tiny(vocab_size=384, dtype=torch.float64, segment_length=segment_length)
             # AdamW would hide a factor.
             optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-            given |= dict(max_steps=12, max_grad_norm=0.0)
+            given |= dict(max_steps=9, max_grad_norm=0.0)
             losses = train(tmp_path, data, collator, model, optimizer, **given)
-            assert len(losses) == 12 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+            assert len(losses) == 9 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
             runs.append([[*model.parameters()], torch.tensor(losses)])
         for run in runs[1:]:
             assert_close(run[0], runs[0][0], F64)
@@ -1965,9 +1962,8 @@ def test_segments_train_weights_and_states_as_the_whole(masked, apart, layer_by_
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
     others = [p for p in model.parameters() if p is not model.get_input_embeddings().weight]
     inputs = [*others, model.lm_head.weight, embeds, *tensors(states)]
-    given = dict(
-        attention_mask=mask if masked else None, seq_idx=packed(mask)[1] if apart else None
-    )
+    given = dict(attention_mask=mask) if masked else {}
+    given |= dict(seq_idx=packed(mask)[1]) if apart else {}
     given |= dict(inputs_embeds=embeds, labels=labels, cache=Mamba2Cache(states), use_cache=True)
     calls = []
     model.backbone.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -2858,8 +2854,7 @@ def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(ra
                 call(group=group)
     with pytest.raises(ValueError, match="segment_length = 'auto': with a group"):
         model(ids, labels=ids, segment_length="auto", group=dist.group.WORLD)
-    with pytest.raises(ValueError, match="generate takes none: read the prompt with"):
-        model.generate(ids, group=dist.group.WORLD, max_new_tokens=2)
+
     cache = model(ids.chunk(2, dim=1)[rank], group=dist.group.WORLD).cache
     whole = torch.cat([ids, ids], dim=1)
     expected = model.generate(whole, **GREEDY)
