@@ -2202,11 +2202,10 @@ def test_weights_that_do_not_fit_the_config_are_errors_and_never_random(message,
         load(tmp_path, **config)
 
 
-@pytest.mark.parametrize(
-    "write, file", [(save, "model.safetensors"), (original, "pytorch_model.bin")]
-)
-def test_a_damaged_file_is_an_exception_and_never_a_model(write, file, tmp_path):
+@pytest.mark.parametrize("write", [save, original])
+def test_a_damaged_file_is_an_exception_and_never_a_model(write, tmp_path):
     write(tiny(), tmp_path)
+    file = "model.safetensors" if write is save else "pytorch_model.bin"
     content = (tmp_path / file).read_bytes()
     for kept in (0, len(content) // 2, len(content) - 1):
         (tmp_path / file).write_bytes(content[:kept])
@@ -2482,7 +2481,7 @@ def test_the_commands_in_the_readme_are_understood(capsys):
     for command in commands:
         command_line(command.split())
     for dtype in (None, "bfloat16"):
-        benchmark_generation("tiny", 2, "7,70", dtype, prompt=5, new=3, seconds=0.01)
+        time_generation("tiny", 2, "7,70", dtype, prompt=5, new=3, seconds=0.01)
     row = r"^model.stream +(7|70) +[\d.]+ +-?[\d.]+ +([\d.]+)$"
     rows = re.findall(row, capsys.readouterr().out, re.M)
     assert [int(length) for length, _ in rows] == [7, 70] * 2 and len({mb for _, mb in rows}) == 1
@@ -3983,9 +3982,7 @@ def benchmark_errors():
     inputs = dict(x=x, dt=dt, A=A, B=B, C=C, D=torch.ones(h, **DRAW))
     cotangents = [torch.randn_like(x), torch.randn(b, h, p, n, **DRAW)]
     forms = {form.__name__: functools.partial(without_kernels, form) for form in FORMS}
-    others = {}
-    if CUDA and RUNS:
-        others["kernels.ssd"] = mamba2.kernels.ssd
+    others = {"kernels.ssd": mamba2.kernels.ssd} if CUDA and RUNS else {}
     if CUDA and importlib.util.find_spec("mamba_ssm"):
         scan = in_mamba_ssm("ssd", None, None)
         others["mamba_ssm"] = functools.partial(scan, return_final_states=True)
@@ -3993,8 +3990,7 @@ def benchmark_errors():
     print("norms of differences over norms; state and sums are float32 at least in every form")
     print(" " * 27, *(f"{name:>8}" for name in ("y", "state", *(f"d {name}" for name in inputs))))
     for dtype in DTYPES:
-        # As in a layer: x, B and C in the dtype, and all else in float32 at least. The recurrence
-        # has the same rounded inputs.
+        # As in a layer, x, B and C are in the dtype, all else in float32 at least.
         high = torch.promote_types(dtype, torch.float32)
         given = {k: t.to(dtype if k in "xBC" else high) for k, t in inputs.items()}
         rounded = [cotangents[0].to(dtype), cotangents[1].to(high)]
@@ -4046,7 +4042,7 @@ def numbers(text):
 
 
 def benchmark_training(shape, lengths, methods="plain,layers,segments,both"):
-    """SHAPE LENGTHS: memory and speed on long sequences, such as 2.7b 8192,1048576"""
+    """SHAPE LENGTHS [--methods plain,layers,segments,both]: memory and speed on long sequences"""
     print(f"{where()}, mamba2-{shape}\n   length   method  segment     peak GB    tokens/s")
     for l, method in itertools.product(numbers(lengths), methods.split(",")):
         segment_length, again = METHODS[method]
@@ -4144,7 +4140,7 @@ def registers_and_spills(compiled, arch):
 
 
 def print_targets(*words):
-    """WORDS: what the kernels need on other GPUs, in lines with all of these: sm_86 bfloat16"""
+    """WORDS: what the kernels need on other GPUs, in lines with all of these words"""
     from triton.backends.compiler import GPUTarget
 
     triton = mamba2.kernels.triton
@@ -4169,10 +4165,8 @@ def print_targets(*words):
 
 
 @torch.no_grad()
-def benchmark_generation(
-    name, batch=1, contexts="", state_dtype=None, prompt=100, new=256, seconds=2.0
-):
-    """NAME: time of a prompt and of a token; of one of these shapes, or of a model's folder"""
+def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, new=256, seconds=2.0):
+    """NAME [--batch, --contexts 100,1000, --state-dtype]: time of a prompt, and of a token"""
     dtype = torch.bfloat16 if CUDA else torch.float32
     model = random_model(name) if name in SHAPES else Mamba2ForCausalLM.from_pretrained(name)
     model = model.to(DEVICE, dtype).eval()
@@ -4265,7 +4259,7 @@ def draw_figure():
 
 COMMANDS = dict(cpu=benchmark_cpu, errors=benchmark_errors, figure=draw_figure)
 COMMANDS |= {work: functools.partial(benchmark_work, work) for work in ("ssd", "layer", "prefill")}
-COMMANDS |= dict(generation=benchmark_generation, training=benchmark_training)
+COMMANDS |= dict(generation=time_generation, training=benchmark_training)
 COMMANDS |= dict(parallel=benchmark_parallel, targets=print_targets)
 
 
@@ -4276,12 +4270,10 @@ def command_line(arguments=None):
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=what, formatter_class=kind)
     parser.add_argument("command", nargs="?", default="cpu", choices=COMMANDS)
-    parser.add_argument("words", nargs="*", help="more of ssd, layer, prefill; or as above")
+    parser.add_argument("words", nargs="*", help="as above; more of ssd, layer, prefill")
     parser.add_argument("--shape", choices=SHAPES, help="of ssd, layer, prefill; all unless given")
-    parser.add_argument("--methods", help=f"of training: {','.join(METHODS)}")
-    parser.add_argument("--batch", help="of generation: rows")
-    parser.add_argument("--contexts", help="of generation, such as 100,1000,10000: is it flat?")
-    parser.add_argument("--state-dtype", help="of generation, such as bfloat16")
+    for option in ("--methods", "--batch", "--contexts", "--state-dtype"):
+        parser.add_argument(option)
     options = vars(parser.parse_intermixed_args(arguments))
     run, words = COMMANDS[options.pop("command")], options.pop("words")
     options = {name: value for name, value in options.items() if value is not None}
