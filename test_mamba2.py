@@ -133,9 +133,8 @@ def layer_inputs(layer, b, l):
     if isinstance(layer, mamba2.Attention):
         past = state.past.new_zeros(b, 3, *state.past.shape[2:])
         state = state._replace(past=past, counts=torch.rand(b, 3, device=DEVICE) < 0.7)
-    state = [torch.randn(t.shape, **draw) if t.is_floating_point() else t for t in state]
-    kind = mamba2.AttentionState if isinstance(layer, mamba2.Attention) else Mamba2State
-    return torch.randn(b, l, layer.in_proj.weight.shape[1], **draw), kind(*state)
+    state = state.map(lambda t: torch.randn(t.shape, **draw) if t.is_floating_point() else t)
+    return torch.randn(b, l, layer.in_proj.weight.shape[1], **draw), state
 
 
 tensors = lambda tree: [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
@@ -171,9 +170,7 @@ def identical(found, expected):
 
 def in_pieces(function, arguments, name, cuts):
     """Outputs and state of a function of sequences, called on one piece after the other.
-
-    name: of the function's argument for the state. A reset is one of the first piece.
-    """
+    name: of the function's argument for the state. A reset is one of the first piece."""
     names = ("u", "mask", "seq_idx", "x", "dt", "B", "C")
     sequences = {key: arguments[key] for key in names if arguments.get(key) is not None}
     arguments, l = dict(arguments), next(iter(sequences.values())).shape[1]
@@ -737,9 +734,7 @@ def test_the_files_work_wherever_they_lie_without_transformers_and_take_no_other
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# The language model, in transformers
-# --------------------------------------------------------------------------------------------------
+# ---- The language model, in transformers ---------------------------------------------------------
 
 # transformers' own Mamba-2 convolves with cuDNN, which would round float32 to TF32.
 torch.backends.cudnn.allow_tf32 = False
@@ -1309,7 +1304,7 @@ def test_sequences_begin_where_positions_are_0():
         assert_close(later[:, :count], model(ids[:, :count], **cache).logits)
 
 
-# --------------------------------------------------------------------------------------- generate
+# ---- Generate ------------------------------------------------------------------------------------
 
 
 def prompts():
@@ -1848,7 +1843,7 @@ def test_kernel_graph_that_found_no_memory_is_tried_again(call, monkeypatch):
     assert model in kind.idle
 
 
-# ------------------------------------------------------------------------ Trainer, PEFT, pipelines
+# ---- Trainer, PEFT, pipelines --------------------------------------------------------------------
 
 TEXTS = ["a", "bb bb bb bb bb", "no text at all", "text", "ab" * 9, "cd" * 12, "short", "to a to a"]
 
@@ -2047,7 +2042,7 @@ def test_a_long_text_is_evaluated_and_read_in_the_memory_of_one_segment():
     assert peaks[1] <= peaks[0]
 
 
-# ---------------------------------------------------------------------------- saving and loading
+# ---- Saving and loading --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [ALL, HYBRID])
@@ -2266,7 +2261,7 @@ def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_pat
     assert 0 < linear.weight.abs().max() <= 32**-0.5
 
 
-# --------------------------------------------------------------------------------------- hybrids
+# ---- Hybrids -------------------------------------------------------------------------------------
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=8)
 BAMBA = SIZES | dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16)
@@ -2453,7 +2448,7 @@ def test_the_trainer_and_the_pipeline_classify_texts(tmp_path):
         assert found == [f"letter {text[0]}" for text in texts]
 
 
-# --------------------------------------------------------------------------- README and notebook
+# ---- README and notebook -------------------------------------------------------------------------
 
 FSDP2_RUNS = Version(torch.__version__) >= Version("2.11")  # 2.7 fails; none between was tried
 README, FIGURE = ROOT / "README.md", ROOT / ".figure.svg"
@@ -2517,10 +2512,7 @@ def test_the_notebook_was_executed_in_order_without_errors_and_in_short_cells():
     assert any(cell["outputs"] for cell in cells)
 
 
-# --------------------------------------------------------------------------------------------------
-# Several processes
-# --------------------------------------------------------------------------------------------------
-#
+# ---- Several processes ---------------------------------------------------------------------------
 # Each is a rank of torch.distributed, on the CPU, with gloo. What is right is what one process
 # computes, in float64; every rank computes that as well as its own part.
 
@@ -2847,17 +2839,13 @@ def test_groups_without_this_rank_and_uses_that_are_not_supported_are_refused(ra
                 call(group=group)
     with pytest.raises(ValueError, match="segment_length = 'auto': with a group"):
         model(ids, labels=ids, segment_length="auto", group=dist.group.WORLD)
-
     cache = model(ids.chunk(2, dim=1)[rank], group=dist.group.WORLD).cache
     whole = torch.cat([ids, ids], dim=1)
     expected = model.generate(whole, **GREEDY)
     assert torch.equal(model.generate(whole, cache=cache, **GREEDY), expected)
 
 
-# --------------------------------------------------------------------------------------------------
-# The kernels
-# --------------------------------------------------------------------------------------------------
-#
+# ---- The kernels ---------------------------------------------------------------------------------
 # They run on CUDA, or as Python in Triton's interpreter, and are skipped by their name elsewhere:
 # where there is no GPU, `test_the_kernels_pass_in_the_interpreter` runs these tests again with
 # TRITON_INTERPRET=1. The reference is the twin in mamba2.py, in float64 on the CPU, which no kernel
@@ -2932,12 +2920,10 @@ rand = lambda *shape: torch.rand(*shape, device=DEVICE)
 
 def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
     """Arguments of SSD as in a layer: x, B, C in dtype, all else in float32.
-
     l: a number, or (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
     features: state, seq: there is an initial state, there are sequences; sliced, odd: x, B and C
     are slices of one tensor, odd: whose rows begin at odd addresses; extreme, zero, growing:
-    of steps; low: all is in dtype.
-    """
+    of steps; low: all is in dtype."""
     if isinstance(l, tuple):
         l = l[0] * (64 if dtype == torch.bfloat16 and n != 256 else 32) + l[1]
     widths = [int("odd" in features), h * p, g * n, g * n]
@@ -2987,10 +2973,8 @@ def kernel_norm_inputs(dtype, rows, d, width=0, groups=1, features="gate"):
 
 def kernel_middle_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, k=4, features=""):
     """Arguments of a layer's middle: the projection, the state, and parameters as in a layer.
-
     features: state, seq, limit, no_bias; other: the state has other dtypes; tiny: steps are of 1e-7
-    to 3e-4, and the state is empty.
-    """
+    to 3e-4, and the state is empty."""
     d, dt_bias = h * p + 2 * g * n, randn(h) - 3
     zxbcdt, conv, ssm = randn(b, l, h * p + d + h), randn(b, k - 1, d).to(dtype), randn(b, h, p, n)
     if "other" in features:
@@ -3795,9 +3779,7 @@ def test_the_largest_kernels_compile_for_other_gpus_and_fit(target):
         assert 0 < shared <= 99 * 1024 and spilled < 512, said
 
 
-# --------------------------------------------------------------------------------------------------
-# Benchmarks: python test_mamba2.py --help
-# --------------------------------------------------------------------------------------------------
+# ---- Benchmarks: python test_mamba2.py --help ----------------------------------------------------
 
 SHAPES = {
     "tiny": dict(d_model=64, n_layer=2, d_state=16, headdim=16, vocab_size=512),
@@ -4004,8 +3986,7 @@ def benchmark_errors():
 
 def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_length=0, **given):
     """The length of a segment, tokens per second and peak GB of training on (b, l) random tokens:
-    bfloat16 autocast, float32 weights, fused AdamW. again: layers are computed again.
-    """
+    bfloat16 autocast, float32 weights, fused AdamW. again: layers are computed again."""
     gc.collect()
     torch.cuda.empty_cache()
     model = random_model(shape).train()
