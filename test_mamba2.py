@@ -2006,8 +2006,7 @@ def test_memory_grows_as_the_square_root_of_the_length_and_never_holds_all_logit
     for l, segment_length in ((256, "auto"), (1024, "auto"), (4096, "auto"), (4096, 0)):
         model.zero_grad()
         with Bytes() as watch:
-            given = dict(labels=ids[:, :l], segment_length=segment_length)
-            model(ids[:, :l], **given).loss.backward()
+            model(ids[:, :l], labels=ids[:, :l], segment_length=segment_length).loss.backward()
         # Views of the weights count among the bytes, and gradients, too.
         peaks.append(watch.peak - 2 * sum(p.nbytes for p in model.parameters()))
     assert peaks[1] <= 1.5**2 * peaks[0] and peaks[2] <= 1.5**2 * peaks[1]
@@ -2023,9 +2022,8 @@ def test_a_long_text_is_evaluated_and_read_in_the_memory_of_one_segment():
     model, ids, peaks = tiny(), tokens(1, 4096), []
     whole = model(ids, labels=ids, use_cache=True)
     for l in (1024, 4096):
-        given = dict(labels=ids[:, :l], segment_length=64, use_cache=True)
         with Bytes() as watch:
-            output = model(ids[:, :l], **given)
+            output = model(ids[:, :l], labels=ids[:, :l], segment_length=64, use_cache=True)
         peaks.append(watch.peak - 8 * 5 * l)  # ids, targets, and what these are made of
     assert_close(output.loss, whole.loss, F32)
     assert_same_state(output.cache, whole.cache, F32)
@@ -3797,6 +3795,7 @@ WORK = {  # parts to time; on a GPU: shapes, rows of the batch, lengths
 }
 
 
+numbers = lambda text: [int(number) for number in text.split(",") if number]
 where = lambda: f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}"
 
 
@@ -4016,10 +4015,6 @@ def training_speed(shape, b, l, engine=None, again=False, steps=1, segment_lengt
         torch.cuda.reset_peak_memory_stats()
     speed = b * l / statistics.median(seconds(l) for _ in range(steps))
     return length, speed, torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
-
-
-def numbers(text):
-    return [int(number) for number in text.split(",") if number]
 
 
 def benchmark_training(shape, lengths, methods="plain,layers,segments,both"):
