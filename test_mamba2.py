@@ -1309,9 +1309,7 @@ def test_sequences_begin_where_positions_are_0():
 
 def prompts():
     """Three prompts of different lengths, padded on the left."""
-    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long, device=DEVICE)
-    mask[0, :9] = mask[1, :3] = 0
-    return ids, mask
+    return tokens(3, 12), digits("000000000111", "000111111111", "111111111111")
 
 
 def streamed(model, ids, **options):
@@ -3615,13 +3613,15 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
             assert relative_error(found, without_kernels(transform, call, x)) <= 1e-5
 
 
-def test_kernels_run_whichever_switch_of_tf32_is_set(monkeypatch):
+def test_kernels_run_whichever_switch_of_tf32_is_set():
     if Version(torch.__version__) < Version("2.9"):
         pytest.skip("PyTorch before 2.9")
-    inputs = kernel_ssd_inputs(torch.float32, 40, p=16, n=16)
-    # Now reading allow_tf32 raises.
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    y, _ = mamba2.kernels.ssd(**inputs)
+    inputs, switch = kernel_ssd_inputs(torch.float32, 40, p=16, n=16), torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
+    try:
+        y, _ = mamba2.kernels.ssd(**inputs)
+    finally:
+        switch.fp32_precision = before
     assert relative_error(y, mamba2.ssd_recurrent(**inputs)[0]) <= 1e-2
 
 
