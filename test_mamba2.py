@@ -2919,7 +2919,8 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
     l: a number, or (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
     features: state, seq: there is an initial state, there are sequences; sliced, odd: x, B and C
     are slices of one tensor, odd: whose rows begin at odd addresses; extreme, zero, growing:
-    of steps; low: all is in dtype."""
+    of steps; low: all is in dtype.
+    """
     if isinstance(l, tuple):
         l = l[0] * (64 if dtype == torch.bfloat16 and n != 256 else 32) + l[1]
     widths = [int("odd" in features), h * p, g * n, g * n]
