@@ -1122,11 +1122,11 @@ def test_weights_that_change_between_the_two_passes_are_an_error(how):
     call().loss.backward()  # as it should be
 
 
+ATTEND = ROTARY | dict(d_model=10)
+WITH_ATTENTION = lambda layer: Mamba2Config(attn_layer_idx=[layer], attn_cfg=ROTARY)
 IDS = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
 ONE_NAME = "TypeError: cache and past_key_values are one argument"
 BOTH_NAMES = dict.fromkeys(CACHE_NAMES, Mamba2Cache(()))
-ATTEND = ROTARY | dict(d_model=10)
-WITH_ATTENTION = lambda layer: Mamba2Config(attn_layer_idx=[layer], attn_cfg=ROTARY)
 REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
     Mamba2: {
         r"ValueError: hidden_size \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
@@ -1164,11 +1164,11 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: exactly one of input_ids and": dict(inputs_embeds=torch.ones(2, 9, 32)),
         r"ValueError: input_ids has shape \(9,\): it must be \(9, l\)": dict(input_ids=IDS[0]),
         "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
+        r"ValueError: position_ids has shape \(1, 9\): .* \(2, 9\)": dict(position_ids=IDS[:1]),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1: .* == 0": dict(attention_mask=0.0 * IDS),
         r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
-        r"ValueError: position_ids has shape \(1, 9\): .* \(2, 9\)": dict(position_ids=IDS[:1]),
         "AttributeError: 'DynamicCache'": dict(past_key_values=transformers.DynamicCache()),
         ONE_NAME: BOTH_NAMES,
         r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
@@ -1350,9 +1350,9 @@ def test_a_stream_of_a_bfloat16_model_samples_in_float32():
     assert torch.equal(*texts)
 
 
+TWICE_EVEN = lambda ids, *_, **__: (ids[:, 12:] % 2 == 0).sum(1) >= 2
 # The last of these is in a prompt, where it ends nothing, though a piece of the prompt ends there.
 ENDS = dict(eos_token_id=[61, 8, 20, prompts()[0][2, 9].item()], pad_token_id=3)
-TWICE_EVEN = lambda ids, *_, **__: (ids[:, 12:] % 2 == 0).sum(1) >= 2
 WAYS = {
     "greedy": {},
     "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
