@@ -412,6 +412,7 @@ def canonical(state):
 
 
 ROTARY = dict(num_heads=4, num_heads_kv=2, head_dim=6, rotary_emb_dim=4, d_conv=3, causal=True)
+ATTEND = ROTARY | dict(d_model=10)
 SCALED = dict(num_heads=1, causal=True, rotary_emb_dim=10, rotary_emb_base=50.0, softmax_scale=0.7)
 LAYERS = [
     dict(),
@@ -752,6 +753,7 @@ ALL = dict(n_groups=2, use_bias=True, time_step_limit=(0.01, 0.1))  # every opti
 ATTENTION = dict(attn_layer_idx=[1], attn_cfg=ROTARY, d_intermediate=20)
 HYBRID = dict(n_groups=2, **ATTENTION)
 ATTENTION_FIRST = HYBRID | dict(attn_layer_idx=[0])
+WITH_ATTENTION = lambda layer: Mamba2Config(attn_layer_idx=[layer], attn_cfg=ROTARY)
 EITHER = pytest.mark.parametrize("options", [ALL, HYBRID], ids=["mamba2", "hybrid"])
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
 CACHE_NAMES = ["cache", "past_key_values"]  # transformers' name since 5.24, and the one before
@@ -1122,8 +1124,6 @@ def test_weights_that_change_between_the_two_passes_are_an_error(how):
     call().loss.backward()  # as it should be
 
 
-ATTEND = ROTARY | dict(d_model=10)
-WITH_ATTENTION = lambda layer: Mamba2Config(attn_layer_idx=[layer], attn_cfg=ROTARY)
 IDS = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
 ONE_NAME = "TypeError: cache and past_key_values are one argument"
 BOTH_NAMES = dict.fromkeys(CACHE_NAMES, Mamba2Cache(()))
