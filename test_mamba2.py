@@ -753,7 +753,7 @@ ALL = dict(n_groups=2, use_bias=True, time_step_limit=(0.01, 0.1))  # every opti
 ATTENTION = dict(attn_layer_idx=[1], attn_cfg=ROTARY, d_intermediate=20)
 HYBRID = dict(n_groups=2, **ATTENTION)
 ATTENTION_FIRST = HYBRID | dict(attn_layer_idx=[0])
-WITH_ATTENTION = lambda layer: Mamba2Config(attn_layer_idx=[layer], attn_cfg=ROTARY)
+ATTENDING = lambda layer: Mamba2Config(attn_layer_idx=[layer], attn_cfg=ROTARY)
 EITHER = pytest.mark.parametrize("options", [ALL, HYBRID], ids=["mamba2", "hybrid"])
 GREEDY = dict(do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
 CACHE_NAMES = ["cache", "past_key_values"]  # transformers' name since 5.24, and the one before
@@ -1157,7 +1157,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "TypeError: argument 'mlp_dim'": ATTEND | dict(mlp_dim=64),
     },
     mamba2.Mamba2LM: {
-        f"ValueError: attn_layer_idx = .{i}.: must be from 0 to 23": dict(config=WITH_ATTENTION(i))
+        f"ValueError: attn_layer_idx = .{i}.: must be from 0 to 23": dict(config=ATTENDING(i))
         for i in (-1, 24)
     },
     "forward": {
