@@ -3010,8 +3010,13 @@ def block(block, h, state):
 
 
 class Text:
-    """The cache of a text while `generate` decodes it: a Mamba2Cache, or a Decoder, whose CUDA
-    graph changes its state in place. `generate` passes one and the same from token to token."""
+    """The cache of a text while `generate` decodes it: a Mamba2Cache, or, after a step of a CUDA
+    graph, the graph's buffers. `generate` passes one and the same from token to token.
+
+    The graph is the model's as it was at the text's first step: a module, weight, hook or option
+    that is replaced between two tokens takes effect in the next text. (New values in the same
+    memory take effect at once.) A token in another mode, as in autocast, is a step of the model.
+    """
 
     is_compileable, is_croppable, is_linear = False, False, (False,)  # as in Mamba2Cache
 
@@ -3021,8 +3026,7 @@ class Text:
         return cls(model, cache) if model.device.type == "cuda" else cache
 
     def __init__(self, model, cache):
-        # A Decoder after the first token of its own, False if there can be none
-        self.model, self.kind, self.decoder = model, type(cache), None
+        self.model, self.graph = model, None  # before the first step; False if there can be none
         self.now(cache)
 
     def now(self, cache):
@@ -3032,10 +3036,10 @@ class Text:
 
     def cache(self):
         """The Mamba2Cache; a copy if it is in a graph."""
-        if self.current is not self.decoder:
+        if self.current is not self.graph:
             return self.current
-        states = (_kinds["Mamba2State"](*state) for state in self.decoder.states())
-        return self.kind(tuple(states), self.length)
+        states = (_kinds["Mamba2State"](*state) for state in self.graph.copies())
+        return _kinds["Mamba2Cache"](tuple(states), self.length)
 
     def get_seq_length(self, layer_idx=0):
         return self.length
@@ -3049,82 +3053,49 @@ class Text:
             return None
         if mask is not None and not mask[:, -1].all():
             return None
-        if self.decoder is None and self.current.states:
-            graph = DecodingGraph.take(self.model, self.current)
-            self.decoder = graph is not None and Decoder(self.model, graph)
-        if not self.decoder:
+        if self.graph is None and self.current.states:
+            self.graph = DecodingGraph.take(self.model, self.current) or False
+            if self.graph:  # the next text may have it when this one is no longer used
+                give_back = DecodingGraph.give_back
+                weakref.finalize(self, give_back, self.model, self.graph).atexit = False
+        if not self.graph or _modes() != self.graph.modes:
             return None
-        if not self.decoder.is_right():  # the model decodes the rest of the text
-            self.decoder.free()
-            self.current, self.decoder = self.cache(), False
-            return None
-        if self.current is not self.decoder:
-            self.decoder.graph.load(self.current)
-            self.current = self.decoder
+        if self.current is not self.graph:
+            self.graph.load(self.current)
+            self.current = self.graph
         self.length += 1
-        return self.decoder.graph(ids)[:, None].clone()
-
-
-class Decoder:
-    """Holds a DecodingGraph for a text; when it is no longer used, the next text may have it."""
-
-    def __init__(self, model, graph):
-        self.graph, self.modes, self.states = graph, _modes(), graph.copies
-        self.close = weakref.finalize(self, DecodingGraph.give_back, model, graph)
-        self.close.atexit = False
-        parts = [part for m in model.modules() for part in (m._modules, m._parameters) if part]
-        self.views = [part.values() for part in parts]  # these follow later assignments
-        self.objects = [*itertools.chain.from_iterable(self.views)]
-        self.parameters = [o for o in self.objects if isinstance(o, Tensor)]
-        self.addresses = [*map(Tensor.data_ptr, self.parameters)]
-        self.memory = [*map(Tensor.untyped_storage, self.parameters)]  # which the graph may read
-
-    def is_right(self):
-        """Whether the graph does what calling the model would do: since it was taken no module or
-        weight has been replaced or moved, and no switch of PyTorch's been changed."""
-        same = map(operator.is_, itertools.chain.from_iterable(self.views), self.objects)
-        addresses = map(Tensor.data_ptr, self.parameters)
-        return _modes() == self.modes and all(same) and [*addresses] == self.addresses
-
-    def free(self):
-        """Keep nothing but copies of the states."""
-        self.close.detach()
-        states = self.graph.copies()
-        self.states, self.graph, self.memory = lambda: states, None, None
+        return self.graph(ids)[:, None].clone()
 
 
 # Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
-# made for (1 ms for 24 layers on a slow CPU). Before each token (40 us), only `_modes`, and whether
-# modules and parameters are the same objects at the same addresses: a hook, an attribute, an option
-# or another layout of the same memory that is set between two tokens takes effect in the next text.
+# made for (1 ms for 24 layers on a slow CPU), and before each token, only `_modes`.
 
 
-def _fingerprint(model, device) -> list | None:
+def _fingerprint(model) -> list | None:
     """What a step depends on, to be compared with ==; None if a graph would not do all of it.
 
     None for a model in training mode; for a module of any class but the model's own (adapters and
     other heads may depend on anything), or one that is compiled, or has hooks or buffers; for
-    weights that are sharded, quantised, or not on the device. Values of weights are not named,
-    because a graph reads them where they lie.
+    weights that are sharded, quantised, or elsewhere. Values of weights are not named, because a
+    graph reads them where they lie.
     """
     if model.training:
         return None
-    known = {nn.Embedding, nn.ModuleList, *_kinds.values()}
-    skipped, configs, parts = {"config", "generation_config"}, {}, []
-    for module in model.modules():
+    device, known, parts = model.device, {nn.Embedding, nn.ModuleList, *_kinds.values()}, []
+    for name, module in model.named_modules(remove_duplicate=False):
         foreign = type(module) not in known or module._buffers or module._compiled_call_impl
         if foreign or _is_watched(module):
             return None
-        own, config = vars(module), vars(module).get("config")
-        if config is not None and id(config) not in configs:
-            configs[id(config)] = repr(vars(config))
-        options = [(key, own[key]) for key in own if key[0] != "_" and key not in skipped]
-        children = [(name, id(child)) for name, child in module._modules.items()]
-        parts += [type(module), configs.get(id(config)), repr(options), children]
-        weights = [(name, w) for name, w in module._parameters.items() if w is not None]
-        if any(type(w) is not nn.Parameter or w.device != device for _, w in weights):
-            return None
-        for name, w in weights:
+        options = {key: value for key, value in vars(module).items() if key[0] != "_"}
+        options.pop("generation_config", None)
+        if "config" in options:
+            options["config"] = vars(options["config"])
+        parts.append((name, id(module), type(module), repr(options)))
+        for name, w in module._parameters.items():
+            if w is None:
+                continue
+            if type(w) is not nn.Parameter or w.device != device:
+                return None
             parts.append((name, w.data_ptr(), w.shape, w.stride(), w.dtype, w.is_neg()))
     return parts
 
@@ -3164,16 +3135,12 @@ class DecodingGraph:
     @classmethod
     def take(cls, model, cache):
         """A graph of the model for one text, loaded with the cache; None if there can be none."""
-        tensors = [tensor for state in cache.states for tensor in state]
-        if not cls.enabled or not tensors or tensors[0].device.type != "cuda":
+        if not cls.enabled or torch.cuda.is_current_stream_capturing():
             return None
-        device = tensors[0].device
-        if any(tensor.device != device for tensor in tensors):
+        modes, fingerprint = _modes(), _fingerprint(model)
+        if modes is None or fingerprint is None:
             return None
-        modes, fingerprint = _modes(), _fingerprint(model, device)
-        if modes is None or fingerprint is None or torch.cuda.is_current_stream_capturing():
-            return None
-        key = fingerprint, modes, type(cache), [(tensor.shape, tensor.dtype) for tensor in tensors]
+        key = fingerprint, modes, [(t.shape, t.dtype) for state in cache.states for t in state]
         graph = cls.idle.pop(model, None)
         if graph is None or graph.made_for != key:
             graph = None  # whose memory is free before the next takes its own
@@ -3182,7 +3149,8 @@ class DecodingGraph:
             except RuntimeError as error:  # such as too little memory: the next text tries again
                 warnings.warn(f"this text is decoded without a CUDA graph: {error}", stacklevel=2)
                 return None
-        stream = torch.cuda.current_stream(device)
+        graph.memory = [weight.untyped_storage() for weight in model.parameters()]  # which it reads
+        stream = torch.cuda.current_stream(model.device)
         stream.wait_event(graph.done)
         # Buffers may come from another stream: it must not reuse their memory before this is done.
         for buffer in (graph.token, *itertools.chain(*graph.states)):
@@ -3194,11 +3162,12 @@ class DecodingGraph:
     def give_back(cls, model, graph):
         """Keep the graph for the model's next text, which may be decoded on another stream."""
         graph.done = torch.cuda.current_stream(graph.token.device).record_event()
+        graph.memory = None
         cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
         clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
-        self.made_for = key
+        self.made_for, (_, self.modes, _) = key, key
         self.states = [_BufferedState(map(clone, state)) for state in cache.states]
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
@@ -3206,17 +3175,17 @@ class DecodingGraph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.step(model, type(cache))  # for what is done once, such as compiling kernels
+                self.step(model)  # for what is done once, such as compiling kernels
                 self.graph = torch.cuda.CUDAGraph()
                 # Other threads may go on using the GPU.
                 options = dict(stream=stream, capture_error_mode="thread_local")
                 with torch.cuda.graph(self.graph, **options):
-                    self.logits = self.step(model, type(cache))
+                    self.logits = self.step(model)
             self.done = stream.record_event()
 
-    def step(self, model, kind):
-        """The step itself, from buffers to buffers; `kind` is the class of caches."""
-        cache = kind(tuple(self.states))
+    def step(self, model):
+        """The step itself, from buffers to buffers."""
+        cache = _kinds["Mamba2Cache"](tuple(self.states))
         output = model(self.token, cache=cache, use_cache=True, return_dict=True)
         _copy(self.states, output.cache.states)
         return output.logits[:, -1]
