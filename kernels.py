@@ -58,7 +58,7 @@ dB and dC are summed on chip; no atomics anywhere, hence the same bits every tim
                       │                    shares of a group's heads; and one series
     W, parts ──────total───> dB, dC        sums over shares, with W C and W^T B
     series ────────chain───> ddt, sums     the chain rule to dt; sums: one row for each chunk,
-    sums ──────────sum─────> dA, dD        (b·c, h + size of dD) fp32
+    sums ──────────sum─────> dD, dA        (b·c, 2 h) fp32
 
 In a layer `prep` and `chain` also do what lies between the layer's parameters and dt, A: softplus
 and its gradient, -exp(A_log) and its gradient.
@@ -296,8 +296,11 @@ class _Operation:
         for (name, _), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None:
                 continue
-            if tensor.device != device or (tensor.dtype in DTYPES) == (name == "seq_idx"):
-                return ""  # seq_idx holds integers
+            fits = tensor.dtype in DTYPES
+            if name == "seq_idx":  # integers
+                fits = not (tensor.is_floating_point() or tensor.is_complex())
+            if tensor.device != device or not fits:
+                return ""
         return self.misfit(*inputs)
 
     def call(self, *inputs):
@@ -318,7 +321,7 @@ class _Operation:
 
     def empty_gradients(self, *inputs):
         x, count = inputs[0], sum(name != "seq_idx" for name, _ in self.tensors)
-        return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:count]]
+        return [_gradient(tensor, x) for tensor in inputs[:count]]
 
     def save(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -392,7 +395,7 @@ class _Plan:
 
     A kernel takes the tensors and numbers that it names. If there is a number for the name of a
     tensor, it is the name of the tensor to take instead. `tiles` are the shape, strides and block
-    of those tensors that kernels get as descriptors.
+    of tensors that kernels get as descriptors, if they take them.
 
     To find the compiled kernel for some arguments takes Triton longer than to launch it, and so do
     the checks of a descriptor. So a plan keeps what it launches, and checked descriptors without
@@ -401,7 +404,10 @@ class _Plan:
     """
 
     def __init__(self, *calls, tiles=()):
-        self.calls, self.tiles, self.ready = calls, dict(tiles), {}
+        self.calls, self.ready, taken = calls, {}, set()
+        for kernel, _, numbers, _ in calls:
+            taken |= {numbers.get(name, name) for name in _tensors(kernel)}
+        self.tiles = {name: tile for name, tile in dict(tiles).items() if name in taken}
 
     def __call__(self, **tensors):
         kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
@@ -448,6 +454,15 @@ def _sums(partial, *tensors):
     return [part.sum(0).view(t.shape).to(t.dtype) for part, t in parts]
 
 
+def _gradient(t, x):
+    """A tensor for the gradient of an input; empty, and of x's kind, if there is none."""
+    return x.new_empty(0) if t is None else t.new_empty(t.shape)
+
+
+def _contiguous(*tensors):
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
 def _tensors(kernel) -> list[str]:
     """Names of the tensors that a kernel takes, which come first."""
     return [name for name in kernel.arg_names if name.endswith(("_ptr", "_mem"))]
@@ -469,7 +484,7 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 # Names that the kernels of SSD share. Numbers: L positions, NC chunks, H heads, G groups of HPG
 # heads, BH = b·h, P and N the sizes of p and n, NPB tiles of PB rows in P. In the forward, NSEG
 # segments of CPS chunks; in the backward, NSPLIT shares of a group, of HPS heads each, PROGRAMS =
-# b·c·g·NSPLIT, and rows of SUMS partial sums, the first WIDE of them dD's. Constants: Q, PB, NB and
+# b·c·g·NSPLIT. Constants: Q, PB, NB and
 # HB are the sizes of a tile along q, p, n and h, PREC the precision of products, STAGES the depth
 # of the pipeline. Indices: bh = b·H + h, and pb, nb the tiles of p and n.
 #
@@ -620,7 +635,7 @@ def clamp(v, low, high):
 @jit
 def prep_kernel(
     dt_ptr, A_ptr, bias_ptr, seq_ptr, series_ptr, end_ptr, run_ptr,
-    dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl, low, high,
+    dt_sb, dt_sl, dt_sh, seq_sb, seq_sl, low, high,
     L, NC, H, BH,
     RAW: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
@@ -653,7 +668,7 @@ def prep_kernel(
     # load
     dt_at = dt_ptr + b * dt_sb + pos[:, None] * dt_sl + h[None, :] * dt_sh
     dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0).to(tl.float32)
-    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
+    A_h = tl.load(A_ptr + h, mask=mask_h, other=0.0).to(tl.float32)
     if RAW:
         dt_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
         dt_qh = tl.where(mask_qh, clamp(softplus(dt_qh), low, high), 0.0)
@@ -782,8 +797,7 @@ def segment_kernel(
 def scan_kernel(
     x_mem, B_mem, C_mem, series_mem, y_ptr,
     end_ptr, run_ptr, D_ptr, init_ptr, seg_ptr, decay_ptr, final_ptr,
-    D_sh, D_sp, i_sb, i_sh, i_sp, i_sn,
-    L, NC, H, BH, HPG, NPB, P, N, NSEG, CPS, x_row, B_row, C_row,
+    i_sb, i_sh, i_sp, i_sn, L, NC, H, BH, HPG, NPB, P, N, NSEG, CPS, x_row, B_row, C_row,
     HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, HAS_INIT: tl.constexpr, SEGMENTS: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -826,8 +840,6 @@ def scan_kernel(
             row = (b64 * NSEG + j) * H + h
             state_pn *= tl.load(decay_ptr + row)
             state_pn += load_state(seg_ptr + row * P * N, N, 1, p, n, mask_pn)
-    if HAS_D:
-        D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=mask_p, other=0.0).to(tl.float32)
     end_ptr += (b64 * H + h) * NC
     if TMA:
         half_pn = operand(state_pn, x_mem.dtype, PREC)
@@ -864,7 +876,7 @@ def scan_kernel(
         state_pn = tl.dot(xw_pq, B_qn, state_pn, input_precision=PREC)
         half_pn = operand(state_pn, x_pq.dtype, PREC)
         if HAS_D:
-            y_pq += x_pq.to(tl.float32) * D_p[:, None]
+            y_pq += x_pq.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
         # store
         y_at = y_ptr + ((b64 * L + c * Q) * H + h) * P + q[None, :] * (H * P) + p[:, None]
         mask_pq = mask_p[:, None] & (c * Q + q < L)[None, :]
@@ -933,11 +945,10 @@ def border_kernel(
 @triton.jit
 def dx_part(
     pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr,
-    x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
-    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
-    NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """With S_st = B_s·C_t, the decay L_st = 2^(a_t - a_s) for s <= t, T_st = x_s·dy_t and
     o_s = 2^(a_end - a_s):
@@ -1003,8 +1014,7 @@ def dx_part(
         out_s = tl.sum(x_sp.to(tl.float32) * v_sp, axis=1)
         # dot: inside the chunk
         T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
-        if not D_VECTOR:
-            xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
+        xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
         SL_st = S_st * L_st
         W_st += T_st * L_st * dt_q[:, None]
         M_st = T_st * SL_st
@@ -1013,18 +1023,9 @@ def dx_part(
         G_st = operand(SL_st, x_sp.dtype, PREC)
         v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
         dx_sp = v_sp * dt_q[:, None]
-        if D_VECTOR:
-            p = pb * PB + tl.arange(0, PB)
-            D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
-            dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
-            dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
-            sums_at = sums_ptr + (b * NC + c).to(tl.int64) * SUMS + h * P + p
-            tl.store(sums_at, dD_p, mask=p < P)
-        else:
-            dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
-            xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
-            tl.store(xdy_at + q, xdy_q)
+        dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
         # store
+        tl.store(series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q) + q, xdy_q)
         dx_sp = dx_sp.to(x_sp.dtype)
         store_rows(dx_mem, dx_row, dx_sp, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
         tl.store(series_at(series_ptr, pb * SET + SERIES_ROW, bh, c, BH, NC, Q) + q, row_t)
@@ -1120,12 +1121,11 @@ def bc_part(
 @jit
 def chunk_kernel(
     x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr, sums_ptr,
-    x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr,
+    x_row, dy_row, B_row, C_row, dx_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
-    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr,
+    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """What the gradients need of each chunk: two kernels in one launch.
 
@@ -1138,10 +1138,9 @@ def chunk_kernel(
     if tl.program_id(0) % 2 == 0:
         dx_part(
             pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr,
-            x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row,
             L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
-            HAS_SEQ, D_VECTOR, Q, PB, NB, PREC, STAGES, TMA,
+            HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
         )  # fmt: skip
     else:
         # Two stages here: a third set of four tiles would leave room for one program only.
@@ -1196,8 +1195,8 @@ def total_kernel(
 @jit
 def chain_kernel(
     dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
-    A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
+    ddt_sl, low, high, L, NC, H, BH, NPB,
+    RAW: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
 
@@ -1217,7 +1216,7 @@ def chain_kernel(
 
         load row, col, in, out, and out one position earlier; add up the parts of the headdim
         f <- reversed cumulative sums + forward cumulative sum + cross
-        store ddt, and this chunk's part of dA (and of dD and dbias)
+        store ddt, and this chunk's part of dD, dA (and dbias)
 
     Masked: heads past h, positions past l (their dt is 0).
     """
@@ -1235,7 +1234,7 @@ def chain_kernel(
     dt_at = series_at(series_ptr, SERIES_DT, bh, c, BH, NC, Q)[None, :] + q[:, None]
     dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0)
     dt_before_qh = tl.load(dt_at - 1, mask=mask_before, other=0.0)
-    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
+    A_h = tl.load(A_ptr + h, mask=mask_h, other=0.0).to(tl.float32)
     if RAW:
         A_h = -tl.exp(A_h)
     row_qh = tl.zeros(dt_qh.shape, tl.float32)
@@ -1255,9 +1254,8 @@ def chain_kernel(
         out_qh += tl.load(out_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         before_qh += tl.load(out_at[None, :] + q[:, None] - 1, mask=mask_before, other=0.0)
         in_qh += tl.load(in_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
-        if not D_VECTOR:
-            xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
-            xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
+        xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         row = ((pb * BH + bh).to(tl.int64) * NC + c) * PB
         cross_at = cross_ptr + row[:, None] + pp[None, :]
         cross_h += tl.sum(tl.load(cross_at, mask=mask_h[:, None], other=0.0), axis=1)
@@ -1268,7 +1266,7 @@ def chain_kernel(
     ddt_qh = col_qh + out_qh + A_h[None, :] * f_qh
     dA_h = tl.sum(dt_qh * f_qh, axis=0)
     # store
-    sums_ptr += bc.to(tl.int64) * SUMS
+    sums_ptr += bc.to(tl.int64) * ((2 + RAW) * H) + h
     at_qh = (b.to(tl.int64) * L + c * Q + q[:, None]) * ddt_sl + h[None, :]
     mask_qh = mask_h[None, :] & (c * Q + q < L)[:, None]
     if RAW:
@@ -1278,11 +1276,10 @@ def chain_kernel(
         cut_qh = (step_qh < low) | (step_qh > high)  # not where it is NaN, as is the gradient then
         ddt_qh = tl.where(mask_qh & ~cut_qh, ddt_qh * tl.sigmoid(raw_qh), 0.0)
         dA_h *= A_h
-        tl.store(sums_ptr + WIDE + H + h, tl.sum(ddt_qh, axis=0), mask=mask_h)
+        tl.store(sums_ptr + 2 * H, tl.sum(ddt_qh, axis=0), mask=mask_h)
     tl.store(ddt_ptr + at_qh, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
-    tl.store(sums_ptr + WIDE + h, dA_h, mask=mask_h)
-    if not D_VECTOR:
-        tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
+    tl.store(sums_ptr + H, dA_h, mask=mask_h)
+    tl.store(sums_ptr, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
 # SSD: launches ------------------------------------------------------------------------------------
@@ -1346,32 +1343,28 @@ def _kind(device: torch.device) -> str | None:
     return "portable" if properties.major >= 8 and memory >= 99 * 1024 else None
 
 
-def _key(device: torch.device, dtype: torch.dtype, n: int) -> tuple:
-    """Of SETTINGS; fp16 is read as fp32."""
-    return _kind(device), 2 if dtype == torch.bfloat16 else 4, n == 256
-
-
-def _settings(x: Tensor, n: int) -> _Settings:
-    return SETTINGS[_key(x.device, x.dtype, n)]
+def _settings(device: torch.device, dtype: torch.dtype, n: int) -> _Settings | None:
+    """Those for a dtype, of which fp16 is read as fp32, and a d_state; None if there are none."""
+    return SETTINGS.get((_kind(device), 2 if dtype == torch.bfloat16 else 4, n == 256))
 
 
 @torch.compiler.assume_constant_result
 def _has_settings(device: torch.device, dtype: torch.dtype, n: int) -> bool:
-    return _key(device, dtype, n) in SETTINGS
+    return _settings(device, dtype, n) is not None
 
 
-def _operands(*tensors):
+def _operands(settings, *tensors):
     """The tensors as the kernels read them, and the precision of their products.
 
     The range of fp16 is too small for what multiplies in here, such as dt (B·C). So fp16 is read as
     fp32, multiplied as tf32, which has fp16's 10 bits and fp32's range, and accumulated in fp32.
     """
-    x, precision, even = tensors[0], "ieee", not _settings(tensors[0], tensors[1].shape[3]).TMA
+    x, precision = tensors[0], "ieee"
     if x.dtype == torch.float16:
         tensors, precision = [t.float() for t in tensors], "tf32"
     elif x.dtype == torch.float32 and x.is_cuda and _allows_tf32():
         precision = "tf32"
-    return *(_addressable(t, even) for t in tensors), precision
+    return *(_addressable(t, not settings.TMA) for t in tensors), precision
 
 
 @functools.cache
@@ -1413,7 +1406,7 @@ def _aligned(shape, strides, step, even):
 
 def _row(t, TMA):
     """How many times 16 bytes the rows of t (b, l, h, w) are apart; a descriptor needs no such."""
-    if TMA:
+    if TMA or t is None:
         return 0
     (b, l, h, w), (sb, sl, *_) = t.shape, t.stride()
     return (sl if l > 1 else sb if b > 1 else h * w) * t.element_size() // 16
@@ -1437,37 +1430,63 @@ def _strides(name, t, axes):
 SIZES = 16, 32, 64, 128, 256  # of headdim and d_state
 
 
-# dt_bias and the limits of dt, if dt and A are a layer's numbers for them; see `prep_kernel`.
-NOT_RAW = None, 0.0, 0.0
+def _ssd_new(x, dt, A, B, *_):
+    (b, _, h, p), n = x.shape, B.shape[3]
+    return x.new_empty(x.shape), x.new_empty(b, h, p, n, dtype=torch.float32)
 
 
-def _ssd_shared(settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
-    """What the plans of both directions share: the numbers, and what replaces some of them in
-    kernels with tiles of 64 columns of n; the descriptors; and the call of `prep_kernel`."""
-    (b, l, h, p), (g, n), TMA = x.shape, B.shape[2:], settings.TMA
-    nc, NB = triton.cdiv(l, Q), max(64, n)
+@_planned
+def _ssd_plan(
+    settings, Q, precision, bias, low, high, x, dt, B, C, D, init, seq_idx,
+    dy=None, dfinal=None, dx=None, ddt=None, dB=None,
+):  # fmt: skip
+    """The launches of the forward or, with dy, of the backward; and the numbers that they take."""
+    (b, l, h, p), (g, n), PB, TMA = x.shape, B.shape[2:], settings.PB, settings.TMA
+    nc, npb, NB = triton.cdiv(l, Q), triton.cdiv(p, PB), max(64, n)
+    slots = settings.programs * _processors(x.device)
+    cps = triton.cdiv(nc, _segments(b * h * npb, nc, slots))
+    nsplit, hps = _split(h // g, 2 * b * nc * g, slots)
+    nseg, programs = triton.cdiv(nc, cps), b * nc * g * nsplit
     numbers = dict(
-        x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA),
-        **_strides("dt", dt, "blh"), **_strides("A", A, "h"), **_strides("D", D, "hp"),
-        **_strides("i", init, "bhpn"), **_strides("seq", seq_idx, "bl"),
-        low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n,
-        NPB=triton.cdiv(p, PB),
-        RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=init is not None,
-        Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages, TMA=TMA,
-        PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
+        x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA), dy_row=_row(dy, TMA),
+        dx_row=_row(dx, TMA), **_strides("dt", dt, "blh"), **_strides("i", init, "bhpn"),
+        **_strides("seq", seq_idx, "bl"), **_strides("f", dfinal, "bhpn"),
+        **_strides("ddt", ddt, "bl"), **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc,
+        H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n, NPB=npb, NSEG=nseg, CPS=cps, NSPLIT=nsplit,
+        HPS=hps, PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
+        HAS_INIT=init is not None, HAS_D=D is not None, HAS_DFINAL=dfinal is not None,
+        SEGMENTS=nseg > 1, Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages,
+        TMA=TMA, PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
     )  # fmt: skip
-    narrow = dict(B_mem="B_narrow_mem", C_mem="C_narrow_mem", NB=64)
+    narrow = numbers | dict(B_mem="B_narrow_mem", C_mem="C_narrow_mem", NB=64)
     tiles = dict(
         x_mem=_tiling(x, Q, PB), B_mem=_tiling(B, Q, NB), C_mem=_tiling(C, Q, NB),
         B_narrow_mem=_tiling(B, Q, 64), C_narrow_mem=_tiling(C, Q, 64),
+        series_mem=([(3 if dy is None else 3 + 5 * npb) * b * h, nc * Q], [nc * Q, 1], [1, Q]),
     )  # fmt: skip
-    prep = prep_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, dict(num_warps=4)
-    return numbers, narrow, tiles, prep
+    pipeline, blocks_h = dict(num_stages=settings.stages), triton.cdiv(h, 16)
+    options, finish = dict(num_warps=settings.warps, **pipeline), dict(num_warps=settings.finish)
+    calls = [(prep_kernel, (b * nc, blocks_h, 1), numbers, dict(num_warps=4))]
+    if dy is None:
+        if nseg > 1:
+            grid = b * (nseg - 1) * h * npb, triton.cdiv(n, 64), 1
+            calls.append((segment_kernel, grid, narrow, dict(num_warps=4, **pipeline)))
+        calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
+    else:
+        borders = [2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]
+        tiles.update(dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB), borders_mem=borders)
+        calls += [
+            (border_kernel, (b * h * npb, 1, 2), numbers, options),
+            (chunk_kernel, (2 * programs, 1, 1), numbers, options),
+            (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), narrow, finish),
+            (chain_kernel, (b * nc, blocks_h, 1), numbers, finish),
+        ]
+    return _Plan(*calls, tiles=tiles if TMA else ()), numbers
 
 
-def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
+def _ssd_tensors(series, numbers, bias, x, dt, A, B, C, D, init, seq_idx):
     """The tensors that both directions' kernels take."""
-    b, _, h, _ = x.shape
+    b, (h, nc, Q) = len(x), (numbers[name] for name in ("H", "NC", "Q"))
     series = torch.empty(series * b * h, nc * Q, device=x.device, dtype=torch.float32)
     end = run = torch.empty(b * h, nc, device=x.device, dtype=torch.float32)
     if seq_idx is not None:  # else nobody reads run
@@ -1479,38 +1498,13 @@ def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
     )  # fmt: skip
 
 
-def _ssd_new(x, dt, A, B, *_):
-    (b, _, h, p), n = x.shape, B.shape[3]
-    return x.new_empty(x.shape), x.new_empty(b, h, p, n, dtype=torch.float32)
-
-
-@_planned
-def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
-    b, _, h, _ = x.shape
-    Q, PB = settings.Q, settings.PB
-    numbers, narrow, tiles, prep = _ssd_shared(
-        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
-    )
-    nc, npb = numbers["NC"], numbers["NPB"]
-    cps = triton.cdiv(nc, _segments(b * h * npb, nc, settings.programs * _processors(x.device)))
-    nseg = triton.cdiv(nc, cps)
-    numbers.update(NSEG=nseg, CPS=cps, HAS_D=D is not None, SEGMENTS=nseg > 1)
-    calls, pipeline = [prep], dict(num_stages=settings.stages)
-    if nseg > 1:
-        grid = b * (nseg - 1) * h * npb, triton.cdiv(numbers["N"], 64), 1
-        calls.append((segment_kernel, grid, numbers | narrow, dict(num_warps=4, **pipeline)))
-    else:
-        del tiles["B_narrow_mem"], tiles["C_narrow_mem"]
-    options = dict(num_warps=settings.warps, **pipeline)
-    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
-    tiles["series_mem"] = [3 * b * h, nc * Q], [nc * Q, 1], [1, Q]
-    return _Plan(*calls, tiles=tiles if settings.TMA else ()), nc, nseg
-
-
-def _ssd_forward(y, final, x, dt, A, B, C, D, initial_state, seq_idx, raw=NOT_RAW):
-    (b, _, h, p), n = x.shape, B.shape[3]
-    x, B, C, precision = _operands(x, B, C)
-    settings = _settings(x, n)
+def _ssd_forward(
+    y, final, x, dt, A, B, C, D, initial_state, seq_idx, bias=None, low=0.0, high=0.0
+):  # fmt: skip
+    """With a bias, that of dt, and the limits of dt, dt and A are raw: see `prep_kernel`."""
+    settings = _settings(x.device, x.dtype, B.shape[3])
+    x, B, C, precision = _operands(settings, x, B, C)
+    bias, A, D = _contiguous(bias, A, D)
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
         # registers than there are, and ten times as long.
@@ -1519,89 +1513,43 @@ def _ssd_forward(y, final, x, dt, A, B, C, D, initial_state, seq_idx, raw=NOT_RA
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
         initial_state = torch.zeros_like(final)
-    inputs = x, dt, A, B, C, D, initial_state, seq_idx
-    plan, nc, nseg = _ssd_forward_plan(settings, precision, *raw, *inputs)
-    seg = decay = None
+    known = settings, settings.Q, precision, bias, low, high
+    plan, numbers = _ssd_plan(*known, x, dt, B, C, D, initial_state, seq_idx)
+    seg, decay, (b, h, p, n), nseg = None, None, final.shape, numbers["NSEG"]
     if nseg > 1:
         seg, decay = final.new_empty(b, nseg, h, p, n), final.new_empty(b, nseg, h)
-    tensors = _ssd_tensors(3, settings.Q, nc, raw[0], *inputs)
+    tensors = _ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx)
     plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
 
 
-def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    dB = torch.empty(B.shape, device=x.device, dtype=x.dtype)
-    dC = torch.empty(B.shape, device=x.device, dtype=x.dtype)
-    ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
-    given_D = torch.zeros_like(A) if D is None else D
-    given = x, dt, A, B, C, given_D, initial_state, seq_idx
-    (dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
-    return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
-
-
-@_planned
-def _ssd_backward_plan(
-    settings, Q, precision, bias, low, high, dx, ddt, dB, dy, dfinal, x, dt, A, B, C, D, init,
-    seq_idx,
+def _ssd_backward(
+    dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx, bias=None, low=0.0, high=0.0, into=None
 ):  # fmt: skip
-    (b, _, h, p), (g, n), PB = x.shape, B.shape[2:], settings.PB
-    numbers, narrow, tiles, prep = _ssd_shared(
-        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
-    )
-    nc, npb, NB = numbers["NC"], numbers["NPB"], numbers["NB"]
-    nsplit, hps = _split(h // g, 2 * b * nc * g, settings.programs * _processors(x.device))
-    programs, wide = b * nc * g * nsplit, D.numel()
-    # Sums, per chunk: the parts of dD, then those of dA, then those of dt_bias's.
-    columns = wide + (h if bias is None else 2 * h)
-    numbers.update(
-        dy_row=_row(dy, settings.TMA), dx_row=_row(dx, settings.TMA), dB_sl=dB.stride(1),
-        ddt_sl=ddt.stride(1), **_strides("f", dfinal, "bhpn"), SUMS=columns, WIDE=wide,
-        NSPLIT=nsplit, HPS=hps, PROGRAMS=programs, HAS_DFINAL=dfinal is not None,
-        D_VECTOR=D.ndim == 2,
-    )  # fmt: skip
-    tiles.update(
-        dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB),
-        series_mem=([(3 + 5 * npb) * b * h, nc * Q], [nc * Q, 1], [1, Q]),
-        borders_mem=([2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]),
-    )  # fmt: skip
-    options = dict(num_warps=settings.warps, num_stages=settings.stages)
-    finish = dict(num_warps=settings.finish)
-    plan = _Plan(
-        prep,
-        (border_kernel, (b * h * npb, 1, 2), numbers, options),
-        (chunk_kernel, (2 * programs, 1, 1), numbers, options),
-        (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), numbers | narrow, finish),
-        (chain_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, finish),
-        tiles=tiles if settings.TMA else (),
-    )
-    return plan, nc, npb, programs, columns
+    """The gradients of x, dt, A, B, C, D, the initial state and, if there is one, the bias.
 
-
-def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, initial_state, seq_idx):
-    """Write the first four. dB and dC have the same strides, and so have, with `raw`, dt and ddt;
-    the rows of different batch elements follow one another.
-
-    Returns:
-        dD, dA, and the gradient of dt_bias if there is one. And the gradient of the initial state.
+    into: tensors for those of x, dt, B and C, which else are new. The last two have the same
+    strides, and so have dt and its gradient if there is a bias; the rows of different batch
+    elements follow one another.
     """
-    (b, _, h, p), n, bias = x.shape, B.shape[3], raw[0]
-    dinit = (
-        x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    )
-    x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
-    dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
-    settings = _settings(x, n)
-    Q = settings.Q
-    if precision == "ieee" and x.element_size() == 4 and not settings.TMA:
+    (b, _, h, p), n = x.shape, B.shape[3]
+    dx_to, ddt, dB, dC = into or [_gradient(t, x) for t in (x, dt, B, C)]
+    dinit = _gradient(initial_state, x)
+    settings = _settings(x.device, x.dtype, n)
+    dy = torch.zeros_like(x) if dy is None else dy
+    x, B, C, dy, precision = _operands(settings, x, B, C, dy)
+    bias, A, given_D = _contiguous(bias, A, torch.zeros_like(A) if D is None else D)
+    dx, Q = dx_to if dx_to.dtype == x.dtype else torch.empty_like(x), settings.Q
+    if precision == "ieee" and x.element_size() == 4:
         Q = 16  # chunk_kernel spills 2 KB with 32, as a product that is true fp32 takes registers
-    inputs = x, dt, A, B, C, D, initial_state, seq_idx
-    plan, nc, npb, programs, columns = _ssd_backward_plan(
-        settings, Q, precision, *raw, dx, ddt, dB, dy, dfinal, *inputs
-    )
+    known = settings, Q, precision, bias, low, high
+    inputs = x, dt, B, C, given_D, initial_state, seq_idx
+    plan, numbers = _ssd_plan(*known, *inputs, dy, dfinal, dx, ddt, dB)
+    nc, npb, programs = (numbers[name] for name in ("NC", "NPB", "PROGRAMS"))
     f32 = dict(device=x.device, dtype=torch.float32)
-    sums = torch.empty(b * nc, columns, **f32)
+    sums = torch.empty(b * nc, (2 if bias is None else 3) * h, **f32)
+    inputs = x, dt, A, B, C, given_D, initial_state, seq_idx
     plan(
-        **_ssd_tensors(3 + 5 * npb, Q, nc, bias, *inputs),
+        **_ssd_tensors(3 + 5 * npb, numbers, bias, *inputs),
         dy_mem=dy, dx_mem=dx, borders_mem=x.new_empty(2 * b * h * nc, p, n),
         dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=x.new_empty(programs, Q, Q),
         parts_ptr=torch.empty(2 * programs, Q, n, **f32),
@@ -1610,18 +1558,21 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     )  # fmt: skip
     if dx is not dx_to:
         dx_to.copy_(dx)
-    return _sums(sums, *(t for t in (D, A, bias) if t is not None)), dinit
+    dD, dA, *dbias = _sums(sums, *(t for t in (given_D, A, bias) if t is not None))
+    return [dx_to, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit, *dbias]
 
 
 def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
-    of_D = "h" if D is None or D.dim() == 1 else "h p"
-    axes = f"b l h p, b l h, h, b l g n, b l g n, {of_D}, b h p n, b l"
-    sizes = _sizes(axes, x, dt, A, B, C, D, initial_state, seq_idx)
+    per_channel = D is not None and D.dim() == 2
+    axes = "b l h p, b l h, h, b l g n, b l g n, h, b h p n, b l"
+    sizes = _sizes(axes, x, dt, A, B, C, D[:, 0] if per_channel else D, initial_state, seq_idx)
     if sizes is None or sizes["h"] % sizes["g"]:
         return ""
+    if per_channel:
+        return "D is (h, p); it must be (h)"
     if not x.dtype == B.dtype == C.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
-    return _ssd_limit(x, sizes["p"], sizes["n"]) or _seq_limit(seq_idx)
+    return _ssd_limit(x, sizes["p"], sizes["n"])
 
 
 def _ssd_limit(x, p, n):
@@ -1632,12 +1583,6 @@ def _ssd_limit(x, p, n):
     if _has_settings(x.device, torch.bfloat16, 128):
         return f"there are no settings for a d_state of {n} in {x.dtype} on this GPU"
     return "there are no settings for this kind of GPU, or it has too little shared memory"
-
-
-def _seq_limit(seq_idx):
-    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
-        return f"seq_idx is {seq_idx.dtype}; it must be int32 or int64"
-    return None
 
 
 SSD = _Operation(
@@ -2092,10 +2037,6 @@ def _conv_forward(y, final, x, weight, bias, state, seq_idx):
     )  # fmt: skip
 
 
-def _contiguous(*tensors):
-    return [t if t is None else t.contiguous() for t in tensors]
-
-
 def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return [dx, *_conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)]
@@ -2134,7 +2075,7 @@ def _conv_misfit(x, weight, bias, initial_state, seq_idx):
         return f"the convolution has {sizes['k']} taps; it must be 2 to 4"
     if x.stride(2) != 1 or 1 in (x.shape[2], x.stride(1)):
         return "the channels of x are not next to each other in memory, or rows overlap"
-    return _seq_limit(seq_idx)
+    return None
 
 
 CONV = _Operation(
@@ -2466,8 +2407,8 @@ def _middle_forward(
     z, xBC_in, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
     _conv_forward(xBC, new_conv, xBC_in, weight, bias, conv, seq_idx)
     x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
-    raw = dt_bias.contiguous(), low, high
-    _ssd_forward(y.view(x.shape), new_ssm, x, dt, A_log, B, C, D, ssm, seq_idx, raw)
+    inputs = x, dt, A_log, B, C, D, ssm, seq_idx, dt_bias, low, high
+    _ssd_forward(y.view(x.shape), new_ssm, *inputs)
     _norm_forward(out, y, z, norm_weight, eps, groups)
 
 
@@ -2487,10 +2428,9 @@ def _middle_backward(
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
     dnorm_weight = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
-    raw = dt_bias.contiguous(), low, high
-    (dD, dA_log, ddt_bias), dinit = _ssd_backward_into(
-        dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
-    )
+    inputs = x, dt, A_log, B, C, D, ssm, seq_idx, dt_bias, low, high
+    found = _ssd_backward(dy.view(x.shape), dssm, *inputs, (dx, ddt, dB, dC))
+    _, _, dA_log, _, _, dD, dinit, ddt_bias = found
     given = dconv, xBC_in, weight, bias, conv, seq_idx
     dweight, dbias, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
@@ -2510,7 +2450,7 @@ def _middle_misfit(
     p, n = hp // h, (d - hp) // (2 * groups)
     fits = sizes.setdefault("p", p) == p and sizes.setdefault("n", n) == n
     fits = fits and 2 <= sizes["k"] <= 4 and hp // groups <= 8192
-    return None if fits and not (_ssd_limit(zxbcdt, p, n) or _seq_limit(seq_idx)) else ""
+    return None if fits and not _ssd_limit(zxbcdt, p, n) else ""
 
 
 MIDDLE = _Operation(

@@ -3022,13 +3022,13 @@ randn = lambda *shape: torch.randn(*shape, device=DEVICE)
 rand = lambda *shape: torch.rand(*shape, device=DEVICE)
 
 
-def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
+def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, features=""):
     """Arguments of SSD as in a layer: x, B, C in dtype, all else in float32.
 
     l: a number, or (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
     features: state, seq: there is an initial state, there are sequences; sliced, odd: x, B and C
     are slices of one tensor, odd: whose rows begin at odd addresses; extreme, zero, growing:
-    of steps; low: all is in dtype.
+    of steps; low: all is in dtype; no_D.
     """
     if isinstance(l, tuple):
         l = l[0] * (64 if dtype == torch.bfloat16 and n != 256 else 32) + l[1]
@@ -3046,11 +3046,12 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, D=(), features=""):
         dt = dt * (rand(b, l, 1) < 0.5)
     elif "growing" in features:  # the first head's state, by some 4 % per step; others decay
         dt, A = 0.05 + dt / 2, torch.where(torch.arange(h, device=DEVICE) == 0, 0.7, A)
-    D = None if D is None else randn(h, *((p,) if D else ()))
+    D = None if "no_D" in features else randn(h)
     state = randn(b, h, p, n) if "state" in features else None
     if "low" in features:
         dt, A, D, state = (t.to(dtype) for t in (dt, A, D, state))
-    seq_idx = (rand(b, l) < max(1.5 / l, 0.03)).cumsum(1) % 3 if "seq" in features else None
+    ids = (rand(b, l) < max(1.5 / l, 0.03)).cumsum(1) % 3
+    seq_idx = ids.short() if "seq" in features else None
     return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx)
 
 
@@ -3212,13 +3213,13 @@ KERNEL_CASES = {operation: {} for operation in KERNELS}
 KERNEL_CASES["ssd"] = {
     "one position": dict(l=(0, 1), features="state"),
     "Q - 1": dict(l=(1, -1), features="state"),
-    "Q": dict(l=(1, 0), D=(1,)),
+    "Q": dict(l=(1, 0)),
     "Q + 1": dict(l=(1, 1), features="state"),
-    "3 Q + 7, sequences": dict(l=(3, 7), h=2, D=(1,), features="state seq"),
+    "3 Q + 7, sequences": dict(l=(3, 7), h=2, features="state seq"),
     "groups, slices of one tensor": dict(l=(2, 7), h=4, g=2, features="state sliced"),
     "slices at odd addresses, from zero": dict(l=(2, 9), features="seq odd"),
     "all in the dtype of x": dict(l=(1, 9), features="state low"),
-    "a group for each head, no D": dict(l=(1, 9), g=3, D=None),
+    "a group for each head, no D": dict(l=(1, 9), g=3, features="no_D"),
     "extreme steps and decays": dict(l=(3, 7), features="state extreme"),
     "steps of 0": dict(l=(2, 7), features="state zero"),
     "a state that grows": dict(l=(2, 7), features="state seq growing"),
@@ -3226,8 +3227,8 @@ KERNEL_CASES["ssd"] = {
     "gradient of the final state alone": dict(l=(1, 5), only=1, features="state"),
     "segments": dict(l=(9, 5) if CUDA else (5, 5), h=2, segments=3, features="state seq"),
     "several heads a program": dict(l=(1, 3), h=6, g=2, split=(1, 3), features="state seq"),
-    "uneven shares of heads": dict(l=(1, 3), h=5, split=(2, 3), D=(1,)),
-    "several heads, several tiles each": dict(l=(1, 3), b=1, p=128, split=(1, 3), D=(1,)),
+    "uneven shares of heads": dict(l=(1, 3), h=5, split=(2, 3)),
+    "several heads, several tiles each": dict(l=(1, 3), b=1, p=128, split=(1, 3)),
 }
 KERNEL_CONV = {
     "one position": dict(b=2, l=1, d=37, features="bias state"),
@@ -3264,7 +3265,7 @@ if CUDA:
     KERNEL_SIZES += [(16, 16), (32, 256), (128, 64), (64, 256), (256, 32), (128, 256)]
     KERNEL_CASES["ssd"] |= {  # with so many programs several heads each are chosen unforced
         "a full GPU": dict(l=(4, 3), b=40, h=5, features="state sliced"),
-        "a full GPU, groups": dict(l=(4, 3), b=24, h=6, g=2, D=(1,), features="seq"),
+        "a full GPU, groups": dict(l=(4, 3), b=24, h=6, g=2, features="seq"),
     }
     KERNEL_CONV |= {
         "130m": dict(b=2, l=1000, d=1792, width=3352, start=1536, features="bias state seq"),
@@ -3288,7 +3289,7 @@ if CUDA:
 for p, n in KERNEL_SIZES:
     sizes = dict(b=1, p=p, n=n)
     KERNEL_CASES["ssd"] |= {
-        f"headdim {p}, d_state {n}": dict(l=(2, 3), h=2, D=(1,), features="state seq", **sizes),
+        f"headdim {p}, d_state {n}": dict(l=(2, 3), h=2, features="state seq", **sizes),
         f"headdim {p}, d_state {n}, from zero": dict(l=(3, 3), h=8 if CUDA else 2, **sizes),
     }
 KERNEL_CASES["causal_conv1d"] = {
@@ -3451,7 +3452,7 @@ KERNEL_SILENT = {
         lambda i: {k: i[k][:0] for k in ("zxbcdt", "conv", "ssm", "seq_idx")},
         lambda i: dict(zxbcdt=i["zxbcdt"][:, :1], conv=None, ssm=None, seq_idx=None),
         lambda i: dict(weight=i["weight"].repeat(1, 1, 2)[..., :5], conv=None),  # five taps
-        lambda i: dict(seq_idx=i["seq_idx"].short()),
+        lambda i: dict(seq_idx=i["seq_idx"].double()),
     ],
     "layer_middle, a step": [lambda i: dict(zxbcdt=i["zxbcdt"].repeat(1, 1, 2))],
     "norm_linear": [
@@ -3467,7 +3468,7 @@ KERNEL_LOUD = {
         "headdim is 12": lambda i: dict(x=i["x"][..., :12], initial_state=None),
         "d_state is 10": lambda i: {k: i[k][..., :10] for k in ("B", "C", "initial_state")},
         "one dtype": lambda i: dict(B=i["B"].to(HALF)),
-        "seq_idx is torch.int16": lambda i: dict(seq_idx=i["seq_idx"].short()),
+        "D is .h, p.": lambda i: dict(D=i["D"][:, None].expand(-1, 16)),
     },
     "causal_conv1d": {
         "5 taps": lambda i: dict(weight=i["x"][0].mT, initial_state=None),
@@ -4238,8 +4239,8 @@ def kernels_of_ssd(kind, dtype, n):
         mock.patch.multiple(kernels, **changes),
         mock.patch.object(kernels._Plan, "__call__", record),
     ):
-        kernels._ssd_forward(*kernels._ssd_new(*inputs), *inputs, raw)
-        kernels._ssd_backward_into(x, dt, B, C, torch.empty_like(x), None, raw, *inputs)
+        kernels._ssd_forward(*kernels._ssd_new(*inputs), *inputs, *raw)
+        kernels._ssd_backward(x, None, *inputs, *raw, (x, dt, B, C))
     return found
 
 
