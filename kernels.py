@@ -111,6 +111,7 @@ import itertools
 import math
 import operator
 import os
+import re
 import sys
 import threading
 import warnings
@@ -178,12 +179,9 @@ _said = set()
 
 
 def _lies_elsewhere(tensor: Tensor) -> bool:
-    """Whether a kernel would not find its numbers at its address, as they are."""
-    kind = type(tensor)  # a subclass such as DTensor keeps them in other tensors
-    if kind not in (Tensor, nn.Parameter, FakeTensor):
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return True
-    return tensor.is_neg()
+    """Whether a kernel would not find its numbers at its address, as they are: a subclass such as
+    DTensor keeps them in other tensors."""
+    return tensor.is_neg() or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 _plans = {}
@@ -209,15 +207,8 @@ def _planned(plan: Callable) -> Callable:
     return find
 
 
-def _free_namespace() -> str:
-    """A namespace for operators which no other execution of this file in this process has."""
-    number = 1
-    while hasattr(getattr(torch.ops, f"mamba2_kernels_{number}"), "ssd"):
-        number += 1
-    return f"mamba2_kernels_{number}"
-
-
-NAMESPACE = _free_namespace()
+# Of operators; another execution of this file, under another name, has its own.
+NAMESPACE = re.sub("[^A-Za-z0-9]", "_", __name__)
 
 
 class _Operation:
@@ -261,7 +252,8 @@ class _Operation:
             name = f"{NAMESPACE}::{name}_backward"
             self.opaque_backward = define(name, backward, schema=schema)
             self.opaque_backward.register_fake(lambda *a: self.empty_gradients(*a[-len(kinds) :]))
-            self.opaque.register_autograd(self.opaque_gradients, setup_context=self.save)
+            gradients = functools.partial(self.gradients, self.opaque_backward)
+            self.opaque.register_autograd(gradients, setup_context=self.save)
 
     def __call__(self, *inputs):
         return self.call(*inputs) if self.takes(*inputs) else None
@@ -278,9 +270,10 @@ class _Operation:
                 continue
             if not isinstance(tensor, Tensor) or wanted and tensor.requires_grad:
                 return False
-            if not compiling and _lies_elsewhere(tensor):
+            if type(tensor) is FakeTensor:  # its sizes may be symbols
+                fake = True
+            elif not compiling and _lies_elsewhere(tensor):
                 return False
-            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
         reason = (self.reason if fake else self.known_reason)(*inputs)
         if reason and not compiling and (self.name, reason) not in _said:
             _said.add((self.name, reason))
@@ -335,9 +328,6 @@ class _Operation:
         found = run(*given, *kept, *inputs) if any(g is not None for g in given) else []
         pairs = itertools.zip_longest(found, inputs)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
-
-    def opaque_gradients(self, ctx, *given):
-        return self.gradients(self.opaque_backward, ctx, *given)
 
 
 class _Eager(torch.autograd.Function):
@@ -2037,17 +2027,12 @@ def _conv_forward(y, final, x, weight, bias, state, seq_idx):
     )  # fmt: skip
 
 
-def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return [dx, *_conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)]
-
-
-def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
-    """Write dx, whose batch elements follow one another; return dweight, dbias and the gradient of
-    the state, which are empty if there are no such inputs."""
-    x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
+def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
+    """The gradients of all but seq_idx. dx: a tensor for that of x, whose batch elements follow one
+    another; else it is new."""
+    dx, dstate = _gradient(x, x) if dx is None else dx, _gradient(state, x)
     d, k = x.shape[2], weight.shape[-1]
-    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
+    x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
     state = None if state is None else state.to(x.dtype)  # as in the forward
     dy = torch.zeros_like(x) if dy is None else dy
     given = _contiguous(weight, bias, state, seq_idx, dy, dfinal)
@@ -2059,7 +2044,7 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
         dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
     dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
-    return dweight, x.new_empty(0) if bias is None else dbias, dstate
+    return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
 
 
 def _conv_unit(x: Tensor) -> int:
@@ -2316,23 +2301,19 @@ def _norm_forward(out, y, z, weight, eps, groups):
     plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
 
 
-def _norm_backward(dout, y, z, weight, eps, groups):
-    dy = y.new_empty(y.shape)
-    dz = y.new_empty(0) if z is None else z.new_empty(z.shape)
-    return [dy, dz, _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)]
-
-
-def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
-    """Write dy, and dz if there is a z, both with rows that lie evenly; return dweight."""
-    y, dy = _rows(y), _rows(dy)
-    z, dz = (None, None) if z is None else (_rows(z), _rows(dz))
-    plan, slots = _norm_plan(y, z, eps, groups, dy, dz)
+def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
+    """The gradients of y, z and weight. dy, dz: tensors for the first two, with rows that lie
+    evenly; else they are new."""
+    if dy is None:
+        dy, dz = _gradient(y, y), _gradient(z, y)
+    y, z = _rows(y), None if z is None else _rows(z)
+    plan, slots = _norm_plan(y, z, eps, groups, _rows(dy), None if z is None else _rows(dz))
     partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
     plan(
         y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
         dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
-    return _sums(partial, weight)[0]
+    return [dy, dz, *_sums(partial, weight)]
 
 
 def _norm_misfit(x, gate, weight, eps, groups):
@@ -2427,12 +2408,12 @@ def _middle_backward(
     if dout is None:
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
-    dnorm_weight = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
+    _, _, dnorm_weight = _norm_backward(dout, y, z, norm_weight, eps, groups, dy, dz)
     inputs = x, dt, A_log, B, C, D, ssm, seq_idx, dt_bias, low, high
     found = _ssd_backward(dy.view(x.shape), dssm, *inputs, (dx, ddt, dB, dC))
     _, _, dA_log, _, _, dD, dinit, ddt_bias = found
     given = dconv, xBC_in, weight, bias, conv, seq_idx
-    dweight, dbias, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
+    _, dweight, dbias, dstate = _conv_backward(dxBC, *given, dxBC_in)
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
