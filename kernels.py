@@ -1675,24 +1675,37 @@ def _if(exists, channel, d):
     return channel < tl.where(exists, d, 0)
 
 
+@triton.jit
+def _conv_place(l, q_rows, d, D: tl.constexpr):
+    """What this program works on: block, which counts blocks of q in all batch elements; batch
+    element; first position, and the one after the last; channels."""
+    blocks_d = tl.cdiv(d, D)
+    blocks_q = tl.cdiv(l, q_rows)
+    block = tl.program_id(0) // blocks_d
+    q0 = block % blocks_q * q_rows
+    channel = (tl.program_id(0) % blocks_d) * D + tl.arange(0, D)
+    return block, (block // blocks_q).to(tl.int64), q0, tl.minimum(q0 + q_rows, l), channel
+
+
 # The taps are weight[i], which looks i positions back; x_window[i-1] is u[t-i], and u[i] is u[t-i];
 # `start` is where the sequence of position t begins, or some position before the window.
 
 
 @triton.jit
-def _conv_taps(weight_ptr, channel, mask_d, K: tl.constexpr):
+def _conv_first(
+    x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, t, channel, d,
+    K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Bias and taps; the k-1 inputs before position t, those before 0 from the state; and `start`
+    of the position before t, where the first sequence begins before position 0."""
+    mask_d = channel < d
+    bias_d = tl.zeros((D,), tl.float32)
+    if BIAS:
+        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
     weight = ()
     for i in tl.static_range(K):
         weight_d = tl.load(weight_ptr + channel * K + K - 1 - i, mask=mask_d, other=0.0)
         weight += (weight_d.to(tl.float32),)
-    return weight
-
-
-@triton.jit
-def _conv_window(
-    x_ptr, x_row, state_ptr, t, channel, d, K: tl.constexpr, STATE: tl.constexpr
-):  # fmt: skip
-    """The k-1 inputs before position t, of which those before 0 come from the state."""
     x_window = ()
     for i in tl.static_range(1, K):
         mask_new_d = _if(t - i >= 0, channel, d)
@@ -1702,18 +1715,13 @@ def _conv_window(
             at_d = (K - 1 + t - i) * d + channel
             u_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(tl.float32)
         x_window += (u_d,)
-    return x_window
-
-
-@triton.jit
-def _conv_start(seq_ptr, t, K: tl.constexpr):
-    """`start` for position t, from the window before it; before position 0 lies the first one."""
     start = t - K
-    for i in tl.static_range(1, K):
-        after = tl.load(seq_ptr + tl.maximum(t - i + 1, 0))
-        if tl.load(seq_ptr + tl.maximum(t - i, 0)) != after:
-            start = tl.maximum(start, t - i + 1)
-    return start
+    if SEQ:
+        for i in tl.static_range(1, K):
+            after = tl.load(seq_ptr + tl.maximum(t - i + 1, 0))
+            if tl.load(seq_ptr + tl.maximum(t - i, 0)) != after:
+                start = tl.maximum(start, t - i + 1)
+    return bias_d, weight, x_window, start
 
 
 @triton.jit
@@ -1726,19 +1734,18 @@ def _conv_begins(seq_ptr, t, l, start):
 
 
 @triton.jit
-def _conv_seen(u, i: tl.constexpr, t, start, SEQ: tl.constexpr):
-    """u[t-i], or 0 if a sequence begins in (t-i, t]."""
-    u_d = u[i]
+def _conv_seen(term_d, i: tl.constexpr, t, start, SEQ: tl.constexpr):
+    """A term between t-i and t, or 0 if a sequence begins in (t-i, t]."""
     if SEQ and i > 0:
-        u_d = tl.where(t - i >= start, u_d, 0.0)
-    return u_d
+        term_d = tl.where(t - i >= start, term_d, 0.0)
+    return term_d
 
 
 @triton.jit
 def _conv_sum(u, weight, v_d, t, start, K: tl.constexpr, SEQ: tl.constexpr):
     """v[t], given the bias."""
     for i in tl.static_range(K):
-        v_d += weight[i] * _conv_seen(u, i, t, start, SEQ)
+        v_d += weight[i] * _conv_seen(u[i], i, t, start, SEQ)
     return v_d
 
 
@@ -1758,28 +1765,6 @@ def _zeros(count: tl.constexpr, D: tl.constexpr):
     for _ in tl.static_range(count):
         zeros += (tl.zeros((D,), tl.float32),)
     return zeros
-
-
-@triton.jit
-def _conv_dweight(dweight, dv_d, u, t, start, K: tl.constexpr, SEQ: tl.constexpr):
-    sums = ()
-    for i in tl.static_range(K):
-        sums += (dweight[i] + dv_d * _conv_seen(u, i, t, start, SEQ),)
-    return sums
-
-
-@triton.jit
-def _conv_dx(pending, dv_d, weight, t, start, K: tl.constexpr, SEQ: tl.constexpr):
-    """dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete."""
-    sums = ()
-    for i in tl.static_range(K):
-        term_d = weight[i] * dv_d
-        if SEQ and i > 0:
-            term_d = tl.where(t - i >= start, term_d, 0.0)
-        if i > 0:
-            term_d += pending[i - 1]
-        sums += (term_d,)
-    return sums
 
 
 @jit
@@ -1811,31 +1796,19 @@ def _conv_forward_kernel(
     Masked: channels past d, positions past l, positions before 0 (those come from the state).
     """
     d = d_units * UNIT
-    blocks_d = tl.cdiv(d, D)
-    blocks_q = tl.cdiv(l, q_rows)
-    program = tl.program_id(0)
-    q0 = (program // blocks_d) % blocks_q * q_rows
-    end = tl.minimum(q0 + q_rows, l)
-    batch = (program // blocks_d // blocks_q).to(tl.int64)
-    x_row = x_row_units.to(tl.int64) * UNIT
-    y_row = d_units.to(tl.int64) * UNIT
+    _, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
+    x_row = tl.full((), x_row_units, tl.int64) * UNIT
+    y_row = tl.full((), d_units, tl.int64) * UNIT
     x_ptr += batch * x_batch_units * UNIT
     y_ptr += batch * l * d
     state_ptr += batch * (K - 1) * d
     final_ptr += batch * (K - 1) * d
     seq_ptr += batch * l
 
-    channel = (program % blocks_d) * D + tl.arange(0, D)
-    mask_d = channel < d
-    bias_d = tl.zeros((D,), tl.float32)
-    if BIAS:
-        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
-
-    weight = _conv_taps(weight_ptr, channel, mask_d, K)
-    x_window = _conv_window(x_ptr, x_row, state_ptr, q0, channel, d, K, STATE)
-    start = q0 - K
-    if SEQ:
-        start = _conv_start(seq_ptr, q0, K)
+    bias_d, weight, x_window, start = _conv_first(
+        x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
+        K, BIAS, STATE, SEQ, D,
+    )  # fmt: skip
 
     x_next_ptr = x_ptr + q0 * x_row
     y_next_ptr = y_ptr + q0 * y_row
@@ -1872,7 +1845,7 @@ def _conv_forward_kernel(
                 mask_old_d = _if(joined & (t < 0), channel, d)
                 at_d = (K - 1 + t) * d + channel
                 row_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(row_d.dtype)
-            tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=mask_d)
+            tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=channel < d)
 
 
 @jit
@@ -1909,16 +1882,10 @@ def _conv_backward_kernel(
     Masked: channels past d, rows past l, dx outside of the program's own positions.
     """
     d = d_units * UNIT
-    blocks_d = tl.cdiv(d, D)
-    blocks_q = tl.cdiv(l, q_rows)
-    program = tl.program_id(0)
-    block = (program // blocks_d).to(tl.int64)  # counts (batch, block of q)
-    q0 = (program // blocks_d) % blocks_q * q_rows
-    end = tl.minimum(q0 + q_rows, l)
-    batch = block // blocks_q
-    x_row = x_row_units.to(tl.int64) * UNIT
-    dy_row = d_units.to(tl.int64) * UNIT
-    dx_row = dx_row_units.to(tl.int64) * UNIT
+    block, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
+    x_row = tl.full((), x_row_units, tl.int64) * UNIT
+    dy_row = tl.full((), d_units, tl.int64) * UNIT
+    dx_row = tl.full((), dx_row_units, tl.int64) * UNIT
     x_ptr += batch * x_batch_units * UNIT
     dy_ptr += batch * l * d
     dx_ptr += batch * l * dx_row
@@ -1926,19 +1893,12 @@ def _conv_backward_kernel(
     dstate_ptr += batch * (K - 1) * d
     dfinal_ptr += batch * (K - 1) * d
     seq_ptr += batch * l
-    partial_ptr += block * d * (K + 1)
+    partial_ptr += block.to(tl.int64) * d * (K + 1)
 
-    channel = (program % blocks_d) * D + tl.arange(0, D)
-    mask_d = channel < d
-    bias_d = tl.zeros((D,), tl.float32)
-    if BIAS:
-        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
-
-    weight = _conv_taps(weight_ptr, channel, mask_d, K)
-    x_window = _conv_window(x_ptr, x_row, state_ptr, q0, channel, d, K, STATE)
-    start = q0 - K
-    if SEQ:
-        start = _conv_start(seq_ptr, q0, K)
+    bias_d, weight, x_window, start = _conv_first(
+        x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
+        K, BIAS, STATE, SEQ, D,
+    )  # fmt: skip
     dweight = _zeros(K, D)
     pending = _zeros(K - 1, D)
     dbias_d = tl.zeros((D,), tl.float32)
@@ -1965,12 +1925,19 @@ def _conv_backward_kernel(
             # weight and bias; rows past `end` are the next program's
             own_dv_d = tl.where(t < end, dv_d, 0.0)
             dbias_d += own_dv_d
-            dweight = _conv_dweight(dweight, own_dv_d, u, t, start, K, SEQ)
-            # x: after this term the sum for s = t-(k-1) is complete
-            sums = _conv_dx(pending, dv_d, weight, t, start, K, SEQ)
+            # x: dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete
+            sums_weight = ()
+            sums_x = ()
+            for i in tl.static_range(K):
+                sums_weight += (dweight[i] + own_dv_d * _conv_seen(u[i], i, t, start, SEQ),)
+                term_d = _conv_seen(weight[i] * dv_d, i, t, start, SEQ)
+                if i > 0:
+                    term_d += pending[i - 1]
+                sums_x += (term_d,)
+            dweight = sums_weight
             s = t - (K - 1)
-            dx_d = sums[K - 1]
-            pending = sums[: K - 1]
+            dx_d = sums_x[K - 1]
+            pending = sums_x[: K - 1]
             x_window = u[: K - 1]
             # store
             if DFINAL:  # row r of the final state is u[l-(k-1)+r]
@@ -1983,8 +1950,8 @@ def _conv_backward_kernel(
                 tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
 
     for i in tl.static_range(K):
-        tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=mask_d)
-    tl.store(partial_ptr + d * K + channel, dbias_d, mask=mask_d)
+        tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=channel < d)
+    tl.store(partial_ptr + d * K + channel, dbias_d, mask=channel < d)
 
 
 @_planned
@@ -1999,7 +1966,7 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
         blocks = b * triton.cdiv(l, q_rows)
         if blocks * blocks_d >= 4096:
             break
-    unit = min(_conv_unit(x), _conv_unit(dx)) if backward else _conv_unit(x)
+    unit = _unit(d, *x.stride()[:2], *(dx.stride()[:2] if backward else ()))
     numbers = dict(
         l=l, q_rows=q_rows, d_units=d // unit, x_batch_units=x.stride(0) // unit,
         x_row_units=x.stride(1) // unit, UNIT=unit, K=weight.shape[-1], BIAS=bias is not None,
@@ -2018,6 +1985,7 @@ def _conv_new(x, weight, *_):
 
 
 def _conv_forward(y, final, x, weight, bias, state, seq_idx):
+    x = x if x.stride(2) == 1 else x.contiguous()
     state = None if state is None else state.to(x.dtype)  # rounds as the twin does
     weight, bias, state, seq_idx = _contiguous(weight, bias, state, seq_idx)
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
@@ -2032,7 +2000,7 @@ def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
     another; else it is new."""
     dx, dstate = _gradient(x, x) if dx is None else dx, _gradient(state, x)
     d, k = x.shape[2], weight.shape[-1]
-    x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
+    x = x if x.stride(2) == 1 else x.contiguous()
     state = None if state is None else state.to(x.dtype)  # as in the forward
     dy = torch.zeros_like(x) if dy is None else dy
     given = _contiguous(weight, bias, state, seq_idx, dy, dfinal)
@@ -2047,19 +2015,12 @@ def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
     return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
 
 
-def _conv_unit(x: Tensor) -> int:
-    # Triton makes a constant of an argument that is 1, and a constant has no dtype to convert.
-    return 1 if 8 in (x.shape[2], x.stride(1)) else _unit(x.shape[2], x.stride(0), x.stride(1))
-
-
 def _conv_misfit(x, weight, bias, initial_state, seq_idx):
     sizes = _sizes("b l d, d k, d, b k-1 d, b l", x, weight, bias, initial_state, seq_idx)
     if sizes is None:
         return ""
     if not 2 <= sizes["k"] <= 4:
         return f"the convolution has {sizes['k']} taps; it must be 2 to 4"
-    if x.stride(2) != 1 or 1 in (x.shape[2], x.stride(1)):
-        return "the channels of x are not next to each other in memory, or rows overlap"
     return None
 
 
@@ -2075,7 +2036,8 @@ CONV = _Operation(
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.causal_conv1d`. Rows of x may be any distance apart."""
+    """As its twin, `mamba2.causal_conv1d`. Rows of x may be any distance apart; if its channels are
+    not next to each other, it is copied."""
     return CONV(x, weight, bias, initial_state, seq_idx)
 
 
