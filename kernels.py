@@ -215,8 +215,8 @@ class _Operation:
     """A function of tensors as autograd and torch.compile know it, from what launches its kernels.
     Calling it gives its results, or None if kernels cannot run on these inputs.
 
-    inputs    as in the schema of an operator: tensors, `Tensor?` if they may be None, then numbers
-    results   how many; `kept` more follow them, which are for the backward alone
+    schema    of an operator: tensors, `Tensor?` if they may be None, then numbers -> results, the
+              last of which, `kept` of them, are for the backward alone
     new       new(*inputs): results and kept, not yet written
     run       run(*results, *kept, *inputs): writes them
     misfit    misfit(*inputs), from shapes, strides, dtypes and device: None if the kernels can take
@@ -231,23 +231,21 @@ class _Operation:
     inspect.signature.)
     """
 
-    def __init__(self, name, inputs, results, new, run, misfit, backward=None, kept=0):
-        self.name, self.results, self.kept = name, results, kept
-        self.new, self.run, self.backward = new, run, backward
-        self.misfit, self.known_reason = misfit, _planned(self.reason)
+    def __init__(self, name, schema, new, run, misfit, backward=None, kept=0):
+        inputs, made = schema.removeprefix("(").split(") -> ")
         kinds = [part.split() for part in inputs.split(", ")]
         self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
+        self.name, self.results, self.kept = name, made.count("Tensor") - kept, kept
+        self.new, self.run, self.backward = new, run, backward
+        self.misfit, self.known_reason = misfit, _planned(self.reason)
         if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
             return
-        made = ", ".join(["Tensor"] * (results + kept))
         define = functools.partial(torch.library.custom_op, mutates_args=())
-        schema = f"({inputs}) -> " + (f"({made})" if "," in made else made)
         self.opaque = define(f"{NAMESPACE}::{name}", self.forward, schema=schema)
         self.opaque.register_fake(lambda *inputs: _alone(new(*inputs)))
         if backward is not None:
-            given = [f"Tensor? d{i}" for i in range(results)] + [
-                f"Tensor k{i}" for i in range(kept)
-            ]
+            given = [f"Tensor? d{i}" for i in range(self.results)]
+            given += [f"Tensor k{i}" for i in range(kept)]
             schema = f"({', '.join([*given, inputs])}) -> Tensor[]"
             name = f"{NAMESPACE}::{name}_backward"
             self.opaque_backward = define(name, backward, schema=schema)
@@ -1577,14 +1575,10 @@ def _ssd_limit(x, p, n):
 
 SSD = _Operation(
     "ssd",
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
-    "Tensor? seq_idx",
-    results=2,
-    new=_ssd_new,
-    run=_ssd_forward,
-    misfit=_ssd_misfit,
-    backward=_ssd_backward,
-)
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
+    "Tensor? seq_idx) -> (Tensor, Tensor)",
+    new=_ssd_new, run=_ssd_forward, misfit=_ssd_misfit, backward=_ssd_backward,
+)  # fmt: skip
 
 
 def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
@@ -2026,13 +2020,10 @@ def _conv_misfit(x, weight, bias, initial_state, seq_idx):
 
 CONV = _Operation(
     "causal_conv1d",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx",
-    results=2,
-    new=_conv_new,
-    run=_conv_forward,
-    misfit=_conv_misfit,
-    backward=_conv_backward,
-)
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx) -> "
+    "(Tensor, Tensor)",
+    new=_conv_new, run=_conv_forward, misfit=_conv_misfit, backward=_conv_backward,
+)  # fmt: skip
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
@@ -2243,8 +2234,6 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
         rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
         GATE=z is not None, UNIT=unit, **tiles,
     )  # fmt: skip
-    if z is None:
-        numbers.update(z_ptr="y_ptr", dz_ptr="y_ptr")
     kernel, programs = _norm_forward_kernel, blocks * groups
     if backward:
         kernel, programs = _norm_backward_kernel, slots * groups
@@ -2279,13 +2268,8 @@ def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
 
 
 def _norm_misfit(x, gate, weight, eps, groups):
-    if x.dim() == 0 or x.numel() == 0 or weight.shape != x.shape[-1:]:
-        return ""
-    if gate is not None and gate.shape != x.shape:
-        return ""
-    if not isinstance(eps, (int, float)) or not isinstance(groups, int):
-        return ""
-    if groups < 1 or x.shape[-1] % groups:
+    fits = x.dim() > 0 and x.numel() > 0 and weight.shape == x.shape[-1:] and groups >= 1
+    if not fits or x.shape[-1] % groups or gate is not None and gate.shape != x.shape:
         return ""
     size = x.shape[-1] // groups
     return None if size <= 8192 else f"a group has {size} channels; it must be 1 to 8192"
@@ -2293,19 +2277,15 @@ def _norm_misfit(x, gate, weight, eps, groups):
 
 NORM = _Operation(
     "rms_norm",
-    "Tensor x, Tensor? gate, Tensor weight, float eps, int groups",
-    results=1,
-    new=_norm_new,
-    run=_norm_forward,
-    misfit=_norm_misfit,
-    backward=_norm_backward,
-)
+    "(Tensor x, Tensor? gate, Tensor weight, float eps, int groups) -> Tensor",
+    new=_norm_new, run=_norm_forward, misfit=_norm_misfit, backward=_norm_backward,
+)  # fmt: skip
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """As its twin, `mamba2.rms_norm`. Rows of x and gate, which often is a slice of a projection,
     may be any distance apart."""
-    return NORM(x, gate, weight, eps, groups)
+    return NORM(x, gate, weight, float(eps), groups)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2398,16 +2378,12 @@ def _middle_misfit(
 
 MIDDLE = _Operation(
     "layer_middle",
-    "Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
-    "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, "
-    "int groups, float eps, float low, float high",
-    results=3,
+    "(Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
+    "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, int groups, float eps, "
+    "float low, float high) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kept=2,  # what the convolution and SSD return
-    new=_middle_new,
-    run=_middle_forward,
-    misfit=_middle_misfit,
-    backward=_middle_backward,
-)
+    new=_middle_new, run=_middle_forward, misfit=_middle_misfit, backward=_middle_backward,
+)  # fmt: skip
 
 
 def layer_middle(
@@ -2467,25 +2443,24 @@ STEP_SMALL = dict(BYTES=2048, num_warps=1)
 
 
 @triton.jit
-def _step_inputs(xBC_ptr, conv_ptr, channel, exists, d, K: tl.constexpr):
-    """The K inputs that the convolution has at this position, the oldest first."""
+def _step_conv(
+    xBC_ptr, conv_ptr, weight_ptr, bias_ptr, channel, exists, d,
+    K: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The K inputs that the convolution has at this position, the oldest first; and what it makes
+    of them, with bias and SiLU, rounded to their dtype."""
     u = ()
     for j in tl.static_range(K - 1):  # rounds to the dtype of xBC as the convolution does
         old = tl.load(conv_ptr + j * d + channel, mask=exists, other=0.0)
         u += (old.to(xBC_ptr.dtype.element_ty),)
-    return u + (tl.load(xBC_ptr + channel, mask=exists, other=0.0),)
-
-
-@triton.jit
-def _step_taps(u, weight_ptr, bias_ptr, channel, exists, K: tl.constexpr, BIAS: tl.constexpr):
-    """The convolution of these inputs, with bias and SiLU, rounded to their dtype."""
+    u += (tl.load(xBC_ptr + channel, mask=exists, other=0.0),)
     v = tl.zeros(channel.shape, tl.float32)
     if BIAS:
         v += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
     for j in tl.static_range(K):
         weight = tl.load(weight_ptr + channel * K + j, mask=exists, other=0.0)
         v += weight.to(tl.float32) * u[j].to(tl.float32)
-    return (v * _sigmoid(v)).to(u[0].dtype).to(tl.float32)
+    return u, (v * _sigmoid(v)).to(u[0].dtype).to(tl.float32)
 
 
 @triton.jit
@@ -2528,14 +2503,12 @@ def _step_kernel(
     mask_n = n < N
     B_at = G * HPG * P + g * N + n
     C_at = B_at + G * N
-    B_u = _step_inputs(xBC_ptr, conv_ptr, B_at, mask_n, d, K)
-    C_u = _step_inputs(xBC_ptr, conv_ptr, C_at, mask_n, d, K)
+    B_u, B_n = _step_conv(xBC_ptr, conv_ptr, weight_ptr, bias_ptr, B_at, mask_n, d, K, BIAS)
+    C_u, C_n = _step_conv(xBC_ptr, conv_ptr, weight_ptr, bias_ptr, C_at, mask_n, d, K, BIAS)
     if tl.program_id(1) == 0:  # now, not later, so that nothing holds them in registers
         for j in tl.static_range(1, K):
             tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
             tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
-    B_n = _step_taps(B_u, weight_ptr, bias_ptr, B_at, mask_n, K, BIAS)
-    C_n = _step_taps(C_u, weight_ptr, bias_ptr, C_at, mask_n, K, BIAS)
 
     tiles_p: tl.constexpr = (P + PB - 1) // PB
     first = tl.program_id(1) * tiles
@@ -2553,8 +2526,7 @@ def _step_kernel(
         A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
         D = tl.load(D_ptr + h).to(tl.float32)
         x_at = h * P + p
-        x_u = _step_inputs(xBC_ptr, conv_ptr, x_at, mask_p, d, K)
-        x_p = _step_taps(x_u, weight_ptr, bias_ptr, x_at, mask_p, K, BIAS)
+        x_u, x_p = _step_conv(xBC_ptr, conv_ptr, weight_ptr, bias_ptr, x_at, mask_p, d, K, BIAS)
 
         # decay
         dt = clamp(softplus(dt), low, high)
@@ -2582,8 +2554,6 @@ def _step_plan(xBC, dt, ssm, weight, bias, low, high):
         xBC_sb=xBC.stride(0), dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
         G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
     )  # fmt: skip
-    if bias is None:
-        numbers.update(bias_ptr="xBC_ptr")
     return _Plan((_step_kernel, (b * g, triton.cdiv(tiles, share), 1), numbers, config))
 
 
@@ -2620,13 +2590,10 @@ def _step_misfit(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
 
 STEP = _Operation(
     "layer_step",
-    "Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, Tensor dt_bias, "
-    "Tensor A_log, Tensor D, float low, float high",
-    results=3,
-    new=_step_new,
-    run=_step_run,
-    misfit=_step_misfit,
-)
+    "(Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, "
+    "Tensor dt_bias, Tensor A_log, Tensor D, float low, float high) -> (Tensor, Tensor, Tensor)",
+    new=_step_new, run=_step_run, misfit=_step_misfit,
+)  # fmt: skip
 
 
 def layer_step(
@@ -2746,8 +2713,6 @@ def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
         GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
         RB=triton.next_power_of_2(rows), **config,
     )  # fmt: skip
-    given = dict(gate_ptr=gate, bias_ptr=bias, residual_ptr=residual)
-    numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
     return _Plan(
         (_norm_linear_kernel, (triton.cdiv(outputs, config["OB"]), 1, 1), numbers, options)
     )
@@ -2781,13 +2746,10 @@ def _norm_linear_misfit(x, norm_weight, weight, bias, gate, residual, eps, group
 
 NORM_LINEAR = _Operation(
     "norm_linear",
-    "Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
-    "float eps, int groups",
-    results=1,
-    new=_norm_linear_new,
-    run=_norm_linear_run,
-    misfit=_norm_linear_misfit,
-)
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
+    "float eps, int groups) -> Tensor",
+    new=_norm_linear_new, run=_norm_linear_run, misfit=_norm_linear_misfit,
+)  # fmt: skip
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):

@@ -3445,7 +3445,6 @@ KERNEL_SILENT = {
     "rms_norm": [
         lambda i: dict(groups=3),
         lambda i: dict(groups=0),
-        lambda i: dict(eps=i["weight"][0]),
         lambda i: {k: i[k][:, :0] for k in ("x", "gate")},
         lambda i: dict(x=i["weight"][0], gate=i["weight"][0]),
     ],
