@@ -502,7 +502,8 @@ def series_at(series_ptr, which, bh, c, BH, NC, Q: tl.constexpr):
 def load_rows(
     mem, row, b, head, q0, w0, L, W, Q: tl.constexpr, WB: tl.constexpr, TMA: tl.constexpr
 ):
-    """The tile (Q, WB) of a (b, l, heads, W) tensor that begins at position q0, column w0."""
+    """The tile (Q, WB) of a (b, l, heads, W) tensor that begins at position q0, column w0. The
+    states at the borders of chunks are read as such a tensor, (states, p, 1, n)."""
     if TMA:
         tile = mem.load([b, head, q0, w0]).reshape(Q, WB)
     else:
@@ -540,25 +541,6 @@ def load_series(mem, which, bh, c, BH, NC, Q: tl.constexpr, TMA: tl.constexpr):
     else:
         tile = tl.load(series_at(mem, which, bh, c, BH, NC, Q) + tl.arange(0, Q))
     return tile
-
-
-@triton.jit
-def load_border(mem, row, p0, n0, P, N, PB: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr):
-    """A tile (PB, NB) of the state number `row`, (P, N), of those at the borders of chunks."""
-    if TMA:
-        tile = mem.load([row, p0, n0]).reshape(PB, NB)
-    else:
-        at, mask = border_at(mem, row, p0, n0, P, N, PB, NB)
-        tile = tl.load(at, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def border_at(mem, row, p0, n0, P, N, PB: tl.constexpr, NB: tl.constexpr):
-    p = tl.arange(0, PB)
-    n = tl.arange(0, NB)
-    mem += (row.to(tl.int64) * P + p0) * N + n0
-    return mem + (p[:, None] * N + n[None, :]), (p < P - p0)[:, None] & (n < N - n0)[None, :]
 
 
 @triton.jit
@@ -688,7 +670,7 @@ def prep_kernel(
 
 @triton.jit
 def walk(
-    v_mem, v_row, K_mem, K_row, series_mem, borders_mem, end_ptr, run_ptr, state_pn,
+    v_mem, v_row, K_mem, K_row, series_mem, borders_mem, borders_row, end_ptr, run_ptr, state_pn,
     first, last, reverse, b, h, g, pb, nb, bh, BH, NC, L, P, N,
     KEEP: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
     NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -726,13 +708,11 @@ def walk(
             total = tl.where(run_end == 0, total, float("-inf"))
         # store
         if KEEP:
-            row = tl.where(reverse, BH + bh, bh) * NC + c
+            border = tl.where(reverse, BH + bh, bh) * NC + c
             tile = operand(state_pn, v_pq.dtype, PREC)
-            if TMA:
-                borders_mem.store([row, pb * PB, nb * NB], tile.reshape(1, PB, NB))
-            else:
-                at, mask = border_at(borders_mem, row, pb * PB, nb * NB, P, N, PB, NB)
-                tl.store(at, tile, mask=mask)
+            store_rows(
+                borders_mem, borders_row, tile, border, 0, pb * PB, nb * NB, P, N, PB, NB, TMA
+            )
         # dot
         vw_pq = operand(v_pq * w_q[None, :], v_pq.dtype, PREC)
         state_pn *= gamma
@@ -766,7 +746,7 @@ def segment_kernel(
     nb = tl.program_id(1)
     b64 = b.to(tl.int64)
     state_pn, total = walk(
-        x_mem, x_row, B_mem, B_row, series_mem, x_mem,
+        x_mem, x_row, B_mem, B_row, series_mem, x_mem, 0,
         end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
         tl.zeros((PB, NB), tl.float32), s * CPS, tl.minimum(s * CPS + CPS, NC), False,
         b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
@@ -881,7 +861,7 @@ def scan_kernel(
 def border_kernel(
     x_mem, B_mem, dy_mem, C_mem, series_mem, borders_mem,
     end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
-    x_row, B_row, dy_row, C_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
+    x_row, B_row, dy_row, C_row, borders_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
     L, NC, H, BH, HPG, NPB, P, N,
     HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
@@ -919,7 +899,8 @@ def border_kernel(
             state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
     state_pn, _ = walk(
         v_mem, tl.where(reverse, dy_row, x_row), K_mem, tl.where(reverse, C_row, B_row),
-        series_mem, borders_mem, end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
+        series_mem, borders_mem, borders_row, end_ptr + (b64 * H + h) * NC,
+        run_ptr + b64 * (NC * Q),
         state_pn, 0, NC, reverse, b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
         True, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
     )  # fmt: skip
@@ -933,7 +914,7 @@ def border_kernel(
 @triton.jit
 def dx_part(
     pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row, borders_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -987,7 +968,9 @@ def dx_part(
         # load
         x_sp = load_rows(x_mem, x_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
         dy_tp = load_rows(dy_mem, dy_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
-        dH_pn = load_border(borders_mem, (BH + bh) * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
+        dH_pn = load_rows(
+            borders_mem, borders_row, (BH + bh) * NC + c, 0, pb * PB, 0, P, N, PB, NB, TMA
+        )
         a_q = load_series(series_mem, SERIES_A, bh, c, BH, NC, Q, TMA)
         dt_q = load_series(series_mem, SERIES_DT, bh, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
@@ -1026,7 +1009,7 @@ def dx_part(
 @triton.jit
 def bc_part(
     pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
-    series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row,
+    series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -1069,8 +1052,10 @@ def bc_part(
         # load
         x_sp = load_rows(x_mem, x_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
         dy_tp = load_rows(dy_mem, dy_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
-        H_pn = load_border(borders_mem, bh * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
-        dH_pn = load_border(borders_mem, (BH + bh) * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
+        H_pn = load_rows(borders_mem, borders_row, bh * NC + c, 0, pb * PB, 0, P, N, PB, NB, TMA)
+        dH_pn = load_rows(
+            borders_mem, borders_row, (BH + bh) * NC + c, 0, pb * PB, 0, P, N, PB, NB, TMA
+        )
         a_q = load_series(series_mem, SERIES_A, bh, c, BH, NC, Q, TMA)
         dt_q = load_series(series_mem, SERIES_DT, bh, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
@@ -1110,7 +1095,7 @@ def bc_part(
 def chunk_kernel(
     x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr,
-    x_row, dy_row, B_row, C_row, dx_row,
+    x_row, dy_row, B_row, C_row, dx_row, borders_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -1126,7 +1111,8 @@ def chunk_kernel(
     if tl.program_id(0) % 2 == 0:
         dx_part(
             pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row,
+            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr,
+            x_row, dy_row, B_row, C_row, dx_row, borders_row,
             L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
             HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
         )  # fmt: skip
@@ -1134,7 +1120,7 @@ def chunk_kernel(
         # Two stages here: a third set of four tiles would leave room for one program only.
         bc_part(
             pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
-            series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row,
+            series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
             L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
             HAS_SEQ, Q, PB, NB, PREC, PIN, 2, TMA,
         )  # fmt: skip
@@ -1437,9 +1423,10 @@ def _ssd_plan(
     nseg, programs = triton.cdiv(nc, cps), b * nc * g * nsplit
     numbers = dict(
         x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA), dy_row=_row(dy, TMA),
-        dx_row=_row(dx, TMA), **_strides("dt", dt, "blh"), **_strides("i", init, "bhpn"),
+        dx_row=_row(dx, TMA), borders_row=n * x.element_size() // 16,
+        **_strides("dt", dt, "blh"), **_strides("i", init, "bhpn"), **_strides("ddt", ddt, "bl"),
         **_strides("seq", seq_idx, "bl"), **_strides("f", dfinal, "bhpn"),
-        **_strides("ddt", ddt, "bl"), **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc,
+        **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc,
         H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n, NPB=npb, NSEG=nseg, CPS=cps, NSPLIT=nsplit,
         HPS=hps, PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
         HAS_INIT=init is not None, HAS_D=D is not None, HAS_DFINAL=dfinal is not None,
@@ -1461,7 +1448,7 @@ def _ssd_plan(
             calls.append((segment_kernel, grid, narrow, dict(num_warps=4, **pipeline)))
         calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
     else:
-        borders = [2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]
+        borders = [2 * b * h * nc, 1, p, n], [p * n, 16, n, 1], [1, 1, PB, NB]
         tiles.update(dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB), borders_mem=borders)
         calls += [
             (border_kernel, (b * h * npb, 1, 2), numbers, options),
