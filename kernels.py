@@ -12,11 +12,10 @@ targets` compiles SSD's kernels for other GPUs, without one.
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
            └─────> z ───────────────────────────────────────────────────┴──> rms_norm
 
-A layer without a mask does all of this in one operation, `layer_middle`, with the same kernels: a
-small layer waits for the CPU longer than for the GPU. Where it cannot run, the three are asked one
-by one. For one token, without gradients, `layer_step` does all of the first line, from projection
-to y, in one kernel, and `norm_linear` a norm with the projection after it. The twins of these three
-are lines of the layer and of its block.
+A layer without a mask does all of this in one operation, `layer_middle`; where that cannot run, the
+three are asked one by one. For one token, without gradients, `layer_step` does all but the norm in
+one kernel, and `norm_linear` a norm with the projection after it. The twins of these three are
+lines of the layer and of its block.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -60,9 +59,6 @@ dB and dC are summed on chip; no atomics anywhere, hence the same bits every tim
     series ────────chain───> ddt, sums     the chain rule to dt; sums: one row for each chunk,
     sums ──────────sum─────> dD, dA        (b·c, 2 h) fp32
 
-In a layer `prep` and `chain` also do what lies between the layer's parameters and dt, A: softplus
-and its gradient, -exp(A_log) and its gradient.
-
 Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
 each of H, dH 671 MB: forward 0.69 GB (x, y and 1 % more; B and C stay in the L2 cache); backward
 border 2.0, chunk 2.3 to 3.7 (x, dy and dH are read by both parts, from memory or from the L2
@@ -73,12 +69,11 @@ accelerator, or with less shared memory, kernels read tiles by pointers; `MAMBA2
 in the environment has any NVIDIA GPU do so. All was compiled for them, and run on an H200 only.
 
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
-of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
-forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
-With fp16 inputs they are tf32 products of fp32 numbers, for the range, see `_operands`. No decay is
-split into factors that could overflow; differences are masked, or cut off, and then exp2. With
-dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do. NaN
-in an input makes NaN of all that depends on it, as in PyTorch: no minimum or maximum swallows it.
+of matrix products are in x's dtype. Of fp32 inputs the backward's products are true fp32 and the
+forward's have 22 bits, unless PyTorch's own switch allows tf32; those of fp16 are tf32, for the
+range. No decay is split into factors that could overflow; differences are masked, or cut off, and
+then exp2. With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as
+their sums do. NaN in an input makes NaN of all that depends on it: no minimum swallows it.
 
 Convolution, norm and the step of a token
 -----------------------------------------
@@ -93,13 +88,9 @@ bytes that must move over the bandwidth of a device copy. Bytes per element of x
     layer_step       state, new state  4    (an element of the state) -
     norm_linear      weight            2    (an element of the weight) -
 
-Nothing but inputs is kept for the backward (of a layer's middle: the projection, and what lies
-between convolution, SSD and norm): pre-activations and root mean squares are computed again from
-the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where they lie:
-rows may be any distance apart, as in a slice of a wider projection, as long as the last dimension
-is contiguous.
-
-Gradients of weights are sums over all positions. Every program sums the positions it walks over in
+Arithmetic is fp32. Nothing but inputs is kept for the backward (of a layer's middle: the
+projection, and what convolution and SSD return): the rest is computed again from the tiles that the
+backward reads anyway. For gradients of weights, every program sums the positions it walks over in
 registers and writes one row of partial sums; PyTorch adds the rows.
 """
 
@@ -1591,12 +1582,9 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=
 
 
 def _unit(*sizes: int) -> int:
-    """8 if it divides every size, else 1.
-
-    Sizes and strides are passed to kernels in this unit. A kernel that computes `size * 8` lets the
-    compiler see that rows begin at multiples of 8 elements, so that a thread may load 16 bytes at
-    once. Triton finds such facts out alone only for multiples of 16, and the rows of the 130m
-    model's projection are 3,352 = 8 · 419 apart.
+    """8 if it divides every size, else 1. Kernels get sizes and strides in this unit: where they
+    compute `size * 8`, the compiler sees that a thread may load 16 bytes at once. Triton finds that
+    out alone only for multiples of 16, and rows of the 130m model's projection are 3,352 apart.
     """
     return 8 if all(size % 8 == 0 for size in sizes) else 1
 
@@ -1607,12 +1595,9 @@ PTX = tl.constexpr(not INTERPRET and torch.version.hip is None)
 
 @triton.jit
 def _sigmoid(v):
-    """1 / (1 + exp(-v)), at twice the speed of `tl.sigmoid` and as exact to a few units of 2^-24.
-
-    Triton's exp and division guard against tiny intermediate values, which takes more instructions
-    than the exponential itself. Here such a value may become 0: 2^(-v log2 e) below 2^-126 is added
-    to 1 anyway, and a sigmoid below 2^-126 is as good as 0.
-    """
+    """1 / (1 + exp(-v)), at twice the speed of `tl.sigmoid`, whose exp and division guard against
+    tiny values, and as exact to a few units of 2^-24: what may become 0 here, 2^(-v log2 e) below
+    2^-126, is added to 1, and a sigmoid below 2^-126 is as good as 0."""
     if PTX:
         power = _approximate("ex2", v * -1.4426950408889634)
         return _approximate("rcp", 1.0 + power)
@@ -2280,9 +2265,8 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
 # --------------------------------------------------------------------------------------------------
 #
 # Convolution, SSD and gated norm as one operation, with the kernels above. It spares the CPU what
-# lies between three operations, which a small layer waits for, and memory: softplus(dt + dt_bias)
-# and -exp(A_log) are made inside SSD's kernels, and each gradient of z, xBC and dt is written to
-# its columns of one tensor, the gradient of the projection.
+# lies between three operations, which a small layer waits for, and memory: softplus and -exp(A_log)
+# are made inside SSD's kernels, and gradients of z, xBC and dt are written side by side.
 
 
 def _columns(wide, weight, dt_bias, norm_weight):
