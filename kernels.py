@@ -536,16 +536,14 @@ def load_series(mem, which, bh, c, BH, NC, Q: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def pin(tile, PIN: tl.constexpr):
-    """The tile, unchanged, but as something the compiler takes for a computed value.
+    """The tile, unchanged, but as something the compiler takes for a computed value. The assembler
+    drops the move. It pays twice, for 2-byte inputs on a GPU (PIN):
 
-    The move is dropped by the assembler. It pays twice, for 2-byte inputs on a GPU (PIN):
+    Triton gives a loaded tile that only matrix products read, straight from shared memory, one more
+    buffer than the others. Passing it through registers saves that buffer, which lets two programs
+    share a multiprocessor in `scan_kernel`: 0.45 instead of 0.62 ms for 2.7b at b8 l4096 (H200).
 
-    Triton gives a loaded tile that only matrix products read, straight from shared memory, one
-    more buffer than the others. Passing it through registers once saves that buffer, which is what
-    lets two programs share a multiprocessor in `scan_kernel`: 0.45 instead of 0.62 ms for 2.7b at
-    b8 l4096 on an H200.
-
-    A sum of products that nothing but the next iteration reads is still in the making when that
+    A sum of products that nothing but the next iteration reads is still being computed when that
     begins. If products start from zero there, as in `bc_part`, the assembler lets every single
     matrix instruction wait for the one before. Using the sum ends the overlap, and with it that.
     """
@@ -2403,14 +2401,13 @@ def layer_middle(
 #     ssm     = exp(-dt · exp(A_log)) · ssm + dt · x B^T   (p, n), for each head
 #     y       = ssm C + D · x
 #
-# Nearly all bytes are the state's, read once and written once. A program computes B and C of its
-# group once and then walks over its share of the tiles of the group's state, 8 KB each. One warp:
-# more would compute B and C, and all that is one number a head, once more each. So many programs
-# fit on a multiprocessor at a time, by their registers; with few rows there are not enough tiles
-# for that, so they are smaller, to have the whole GPU take part.
+# Nearly all bytes are the state's, read once and written once. A program of one warp (more would
+# compute B and C, and what is one number per head, once more each) computes B and C of its group
+# once, and then walks over its share of the tiles of the group's state. STEP_PROGRAMS fit on a
+# multiprocessor at a time, by their registers. A tile has 8 KB; with few rows there are not enough
+# such tiles for the whole GPU to take part, and it has 2 KB.
 STEP_PROGRAMS = 8
-STEP_LARGE = dict(BYTES=8192, num_warps=1)
-STEP_SMALL = dict(BYTES=2048, num_warps=1)
+STEP_BYTES = 8192, 2048
 
 
 @triton.jit
@@ -2515,17 +2512,17 @@ def _step_kernel(
 def _step_plan(xBC, dt, ssm, weight, bias, low, high):
     (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
     g, nb = (d - h * p) // (2 * n), triton.next_power_of_2(n)
-    programs = STEP_PROGRAMS * _processors(xBC.device)
-    large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
-    config = dict(STEP_LARGE if large else STEP_SMALL)
-    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), triton.next_power_of_2(p))
+    programs, (large, small) = STEP_PROGRAMS * _processors(xBC.device), STEP_BYTES
+    of_tile = large if b * h * p * nb * ssm.itemsize > programs * large else small
+    pb = min(max(of_tile // (nb * ssm.itemsize), 1), triton.next_power_of_2(p))
     tiles = h // g * triton.cdiv(p, pb)  # in a group
     share = triton.cdiv(tiles, min(tiles, triton.cdiv(programs, b * g)))  # of one program
     numbers = dict(
         xBC_sb=xBC.stride(0), dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
         G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
     )  # fmt: skip
-    return _Plan((_step_kernel, (b * g, triton.cdiv(tiles, share), 1), numbers, config))
+    grid = b * g, triton.cdiv(tiles, share), 1
+    return _Plan((_step_kernel, grid, numbers, dict(num_warps=1)))
 
 
 def _step_run(y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
