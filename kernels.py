@@ -152,7 +152,7 @@ if __name__ == "kernels":
 
 
 # --------------------------------------------------------------------------------------------------
-# Shared by all operations: what is refused, and how PyTorch gets to know a kernel
+# Shared by all operations: what is refused, how PyTorch gets to know a kernel, and launches
 # --------------------------------------------------------------------------------------------------
 
 # Run kernels as Python, on a CPU, for tests. The interpreter's matrix products are wrong in
@@ -447,6 +447,35 @@ def _tensors(kernel) -> list[str]:
     return [name for name in kernel.arg_names if name.endswith(("_ptr", "_mem"))]
 
 
+def _unit(*sizes: int) -> int:
+    """8 if it divides every size, else 1. Kernels get sizes and strides in this unit: where they
+    compute `size * 8`, the compiler sees that a thread may load 16 bytes at once. Triton finds that
+    out alone only for multiples of 16, and rows of the 130m model's projection are 3,352 apart.
+    """
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+# Whether kernels may contain PTX, the assembly of NVIDIA's GPUs.
+PTX = tl.constexpr(not INTERPRET and torch.version.hip is None)
+
+
+@triton.jit
+def _sigmoid(v):
+    """1 / (1 + exp(-v)), at twice the speed of `tl.sigmoid`, whose exp and division guard against
+    tiny values, and as exact to a few units of 2^-24: what may become 0 here, 2^(-v log2 e) below
+    2^-126, is added to 1, and a sigmoid below 2^-126 is as good as 0."""
+    if PTX:
+        power = _approximate("ex2", v * -1.4426950408889634)
+        return _approximate("rcp", 1.0 + power)
+    return tl.sigmoid(v)
+
+
+@triton.jit
+def _approximate(instruction: tl.constexpr, v):
+    assembly: tl.constexpr = instruction + ".approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
+
+
 # --------------------------------------------------------------------------------------------------
 # SSD
 # --------------------------------------------------------------------------------------------------
@@ -463,9 +492,8 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 # Names that the kernels of SSD share. Numbers: L positions, NC chunks, H heads, G groups of HPG
 # heads, BH = b·h, P and N the sizes of p and n, NPB tiles of PB rows in P. In the forward, NSEG
 # segments of CPS chunks; in the backward, NSPLIT shares of a group, of HPS heads each, PROGRAMS =
-# b·c·g·NSPLIT. Constants: Q, PB, NB and
-# HB are the sizes of a tile along q, p, n and h, PREC the precision of products, STAGES the depth
-# of the pipeline. Indices: bh = b·H + h, and pb, nb the tiles of p and n.
+# b·c·g·NSPLIT. Constants: Q, PB, NB and HB are the sizes of a tile along q, p, n and h, PREC the
+# precision of products, STAGES the depth of the pipeline. Indices: bh = b·H + h; pb, nb the tiles.
 #
 # What there is one number of for each position and head: `series` is (which, b·h, l) in fp32, with
 # l padded to whole chunks. `prep_kernel` writes the first three. The others belong to the backward;
@@ -1557,55 +1585,18 @@ SSD = _Operation(
 )  # fmt: skip
 
 
-def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.ssd`; `chunk_size` is accepted for the twin's sake: the tile size is the
-    kernels' own.
+def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
+    """As its twin, `mamba2.ssd`, but for a D per channel; the size of chunks is the kernels' own.
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
-    NaN, for results and gradients: y is NaN from that position on, and so is the final state. (The
-    twin computes with such a dt. Looking for one would synchronise with the GPU in every call, and
-    applying its sign would cost every call one more product per pair of positions.)
+    NaN, for results and gradients. (The twin computes with such a dt. Looking for one would
+    synchronise with the GPU, and applying its sign cost one more product per pair of positions.)
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
-    16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The
-    gradients cannot be differentiated again.
+    16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range.
     """
     return SSD(x, dt, A, B, C, D, initial_state, seq_idx)
-
-
-# --------------------------------------------------------------------------------------------------
-# Pieces of convolution, norm and step
-# --------------------------------------------------------------------------------------------------
-
-
-def _unit(*sizes: int) -> int:
-    """8 if it divides every size, else 1. Kernels get sizes and strides in this unit: where they
-    compute `size * 8`, the compiler sees that a thread may load 16 bytes at once. Triton finds that
-    out alone only for multiples of 16, and rows of the 130m model's projection are 3,352 apart.
-    """
-    return 8 if all(size % 8 == 0 for size in sizes) else 1
-
-
-# Whether kernels may contain PTX, the assembly of NVIDIA's GPUs.
-PTX = tl.constexpr(not INTERPRET and torch.version.hip is None)
-
-
-@triton.jit
-def _sigmoid(v):
-    """1 / (1 + exp(-v)), at twice the speed of `tl.sigmoid`, whose exp and division guard against
-    tiny values, and as exact to a few units of 2^-24: what may become 0 here, 2^(-v log2 e) below
-    2^-126, is added to 1, and a sigmoid below 2^-126 is as good as 0."""
-    if PTX:
-        power = _approximate("ex2", v * -1.4426950408889634)
-        return _approximate("rcp", 1.0 + power)
-    return tl.sigmoid(v)
-
-
-@triton.jit
-def _approximate(instruction: tl.constexpr, v):
-    assembly: tl.constexpr = instruction + ".approx.ftz.f32 $0, $1;"
-    return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1619,16 +1610,15 @@ def _approximate(instruction: tl.constexpr, v):
 #
 # With seq_idx a term counts only if no sequence begins in (t-i, t].
 #
-# Tiles, chosen by hand on an H200: D channels wide, R rows loaded together, walked by one program
-# for so many positions. 128 and 256 divide the published widths (1792 = 7 · 256, 5376 = 21 · 256).
-#
-# Forward: four channels a thread; eight rows in flight, 4 KB a program, cover the latency of memory
-# (with one warp it is 9 % slower, with four rows 2 %). k-1 rows in 64 are read twice.
+# Tiles, chosen by hand on an H200: D channels wide (128 and 256 divide the published widths, 1792 =
+# 7 · 256 and 5376 = 21 · 256), R rows loaded together, walked by one program for so many positions.
+# A thread has four channels. Forward: eight rows in flight cover the latency of memory; with four
+# it is 2 % slower, with one warp 9 %. k-1 rows in 64 are read twice.
 CONV_FORWARD = dict(R=8, D=256, num_warps=2)
 CONV_FORWARD_ROWS = (64,)
 # Backward: 17 values a channel (window, unfinished dx, taps, their sums, bias and its sum) stay in
-# registers, so four channels a thread again, and only four rows of x and dy in flight. Long walks
-# write fewer partial sums; short ones are for inputs that long ones would cut in too few programs.
+# registers, so only four rows of x and dy are in flight. Long walks write fewer partial sums; short
+# ones are for inputs that long ones would cut in too few programs.
 CONV_BACKWARD = dict(R=4, D=128, num_warps=1)
 CONV_BACKWARD_ROWS = (256, 128)
 
@@ -2011,21 +2001,9 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 #
 # A slice of `size` = d / groups channels is cut into TILES tiles of N channels: powers of two that
 # together are little wider than the slice (5,120 = 5 · 1,024; one tile would be 8,192 wide).
-#
 # A thread has four channels of each tile. The backward runs 16 warps on each multiprocessor, which
 # fill it at 128 registers a thread; left alone, the compiler takes more for wide slices, and then
 # only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
-
-
-def _norm_tiles(size: int) -> dict:
-    """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
-    if size <= 256:
-        n = max(16, triton.next_power_of_2(size))
-    else:
-        n = min((1024, 512, 256), key=lambda n: triton.cdiv(size, n) * n)
-    tiles = triton.cdiv(size, n)
-    r = max(1, 1024 // triton.next_power_of_2(n * tiles))
-    return dict(R=r, N=n, TILES=tiles)
 
 
 @jit
@@ -2194,15 +2172,18 @@ def _rows(tensor: Tensor) -> Tensor:
 def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     """The plan of either direction, and how many rows of partial sums the backward writes."""
     rows, size, backward = y.numel() // y.shape[-1], y.shape[-1] // groups, dy is not None
-    named, tiles = dict(y=y, z=z, dy=dy, dz=dz), _norm_tiles(size)
-    warps, blocks = tiles["R"] * tiles["N"] // 128, triton.cdiv(rows, tiles["R"])
+    widths = (1024, 512, 256) if size > 256 else (max(16, triton.next_power_of_2(size)),)
+    N = min(widths, key=lambda n: triton.cdiv(size, n) * n)  # with the fewest channels too many
+    tiles = triton.cdiv(size, N)
+    R = max(1, 1024 // triton.next_power_of_2(N * tiles))  # rows of short slices together
+    named, warps, blocks = dict(y=y, z=z, dy=dy, dz=dz), R * N // 128, triton.cdiv(rows, R)
     slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), blocks)
     apart = {name: y.stride(-2) if t is None else t.stride(-2) for name, t in named.items()}
     unit, options = _unit(size, *apart.values()), dict(num_warps=warps)
     numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
     numbers.update(
         rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
-        GATE=z is not None, UNIT=unit, **tiles,
+        GATE=z is not None, UNIT=unit, R=R, N=N, TILES=tiles,
     )  # fmt: skip
     kernel, programs = _norm_forward_kernel, blocks * groups
     if backward:
@@ -2592,12 +2573,11 @@ def layer_step(
 #
 # of x · silu(gate) if there is a gate; the mean is one group's. With so few rows the time is that
 # of reading the weight, so every program computes the norm again, from the L2 cache, in the same
-# pass: the root is one number a row and group, and multiplies the finished sum. So a token of a
-# layer takes three launches: `layer_step` between two of these.
+# pass: the root is one number per row and group, and multiplies the finished sum.
 NORM_LINEAR_ROWS = 2  # with more, a norm of its own and a product on tensor cores are faster
-# While a tile is summed the next ones arrive, through STAGES buffers. One row without a gate leaves
-# so little to compute that single warps, which never wait for each other, are faster. OB is halved
-# until each multiprocessor has 4 warps.
+# While a tile is summed the next ones arrive, through STAGES buffers. For one row without a gate
+# single warps, which never wait for each other, are faster. OB is halved until each multiprocessor
+# has 4 warps.
 NORM_LINEAR_TILES = dict(OB=4, KB=512, STAGES=3, num_warps=4)
 NORM_LINEAR_ROW = dict(OB=8, KB=256, STAGES=3, num_warps=1)
 
@@ -2880,12 +2860,9 @@ class Text:
         return self.graph(ids)[:, None].clone()
 
 
-# Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
-# made for (1 ms for 24 layers on a slow CPU), and before each token, only `_modes`.
-
-
 def _fingerprint(model) -> list | None:
-    """What a step depends on, to be compared with ==; None if a graph would not do all of it.
+    """What a step depends on, to be compared with == before each text (1 ms for 24 layers on a slow
+    CPU); None if a graph would not do all of it.
 
     None for a model in training mode; for a module of any class but the model's own (adapters and
     other heads may depend on anything), or one that is compiled, or has hooks or buffers; for
