@@ -1570,11 +1570,8 @@ def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
 def _ssd_limit(x, p, n):
     if p not in SIZES or n not in SIZES:
         return f"headdim is {p} and d_state is {n}; they must be of {SIZES}"
-    if _has_settings(x.device, x.dtype, n):
-        return None
-    if _has_settings(x.device, torch.bfloat16, 128):
-        return f"there are no settings for a d_state of {n} in {x.dtype} on this GPU"
-    return "there are no settings for this kind of GPU, or it has too little shared memory"
+    known = _has_settings(x.device, x.dtype, n)
+    return None if known else f"no settings for a d_state of {n} in {x.dtype} fit this kind of GPU"
 
 
 SSD = _Operation(
@@ -2355,20 +2352,16 @@ def layer_middle(
         step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
         if not NORM.takes(z, z, norm_weight, eps, groups):  # z is as y will be
             return None
-        result = layer_step(*step, dt_limit=dt_limit, in_place=in_place)
-        if result is None:
+        if (result := layer_step(*step, dt_limit=dt_limit, in_place=in_place)) is None:
             return None
         y, *state = result
         return rms_norm(y, norm_weight, eps, gate=z, groups=groups), *state
-    weights, numbers = (weight, bias, dt_bias, A_log, D, norm_weight), (eps, *dt_limit)
-    numbers = groups, *map(float, numbers)
-    results = MIDDLE(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
-    if results is None:
+    weights = weight, bias, dt_bias, A_log, D, norm_weight
+    numbers = groups, float(eps), *map(float, dt_limit)
+    if (results := MIDDLE(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)) is None:
         return None
     y, conv, new_ssm = results
-    if ssm is not None and ssm.dtype.itemsize == 2:
-        new_ssm = new_ssm.to(ssm.dtype)
-    return y, conv, new_ssm
+    return y, conv, new_ssm if ssm is None else new_ssm.to(ssm.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2532,9 +2525,7 @@ def _step_misfit(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
         return ""
     if n > 1024:
         return f"d_state is {n}; it must be 1 to 1024"
-    return (
-        None if xBC.stride(2) == dt.stride(2) == 1 else "the rows of xBC or dt are not contiguous"
-    )
+    return None if xBC.stride(2) == dt.stride(2) == 1 else ""
 
 
 STEP = _Operation(
