@@ -113,7 +113,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 try:
@@ -171,7 +170,7 @@ _said = set()
 
 def _lies_elsewhere(tensor: Tensor) -> bool:
     """Whether a kernel would not find its numbers at its address, as they are: a subclass such as
-    DTensor keeps them in other tensors."""
+    DTensor keeps them in other tensors, a FakeTensor has none."""
     return tensor.is_neg() or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -253,17 +252,15 @@ class _Operation:
         transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
         if not TRITON or not compiling and (transformed or forward_ad._current_level >= 0):
             return False  # a transform needs to see every operation
-        fake, wanted = compiling, self.backward is None and torch.is_grad_enabled()
+        wanted = self.backward is None and torch.is_grad_enabled()
         for (_, optional), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None and optional:
                 continue
             if not isinstance(tensor, Tensor) or wanted and tensor.requires_grad:
                 return False
-            if type(tensor) is FakeTensor:  # its sizes may be symbols
-                fake = True
-            elif not compiling and _lies_elsewhere(tensor):
+            if not compiling and _lies_elsewhere(tensor):
                 return False
-        reason = (self.reason if fake else self.known_reason)(*inputs)
+        reason = (self.reason if compiling else self.known_reason)(*inputs)  # sizes may be symbols
         if reason and not compiling and (self.name, reason) not in _said:
             _said.add((self.name, reason))
             message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
@@ -286,10 +283,8 @@ class _Operation:
         return self.misfit(*inputs)
 
     def call(self, *inputs):
-        hidden = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        if hidden or type(inputs[0]) not in (Tensor, nn.Parameter):
-            # A FakeTensor, for one, has nothing for a kernel to read; and modes see no launches.
-            made = self.opaque(*inputs)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            made = self.opaque(*inputs)  # modes see no launches
         elif self.backward is None or not torch.is_grad_enabled():
             made = self.forward(*inputs)
         else:
