@@ -12,11 +12,10 @@ targets` compiles SSD's kernels for other GPUs, without one.
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
            └─────> z ───────────────────────────────────────────────────┴──> rms_norm
 
-A layer without a mask does all of this in one operation, `layer_middle`, with the same kernels: a
-small layer waits for the CPU longer than for the GPU. Where it cannot run, the three are asked one
-by one. For one token, without gradients, `layer_step` does all of the first line, from projection
-to y, in one kernel, and `norm_linear` a norm with the projection after it. The twins of these three
-are lines of the layer and of its block.
+A layer without a mask does all of this in one operation, `layer_middle`; where that cannot run, the
+three are asked one by one. For one token, without gradients, `layer_step` does all but the norm in
+one kernel, and `norm_linear` a norm with the projection after it. The twins of these three are
+lines of the layer and of its block.
 
 Axes: b batch, l length, c chunk, q position in a chunk, h head, p headdim, n state, g group, d
 channel, k tap, r row (positions of any batch). In a q x q tile of SSD, s is the position that
@@ -58,10 +57,7 @@ dB and dC are summed on chip; no atomics anywhere, hence the same bits every tim
                       │                    shares of a group's heads; and one series
     W, parts ──────total───> dB, dC        sums over shares, with W C and W^T B
     series ────────chain───> ddt, sums     the chain rule to dt; sums: one row for each chunk,
-    sums ──────────sum─────> dA, dD        (b·c, h + size of dD) fp32
-
-In a layer `prep` and `chain` also do what lies between the layer's parameters and dt, A: softplus
-and its gradient, -exp(A_log) and its gradient.
+    sums ──────────sum─────> dD, dA        (b·c, 2 h) fp32
 
 Bytes through device memory for 2.7b (h 80, p 64, n 128, bf16) at b 8, l 4096, where x is 335 MB and
 each of H, dH 671 MB: forward 0.69 GB (x, y and 1 % more; B and C stay in the L2 cache); backward
@@ -73,12 +69,11 @@ accelerator, or with less shared memory, kernels read tiles by pointers; `MAMBA2
 in the environment has any NVIDIA GPU do so. All was compiled for them, and run on an H200 only.
 
 Precision: decays, cumulative sums, the state in registers and all accumulators are fp32; operands
-of matrix products are in x's dtype. With fp32 inputs the backward's products are true fp32, and the
-forward's have 22 bits, from three tf32 products; unless PyTorch's own switch allows tf32 as it is.
-With fp16 inputs they are tf32 products of fp32 numbers, for the range, see `_operands`. No decay is
-split into factors that could overflow; differences are masked, or cut off, and then exp2. With
-dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as their sums do. NaN
-in an input makes NaN of all that depends on it, as in PyTorch: no minimum or maximum swallows it.
+of matrix products are in x's dtype. Of fp32 inputs the backward's products are true fp32 and the
+forward's have 22 bits, unless PyTorch's own switch allows tf32; those of fp16 are tf32, for the
+range. No decay is split into factors that could overflow; differences are masked, or cut off, and
+then exp2. With dt·A over many powers of ten in one chunk, fp32 results keep about 5 digits, as
+their sums do. NaN in an input makes NaN of all that depends on it: no minimum swallows it.
 
 Convolution, norm and the step of a token
 -----------------------------------------
@@ -93,13 +88,9 @@ bytes that must move over the bandwidth of a device copy. Bytes per element of x
     layer_step       state, new state  4    (an element of the state) -
     norm_linear      weight            2    (an element of the weight) -
 
-Nothing but inputs is kept for the backward (of a layer's middle: the projection, and what lies
-between convolution, SSD and norm): pre-activations and root mean squares are computed again from
-the tiles that the backward has to read anyway. Arithmetic is fp32. Inputs are read where they lie:
-rows may be any distance apart, as in a slice of a wider projection, as long as the last dimension
-is contiguous.
-
-Gradients of weights are sums over all positions. Every program sums the positions it walks over in
+Arithmetic is fp32. Nothing but inputs is kept for the backward (of a layer's middle: the
+projection, and what convolution and SSD return): the rest is computed again from the tiles that the
+backward reads anyway. For gradients of weights, every program sums the positions it walks over in
 registers and writes one row of partial sums; PyTorch adds the rows.
 """
 
@@ -111,6 +102,7 @@ import itertools
 import math
 import operator
 import os
+import re
 import sys
 import threading
 import warnings
@@ -121,7 +113,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 try:
@@ -160,7 +151,7 @@ if __name__ == "kernels":
 
 
 # --------------------------------------------------------------------------------------------------
-# Shared by all operations: what is refused, and how PyTorch gets to know a kernel
+# Shared by all operations: what is refused, how PyTorch gets to know a kernel, and launches
 # --------------------------------------------------------------------------------------------------
 
 # Run kernels as Python, on a CPU, for tests. The interpreter's matrix products are wrong in
@@ -178,12 +169,9 @@ _said = set()
 
 
 def _lies_elsewhere(tensor: Tensor) -> bool:
-    """Whether a kernel would not find its numbers at its address, as they are."""
-    kind = type(tensor)  # a subclass such as DTensor keeps them in other tensors
-    if kind not in (Tensor, nn.Parameter, FakeTensor):
-        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return True
-    return tensor.is_neg()
+    """Whether a kernel would not find its numbers at its address, as they are: a subclass such as
+    DTensor keeps them in other tensors, a FakeTensor has none."""
+    return tensor.is_neg() or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 _plans = {}
@@ -209,23 +197,16 @@ def _planned(plan: Callable) -> Callable:
     return find
 
 
-def _free_namespace() -> str:
-    """A namespace for operators which no other execution of this file in this process has."""
-    number = 1
-    while hasattr(getattr(torch.ops, f"mamba2_kernels_{number}"), "ssd"):
-        number += 1
-    return f"mamba2_kernels_{number}"
-
-
-NAMESPACE = _free_namespace()
+# Of operators; another execution of this file, under another name, has its own.
+NAMESPACE = re.sub("[^A-Za-z0-9]", "_", __name__)
 
 
 class _Operation:
     """A function of tensors as autograd and torch.compile know it, from what launches its kernels.
     Calling it gives its results, or None if kernels cannot run on these inputs.
 
-    inputs    as in the schema of an operator: tensors, `Tensor?` if they may be None, then numbers
-    results   how many; `kept` more follow them, which are for the backward alone
+    schema    of an operator: tensors, `Tensor?` if they may be None, then numbers -> results, the
+              last of which, `kept` of them, are for the backward alone
     new       new(*inputs): results and kept, not yet written
     run       run(*results, *kept, *inputs): writes them
     misfit    misfit(*inputs), from shapes, strides, dtypes and device: None if the kernels can take
@@ -240,28 +221,27 @@ class _Operation:
     inspect.signature.)
     """
 
-    def __init__(self, name, inputs, results, new, run, misfit, backward=None, kept=0):
-        self.name, self.results, self.kept = name, results, kept
-        self.new, self.run, self.backward = new, run, backward
-        self.misfit, self.known_reason = misfit, _planned(self.reason)
+    def __init__(self, name, schema, new, run, misfit, backward=None, kept=0):
+        inputs, made = schema.removeprefix("(").split(") -> ")
         kinds = [part.split() for part in inputs.split(", ")]
         self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
+        self.name, self.results, self.kept = name, made.count("Tensor") - kept, kept
+        self.new, self.run, self.backward = new, run, backward
+        self.misfit, self.known_reason = misfit, _planned(self.reason)
         if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
             return
-        made = ", ".join(["Tensor"] * (results + kept))
         define = functools.partial(torch.library.custom_op, mutates_args=())
-        schema = f"({inputs}) -> " + (f"({made})" if "," in made else made)
         self.opaque = define(f"{NAMESPACE}::{name}", self.forward, schema=schema)
         self.opaque.register_fake(lambda *inputs: _alone(new(*inputs)))
         if backward is not None:
-            given = [f"Tensor? d{i}" for i in range(results)] + [
-                f"Tensor k{i}" for i in range(kept)
-            ]
+            given = [f"Tensor? d{i}" for i in range(self.results)]
+            given += [f"Tensor k{i}" for i in range(kept)]
             schema = f"({', '.join([*given, inputs])}) -> Tensor[]"
             name = f"{NAMESPACE}::{name}_backward"
             self.opaque_backward = define(name, backward, schema=schema)
             self.opaque_backward.register_fake(lambda *a: self.empty_gradients(*a[-len(kinds) :]))
-            self.opaque.register_autograd(self.opaque_gradients, setup_context=self.save)
+            gradients = functools.partial(self.gradients, self.opaque_backward)
+            self.opaque.register_autograd(gradients, setup_context=self.save)
 
     def __call__(self, *inputs):
         return self.call(*inputs) if self.takes(*inputs) else None
@@ -272,7 +252,7 @@ class _Operation:
         transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
         if not TRITON or not compiling and (transformed or forward_ad._current_level >= 0):
             return False  # a transform needs to see every operation
-        fake, wanted = compiling, self.backward is None and torch.is_grad_enabled()
+        wanted = self.backward is None and torch.is_grad_enabled()
         for (_, optional), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None and optional:
                 continue
@@ -280,8 +260,7 @@ class _Operation:
                 return False
             if not compiling and _lies_elsewhere(tensor):
                 return False
-            fake = fake or type(tensor) is FakeTensor  # its sizes may be symbols
-        reason = (self.reason if fake else self.known_reason)(*inputs)
+        reason = (self.reason if compiling else self.known_reason)(*inputs)  # sizes may be symbols
         if reason and not compiling and (self.name, reason) not in _said:
             _said.add((self.name, reason))
             message = f"plain PyTorch runs instead of the kernels of {self.name}: {reason}"
@@ -296,15 +275,16 @@ class _Operation:
         for (name, _), tensor in zip(self.tensors, inputs, strict=False):
             if tensor is None:
                 continue
-            if tensor.device != device or (tensor.dtype in DTYPES) == (name == "seq_idx"):
-                return ""  # seq_idx holds integers
+            fits = tensor.dtype in DTYPES
+            if name == "seq_idx":  # integers
+                fits = not (tensor.is_floating_point() or tensor.is_complex())
+            if tensor.device != device or not fits:
+                return ""
         return self.misfit(*inputs)
 
     def call(self, *inputs):
-        hidden = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        if hidden or type(inputs[0]) not in (Tensor, nn.Parameter):
-            # A FakeTensor, for one, has nothing for a kernel to read; and modes see no launches.
-            made = self.opaque(*inputs)
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            made = self.opaque(*inputs)  # modes see no launches
         elif self.backward is None or not torch.is_grad_enabled():
             made = self.forward(*inputs)
         else:
@@ -318,7 +298,7 @@ class _Operation:
 
     def empty_gradients(self, *inputs):
         x, count = inputs[0], sum(name != "seq_idx" for name, _ in self.tensors)
-        return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs[:count]]
+        return [_gradient(tensor, x) for tensor in inputs[:count]]
 
     def save(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -332,9 +312,6 @@ class _Operation:
         found = run(*given, *kept, *inputs) if any(g is not None for g in given) else []
         pairs = itertools.zip_longest(found, inputs)
         return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
-
-    def opaque_gradients(self, ctx, *given):
-        return self.gradients(self.opaque_backward, ctx, *given)
 
 
 class _Eager(torch.autograd.Function):
@@ -392,7 +369,7 @@ class _Plan:
 
     A kernel takes the tensors and numbers that it names. If there is a number for the name of a
     tensor, it is the name of the tensor to take instead. `tiles` are the shape, strides and block
-    of those tensors that kernels get as descriptors.
+    of tensors that kernels get as descriptors, if they take them.
 
     To find the compiled kernel for some arguments takes Triton longer than to launch it, and so do
     the checks of a descriptor. So a plan keeps what it launches, and checked descriptors without
@@ -401,7 +378,10 @@ class _Plan:
     """
 
     def __init__(self, *calls, tiles=()):
-        self.calls, self.tiles, self.ready = calls, dict(tiles), {}
+        self.calls, self.ready, taken = calls, {}, set()
+        for kernel, _, numbers, _ in calls:
+            taken |= {numbers.get(name, name) for name in _tensors(kernel)}
+        self.tiles = {name: tile for name, tile in dict(tiles).items() if name in taken}
 
     def __call__(self, **tensors):
         kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
@@ -448,9 +428,47 @@ def _sums(partial, *tensors):
     return [part.sum(0).view(t.shape).to(t.dtype) for part, t in parts]
 
 
+def _gradient(t, x):
+    """A tensor for the gradient of an input; empty, and of x's kind, if there is none."""
+    return x.new_empty(0) if t is None else t.new_empty(t.shape)
+
+
+def _contiguous(*tensors):
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
 def _tensors(kernel) -> list[str]:
     """Names of the tensors that a kernel takes, which come first."""
     return [name for name in kernel.arg_names if name.endswith(("_ptr", "_mem"))]
+
+
+def _unit(*sizes: int) -> int:
+    """8 if it divides every size, else 1. Kernels get sizes and strides in this unit: where they
+    compute `size * 8`, the compiler sees that a thread may load 16 bytes at once. Triton finds that
+    out alone only for multiples of 16, and rows of the 130m model's projection are 3,352 apart.
+    """
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+# Whether kernels may contain PTX, the assembly of NVIDIA's GPUs.
+PTX = tl.constexpr(not INTERPRET and torch.version.hip is None)
+
+
+@triton.jit
+def _sigmoid(v):
+    """1 / (1 + exp(-v)), at twice the speed of `tl.sigmoid`, whose exp and division guard against
+    tiny values, and as exact to a few units of 2^-24: what may become 0 here, 2^(-v log2 e) below
+    2^-126, is added to 1, and a sigmoid below 2^-126 is as good as 0."""
+    if PTX:
+        power = _approximate("ex2", v * -1.4426950408889634)
+        return _approximate("rcp", 1.0 + power)
+    return tl.sigmoid(v)
+
+
+@triton.jit
+def _approximate(instruction: tl.constexpr, v):
+    assembly: tl.constexpr = instruction + ".approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -469,9 +487,8 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 # Names that the kernels of SSD share. Numbers: L positions, NC chunks, H heads, G groups of HPG
 # heads, BH = b·h, P and N the sizes of p and n, NPB tiles of PB rows in P. In the forward, NSEG
 # segments of CPS chunks; in the backward, NSPLIT shares of a group, of HPS heads each, PROGRAMS =
-# b·c·g·NSPLIT, and rows of SUMS partial sums, the first WIDE of them dD's. Constants: Q, PB, NB and
-# HB are the sizes of a tile along q, p, n and h, PREC the precision of products, STAGES the depth
-# of the pipeline. Indices: bh = b·H + h, and pb, nb the tiles of p and n.
+# b·c·g·NSPLIT. Constants: Q, PB, NB and HB are the sizes of a tile along q, p, n and h, PREC the
+# precision of products, STAGES the depth of the pipeline. Indices: bh = b·H + h; pb, nb the tiles.
 #
 # What there is one number of for each position and head: `series` is (which, b·h, l) in fp32, with
 # l padded to whole chunks. `prep_kernel` writes the first three. The others belong to the backward;
@@ -499,7 +516,8 @@ def series_at(series_ptr, which, bh, c, BH, NC, Q: tl.constexpr):
 def load_rows(
     mem, row, b, head, q0, w0, L, W, Q: tl.constexpr, WB: tl.constexpr, TMA: tl.constexpr
 ):
-    """The tile (Q, WB) of a (b, l, heads, W) tensor that begins at position q0, column w0."""
+    """The tile (Q, WB) of a (b, l, heads, W) tensor that begins at position q0, column w0. The
+    states at the borders of chunks are read as such a tensor, (states, p, 1, n)."""
     if TMA:
         tile = mem.load([b, head, q0, w0]).reshape(Q, WB)
     else:
@@ -540,36 +558,15 @@ def load_series(mem, which, bh, c, BH, NC, Q: tl.constexpr, TMA: tl.constexpr):
 
 
 @triton.jit
-def load_border(mem, row, p0, n0, P, N, PB: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr):
-    """A tile (PB, NB) of the state number `row`, (P, N), of those at the borders of chunks."""
-    if TMA:
-        tile = mem.load([row, p0, n0]).reshape(PB, NB)
-    else:
-        at, mask = border_at(mem, row, p0, n0, P, N, PB, NB)
-        tile = tl.load(at, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit
-def border_at(mem, row, p0, n0, P, N, PB: tl.constexpr, NB: tl.constexpr):
-    p = tl.arange(0, PB)
-    n = tl.arange(0, NB)
-    mem += (row.to(tl.int64) * P + p0) * N + n0
-    return mem + (p[:, None] * N + n[None, :]), (p < P - p0)[:, None] & (n < N - n0)[None, :]
-
-
-@triton.jit
 def pin(tile, PIN: tl.constexpr):
-    """The tile, unchanged, but as something the compiler takes for a computed value.
+    """The tile, unchanged, but as something the compiler takes for a computed value. The assembler
+    drops the move. It pays twice, for 2-byte inputs on a GPU (PIN):
 
-    The move is dropped by the assembler. It pays twice, for 2-byte inputs on a GPU (PIN):
+    Triton gives a loaded tile that only matrix products read, straight from shared memory, one more
+    buffer than the others. Passing it through registers saves that buffer, which lets two programs
+    share a multiprocessor in `scan_kernel`: 0.45 instead of 0.62 ms for 2.7b at b8 l4096 (H200).
 
-    Triton gives a loaded tile that only matrix products read, straight from shared memory, one
-    more buffer than the others. Passing it through registers once saves that buffer, which is what
-    lets two programs share a multiprocessor in `scan_kernel`: 0.45 instead of 0.62 ms for 2.7b at
-    b8 l4096 on an H200.
-
-    A sum of products that nothing but the next iteration reads is still in the making when that
+    A sum of products that nothing but the next iteration reads is still being computed when that
     begins. If products start from zero there, as in `bc_part`, the assembler lets every single
     matrix instruction wait for the one before. Using the sum ends the overlap, and with it that.
     """
@@ -620,7 +617,7 @@ def clamp(v, low, high):
 @jit
 def prep_kernel(
     dt_ptr, A_ptr, bias_ptr, seq_ptr, series_ptr, end_ptr, run_ptr,
-    dt_sb, dt_sl, dt_sh, A_sh, seq_sb, seq_sl, low, high,
+    dt_sb, dt_sl, dt_sh, seq_sb, seq_sl, low, high,
     L, NC, H, BH,
     RAW: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
@@ -653,7 +650,7 @@ def prep_kernel(
     # load
     dt_at = dt_ptr + b * dt_sb + pos[:, None] * dt_sl + h[None, :] * dt_sh
     dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0).to(tl.float32)
-    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
+    A_h = tl.load(A_ptr + h, mask=mask_h, other=0.0).to(tl.float32)
     if RAW:
         dt_qh += tl.load(bias_ptr + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
         dt_qh = tl.where(mask_qh, clamp(softplus(dt_qh), low, high), 0.0)
@@ -685,7 +682,7 @@ def prep_kernel(
 
 @triton.jit
 def walk(
-    v_mem, v_row, K_mem, K_row, series_mem, borders_mem, end_ptr, run_ptr, state_pn,
+    v_mem, v_row, K_mem, K_row, series_mem, borders_mem, borders_row, end_ptr, run_ptr, state_pn,
     first, last, reverse, b, h, g, pb, nb, bh, BH, NC, L, P, N,
     KEEP: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
     NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -723,13 +720,11 @@ def walk(
             total = tl.where(run_end == 0, total, float("-inf"))
         # store
         if KEEP:
-            row = tl.where(reverse, BH + bh, bh) * NC + c
+            border = tl.where(reverse, BH + bh, bh) * NC + c
             tile = operand(state_pn, v_pq.dtype, PREC)
-            if TMA:
-                borders_mem.store([row, pb * PB, nb * NB], tile.reshape(1, PB, NB))
-            else:
-                at, mask = border_at(borders_mem, row, pb * PB, nb * NB, P, N, PB, NB)
-                tl.store(at, tile, mask=mask)
+            store_rows(
+                borders_mem, borders_row, tile, border, 0, pb * PB, nb * NB, P, N, PB, NB, TMA
+            )
         # dot
         vw_pq = operand(v_pq * w_q[None, :], v_pq.dtype, PREC)
         state_pn *= gamma
@@ -763,7 +758,7 @@ def segment_kernel(
     nb = tl.program_id(1)
     b64 = b.to(tl.int64)
     state_pn, total = walk(
-        x_mem, x_row, B_mem, B_row, series_mem, x_mem,
+        x_mem, x_row, B_mem, B_row, series_mem, x_mem, 0,
         end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
         tl.zeros((PB, NB), tl.float32), s * CPS, tl.minimum(s * CPS + CPS, NC), False,
         b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
@@ -782,8 +777,7 @@ def segment_kernel(
 def scan_kernel(
     x_mem, B_mem, C_mem, series_mem, y_ptr,
     end_ptr, run_ptr, D_ptr, init_ptr, seg_ptr, decay_ptr, final_ptr,
-    D_sh, D_sp, i_sb, i_sh, i_sp, i_sn,
-    L, NC, H, BH, HPG, NPB, P, N, NSEG, CPS, x_row, B_row, C_row,
+    i_sb, i_sh, i_sp, i_sn, L, NC, H, BH, HPG, NPB, P, N, NSEG, CPS, x_row, B_row, C_row,
     HAS_SEQ: tl.constexpr, HAS_D: tl.constexpr, HAS_INIT: tl.constexpr, SEGMENTS: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -826,8 +820,6 @@ def scan_kernel(
             row = (b64 * NSEG + j) * H + h
             state_pn *= tl.load(decay_ptr + row)
             state_pn += load_state(seg_ptr + row * P * N, N, 1, p, n, mask_pn)
-    if HAS_D:
-        D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=mask_p, other=0.0).to(tl.float32)
     end_ptr += (b64 * H + h) * NC
     if TMA:
         half_pn = operand(state_pn, x_mem.dtype, PREC)
@@ -864,7 +856,7 @@ def scan_kernel(
         state_pn = tl.dot(xw_pq, B_qn, state_pn, input_precision=PREC)
         half_pn = operand(state_pn, x_pq.dtype, PREC)
         if HAS_D:
-            y_pq += x_pq.to(tl.float32) * D_p[:, None]
+            y_pq += x_pq.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
         # store
         y_at = y_ptr + ((b64 * L + c * Q) * H + h) * P + q[None, :] * (H * P) + p[:, None]
         mask_pq = mask_p[:, None] & (c * Q + q < L)[None, :]
@@ -881,7 +873,7 @@ def scan_kernel(
 def border_kernel(
     x_mem, B_mem, dy_mem, C_mem, series_mem, borders_mem,
     end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
-    x_row, B_row, dy_row, C_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
+    x_row, B_row, dy_row, C_row, borders_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
     L, NC, H, BH, HPG, NPB, P, N,
     HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
@@ -919,7 +911,8 @@ def border_kernel(
             state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
     state_pn, _ = walk(
         v_mem, tl.where(reverse, dy_row, x_row), K_mem, tl.where(reverse, C_row, B_row),
-        series_mem, borders_mem, end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
+        series_mem, borders_mem, borders_row, end_ptr + (b64 * H + h) * NC,
+        run_ptr + b64 * (NC * Q),
         state_pn, 0, NC, reverse, b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
         True, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
     )  # fmt: skip
@@ -933,11 +926,10 @@ def border_kernel(
 @triton.jit
 def dx_part(
     pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr,
-    x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row, borders_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
-    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
-    NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """With S_st = B_s·C_t, the decay L_st = 2^(a_t - a_s) for s <= t, T_st = x_s·dy_t and
     o_s = 2^(a_end - a_s):
@@ -988,7 +980,9 @@ def dx_part(
         # load
         x_sp = load_rows(x_mem, x_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
         dy_tp = load_rows(dy_mem, dy_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
-        dH_pn = load_border(borders_mem, (BH + bh) * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
+        dH_pn = load_rows(
+            borders_mem, borders_row, (BH + bh) * NC + c, 0, pb * PB, 0, P, N, PB, NB, TMA
+        )
         a_q = load_series(series_mem, SERIES_A, bh, c, BH, NC, Q, TMA)
         dt_q = load_series(series_mem, SERIES_DT, bh, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
@@ -1003,8 +997,7 @@ def dx_part(
         out_s = tl.sum(x_sp.to(tl.float32) * v_sp, axis=1)
         # dot: inside the chunk
         T_st = tl.dot(x_sp, tl.trans(dy_tp), input_precision=PREC)
-        if not D_VECTOR:
-            xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
+        xdy_q = tl.sum(tl.where(q[:, None] == q[None, :], T_st, 0.0), axis=1)
         SL_st = S_st * L_st
         W_st += T_st * L_st * dt_q[:, None]
         M_st = T_st * SL_st
@@ -1013,18 +1006,9 @@ def dx_part(
         G_st = operand(SL_st, x_sp.dtype, PREC)
         v_sp = tl.dot(G_st, dy_tp, v_sp, input_precision=PREC)
         dx_sp = v_sp * dt_q[:, None]
-        if D_VECTOR:
-            p = pb * PB + tl.arange(0, PB)
-            D_p = tl.load(D_ptr + h * D_sh + p * D_sp, mask=p < P, other=0.0).to(tl.float32)
-            dx_sp += dy_tp.to(tl.float32) * D_p[None, :]
-            dD_p = tl.sum(x_sp.to(tl.float32) * dy_tp.to(tl.float32), axis=0)
-            sums_at = sums_ptr + (b * NC + c).to(tl.int64) * SUMS + h * P + p
-            tl.store(sums_at, dD_p, mask=p < P)
-        else:
-            dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h * D_sh).to(tl.float32)
-            xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
-            tl.store(xdy_at + q, xdy_q)
+        dx_sp += dy_tp.to(tl.float32) * tl.load(D_ptr + h).to(tl.float32)
         # store
+        tl.store(series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q) + q, xdy_q)
         dx_sp = dx_sp.to(x_sp.dtype)
         store_rows(dx_mem, dx_row, dx_sp, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
         tl.store(series_at(series_ptr, pb * SET + SERIES_ROW, bh, c, BH, NC, Q) + q, row_t)
@@ -1037,7 +1021,7 @@ def dx_part(
 @triton.jit
 def bc_part(
     pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
-    series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row,
+    series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -1080,8 +1064,10 @@ def bc_part(
         # load
         x_sp = load_rows(x_mem, x_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
         dy_tp = load_rows(dy_mem, dy_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA)
-        H_pn = load_border(borders_mem, bh * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
-        dH_pn = load_border(borders_mem, (BH + bh) * NC + c, pb * PB, 0, P, N, PB, NB, TMA)
+        H_pn = load_rows(borders_mem, borders_row, bh * NC + c, 0, pb * PB, 0, P, N, PB, NB, TMA)
+        dH_pn = load_rows(
+            borders_mem, borders_row, (BH + bh) * NC + c, 0, pb * PB, 0, P, N, PB, NB, TMA
+        )
         a_q = load_series(series_mem, SERIES_A, bh, c, BH, NC, Q, TMA)
         dt_q = load_series(series_mem, SERIES_DT, bh, c, BH, NC, Q, TMA)
         a_end = tl.load(end_ptr + bh.to(tl.int64) * NC + c)
@@ -1120,12 +1106,11 @@ def bc_part(
 @jit
 def chunk_kernel(
     x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr, sums_ptr,
-    x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+    series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, parts_ptr, cross_ptr,
+    x_row, dy_row, B_row, C_row, dx_row, borders_row,
     L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
-    HAS_SEQ: tl.constexpr, D_VECTOR: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, PIN: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr,
+    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """What the gradients need of each chunk: two kernels in one launch.
 
@@ -1138,16 +1123,16 @@ def chunk_kernel(
     if tl.program_id(0) % 2 == 0:
         dx_part(
             pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
-            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, sums_ptr,
-            x_row, dy_row, B_row, C_row, dx_row, D_sh, D_sp, SUMS,
+            series_ptr, end_ptr, run_ptr, D_ptr, W_ptr,
+            x_row, dy_row, B_row, C_row, dx_row, borders_row,
             L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
-            HAS_SEQ, D_VECTOR, Q, PB, NB, PREC, STAGES, TMA,
+            HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
         )  # fmt: skip
     else:
         # Two stages here: a third set of four tiles would leave room for one program only.
         bc_part(
             pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
-            series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row,
+            series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
             L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
             HAS_SEQ, Q, PB, NB, PREC, PIN, 2, TMA,
         )  # fmt: skip
@@ -1196,8 +1181,8 @@ def total_kernel(
 @jit
 def chain_kernel(
     dt_ptr, A_ptr, bias_ptr, series_ptr, cross_ptr, ddt_ptr, sums_ptr,
-    A_sh, ddt_sl, low, high, SUMS, WIDE, L, NC, H, BH, NPB,
-    RAW: tl.constexpr, D_VECTOR: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
+    ddt_sl, low, high, L, NC, H, BH, NPB,
+    RAW: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the step dt_j A is all that flows across position j, from s < j to t >= j:
 
@@ -1217,7 +1202,7 @@ def chain_kernel(
 
         load row, col, in, out, and out one position earlier; add up the parts of the headdim
         f <- reversed cumulative sums + forward cumulative sum + cross
-        store ddt, and this chunk's part of dA (and of dD and dbias)
+        store ddt, and this chunk's part of dD, dA (and dbias)
 
     Masked: heads past h, positions past l (their dt is 0).
     """
@@ -1235,7 +1220,7 @@ def chain_kernel(
     dt_at = series_at(series_ptr, SERIES_DT, bh, c, BH, NC, Q)[None, :] + q[:, None]
     dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0)
     dt_before_qh = tl.load(dt_at - 1, mask=mask_before, other=0.0)
-    A_h = tl.load(A_ptr + h * A_sh, mask=mask_h, other=0.0).to(tl.float32)
+    A_h = tl.load(A_ptr + h, mask=mask_h, other=0.0).to(tl.float32)
     if RAW:
         A_h = -tl.exp(A_h)
     row_qh = tl.zeros(dt_qh.shape, tl.float32)
@@ -1255,9 +1240,8 @@ def chain_kernel(
         out_qh += tl.load(out_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         before_qh += tl.load(out_at[None, :] + q[:, None] - 1, mask=mask_before, other=0.0)
         in_qh += tl.load(in_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
-        if not D_VECTOR:
-            xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
-            xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
+        xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
         row = ((pb * BH + bh).to(tl.int64) * NC + c) * PB
         cross_at = cross_ptr + row[:, None] + pp[None, :]
         cross_h += tl.sum(tl.load(cross_at, mask=mask_h[:, None], other=0.0), axis=1)
@@ -1268,7 +1252,7 @@ def chain_kernel(
     ddt_qh = col_qh + out_qh + A_h[None, :] * f_qh
     dA_h = tl.sum(dt_qh * f_qh, axis=0)
     # store
-    sums_ptr += bc.to(tl.int64) * SUMS
+    sums_ptr += bc.to(tl.int64) * ((2 + RAW) * H) + h
     at_qh = (b.to(tl.int64) * L + c * Q + q[:, None]) * ddt_sl + h[None, :]
     mask_qh = mask_h[None, :] & (c * Q + q < L)[:, None]
     if RAW:
@@ -1278,11 +1262,10 @@ def chain_kernel(
         cut_qh = (step_qh < low) | (step_qh > high)  # not where it is NaN, as is the gradient then
         ddt_qh = tl.where(mask_qh & ~cut_qh, ddt_qh * tl.sigmoid(raw_qh), 0.0)
         dA_h *= A_h
-        tl.store(sums_ptr + WIDE + H + h, tl.sum(ddt_qh, axis=0), mask=mask_h)
+        tl.store(sums_ptr + 2 * H, tl.sum(ddt_qh, axis=0), mask=mask_h)
     tl.store(ddt_ptr + at_qh, ddt_qh.to(ddt_ptr.dtype.element_ty), mask=mask_qh)
-    tl.store(sums_ptr + WIDE + h, dA_h, mask=mask_h)
-    if not D_VECTOR:
-        tl.store(sums_ptr + h, tl.sum(xdy_qh, axis=0), mask=mask_h)
+    tl.store(sums_ptr + H, dA_h, mask=mask_h)
+    tl.store(sums_ptr, tl.sum(xdy_qh, axis=0), mask=mask_h)
 
 
 # SSD: launches ------------------------------------------------------------------------------------
@@ -1346,32 +1329,28 @@ def _kind(device: torch.device) -> str | None:
     return "portable" if properties.major >= 8 and memory >= 99 * 1024 else None
 
 
-def _key(device: torch.device, dtype: torch.dtype, n: int) -> tuple:
-    """Of SETTINGS; fp16 is read as fp32."""
-    return _kind(device), 2 if dtype == torch.bfloat16 else 4, n == 256
-
-
-def _settings(x: Tensor, n: int) -> _Settings:
-    return SETTINGS[_key(x.device, x.dtype, n)]
+def _settings(device: torch.device, dtype: torch.dtype, n: int) -> _Settings | None:
+    """Those for a dtype, of which fp16 is read as fp32, and a d_state; None if there are none."""
+    return SETTINGS.get((_kind(device), 2 if dtype == torch.bfloat16 else 4, n == 256))
 
 
 @torch.compiler.assume_constant_result
 def _has_settings(device: torch.device, dtype: torch.dtype, n: int) -> bool:
-    return _key(device, dtype, n) in SETTINGS
+    return _settings(device, dtype, n) is not None
 
 
-def _operands(*tensors):
+def _operands(settings, *tensors):
     """The tensors as the kernels read them, and the precision of their products.
 
     The range of fp16 is too small for what multiplies in here, such as dt (B·C). So fp16 is read as
     fp32, multiplied as tf32, which has fp16's 10 bits and fp32's range, and accumulated in fp32.
     """
-    x, precision, even = tensors[0], "ieee", not _settings(tensors[0], tensors[1].shape[3]).TMA
+    x, precision = tensors[0], "ieee"
     if x.dtype == torch.float16:
         tensors, precision = [t.float() for t in tensors], "tf32"
     elif x.dtype == torch.float32 and x.is_cuda and _allows_tf32():
         precision = "tf32"
-    return *(_addressable(t, even) for t in tensors), precision
+    return *(_addressable(t, not settings.TMA) for t in tensors), precision
 
 
 @functools.cache
@@ -1413,7 +1392,7 @@ def _aligned(shape, strides, step, even):
 
 def _row(t, TMA):
     """How many times 16 bytes the rows of t (b, l, h, w) are apart; a descriptor needs no such."""
-    if TMA:
+    if TMA or t is None:
         return 0
     (b, l, h, w), (sb, sl, *_) = t.shape, t.stride()
     return (sl if l > 1 else sb if b > 1 else h * w) * t.element_size() // 16
@@ -1437,37 +1416,64 @@ def _strides(name, t, axes):
 SIZES = 16, 32, 64, 128, 256  # of headdim and d_state
 
 
-# dt_bias and the limits of dt, if dt and A are a layer's numbers for them; see `prep_kernel`.
-NOT_RAW = None, 0.0, 0.0
+def _ssd_new(x, dt, A, B, *_):
+    (b, _, h, p), n = x.shape, B.shape[3]
+    return x.new_empty(x.shape), x.new_empty(b, h, p, n, dtype=torch.float32)
 
 
-def _ssd_shared(settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
-    """What the plans of both directions share: the numbers, and what replaces some of them in
-    kernels with tiles of 64 columns of n; the descriptors; and the call of `prep_kernel`."""
-    (b, l, h, p), (g, n), TMA = x.shape, B.shape[2:], settings.TMA
-    nc, NB = triton.cdiv(l, Q), max(64, n)
+@_planned
+def _ssd_plan(
+    settings, Q, precision, bias, low, high, x, dt, B, C, D, init, seq_idx,
+    dy=None, dfinal=None, dx=None, ddt=None, dB=None,
+):  # fmt: skip
+    """The launches of the forward or, with dy, of the backward; and the numbers that they take."""
+    (b, l, h, p), (g, n), PB, TMA = x.shape, B.shape[2:], settings.PB, settings.TMA
+    nc, npb, NB = triton.cdiv(l, Q), triton.cdiv(p, PB), max(64, n)
+    slots = settings.programs * _processors(x.device)
+    cps = triton.cdiv(nc, _segments(b * h * npb, nc, slots))
+    nsplit, hps = _split(h // g, 2 * b * nc * g, slots)
+    nseg, programs = triton.cdiv(nc, cps), b * nc * g * nsplit
     numbers = dict(
-        x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA),
-        **_strides("dt", dt, "blh"), **_strides("A", A, "h"), **_strides("D", D, "hp"),
-        **_strides("i", init, "bhpn"), **_strides("seq", seq_idx, "bl"),
-        low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n,
-        NPB=triton.cdiv(p, PB),
-        RAW=bias is not None, HAS_SEQ=seq_idx is not None, HAS_INIT=init is not None,
-        Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages, TMA=TMA,
-        PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
+        x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA), dy_row=_row(dy, TMA),
+        dx_row=_row(dx, TMA), borders_row=n * x.element_size() // 16,
+        **_strides("dt", dt, "blh"), **_strides("i", init, "bhpn"), **_strides("ddt", ddt, "bl"),
+        **_strides("seq", seq_idx, "bl"), **_strides("f", dfinal, "bhpn"),
+        **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc,
+        H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n, NPB=npb, NSEG=nseg, CPS=cps, NSPLIT=nsplit,
+        HPS=hps, PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
+        HAS_INIT=init is not None, HAS_D=D is not None, HAS_DFINAL=dfinal is not None,
+        SEGMENTS=nseg > 1, Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages,
+        TMA=TMA, PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
     )  # fmt: skip
-    narrow = dict(B_mem="B_narrow_mem", C_mem="C_narrow_mem", NB=64)
+    narrow = numbers | dict(B_mem="B_narrow_mem", C_mem="C_narrow_mem", NB=64)
     tiles = dict(
         x_mem=_tiling(x, Q, PB), B_mem=_tiling(B, Q, NB), C_mem=_tiling(C, Q, NB),
         B_narrow_mem=_tiling(B, Q, 64), C_narrow_mem=_tiling(C, Q, 64),
+        series_mem=([(3 if dy is None else 3 + 5 * npb) * b * h, nc * Q], [nc * Q, 1], [1, Q]),
     )  # fmt: skip
-    prep = prep_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, dict(num_warps=4)
-    return numbers, narrow, tiles, prep
+    pipeline, blocks_h = dict(num_stages=settings.stages), triton.cdiv(h, 16)
+    options, finish = dict(num_warps=settings.warps, **pipeline), dict(num_warps=settings.finish)
+    calls = [(prep_kernel, (b * nc, blocks_h, 1), numbers, dict(num_warps=4))]
+    if dy is None:
+        if nseg > 1:
+            grid = b * (nseg - 1) * h * npb, triton.cdiv(n, 64), 1
+            calls.append((segment_kernel, grid, narrow, dict(num_warps=4, **pipeline)))
+        calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
+    else:
+        borders = [2 * b * h * nc, 1, p, n], [p * n, 16, n, 1], [1, 1, PB, NB]
+        tiles.update(dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB), borders_mem=borders)
+        calls += [
+            (border_kernel, (b * h * npb, 1, 2), numbers, options),
+            (chunk_kernel, (2 * programs, 1, 1), numbers, options),
+            (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), narrow, finish),
+            (chain_kernel, (b * nc, blocks_h, 1), numbers, finish),
+        ]
+    return _Plan(*calls, tiles=tiles if TMA else ()), numbers
 
 
-def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
+def _ssd_tensors(series, numbers, bias, x, dt, A, B, C, D, init, seq_idx):
     """The tensors that both directions' kernels take."""
-    b, _, h, _ = x.shape
+    b, (h, nc, Q) = len(x), (numbers[name] for name in ("H", "NC", "Q"))
     series = torch.empty(series * b * h, nc * Q, device=x.device, dtype=torch.float32)
     end = run = torch.empty(b * h, nc, device=x.device, dtype=torch.float32)
     if seq_idx is not None:  # else nobody reads run
@@ -1479,38 +1485,13 @@ def _ssd_tensors(series, Q, nc, bias, x, dt, A, B, C, D, init, seq_idx):
     )  # fmt: skip
 
 
-def _ssd_new(x, dt, A, B, *_):
-    (b, _, h, p), n = x.shape, B.shape[3]
-    return x.new_empty(x.shape), x.new_empty(b, h, p, n, dtype=torch.float32)
-
-
-@_planned
-def _ssd_forward_plan(settings, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx):
-    b, _, h, _ = x.shape
-    Q, PB = settings.Q, settings.PB
-    numbers, narrow, tiles, prep = _ssd_shared(
-        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
-    )
-    nc, npb = numbers["NC"], numbers["NPB"]
-    cps = triton.cdiv(nc, _segments(b * h * npb, nc, settings.programs * _processors(x.device)))
-    nseg = triton.cdiv(nc, cps)
-    numbers.update(NSEG=nseg, CPS=cps, HAS_D=D is not None, SEGMENTS=nseg > 1)
-    calls, pipeline = [prep], dict(num_stages=settings.stages)
-    if nseg > 1:
-        grid = b * (nseg - 1) * h * npb, triton.cdiv(numbers["N"], 64), 1
-        calls.append((segment_kernel, grid, numbers | narrow, dict(num_warps=4, **pipeline)))
-    else:
-        del tiles["B_narrow_mem"], tiles["C_narrow_mem"]
-    options = dict(num_warps=settings.warps, **pipeline)
-    calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
-    tiles["series_mem"] = [3 * b * h, nc * Q], [nc * Q, 1], [1, Q]
-    return _Plan(*calls, tiles=tiles if settings.TMA else ()), nc, nseg
-
-
-def _ssd_forward(y, final, x, dt, A, B, C, D, initial_state, seq_idx, raw=NOT_RAW):
-    (b, _, h, p), n = x.shape, B.shape[3]
-    x, B, C, precision = _operands(x, B, C)
-    settings = _settings(x, n)
+def _ssd_forward(
+    y, final, x, dt, A, B, C, D, initial_state, seq_idx, bias=None, low=0.0, high=0.0
+):  # fmt: skip
+    """With a bias, that of dt, and the limits of dt, dt and A are raw: see `prep_kernel`."""
+    settings = _settings(x.device, x.dtype, B.shape[3])
+    x, B, C, precision = _operands(settings, x, B, C)
+    bias, A, D = _contiguous(bias, A, D)
     if precision == "ieee" and x.dtype == torch.float32 and not INTERPRET:
         # Three tf32 products make one of 22 bits, on the tensor cores. True fp32 products need more
         # registers than there are, and ten times as long.
@@ -1519,89 +1500,43 @@ def _ssd_forward(y, final, x, dt, A, B, C, D, initial_state, seq_idx, raw=NOT_RA
         # Where the state begins as a constant zero, Triton 3.6 makes code for Hopper that gets y
         # wrong from the second chunk on: seen in tf32. So it is read, as any other state.
         initial_state = torch.zeros_like(final)
-    inputs = x, dt, A, B, C, D, initial_state, seq_idx
-    plan, nc, nseg = _ssd_forward_plan(settings, precision, *raw, *inputs)
-    seg = decay = None
+    known = settings, settings.Q, precision, bias, low, high
+    plan, numbers = _ssd_plan(*known, x, dt, B, C, D, initial_state, seq_idx)
+    seg, decay, (b, h, p, n), nseg = None, None, final.shape, numbers["NSEG"]
     if nseg > 1:
         seg, decay = final.new_empty(b, nseg, h, p, n), final.new_empty(b, nseg, h)
-    tensors = _ssd_tensors(3, settings.Q, nc, raw[0], *inputs)
+    tensors = _ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx)
     plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
 
 
-def _ssd_backward(dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx):
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    dB = torch.empty(B.shape, device=x.device, dtype=x.dtype)
-    dC = torch.empty(B.shape, device=x.device, dtype=x.dtype)
-    ddt = torch.empty(dt.shape, device=x.device, dtype=dt.dtype)
-    given_D = torch.zeros_like(A) if D is None else D
-    given = x, dt, A, B, C, given_D, initial_state, seq_idx
-    (dD, dA), dinit = _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, NOT_RAW, *given)
-    return [dx, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit]
-
-
-@_planned
-def _ssd_backward_plan(
-    settings, Q, precision, bias, low, high, dx, ddt, dB, dy, dfinal, x, dt, A, B, C, D, init,
-    seq_idx,
+def _ssd_backward(
+    dy, dfinal, x, dt, A, B, C, D, initial_state, seq_idx, bias=None, low=0.0, high=0.0, into=None
 ):  # fmt: skip
-    (b, _, h, p), (g, n), PB = x.shape, B.shape[2:], settings.PB
-    numbers, narrow, tiles, prep = _ssd_shared(
-        settings, Q, PB, precision, bias, low, high, x, dt, A, B, C, D, init, seq_idx
-    )
-    nc, npb, NB = numbers["NC"], numbers["NPB"], numbers["NB"]
-    nsplit, hps = _split(h // g, 2 * b * nc * g, settings.programs * _processors(x.device))
-    programs, wide = b * nc * g * nsplit, D.numel()
-    # Sums, per chunk: the parts of dD, then those of dA, then those of dt_bias's.
-    columns = wide + (h if bias is None else 2 * h)
-    numbers.update(
-        dy_row=_row(dy, settings.TMA), dx_row=_row(dx, settings.TMA), dB_sl=dB.stride(1),
-        ddt_sl=ddt.stride(1), **_strides("f", dfinal, "bhpn"), SUMS=columns, WIDE=wide,
-        NSPLIT=nsplit, HPS=hps, PROGRAMS=programs, HAS_DFINAL=dfinal is not None,
-        D_VECTOR=D.ndim == 2,
-    )  # fmt: skip
-    tiles.update(
-        dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB),
-        series_mem=([(3 + 5 * npb) * b * h, nc * Q], [nc * Q, 1], [1, Q]),
-        borders_mem=([2 * b * h * nc, p, n], [p * n, n, 1], [1, PB, NB]),
-    )  # fmt: skip
-    options = dict(num_warps=settings.warps, num_stages=settings.stages)
-    finish = dict(num_warps=settings.finish)
-    plan = _Plan(
-        prep,
-        (border_kernel, (b * h * npb, 1, 2), numbers, options),
-        (chunk_kernel, (2 * programs, 1, 1), numbers, options),
-        (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), numbers | narrow, finish),
-        (chain_kernel, (b * nc, triton.cdiv(h, 16), 1), numbers, finish),
-        tiles=tiles if settings.TMA else (),
-    )
-    return plan, nc, npb, programs, columns
+    """The gradients of x, dt, A, B, C, D, the initial state and, if there is one, the bias.
 
-
-def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, initial_state, seq_idx):
-    """Write the first four. dB and dC have the same strides, and so have, with `raw`, dt and ddt;
-    the rows of different batch elements follow one another.
-
-    Returns:
-        dD, dA, and the gradient of dt_bias if there is one. And the gradient of the initial state.
+    into: tensors for those of x, dt, B and C, which else are new. The last two have the same
+    strides, and so have dt and its gradient if there is a bias; the rows of different batch
+    elements follow one another.
     """
-    (b, _, h, p), n, bias = x.shape, B.shape[3], raw[0]
-    dinit = (
-        x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    )
-    x, B, C, dy, precision = _operands(x, B, C, torch.zeros_like(x) if dy is None else dy)
-    dx_to, dx = dx, dx if dx.dtype == x.dtype else torch.empty_like(x)
-    settings = _settings(x, n)
-    Q = settings.Q
-    if precision == "ieee" and x.element_size() == 4 and not settings.TMA:
+    (b, _, h, p), n = x.shape, B.shape[3]
+    dx_to, ddt, dB, dC = into or [_gradient(t, x) for t in (x, dt, B, C)]
+    dinit = _gradient(initial_state, x)
+    settings = _settings(x.device, x.dtype, n)
+    dy = torch.zeros_like(x) if dy is None else dy
+    x, B, C, dy, precision = _operands(settings, x, B, C, dy)
+    bias, A, given_D = _contiguous(bias, A, torch.zeros_like(A) if D is None else D)
+    dx, Q = dx_to if dx_to.dtype == x.dtype else torch.empty_like(x), settings.Q
+    if precision == "ieee" and x.element_size() == 4:
         Q = 16  # chunk_kernel spills 2 KB with 32, as a product that is true fp32 takes registers
-    inputs = x, dt, A, B, C, D, initial_state, seq_idx
-    plan, nc, npb, programs, columns = _ssd_backward_plan(
-        settings, Q, precision, *raw, dx, ddt, dB, dy, dfinal, *inputs
-    )
+    known = settings, Q, precision, bias, low, high
+    inputs = x, dt, B, C, given_D, initial_state, seq_idx
+    plan, numbers = _ssd_plan(*known, *inputs, dy, dfinal, dx, ddt, dB)
+    nc, npb, programs = (numbers[name] for name in ("NC", "NPB", "PROGRAMS"))
     f32 = dict(device=x.device, dtype=torch.float32)
-    sums = torch.empty(b * nc, columns, **f32)
+    sums = torch.empty(b * nc, (2 if bias is None else 3) * h, **f32)
+    inputs = x, dt, A, B, C, given_D, initial_state, seq_idx
     plan(
-        **_ssd_tensors(3 + 5 * npb, Q, nc, bias, *inputs),
+        **_ssd_tensors(3 + 5 * npb, numbers, bias, *inputs),
         dy_mem=dy, dx_mem=dx, borders_mem=x.new_empty(2 * b * h * nc, p, n),
         dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=x.new_empty(programs, Q, Q),
         parts_ptr=torch.empty(2 * programs, Q, n, **f32),
@@ -1610,103 +1545,50 @@ def _ssd_backward_into(dx, ddt, dB, dC, dy, dfinal, raw, x, dt, A, B, C, D, init
     )  # fmt: skip
     if dx is not dx_to:
         dx_to.copy_(dx)
-    return _sums(sums, *(t for t in (D, A, bias) if t is not None)), dinit
+    dD, dA, *dbias = _sums(sums, *(t for t in (given_D, A, bias) if t is not None))
+    return [dx_to, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit, *dbias]
 
 
 def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
-    of_D = "h" if D is None or D.dim() == 1 else "h p"
-    axes = f"b l h p, b l h, h, b l g n, b l g n, {of_D}, b h p n, b l"
-    sizes = _sizes(axes, x, dt, A, B, C, D, initial_state, seq_idx)
+    per_channel = D is not None and D.dim() == 2
+    axes = "b l h p, b l h, h, b l g n, b l g n, h, b h p n, b l"
+    sizes = _sizes(axes, x, dt, A, B, C, D[:, 0] if per_channel else D, initial_state, seq_idx)
     if sizes is None or sizes["h"] % sizes["g"]:
         return ""
+    if per_channel:
+        return "D is (h, p); it must be (h)"
     if not x.dtype == B.dtype == C.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
-    return _ssd_limit(x, sizes["p"], sizes["n"]) or _seq_limit(seq_idx)
+    return _ssd_limit(x, sizes["p"], sizes["n"])
 
 
 def _ssd_limit(x, p, n):
     if p not in SIZES or n not in SIZES:
         return f"headdim is {p} and d_state is {n}; they must be of {SIZES}"
-    if _has_settings(x.device, x.dtype, n):
-        return None
-    if _has_settings(x.device, torch.bfloat16, 128):
-        return f"there are no settings for a d_state of {n} in {x.dtype} on this GPU"
-    return "there are no settings for this kind of GPU, or it has too little shared memory"
-
-
-def _seq_limit(seq_idx):
-    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
-        return f"seq_idx is {seq_idx.dtype}; it must be int32 or int64"
-    return None
+    known = _has_settings(x.device, x.dtype, n)
+    return None if known else f"no settings for a d_state of {n} in {x.dtype} fit this kind of GPU"
 
 
 SSD = _Operation(
     "ssd",
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
-    "Tensor? seq_idx",
-    results=2,
-    new=_ssd_new,
-    run=_ssd_forward,
-    misfit=_ssd_misfit,
-    backward=_ssd_backward,
-)
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
+    "Tensor? seq_idx) -> (Tensor, Tensor)",
+    new=_ssd_new, run=_ssd_forward, misfit=_ssd_misfit, backward=_ssd_backward,
+)  # fmt: skip
 
 
-def ssd(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.ssd`; `chunk_size` is accepted for the twin's sake: the tile size is the
-    kernels' own.
+def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
+    """As its twin, `mamba2.ssd`, but for a D per channel; the size of chunks is the kernels' own.
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
-    NaN, for results and gradients: y is NaN from that position on, and so is the final state. (The
-    twin computes with such a dt. Looking for one would synchronise with the GPU in every call, and
-    applying its sign would cost every call one more product per pair of positions.)
+    NaN, for results and gradients. (The twin computes with such a dt. Looking for one would
+    synchronise with the GPU, and applying its sign cost one more product per pair of positions.)
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
-    16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range. The
-    gradients cannot be differentiated again.
+    16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range.
     """
     return SSD(x, dt, A, B, C, D, initial_state, seq_idx)
-
-
-# --------------------------------------------------------------------------------------------------
-# Pieces of convolution, norm and step
-# --------------------------------------------------------------------------------------------------
-
-
-def _unit(*sizes: int) -> int:
-    """8 if it divides every size, else 1.
-
-    Sizes and strides are passed to kernels in this unit. A kernel that computes `size * 8` lets the
-    compiler see that rows begin at multiples of 8 elements, so that a thread may load 16 bytes at
-    once. Triton finds such facts out alone only for multiples of 16, and the rows of the 130m
-    model's projection are 3,352 = 8 · 419 apart.
-    """
-    return 8 if all(size % 8 == 0 for size in sizes) else 1
-
-
-# Whether kernels may contain PTX, the assembly of NVIDIA's GPUs.
-PTX = tl.constexpr(not INTERPRET and torch.version.hip is None)
-
-
-@triton.jit
-def _sigmoid(v):
-    """1 / (1 + exp(-v)), at twice the speed of `tl.sigmoid` and as exact to a few units of 2^-24.
-
-    Triton's exp and division guard against tiny intermediate values, which takes more instructions
-    than the exponential itself. Here such a value may become 0: 2^(-v log2 e) below 2^-126 is added
-    to 1 anyway, and a sigmoid below 2^-126 is as good as 0.
-    """
-    if PTX:
-        power = _approximate("ex2", v * -1.4426950408889634)
-        return _approximate("rcp", 1.0 + power)
-    return tl.sigmoid(v)
-
-
-@triton.jit
-def _approximate(instruction: tl.constexpr, v):
-    assembly: tl.constexpr = instruction + ".approx.ftz.f32 $0, $1;"
-    return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1720,16 +1602,15 @@ def _approximate(instruction: tl.constexpr, v):
 #
 # With seq_idx a term counts only if no sequence begins in (t-i, t].
 #
-# Tiles, chosen by hand on an H200: D channels wide, R rows loaded together, walked by one program
-# for so many positions. 128 and 256 divide the published widths (1792 = 7 · 256, 5376 = 21 · 256).
-#
-# Forward: four channels a thread; eight rows in flight, 4 KB a program, cover the latency of memory
-# (with one warp it is 9 % slower, with four rows 2 %). k-1 rows in 64 are read twice.
+# Tiles, chosen by hand on an H200: D channels wide (128 and 256 divide the published widths, 1792 =
+# 7 · 256 and 5376 = 21 · 256), R rows loaded together, walked by one program for so many positions.
+# A thread has four channels. Forward: eight rows in flight cover the latency of memory; with four
+# it is 2 % slower, with one warp 9 %. k-1 rows in 64 are read twice.
 CONV_FORWARD = dict(R=8, D=256, num_warps=2)
 CONV_FORWARD_ROWS = (64,)
 # Backward: 17 values a channel (window, unfinished dx, taps, their sums, bias and its sum) stay in
-# registers, so four channels a thread again, and only four rows of x and dy in flight. Long walks
-# write fewer partial sums; short ones are for inputs that long ones would cut in too few programs.
+# registers, so only four rows of x and dy are in flight. Long walks write fewer partial sums; short
+# ones are for inputs that long ones would cut in too few programs.
 CONV_BACKWARD = dict(R=4, D=128, num_warps=1)
 CONV_BACKWARD_ROWS = (256, 128)
 
@@ -1740,24 +1621,37 @@ def _if(exists, channel, d):
     return channel < tl.where(exists, d, 0)
 
 
+@triton.jit
+def _conv_place(l, q_rows, d, D: tl.constexpr):
+    """What this program works on: block, which counts blocks of q in all batch elements; batch
+    element; first position, and the one after the last; channels."""
+    blocks_d = tl.cdiv(d, D)
+    blocks_q = tl.cdiv(l, q_rows)
+    block = tl.program_id(0) // blocks_d
+    q0 = block % blocks_q * q_rows
+    channel = (tl.program_id(0) % blocks_d) * D + tl.arange(0, D)
+    return block, (block // blocks_q).to(tl.int64), q0, tl.minimum(q0 + q_rows, l), channel
+
+
 # The taps are weight[i], which looks i positions back; x_window[i-1] is u[t-i], and u[i] is u[t-i];
 # `start` is where the sequence of position t begins, or some position before the window.
 
 
 @triton.jit
-def _conv_taps(weight_ptr, channel, mask_d, K: tl.constexpr):
+def _conv_first(
+    x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, t, channel, d,
+    K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Bias and taps; the k-1 inputs before position t, those before 0 from the state; and `start`
+    of the position before t, where the first sequence begins before position 0."""
+    mask_d = channel < d
+    bias_d = tl.zeros((D,), tl.float32)
+    if BIAS:
+        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
     weight = ()
     for i in tl.static_range(K):
         weight_d = tl.load(weight_ptr + channel * K + K - 1 - i, mask=mask_d, other=0.0)
         weight += (weight_d.to(tl.float32),)
-    return weight
-
-
-@triton.jit
-def _conv_window(
-    x_ptr, x_row, state_ptr, t, channel, d, K: tl.constexpr, STATE: tl.constexpr
-):  # fmt: skip
-    """The k-1 inputs before position t, of which those before 0 come from the state."""
     x_window = ()
     for i in tl.static_range(1, K):
         mask_new_d = _if(t - i >= 0, channel, d)
@@ -1767,18 +1661,13 @@ def _conv_window(
             at_d = (K - 1 + t - i) * d + channel
             u_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(tl.float32)
         x_window += (u_d,)
-    return x_window
-
-
-@triton.jit
-def _conv_start(seq_ptr, t, K: tl.constexpr):
-    """`start` for position t, from the window before it; before position 0 lies the first one."""
     start = t - K
-    for i in tl.static_range(1, K):
-        after = tl.load(seq_ptr + tl.maximum(t - i + 1, 0))
-        if tl.load(seq_ptr + tl.maximum(t - i, 0)) != after:
-            start = tl.maximum(start, t - i + 1)
-    return start
+    if SEQ:
+        for i in tl.static_range(1, K):
+            after = tl.load(seq_ptr + tl.maximum(t - i + 1, 0))
+            if tl.load(seq_ptr + tl.maximum(t - i, 0)) != after:
+                start = tl.maximum(start, t - i + 1)
+    return bias_d, weight, x_window, start
 
 
 @triton.jit
@@ -1791,19 +1680,18 @@ def _conv_begins(seq_ptr, t, l, start):
 
 
 @triton.jit
-def _conv_seen(u, i: tl.constexpr, t, start, SEQ: tl.constexpr):
-    """u[t-i], or 0 if a sequence begins in (t-i, t]."""
-    u_d = u[i]
+def _conv_seen(term_d, i: tl.constexpr, t, start, SEQ: tl.constexpr):
+    """A term between t-i and t, or 0 if a sequence begins in (t-i, t]."""
     if SEQ and i > 0:
-        u_d = tl.where(t - i >= start, u_d, 0.0)
-    return u_d
+        term_d = tl.where(t - i >= start, term_d, 0.0)
+    return term_d
 
 
 @triton.jit
 def _conv_sum(u, weight, v_d, t, start, K: tl.constexpr, SEQ: tl.constexpr):
     """v[t], given the bias."""
     for i in tl.static_range(K):
-        v_d += weight[i] * _conv_seen(u, i, t, start, SEQ)
+        v_d += weight[i] * _conv_seen(u[i], i, t, start, SEQ)
     return v_d
 
 
@@ -1823,28 +1711,6 @@ def _zeros(count: tl.constexpr, D: tl.constexpr):
     for _ in tl.static_range(count):
         zeros += (tl.zeros((D,), tl.float32),)
     return zeros
-
-
-@triton.jit
-def _conv_dweight(dweight, dv_d, u, t, start, K: tl.constexpr, SEQ: tl.constexpr):
-    sums = ()
-    for i in tl.static_range(K):
-        sums += (dweight[i] + dv_d * _conv_seen(u, i, t, start, SEQ),)
-    return sums
-
-
-@triton.jit
-def _conv_dx(pending, dv_d, weight, t, start, K: tl.constexpr, SEQ: tl.constexpr):
-    """dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete."""
-    sums = ()
-    for i in tl.static_range(K):
-        term_d = weight[i] * dv_d
-        if SEQ and i > 0:
-            term_d = tl.where(t - i >= start, term_d, 0.0)
-        if i > 0:
-            term_d += pending[i - 1]
-        sums += (term_d,)
-    return sums
 
 
 @jit
@@ -1876,31 +1742,19 @@ def _conv_forward_kernel(
     Masked: channels past d, positions past l, positions before 0 (those come from the state).
     """
     d = d_units * UNIT
-    blocks_d = tl.cdiv(d, D)
-    blocks_q = tl.cdiv(l, q_rows)
-    program = tl.program_id(0)
-    q0 = (program // blocks_d) % blocks_q * q_rows
-    end = tl.minimum(q0 + q_rows, l)
-    batch = (program // blocks_d // blocks_q).to(tl.int64)
-    x_row = x_row_units.to(tl.int64) * UNIT
-    y_row = d_units.to(tl.int64) * UNIT
+    _, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
+    x_row = tl.full((), x_row_units, tl.int64) * UNIT
+    y_row = tl.full((), d_units, tl.int64) * UNIT
     x_ptr += batch * x_batch_units * UNIT
     y_ptr += batch * l * d
     state_ptr += batch * (K - 1) * d
     final_ptr += batch * (K - 1) * d
     seq_ptr += batch * l
 
-    channel = (program % blocks_d) * D + tl.arange(0, D)
-    mask_d = channel < d
-    bias_d = tl.zeros((D,), tl.float32)
-    if BIAS:
-        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
-
-    weight = _conv_taps(weight_ptr, channel, mask_d, K)
-    x_window = _conv_window(x_ptr, x_row, state_ptr, q0, channel, d, K, STATE)
-    start = q0 - K
-    if SEQ:
-        start = _conv_start(seq_ptr, q0, K)
+    bias_d, weight, x_window, start = _conv_first(
+        x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
+        K, BIAS, STATE, SEQ, D,
+    )  # fmt: skip
 
     x_next_ptr = x_ptr + q0 * x_row
     y_next_ptr = y_ptr + q0 * y_row
@@ -1937,7 +1791,7 @@ def _conv_forward_kernel(
                 mask_old_d = _if(joined & (t < 0), channel, d)
                 at_d = (K - 1 + t) * d + channel
                 row_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(row_d.dtype)
-            tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=mask_d)
+            tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=channel < d)
 
 
 @jit
@@ -1974,16 +1828,10 @@ def _conv_backward_kernel(
     Masked: channels past d, rows past l, dx outside of the program's own positions.
     """
     d = d_units * UNIT
-    blocks_d = tl.cdiv(d, D)
-    blocks_q = tl.cdiv(l, q_rows)
-    program = tl.program_id(0)
-    block = (program // blocks_d).to(tl.int64)  # counts (batch, block of q)
-    q0 = (program // blocks_d) % blocks_q * q_rows
-    end = tl.minimum(q0 + q_rows, l)
-    batch = block // blocks_q
-    x_row = x_row_units.to(tl.int64) * UNIT
-    dy_row = d_units.to(tl.int64) * UNIT
-    dx_row = dx_row_units.to(tl.int64) * UNIT
+    block, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
+    x_row = tl.full((), x_row_units, tl.int64) * UNIT
+    dy_row = tl.full((), d_units, tl.int64) * UNIT
+    dx_row = tl.full((), dx_row_units, tl.int64) * UNIT
     x_ptr += batch * x_batch_units * UNIT
     dy_ptr += batch * l * d
     dx_ptr += batch * l * dx_row
@@ -1991,19 +1839,12 @@ def _conv_backward_kernel(
     dstate_ptr += batch * (K - 1) * d
     dfinal_ptr += batch * (K - 1) * d
     seq_ptr += batch * l
-    partial_ptr += block * d * (K + 1)
+    partial_ptr += block.to(tl.int64) * d * (K + 1)
 
-    channel = (program % blocks_d) * D + tl.arange(0, D)
-    mask_d = channel < d
-    bias_d = tl.zeros((D,), tl.float32)
-    if BIAS:
-        bias_d = tl.load(bias_ptr + channel, mask=mask_d, other=0.0).to(tl.float32)
-
-    weight = _conv_taps(weight_ptr, channel, mask_d, K)
-    x_window = _conv_window(x_ptr, x_row, state_ptr, q0, channel, d, K, STATE)
-    start = q0 - K
-    if SEQ:
-        start = _conv_start(seq_ptr, q0, K)
+    bias_d, weight, x_window, start = _conv_first(
+        x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
+        K, BIAS, STATE, SEQ, D,
+    )  # fmt: skip
     dweight = _zeros(K, D)
     pending = _zeros(K - 1, D)
     dbias_d = tl.zeros((D,), tl.float32)
@@ -2030,12 +1871,19 @@ def _conv_backward_kernel(
             # weight and bias; rows past `end` are the next program's
             own_dv_d = tl.where(t < end, dv_d, 0.0)
             dbias_d += own_dv_d
-            dweight = _conv_dweight(dweight, own_dv_d, u, t, start, K, SEQ)
-            # x: after this term the sum for s = t-(k-1) is complete
-            sums = _conv_dx(pending, dv_d, weight, t, start, K, SEQ)
+            # x: dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete
+            sums_weight = ()
+            sums_x = ()
+            for i in tl.static_range(K):
+                sums_weight += (dweight[i] + own_dv_d * _conv_seen(u[i], i, t, start, SEQ),)
+                term_d = _conv_seen(weight[i] * dv_d, i, t, start, SEQ)
+                if i > 0:
+                    term_d += pending[i - 1]
+                sums_x += (term_d,)
+            dweight = sums_weight
             s = t - (K - 1)
-            dx_d = sums[K - 1]
-            pending = sums[: K - 1]
+            dx_d = sums_x[K - 1]
+            pending = sums_x[: K - 1]
             x_window = u[: K - 1]
             # store
             if DFINAL:  # row r of the final state is u[l-(k-1)+r]
@@ -2048,8 +1896,8 @@ def _conv_backward_kernel(
                 tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
 
     for i in tl.static_range(K):
-        tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=mask_d)
-    tl.store(partial_ptr + d * K + channel, dbias_d, mask=mask_d)
+        tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=channel < d)
+    tl.store(partial_ptr + d * K + channel, dbias_d, mask=channel < d)
 
 
 @_planned
@@ -2064,7 +1912,7 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
         blocks = b * triton.cdiv(l, q_rows)
         if blocks * blocks_d >= 4096:
             break
-    unit = min(_conv_unit(x), _conv_unit(dx)) if backward else _conv_unit(x)
+    unit = _unit(d, *x.stride()[:2], *(dx.stride()[:2] if backward else ()))
     numbers = dict(
         l=l, q_rows=q_rows, d_units=d // unit, x_batch_units=x.stride(0) // unit,
         x_row_units=x.stride(1) // unit, UNIT=unit, K=weight.shape[-1], BIAS=bias is not None,
@@ -2083,6 +1931,7 @@ def _conv_new(x, weight, *_):
 
 
 def _conv_forward(y, final, x, weight, bias, state, seq_idx):
+    x = x if x.stride(2) == 1 else x.contiguous()
     state = None if state is None else state.to(x.dtype)  # rounds as the twin does
     weight, bias, state, seq_idx = _contiguous(weight, bias, state, seq_idx)
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
@@ -2092,21 +1941,12 @@ def _conv_forward(y, final, x, weight, bias, state, seq_idx):
     )  # fmt: skip
 
 
-def _contiguous(*tensors):
-    return [t if t is None else t.contiguous() for t in tensors]
-
-
-def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx):
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return [dx, *_conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx)]
-
-
-def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
-    """Write dx, whose batch elements follow one another; return dweight, dbias and the gradient of
-    the state, which are empty if there are no such inputs."""
-    x = x if x.stride(2) == 1 else x.contiguous()  # a saved tensor's hooks may lay it out anew
+def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
+    """The gradients of all but seq_idx. dx: a tensor for that of x, whose batch elements follow one
+    another; else it is new."""
+    dx, dstate = _gradient(x, x) if dx is None else dx, _gradient(state, x)
     d, k = x.shape[2], weight.shape[-1]
-    dstate = x.new_empty(0) if state is None else state.new_empty(state.shape)
+    x = x if x.stride(2) == 1 else x.contiguous()
     state = None if state is None else state.to(x.dtype)  # as in the forward
     dy = torch.zeros_like(x) if dy is None else dy
     given = _contiguous(weight, bias, state, seq_idx, dy, dfinal)
@@ -2118,12 +1958,7 @@ def _conv_backward_into(dx, dy, dfinal, x, weight, bias, state, seq_idx):
         dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
     dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
-    return dweight, x.new_empty(0) if bias is None else dbias, dstate
-
-
-def _conv_unit(x: Tensor) -> int:
-    # Triton makes a constant of an argument that is 1, and a constant has no dtype to convert.
-    return 1 if 8 in (x.shape[2], x.stride(1)) else _unit(x.shape[2], x.stride(0), x.stride(1))
+    return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
 
 
 def _conv_misfit(x, weight, bias, initial_state, seq_idx):
@@ -2132,24 +1967,20 @@ def _conv_misfit(x, weight, bias, initial_state, seq_idx):
         return ""
     if not 2 <= sizes["k"] <= 4:
         return f"the convolution has {sizes['k']} taps; it must be 2 to 4"
-    if x.stride(2) != 1 or 1 in (x.shape[2], x.stride(1)):
-        return "the channels of x are not next to each other in memory, or rows overlap"
-    return _seq_limit(seq_idx)
+    return None
 
 
 CONV = _Operation(
     "causal_conv1d",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx",
-    results=2,
-    new=_conv_new,
-    run=_conv_forward,
-    misfit=_conv_misfit,
-    backward=_conv_backward,
-)
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx) -> "
+    "(Tensor, Tensor)",
+    new=_conv_new, run=_conv_forward, misfit=_conv_misfit, backward=_conv_backward,
+)  # fmt: skip
 
 
 def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
-    """As its twin, `mamba2.causal_conv1d`. Rows of x may be any distance apart."""
+    """As its twin, `mamba2.causal_conv1d`. Rows of x may be any distance apart; if its channels are
+    not next to each other, it is copied."""
     return CONV(x, weight, bias, initial_state, seq_idx)
 
 
@@ -2162,21 +1993,9 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 #
 # A slice of `size` = d / groups channels is cut into TILES tiles of N channels: powers of two that
 # together are little wider than the slice (5,120 = 5 · 1,024; one tile would be 8,192 wide).
-#
 # A thread has four channels of each tile. The backward runs 16 warps on each multiprocessor, which
 # fill it at 128 registers a thread; left alone, the compiler takes more for wide slices, and then
 # only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
-
-
-def _norm_tiles(size: int) -> dict:
-    """N · TILES >= size with the fewest channels too many; R rows of short slices together."""
-    if size <= 256:
-        n = max(16, triton.next_power_of_2(size))
-    else:
-        n = min((1024, 512, 256), key=lambda n: triton.cdiv(size, n) * n)
-    tiles = triton.cdiv(size, n)
-    r = max(1, 1024 // triton.next_power_of_2(n * tiles))
-    return dict(R=r, N=n, TILES=tiles)
 
 
 @jit
@@ -2345,18 +2164,19 @@ def _rows(tensor: Tensor) -> Tensor:
 def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     """The plan of either direction, and how many rows of partial sums the backward writes."""
     rows, size, backward = y.numel() // y.shape[-1], y.shape[-1] // groups, dy is not None
-    named, tiles = dict(y=y, z=z, dy=dy, dz=dz), _norm_tiles(size)
-    warps, blocks = tiles["R"] * tiles["N"] // 128, triton.cdiv(rows, tiles["R"])
+    widths = (1024, 512, 256) if size > 256 else (max(16, triton.next_power_of_2(size)),)
+    N = min(widths, key=lambda n: triton.cdiv(size, n) * n)  # with the fewest channels too many
+    tiles = triton.cdiv(size, N)
+    R = max(1, 1024 // triton.next_power_of_2(N * tiles))  # rows of short slices together
+    named, warps, blocks = dict(y=y, z=z, dy=dy, dz=dz), R * N // 128, triton.cdiv(rows, R)
     slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), blocks)
     apart = {name: y.stride(-2) if t is None else t.stride(-2) for name, t in named.items()}
     unit, options = _unit(size, *apart.values()), dict(num_warps=warps)
     numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
     numbers.update(
         rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
-        GATE=z is not None, UNIT=unit, **tiles,
+        GATE=z is not None, UNIT=unit, R=R, N=N, TILES=tiles,
     )  # fmt: skip
-    if z is None:
-        numbers.update(z_ptr="y_ptr", dz_ptr="y_ptr")
     kernel, programs = _norm_forward_kernel, blocks * groups
     if backward:
         kernel, programs = _norm_backward_kernel, slots * groups
@@ -2375,33 +2195,24 @@ def _norm_forward(out, y, z, weight, eps, groups):
     plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
 
 
-def _norm_backward(dout, y, z, weight, eps, groups):
-    dy = y.new_empty(y.shape)
-    dz = y.new_empty(0) if z is None else z.new_empty(z.shape)
-    return [dy, dz, _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups)]
-
-
-def _norm_backward_into(dy, dz, dout, y, z, weight, eps, groups):
-    """Write dy, and dz if there is a z, both with rows that lie evenly; return dweight."""
-    y, dy = _rows(y), _rows(dy)
-    z, dz = (None, None) if z is None else (_rows(z), _rows(dz))
-    plan, slots = _norm_plan(y, z, eps, groups, dy, dz)
+def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
+    """The gradients of y, z and weight. dy, dz: tensors for the first two, with rows that lie
+    evenly; else they are new."""
+    if dy is None:
+        dy, dz = _gradient(y, y), _gradient(z, y)
+    y, z = _rows(y), None if z is None else _rows(z)
+    plan, slots = _norm_plan(y, z, eps, groups, _rows(dy), None if z is None else _rows(dz))
     partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
     plan(
         y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
         dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
-    return _sums(partial, weight)[0]
+    return [dy, dz, *_sums(partial, weight)]
 
 
 def _norm_misfit(x, gate, weight, eps, groups):
-    if x.dim() == 0 or x.numel() == 0 or weight.shape != x.shape[-1:]:
-        return ""
-    if gate is not None and gate.shape != x.shape:
-        return ""
-    if not isinstance(eps, (int, float)) or not isinstance(groups, int):
-        return ""
-    if groups < 1 or x.shape[-1] % groups:
+    fits = x.dim() > 0 and x.numel() > 0 and weight.shape == x.shape[-1:] and groups >= 1
+    if not fits or x.shape[-1] % groups or gate is not None and gate.shape != x.shape:
         return ""
     size = x.shape[-1] // groups
     return None if size <= 8192 else f"a group has {size} channels; it must be 1 to 8192"
@@ -2409,19 +2220,15 @@ def _norm_misfit(x, gate, weight, eps, groups):
 
 NORM = _Operation(
     "rms_norm",
-    "Tensor x, Tensor? gate, Tensor weight, float eps, int groups",
-    results=1,
-    new=_norm_new,
-    run=_norm_forward,
-    misfit=_norm_misfit,
-    backward=_norm_backward,
-)
+    "(Tensor x, Tensor? gate, Tensor weight, float eps, int groups) -> Tensor",
+    new=_norm_new, run=_norm_forward, misfit=_norm_misfit, backward=_norm_backward,
+)  # fmt: skip
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
     """As its twin, `mamba2.rms_norm`. Rows of x and gate, which often is a slice of a projection,
     may be any distance apart."""
-    return NORM(x, gate, weight, eps, groups)
+    return NORM(x, gate, weight, float(eps), groups)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2429,9 +2236,8 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
 # --------------------------------------------------------------------------------------------------
 #
 # Convolution, SSD and gated norm as one operation, with the kernels above. It spares the CPU what
-# lies between three operations, which a small layer waits for, and memory: softplus(dt + dt_bias)
-# and -exp(A_log) are made inside SSD's kernels, and each gradient of z, xBC and dt is written to
-# its columns of one tensor, the gradient of the projection.
+# lies between three operations, which a small layer waits for, and memory: softplus and -exp(A_log)
+# are made inside SSD's kernels, and gradients of z, xBC and dt are written side by side.
 
 
 def _columns(wide, weight, dt_bias, norm_weight):
@@ -2466,8 +2272,8 @@ def _middle_forward(
     z, xBC_in, dt = _columns(zxbcdt.contiguous(), weight, dt_bias, norm_weight)
     _conv_forward(xBC, new_conv, xBC_in, weight, bias, conv, seq_idx)
     x, B, C = _heads(xBC, dt_bias, norm_weight, groups)
-    raw = dt_bias.contiguous(), low, high
-    _ssd_forward(y.view(x.shape), new_ssm, x, dt, A_log, B, C, D, ssm, seq_idx, raw)
+    inputs = x, dt, A_log, B, C, D, ssm, seq_idx, dt_bias, low, high
+    _ssd_forward(y.view(x.shape), new_ssm, *inputs)
     _norm_forward(out, y, z, norm_weight, eps, groups)
 
 
@@ -2486,13 +2292,12 @@ def _middle_backward(
     if dout is None:
         dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dy = dxBC_in[..., : y.shape[2]]  # until the convolution's gradient is written there
-    dnorm_weight = _norm_backward_into(dy, dz, dout, y, z, norm_weight, eps, groups)
-    raw = dt_bias.contiguous(), low, high
-    (dD, dA_log, ddt_bias), dinit = _ssd_backward_into(
-        dx, ddt, dB, dC, dy.view(x.shape), dssm, raw, x, dt, A_log, B, C, D, ssm, seq_idx
-    )
+    _, _, dnorm_weight = _norm_backward(dout, y, z, norm_weight, eps, groups, dy, dz)
+    inputs = x, dt, A_log, B, C, D, ssm, seq_idx, dt_bias, low, high
+    found = _ssd_backward(dy.view(x.shape), dssm, *inputs, (dx, ddt, dB, dC))
+    _, _, dA_log, _, _, dD, dinit, ddt_bias = found
     given = dconv, xBC_in, weight, bias, conv, seq_idx
-    dweight, dbias, dstate = _conv_backward_into(dxBC_in, dxBC, *given)
+    _, dweight, dbias, dstate = _conv_backward(dxBC, *given, dxBC_in)
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
@@ -2510,21 +2315,17 @@ def _middle_misfit(
     p, n = hp // h, (d - hp) // (2 * groups)
     fits = sizes.setdefault("p", p) == p and sizes.setdefault("n", n) == n
     fits = fits and 2 <= sizes["k"] <= 4 and hp // groups <= 8192
-    return None if fits and not (_ssd_limit(zxbcdt, p, n) or _seq_limit(seq_idx)) else ""
+    return None if fits and not _ssd_limit(zxbcdt, p, n) else ""
 
 
 MIDDLE = _Operation(
     "layer_middle",
-    "Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
-    "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, "
-    "int groups, float eps, float low, float high",
-    results=3,
+    "(Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
+    "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, int groups, float eps, "
+    "float low, float high) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kept=2,  # what the convolution and SSD return
-    new=_middle_new,
-    run=_middle_forward,
-    misfit=_middle_misfit,
-    backward=_middle_backward,
-)
+    new=_middle_new, run=_middle_forward, misfit=_middle_misfit, backward=_middle_backward,
+)  # fmt: skip
 
 
 def layer_middle(
@@ -2546,20 +2347,16 @@ def layer_middle(
         step = xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D
         if not NORM.takes(z, z, norm_weight, eps, groups):  # z is as y will be
             return None
-        result = layer_step(*step, dt_limit=dt_limit, in_place=in_place)
-        if result is None:
+        if (result := layer_step(*step, dt_limit=dt_limit, in_place=in_place)) is None:
             return None
         y, *state = result
         return rms_norm(y, norm_weight, eps, gate=z, groups=groups), *state
-    weights, numbers = (weight, bias, dt_bias, A_log, D, norm_weight), (eps, *dt_limit)
-    numbers = groups, *map(float, numbers)
-    results = MIDDLE(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)
-    if results is None:
+    weights = weight, bias, dt_bias, A_log, D, norm_weight
+    numbers = groups, float(eps), *map(float, dt_limit)
+    if (results := MIDDLE(zxbcdt, *weights, conv, ssm, seq_idx, *numbers)) is None:
         return None
     y, conv, new_ssm = results
-    if ssm is not None and ssm.dtype.itemsize == 2:
-        new_ssm = new_ssm.to(ssm.dtype)
-    return y, conv, new_ssm
+    return y, conv, new_ssm if ssm is None else new_ssm.to(ssm.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2573,36 +2370,34 @@ def layer_middle(
 #     ssm     = exp(-dt · exp(A_log)) · ssm + dt · x B^T   (p, n), for each head
 #     y       = ssm C + D · x
 #
-# Nearly all bytes are the state's, read once and written once. A program computes B and C of its
-# group once and then walks over its share of the tiles of the group's state, 8 KB each. One warp:
-# more would compute B and C, and all that is one number a head, once more each. So many programs
-# fit on a multiprocessor at a time, by their registers; with few rows there are not enough tiles
-# for that, so they are smaller, to have the whole GPU take part.
+# Nearly all bytes are the state's, read once and written once. A program of one warp (more would
+# compute B and C, and what is one number per head, once more each) computes B and C of its group
+# once, and then walks over its share of the tiles of the group's state. STEP_PROGRAMS fit on a
+# multiprocessor at a time, by their registers. A tile has 8 KB; with few rows there are not enough
+# such tiles for the whole GPU to take part, and it has 2 KB.
 STEP_PROGRAMS = 8
-STEP_LARGE = dict(BYTES=8192, num_warps=1)
-STEP_SMALL = dict(BYTES=2048, num_warps=1)
+STEP_BYTES = 8192, 2048
 
 
 @triton.jit
-def _step_inputs(xBC_ptr, conv_ptr, channel, exists, d, K: tl.constexpr):
-    """The K inputs that the convolution has at this position, the oldest first."""
+def _step_conv(
+    xBC_ptr, conv_ptr, weight_ptr, bias_ptr, channel, exists, d,
+    K: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The K inputs that the convolution has at this position, the oldest first; and what it makes
+    of them, with bias and SiLU, rounded to their dtype."""
     u = ()
     for j in tl.static_range(K - 1):  # rounds to the dtype of xBC as the convolution does
         old = tl.load(conv_ptr + j * d + channel, mask=exists, other=0.0)
         u += (old.to(xBC_ptr.dtype.element_ty),)
-    return u + (tl.load(xBC_ptr + channel, mask=exists, other=0.0),)
-
-
-@triton.jit
-def _step_taps(u, weight_ptr, bias_ptr, channel, exists, K: tl.constexpr, BIAS: tl.constexpr):
-    """The convolution of these inputs, with bias and SiLU, rounded to their dtype."""
+    u += (tl.load(xBC_ptr + channel, mask=exists, other=0.0),)
     v = tl.zeros(channel.shape, tl.float32)
     if BIAS:
         v += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
     for j in tl.static_range(K):
         weight = tl.load(weight_ptr + channel * K + j, mask=exists, other=0.0)
         v += weight.to(tl.float32) * u[j].to(tl.float32)
-    return (v * _sigmoid(v)).to(u[0].dtype).to(tl.float32)
+    return u, (v * _sigmoid(v)).to(u[0].dtype).to(tl.float32)
 
 
 @triton.jit
@@ -2645,14 +2440,12 @@ def _step_kernel(
     mask_n = n < N
     B_at = G * HPG * P + g * N + n
     C_at = B_at + G * N
-    B_u = _step_inputs(xBC_ptr, conv_ptr, B_at, mask_n, d, K)
-    C_u = _step_inputs(xBC_ptr, conv_ptr, C_at, mask_n, d, K)
+    B_u, B_n = _step_conv(xBC_ptr, conv_ptr, weight_ptr, bias_ptr, B_at, mask_n, d, K, BIAS)
+    C_u, C_n = _step_conv(xBC_ptr, conv_ptr, weight_ptr, bias_ptr, C_at, mask_n, d, K, BIAS)
     if tl.program_id(1) == 0:  # now, not later, so that nothing holds them in registers
         for j in tl.static_range(1, K):
             tl.store(new_conv_ptr + (j - 1) * d + B_at, B_u[j], mask=mask_n)
             tl.store(new_conv_ptr + (j - 1) * d + C_at, C_u[j], mask=mask_n)
-    B_n = _step_taps(B_u, weight_ptr, bias_ptr, B_at, mask_n, K, BIAS)
-    C_n = _step_taps(C_u, weight_ptr, bias_ptr, C_at, mask_n, K, BIAS)
 
     tiles_p: tl.constexpr = (P + PB - 1) // PB
     first = tl.program_id(1) * tiles
@@ -2670,8 +2463,7 @@ def _step_kernel(
         A = -tl.exp(tl.load(A_log_ptr + h).to(tl.float32))
         D = tl.load(D_ptr + h).to(tl.float32)
         x_at = h * P + p
-        x_u = _step_inputs(xBC_ptr, conv_ptr, x_at, mask_p, d, K)
-        x_p = _step_taps(x_u, weight_ptr, bias_ptr, x_at, mask_p, K, BIAS)
+        x_u, x_p = _step_conv(xBC_ptr, conv_ptr, weight_ptr, bias_ptr, x_at, mask_p, d, K, BIAS)
 
         # decay
         dt = clamp(softplus(dt), low, high)
@@ -2689,19 +2481,17 @@ def _step_kernel(
 def _step_plan(xBC, dt, ssm, weight, bias, low, high):
     (b, h, p, n), (d, _, k) = ssm.shape, weight.shape
     g, nb = (d - h * p) // (2 * n), triton.next_power_of_2(n)
-    programs = STEP_PROGRAMS * _processors(xBC.device)
-    large = b * h * p * nb * ssm.itemsize > programs * STEP_LARGE["BYTES"]
-    config = dict(STEP_LARGE if large else STEP_SMALL)
-    pb = min(max(config.pop("BYTES") // (nb * ssm.itemsize), 1), triton.next_power_of_2(p))
+    programs, (large, small) = STEP_PROGRAMS * _processors(xBC.device), STEP_BYTES
+    of_tile = large if b * h * p * nb * ssm.itemsize > programs * large else small
+    pb = min(max(of_tile // (nb * ssm.itemsize), 1), triton.next_power_of_2(p))
     tiles = h // g * triton.cdiv(p, pb)  # in a group
     share = triton.cdiv(tiles, min(tiles, triton.cdiv(programs, b * g)))  # of one program
     numbers = dict(
         xBC_sb=xBC.stride(0), dt_sb=dt.stride(0), HPG=h // g, tiles=share, low=low, high=high,
         G=g, P=p, N=n, K=k, BIAS=bias is not None, PB=pb, NB=nb,
     )  # fmt: skip
-    if bias is None:
-        numbers.update(bias_ptr="xBC_ptr")
-    return _Plan((_step_kernel, (b * g, triton.cdiv(tiles, share), 1), numbers, config))
+    grid = b * g, triton.cdiv(tiles, share), 1
+    return _Plan((_step_kernel, grid, numbers, dict(num_warps=1)))
 
 
 def _step_run(y, new_conv, new_ssm, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
@@ -2730,20 +2520,15 @@ def _step_misfit(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high)
         return ""
     if n > 1024:
         return f"d_state is {n}; it must be 1 to 1024"
-    return (
-        None if xBC.stride(2) == dt.stride(2) == 1 else "the rows of xBC or dt are not contiguous"
-    )
+    return None if xBC.stride(2) == dt.stride(2) == 1 else ""
 
 
 STEP = _Operation(
     "layer_step",
-    "Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, Tensor dt_bias, "
-    "Tensor A_log, Tensor D, float low, float high",
-    results=3,
-    new=_step_new,
-    run=_step_run,
-    misfit=_step_misfit,
-)
+    "(Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, "
+    "Tensor dt_bias, Tensor A_log, Tensor D, float low, float high) -> (Tensor, Tensor, Tensor)",
+    new=_step_new, run=_step_run, misfit=_step_misfit,
+)  # fmt: skip
 
 
 def layer_step(
@@ -2774,12 +2559,11 @@ def layer_step(
 #
 # of x · silu(gate) if there is a gate; the mean is one group's. With so few rows the time is that
 # of reading the weight, so every program computes the norm again, from the L2 cache, in the same
-# pass: the root is one number a row and group, and multiplies the finished sum. So a token of a
-# layer takes three launches: `layer_step` between two of these.
+# pass: the root is one number per row and group, and multiplies the finished sum.
 NORM_LINEAR_ROWS = 2  # with more, a norm of its own and a product on tensor cores are faster
-# While a tile is summed the next ones arrive, through STAGES buffers. One row without a gate leaves
-# so little to compute that single warps, which never wait for each other, are faster. OB is halved
-# until each multiprocessor has 4 warps.
+# While a tile is summed the next ones arrive, through STAGES buffers. For one row without a gate
+# single warps, which never wait for each other, are faster. OB is halved until each multiprocessor
+# has 4 warps.
 NORM_LINEAR_TILES = dict(OB=4, KB=512, STAGES=3, num_warps=4)
 NORM_LINEAR_ROW = dict(OB=8, KB=256, STAGES=3, num_warps=1)
 
@@ -2863,8 +2647,6 @@ def _norm_linear_plan(x, weight, bias, gate, residual, eps, groups):
         GATE=gate is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
         RB=triton.next_power_of_2(rows), **config,
     )  # fmt: skip
-    given = dict(gate_ptr=gate, bias_ptr=bias, residual_ptr=residual)
-    numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
     return _Plan(
         (_norm_linear_kernel, (triton.cdiv(outputs, config["OB"]), 1, 1), numbers, options)
     )
@@ -2898,13 +2680,10 @@ def _norm_linear_misfit(x, norm_weight, weight, bias, gate, residual, eps, group
 
 NORM_LINEAR = _Operation(
     "norm_linear",
-    "Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
-    "float eps, int groups",
-    results=1,
-    new=_norm_linear_new,
-    run=_norm_linear_run,
-    misfit=_norm_linear_misfit,
-)
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
+    "float eps, int groups) -> Tensor",
+    new=_norm_linear_new, run=_norm_linear_run, misfit=_norm_linear_misfit,
+)  # fmt: skip
 
 
 def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, residual=None):
@@ -3010,8 +2789,13 @@ def block(block, h, state):
 
 
 class Text:
-    """The cache of a text while `generate` decodes it: a Mamba2Cache, or a Decoder, whose CUDA
-    graph changes its state in place. `generate` passes one and the same from token to token."""
+    """The cache of a text while `generate` decodes it: a Mamba2Cache, or, after a step of a CUDA
+    graph, the graph's buffers. `generate` passes one and the same from token to token.
+
+    The graph is the model's as it was at the text's first step: a module, weight, hook or option
+    that is replaced between two tokens takes effect in the next text. (New values in the same
+    memory take effect at once.) A token in another mode, as in autocast, is a step of the model.
+    """
 
     is_compileable, is_croppable, is_linear = False, False, (False,)  # as in Mamba2Cache
 
@@ -3021,8 +2805,7 @@ class Text:
         return cls(model, cache) if model.device.type == "cuda" else cache
 
     def __init__(self, model, cache):
-        # A Decoder after the first token of its own, False if there can be none
-        self.model, self.kind, self.decoder = model, type(cache), None
+        self.model, self.graph = model, None  # before the first step; False if there can be none
         self.now(cache)
 
     def now(self, cache):
@@ -3032,10 +2815,10 @@ class Text:
 
     def cache(self):
         """The Mamba2Cache; a copy if it is in a graph."""
-        if self.current is not self.decoder:
+        if self.current is not self.graph:
             return self.current
-        states = (_kinds["Mamba2State"](*state) for state in self.decoder.states())
-        return self.kind(tuple(states), self.length)
+        states = (_kinds["Mamba2State"](*state) for state in self.graph.copies())
+        return _kinds["Mamba2Cache"](tuple(states), self.length)
 
     def get_seq_length(self, layer_idx=0):
         return self.length
@@ -3049,82 +2832,46 @@ class Text:
             return None
         if mask is not None and not mask[:, -1].all():
             return None
-        if self.decoder is None and self.current.states:
-            graph = DecodingGraph.take(self.model, self.current)
-            self.decoder = graph is not None and Decoder(self.model, graph)
-        if not self.decoder:
+        if self.graph is None and self.current.states:
+            self.graph = DecodingGraph.take(self.model, self.current) or False
+            if self.graph:  # the next text may have it when this one is no longer used
+                give_back = DecodingGraph.give_back
+                weakref.finalize(self, give_back, self.model, self.graph).atexit = False
+        if not self.graph or _modes() != self.graph.modes:
             return None
-        if not self.decoder.is_right():  # the model decodes the rest of the text
-            self.decoder.free()
-            self.current, self.decoder = self.cache(), False
-            return None
-        if self.current is not self.decoder:
-            self.decoder.graph.load(self.current)
-            self.current = self.decoder
+        if self.current is not self.graph:
+            self.graph.load(self.current)
+            self.current = self.graph
         self.length += 1
-        return self.decoder.graph(ids)[:, None].clone()
+        return self.graph(ids)[:, None].clone()
 
 
-class Decoder:
-    """Holds a DecodingGraph for a text; when it is no longer used, the next text may have it."""
-
-    def __init__(self, model, graph):
-        self.graph, self.modes, self.states = graph, _modes(), graph.copies
-        self.close = weakref.finalize(self, DecodingGraph.give_back, model, graph)
-        self.close.atexit = False
-        parts = [part for m in model.modules() for part in (m._modules, m._parameters) if part]
-        self.views = [part.values() for part in parts]  # these follow later assignments
-        self.objects = [*itertools.chain.from_iterable(self.views)]
-        self.parameters = [o for o in self.objects if isinstance(o, Tensor)]
-        self.addresses = [*map(Tensor.data_ptr, self.parameters)]
-        self.memory = [*map(Tensor.untyped_storage, self.parameters)]  # which the graph may read
-
-    def is_right(self):
-        """Whether the graph does what calling the model would do: since it was taken no module or
-        weight has been replaced or moved, and no switch of PyTorch's been changed."""
-        same = map(operator.is_, itertools.chain.from_iterable(self.views), self.objects)
-        addresses = map(Tensor.data_ptr, self.parameters)
-        return _modes() == self.modes and all(same) and [*addresses] == self.addresses
-
-    def free(self):
-        """Keep nothing but copies of the states."""
-        self.close.detach()
-        states = self.graph.copies()
-        self.states, self.graph, self.memory = lambda: states, None, None
-
-
-# Before each text, all that `_fingerprint` and `_modes` name is compared with what the graph was
-# made for (1 ms for 24 layers on a slow CPU). Before each token (40 us), only `_modes`, and whether
-# modules and parameters are the same objects at the same addresses: a hook, an attribute, an option
-# or another layout of the same memory that is set between two tokens takes effect in the next text.
-
-
-def _fingerprint(model, device) -> list | None:
-    """What a step depends on, to be compared with ==; None if a graph would not do all of it.
+def _fingerprint(model) -> list | None:
+    """What a step depends on, to be compared with == before each text (1 ms for 24 layers on a slow
+    CPU); None if a graph would not do all of it.
 
     None for a model in training mode; for a module of any class but the model's own (adapters and
     other heads may depend on anything), or one that is compiled, or has hooks or buffers; for
-    weights that are sharded, quantised, or not on the device. Values of weights are not named,
-    because a graph reads them where they lie.
+    weights that are sharded, quantised, or elsewhere. Values of weights are not named, because a
+    graph reads them where they lie.
     """
     if model.training:
         return None
-    known = {nn.Embedding, nn.ModuleList, *_kinds.values()}
-    skipped, configs, parts = {"config", "generation_config"}, {}, []
-    for module in model.modules():
+    device, known, parts = model.device, {nn.Embedding, nn.ModuleList, *_kinds.values()}, []
+    for name, module in model.named_modules(remove_duplicate=False):
         foreign = type(module) not in known or module._buffers or module._compiled_call_impl
         if foreign or _is_watched(module):
             return None
-        own, config = vars(module), vars(module).get("config")
-        if config is not None and id(config) not in configs:
-            configs[id(config)] = repr(vars(config))
-        options = [(key, own[key]) for key in own if key[0] != "_" and key not in skipped]
-        children = [(name, id(child)) for name, child in module._modules.items()]
-        parts += [type(module), configs.get(id(config)), repr(options), children]
-        weights = [(name, w) for name, w in module._parameters.items() if w is not None]
-        if any(type(w) is not nn.Parameter or w.device != device for _, w in weights):
-            return None
-        for name, w in weights:
+        options = {key: value for key, value in vars(module).items() if key[0] != "_"}
+        options.pop("generation_config", None)
+        if "config" in options:
+            options["config"] = vars(options["config"])
+        parts.append((name, id(module), type(module), repr(options)))
+        for name, w in module._parameters.items():
+            if w is None:
+                continue
+            if type(w) is not nn.Parameter or w.device != device:
+                return None
             parts.append((name, w.data_ptr(), w.shape, w.stride(), w.dtype, w.is_neg()))
     return parts
 
@@ -3164,16 +2911,12 @@ class DecodingGraph:
     @classmethod
     def take(cls, model, cache):
         """A graph of the model for one text, loaded with the cache; None if there can be none."""
-        tensors = [tensor for state in cache.states for tensor in state]
-        if not cls.enabled or not tensors or tensors[0].device.type != "cuda":
+        if not cls.enabled or torch.cuda.is_current_stream_capturing():
             return None
-        device = tensors[0].device
-        if any(tensor.device != device for tensor in tensors):
+        modes, fingerprint = _modes(), _fingerprint(model)
+        if modes is None or fingerprint is None:
             return None
-        modes, fingerprint = _modes(), _fingerprint(model, device)
-        if modes is None or fingerprint is None or torch.cuda.is_current_stream_capturing():
-            return None
-        key = fingerprint, modes, type(cache), [(tensor.shape, tensor.dtype) for tensor in tensors]
+        key = fingerprint, modes, [(t.shape, t.dtype) for state in cache.states for t in state]
         graph = cls.idle.pop(model, None)
         if graph is None or graph.made_for != key:
             graph = None  # whose memory is free before the next takes its own
@@ -3182,7 +2925,8 @@ class DecodingGraph:
             except RuntimeError as error:  # such as too little memory: the next text tries again
                 warnings.warn(f"this text is decoded without a CUDA graph: {error}", stacklevel=2)
                 return None
-        stream = torch.cuda.current_stream(device)
+        graph.memory = [weight.untyped_storage() for weight in model.parameters()]  # which it reads
+        stream = torch.cuda.current_stream(model.device)
         stream.wait_event(graph.done)
         # Buffers may come from another stream: it must not reuse their memory before this is done.
         for buffer in (graph.token, *itertools.chain(*graph.states)):
@@ -3194,11 +2938,12 @@ class DecodingGraph:
     def give_back(cls, model, graph):
         """Keep the graph for the model's next text, which may be decoded on another stream."""
         graph.done = torch.cuda.current_stream(graph.token.device).record_event()
+        graph.memory = None
         cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
         clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
-        self.made_for = key
+        self.made_for, (_, self.modes, _) = key, key
         self.states = [_BufferedState(map(clone, state)) for state in cache.states]
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
@@ -3206,17 +2951,17 @@ class DecodingGraph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self.step(model, type(cache))  # for what is done once, such as compiling kernels
+                self.step(model)  # for what is done once, such as compiling kernels
                 self.graph = torch.cuda.CUDAGraph()
                 # Other threads may go on using the GPU.
                 options = dict(stream=stream, capture_error_mode="thread_local")
                 with torch.cuda.graph(self.graph, **options):
-                    self.logits = self.step(model, type(cache))
+                    self.logits = self.step(model)
             self.done = stream.record_event()
 
-    def step(self, model, kind):
-        """The step itself, from buffers to buffers; `kind` is the class of caches."""
-        cache = kind(tuple(self.states))
+    def step(self, model):
+        """The step itself, from buffers to buffers."""
+        cache = _kinds["Mamba2Cache"](tuple(self.states))
         output = model(self.token, cache=cache, use_cache=True, return_dict=True)
         _copy(self.states, output.cache.states)
         return output.logits[:, -1]

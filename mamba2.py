@@ -1551,4 +1551,4 @@ torch.serialization.add_safe_globals([AttentionState])
 
 if kernels:  # may stand in for calls of these
     kernels.register(nn.Linear, CausalConv1d, RMSNorm, Mamba2, Mamba2Block)
-    kernels.register(Mamba2Backbone, Mamba2ForCausalLM, Mamba2State)
+    kernels.register(Mamba2Backbone, Mamba2ForCausalLM, Mamba2State, Mamba2Cache)
