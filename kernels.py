@@ -1550,12 +1550,12 @@ def _ssd_backward(
 
 
 def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
-    per_channel = D is not None and D.dim() == 2
-    axes = "b l h p, b l h, h, b l g n, b l g n, h, b h p n, b l"
-    sizes = _sizes(axes, x, dt, A, B, C, D[:, 0] if per_channel else D, initial_state, seq_idx)
+    of_D = "h" if D is None or D.dim() == 1 else "h p"
+    axes = f"b l h p, b l h, h, b l g n, b l g n, {of_D}, b h p n, b l"
+    sizes = _sizes(axes, x, dt, A, B, C, D, initial_state, seq_idx)
     if sizes is None or sizes["h"] % sizes["g"]:
         return ""
-    if per_channel:
+    if of_D == "h p":
         return "D is (h, p); it must be (h)"
     if not x.dtype == B.dtype == C.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
