@@ -150,9 +150,7 @@ if __name__ == "kernels":
     _hand_over()
 
 
-# --------------------------------------------------------------------------------------------------
-# Shared by all operations: what is refused, how PyTorch gets to know a kernel, and launches
-# --------------------------------------------------------------------------------------------------
+# ---- Shared by all operations: what is refused, how PyTorch gets to know a kernel, and launches --
 
 # Run kernels as Python, on a CPU, for tests. The interpreter's matrix products are wrong in
 # bfloat16, which is left to plain PyTorch.
@@ -471,9 +469,7 @@ def _approximate(instruction: tl.constexpr, v):
     return tl.inline_asm_elementwise(assembly, "=f,f", [v], tl.float32, is_pure=True, pack=1)
 
 
-# --------------------------------------------------------------------------------------------------
-# SSD
-# --------------------------------------------------------------------------------------------------
+# ---- SSD -----------------------------------------------------------------------------------------
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # A step that decays by 2^-40 leaves nothing of an fp32 state. Going no lower keeps the running sum
@@ -1591,10 +1587,7 @@ def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
     return SSD(x, dt, A, B, C, D, initial_state, seq_idx)
 
 
-# --------------------------------------------------------------------------------------------------
-# Causal depthwise convolution + bias + SiLU
-# --------------------------------------------------------------------------------------------------
-#
+# ---- Causal depthwise convolution + bias + SiLU --------------------------------------------------
 # u is the initial state (k-1 inputs) followed by x, and i counts positions back from t:
 #
 #     v[t] = bias + Σ_i weight[k-1-i] · u[t-i]        i = 0 .. k-1
@@ -1984,10 +1977,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
     return CONV(x, weight, bias, initial_state, seq_idx)
 
 
-# --------------------------------------------------------------------------------------------------
-# RMSNorm, with a gate or without
-# --------------------------------------------------------------------------------------------------
-#
+# ---- RMSNorm, with a gate or without -------------------------------------------------------------
 #     v   = y · silu(z), or y where there is no gate z
 #     out = weight · v · scale,   scale = 1 / sqrt(mean of v² over the slice + eps)
 #
@@ -2231,10 +2221,7 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     return NORM(x, gate, weight, float(eps), groups)
 
 
-# --------------------------------------------------------------------------------------------------
-# A layer between its projections
-# --------------------------------------------------------------------------------------------------
-#
+# ---- A layer between its projections -------------------------------------------------------------
 # Convolution, SSD and gated norm as one operation, with the kernels above. It spares the CPU what
 # lies between three operations, which a small layer waits for, and memory: softplus and -exp(A_log)
 # are made inside SSD's kernels, and gradients of z, xBC and dt are written side by side.
@@ -2359,10 +2346,7 @@ def layer_middle(
     return y, conv, new_ssm if ssm is None else new_ssm.to(ssm.dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# One position of a layer
-# --------------------------------------------------------------------------------------------------
-#
+# ---- One position of a layer ---------------------------------------------------------------------
 # What a token needs between the projections of a layer, in one launch:
 #
 #     x, B, C = silu(bias + Σ_j weight[j] · u[j])          u: the k-1 rows of conv, then xBC
@@ -2551,10 +2535,7 @@ def layer_step(
     return y, new_conv, ssm
 
 
-# --------------------------------------------------------------------------------------------------
-# Norm and projection of a few rows
-# --------------------------------------------------------------------------------------------------
-#
+# ---- Norm and projection of a few rows -----------------------------------------------------------
 #     out = weight · (x / sqrt(mean(x²) + eps) · norm_weight) + bias + residual
 #
 # of x · silu(gate) if there is a gate; the mean is one group's. With so few rows the time is that
@@ -2695,10 +2676,7 @@ def norm_linear(x, norm_weight, eps, weight, bias=None, *, gate=None, groups=1, 
     return NORM_LINEAR(x, norm_weight, weight, bias, gate, residual, eps, groups)
 
 
-# --------------------------------------------------------------------------------------------------
-# What mamba2.py asks for: a layer, a block, the decoding of a model
-# --------------------------------------------------------------------------------------------------
-#
+# ---- What mamba2.py asks for: a layer, a block, the decoding of a model --------------------------
 # Each returns None where plain PyTorch must run: a module with hooks, or an adapter in its place,
 # must be called.
 

@@ -61,7 +61,7 @@ try:
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
     from transformers.utils import can_return_tuple
 except ImportError as error:
-    if error.name != "transformers":  # transformers is there, but broken: show that
+    if error.name != "transformers":  # neither missing nor too old, but broken: show that
         raise
     transformers, can_return_tuple = None, lambda function: function
     GenerationMixin, PreTrainedConfig, PreTrainedModel = object, object, nn.Module
@@ -75,10 +75,7 @@ if (_path := Path(__file__).with_name("kernels.py")).is_file():
     _spec.loader.exec_module(kernels)
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. SSD, the state space dual form of a selective state space model, in three forms
-# --------------------------------------------------------------------------------------------------
-#
+# ---- 1. SSD, the state space dual form of a selective state space model, in three forms ----------
 # All three compute, for each head, the selective state space model of the paper's equation (2),
 #
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
@@ -232,9 +229,7 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     return ys, state.flatten(1, 2)
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. The layer
-# --------------------------------------------------------------------------------------------------
+# ---- 2. The layer --------------------------------------------------------------------------------
 
 
 def causal_conv1d(
@@ -245,13 +240,13 @@ def causal_conv1d(
     x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
     first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
     (b, l, d) and final_state (b, k-1, d), the last inputs, zero if of an earlier sequence; both in
-    x's dtype, computed in float32 at least. length (b, 1): final_state holds the last of the first
-    so many inputs; None, or l, is of all. With silu=False there is no SiLU.
+    x's dtype, computed in float32 at least. length (b, 1): how many inputs of a row count, None is
+    all; final_state holds the last of these. With silu=False there is no SiLU.
     """
     options, fused = dict(initial_state=initial_state, seq_idx=seq_idx), None
     if kernels and silu:
         fused = kernels.causal_conv1d(x, weight, bias, **options)
-    if fused is not None and not isinstance(length, Tensor):
+    if fused is not None and length is None:
         return fused
     sizes = {}
     _require(sizes, "b l d", x=x)
@@ -264,7 +259,7 @@ def causal_conv1d(
         initial_state = x.new_zeros(b, k - 1, d)
     # The number of the packed sequence of each input in the window; the state's inputs have 0.
     number = None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (k - 1, 0))
-    # Without 1 *, the gradient of the state would be a view of the window's, and keep it alive.
+    # 1 * copies: else the state's gradient would be a view of the window's, and keep it alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     last = (l if length is None else length) + torch.arange(k - 1, device=x.device)
     final_state = _take(window, last)  # a copy, which does not keep the window alive
@@ -424,15 +419,15 @@ class Mamba2(nn.Module):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
 
         Args:
-            state: the Mamba2State that an earlier call returned, the past of the first position
-                that is not masked; None is all zeros.
+            state: the Mamba2State of an earlier call, which this one resumes; None is all zeros.
             mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
                 the other outputs and the state are as if they had been left out. Their own outputs
                 are 0.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
                 The new state is then that after this rank's slice.
-            reset: (b) bool, or None: rows in which another sequence begins, from a zero state.
+            reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
+                a group, the first rank's counts.
         """
         _require({}, "b l d", u=u)
         layout = Layout.of(u, mask, seq_idx, group, reset=reset)
@@ -443,16 +438,20 @@ class Mamba2(nn.Module):
         self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None, layout=None
     ):
         """y of `step`, with its arguments. For u sorted by a Layout, which a model makes once for
-        all layers: y in that order, and the new state."""
+        all layers: y, sorted too, and the new state."""
+        if layout is not None:
+            return self._run(u, state, layout)
+        _require({}, "b l d", u=u)
+        layout = Layout.of(u, mask, seq_idx, group, reset=reset)
+        return layout.restore(self._run(layout.sort(u), state, layout)[0])
+
+    def _run(self, u, state, layout):
+        """The layer itself: y and the new state, of sorted u and the state before."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
-        if wants_y := layout is None:
-            layout = Layout.of(u, mask, seq_idx, group, reset=reset)
-            u = layout.sort(u)
         zxbcdt = self.in_proj(u)
         if layout.slices:
             state = state or self.initial_state(len(u))
-            zxbcdt, *state = layout.slices.hand_over(zxbcdt, state, sends=False)
-            state = Mamba2State(*state)
+            zxbcdt, state = layout.slices.hand_over(zxbcdt, state, sends=False)
         if state is not None and layout.reset is not None:
             state = state.map(lambda tensor: _erase(tensor, layout.reset))
         fused = None
@@ -460,9 +459,8 @@ class Mamba2(nn.Module):
             fused = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, layout)
         if layout.slices:
-            y = layout.slices.hand_over(y, (conv, ssm), sends=True)[0]
-        y = self.out_proj(y)  # (b, l, d)
-        return layout.restore(y) if wants_y else (y, Mamba2State(conv, ssm))
+            y, _ = layout.slices.hand_over(y, (conv, ssm), sends=True)
+        return self.out_proj(y), Mamba2State(conv, ssm)
 
     def _convolve_and_scan(self, zxbcdt, state, layout):
         """All between the projections: y (b, l, h p), and conv and ssm of the new state."""
@@ -489,9 +487,7 @@ class Mamba2(nn.Module):
         return y, new_conv, new_ssm
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The language model
-# --------------------------------------------------------------------------------------------------
+# ---- 3. The language model -----------------------------------------------------------------------
 
 
 class Mamba2Block(nn.Module):
@@ -508,8 +504,8 @@ class Mamba2Block(nn.Module):
             self.mlp = GatedMLP(config.hidden_size, config.d_intermediate)
 
     def forward(self, hidden, state=None, layout=None):
-        layout = Layout(hidden.shape[1]) if layout is None else layout
-        plain = layout.skipped is None and layout.seq_idx is None and layout.slices is None
+        layout = Layout() if layout is None else layout
+        plain = all(part is None for part in layout)
         if kernels and plain and not self.mlp and (fused := kernels.block(self, hidden, state)):
             return fused[0], Mamba2State(*fused[1:])
         y, state = self.mixer(self.norm(hidden), state, layout=layout)
@@ -579,9 +575,7 @@ class Mamba2LM(nn.Module):
         return self.lm_head(hidden), cache
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Helpers of sections 1 to 3
-# --------------------------------------------------------------------------------------------------
+# ---- 4. Helpers of sections 1 to 3 ---------------------------------------------------------------
 
 
 def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
@@ -616,7 +610,7 @@ class Layout(NamedTuple):
     convolution meets only positions that count, and SSD skips the others with dt = 0.
     """
 
-    length: Tensor | int  # how many positions of a row count: (b, 1), or l without a mask
+    length: Tensor | None = None  # (b, 1), with a mask: how many positions of a row count
     skipped: Tensor | None = None  # (b, l) bool, after sorting: the positions that do not count
     source: Tensor | None = None  # (b, l), where sorted positions come from
     place: Tensor | None = None  # (b, l), where they return to
@@ -626,28 +620,30 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, x, mask=None, seq_idx=None, group=None, reset=None, starts=None):
-        """Checked, for x (b, l, ...): arguments of `Mamba2.step`; or `starts`, (b, l) bool."""
+        """The layout of x (b, l, ...) for arguments of `Mamba2.step`, which are checked; or for
+        `starts`, (b, l) bool."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx, starts=starts)
         _require(sizes, "b l", "a mask", mask=mask)
         _require(sizes, "b", "integers", reset=reset)
-        slices = None if group is None else Slices(group)
-        layout = cls(x.shape[1], slices=slices)
+        layout = cls(slices=None if group is None else Slices(group))
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             count = (~skipped).sum(1, keepdim=True)
-            layout = cls(count, skipped, source, source.argsort(dim=1), slices)
-        reset = reset.bool() if reset is not None and not (slices and slices.rank) else None
-        if slices and seq_idx is not None:
-            _, starts = slices.targets_and_starts(x, max(1, x.shape[1]), mask, seq_idx=seq_idx)
+            layout = cls(count, skipped, source, source.argsort(dim=1), layout.slices)
+        length, skipped, source, place, slices, number, _ = layout
+        reset = None if reset is None or slices and slices.rank else reset.bool()
+        if seq_idx is not None:
+            find = targets_and_starts
+            if slices:
+                find = functools.partial(slices.gather, x, max(1, x.shape[1]))
+            _, starts = find(mask=mask, seq_idx=seq_idx)
         if starts is not None:
             starts = layout.sort(starts)
-            first = starts[:, :1].any(1)
-            reset = first if reset is None else first | reset
-        elif seq_idx is not None:
-            starts = layout.borders(seq_idx)
-        number = None if starts is None else starts.cumsum(1)
-        length, skipped, source, place, *_ = layout  # no slice, which PyTorch 2.7 cannot compile
+            number = starts.cumsum(1)
+            if slices or seq_idx is None:  # else the first position begins no sequence
+                first = starts[:, :1].any(1)
+                reset = first if reset is None else first | reset
         return cls(length, skipped, source, place, slices, number, reset)
 
     def sort(self, x):
@@ -658,16 +654,10 @@ class Layout(NamedTuple):
         """The inverse of `sort`; masked positions are 0."""
         return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
 
-    def borders(self, seq_idx):
-        """(b, l) bool, sorted: whether a position begins another sequence, with another label than
-        the position before. The first position begins none, and masked ones do not."""
-        borders = _borders(self.sort(seq_idx.long()))
-        return borders if self.skipped is None else _erase(borders, self.skipped)
-
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
     """x with 0 where `where` is True, a bool tensor that has x's first axes."""
-    # In place, as then PyTorch refuses to broadcast x, such as a state of one row.
+    # In place, so that PyTorch refuses to broadcast x, such as a state of one row.
     return x.clone().masked_fill_(where[(..., *[None] * (x.dim() - where.dim()))], 0)
 
 
@@ -711,9 +701,6 @@ class Mamba2Cache:
         """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
         return Mamba2Cache(states, self.get_seq_length())
-
-
-torch.serialization.add_safe_globals([Mamba2State, Mamba2Cache])  # torch.load accepts them
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -770,15 +757,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [dict(params=decays, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Configuration
-# --------------------------------------------------------------------------------------------------
+# ---- 5. Configuration ----------------------------------------------------------------------------
 
-# What an option may be: a rule, and whether it holds. ANY also stands where PyTorch has the rule.
+# What an option may be: a rule, and whether it holds. With ANY it is not checked.
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
 WIDTH = "must be an integer of at least 0", lambda v: type(v) is int and v >= 0
 POSITIVE = "must be a positive number", lambda v: 0 < v < math.inf
+LENGTH = "must be 'auto', or an integer of at least 0", lambda v: v == "auto" or WIDTH[1](v)
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
 LIMITS = "must be (low, high), 0 <= low <= high", lambda v: len(v) == 2 and 0 <= v[0] <= v[1]
@@ -794,7 +780,7 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("num_heads", "nheads", None, ANY, "h; None: expand * hidden_size / head_dim"),
     ("conv_kernel", "d_conv", 4, COUNT, "k, taps of the short convolution"),
     ("chunk_size", None, 256, COUNT, "chunk length; above 64 means 64; speed only"),
-    ("segment_length", None, 0, ANY, "positions read at a time, 0: all, 'auto'; memory and speed"),
+    ("segment_length", None, 0, LENGTH, "positions read at a time, 0: all; memory and speed"),
     ("hidden_act", "activation", "silu", SILU, "of convolution and gate"),
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
@@ -838,9 +824,9 @@ class Mamba2Config(PreTrainedConfig):
     attribute_map["norm_eps"] = "layer_norm_epsilon"  # in flash-linear-attention
 
     def __init__(self, **options):
-        if twice := [name for name in options if self.attribute_map.get(name) in options]:
-            raise TypeError(f"{twice} are given under another name too: give one of the two")
         given = {self.attribute_map.get(name, name): value for name, value in options.items()}
+        if len(given) < len(options):
+            raise TypeError(f"{sorted(options)} has two names of one option: give one of them")
         if unknown := given.keys() - _DEFAULTS.keys() - _COMMON:
             raise TypeError(f"Mamba2Config has no option {min(unknown)!r}: see mamba2.OPTIONS")
         for name, default in _DEFAULTS.items():
@@ -909,9 +895,7 @@ class Mamba2Config(PreTrainedConfig):
         return config
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. transformers: cache, loss, segments, loading, generation
-# --------------------------------------------------------------------------------------------------
+# ---- 6. transformers: cache, loss, segments, loading, generation ---------------------------------
 
 # The name of the cache in transformers' outputs and calls. Callers of this file may use either.
 CACHE = "cache"
@@ -961,7 +945,7 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args, save_original_format=False, **kwargs):
-        """As in transformers, but under transformers' names."""
+        """As in transformers, but with this file's names of weights, whatever names were loaded."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
@@ -1010,13 +994,14 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
-        past = cache or past_key_values or Mamba2Cache(())
+        past = _one_cache(cache, past_key_values)
         text = past if kernels and isinstance(past, kernels.Text) else None
         if text:  # of `generate`, which decodes with a CUDA graph
             logits = text.decode(input_ids, attention_mask, output_hidden_states)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
             past = text.cache()
+        # generate passes its tokenizer on to the model.
         position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
         rows = dict(seq_idx=seq_idx, position_ids=position_ids, labels=labels)
         x, mask = _inputs(input_ids, inputs_embeds, attention_mask, others, **rows)
@@ -1029,7 +1014,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         else:
             same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
             same = same_on_ranks(self, x, items=num_items_in_batch is not None, **same)
-            targets, starts = Slices(group).targets_and_starts(x, length, mask, same, **rows)
+            targets, starts = Slices(group).gather(x, length, mask, same, **rows)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1081,7 +1066,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             for i, piece in enumerate(zip(*pieces, strict=True)):
                 loss, hidden, cache = call(*piece, cache, use_cache or i < count - 1)
                 losses.append(loss)
-                if first < (i + 1) * length or i == count - 1:  # an empty view would keep it all
+                if first < (i + 1) * length or i == count - 1:  # an empty view would keep hidden
                     kept.append(hidden[:, max(0, first - i * length) :])
         loss = None if losses[0] is None else sum(losses)
         return loss, torch.cat(kept, dim=1), cache
@@ -1110,6 +1095,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         config = self.config
         length = config.segment_length if length is None else length
+        _check("segment_length", length, *LENGTH)
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
@@ -1120,16 +1106,17 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
                 position = 1 / config.expand + 8 / config.num_hidden_layers
-            length = math.ceil(math.sqrt(l * state / position))
+            length = min(l, math.ceil(math.sqrt(l * state / position)))
             if self.device.type == "cuda":  # longer, where launching kernels would take longest
-                length = max(length, 2**34 // max(1, b * config.hidden_size**2))
+                length = min(l, max(length, 2**34 // max(1, b * config.hidden_size**2)))
         return length or max(1, l)
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
         """The Mamba2Cache after a prompt, which is read in segments: see `forward`."""
         fixed = dict(use_cache=True, return_dict=True, output_hidden_states=False, logits_to_keep=1)
-        options = {"segment_length": "auto", **options, **fixed}
+        length = "auto" if options.get("group") is None else 0
+        options = {"segment_length": length, **options, **fixed}
         return self(input_ids, attention_mask, cache, **options).cache
 
     def generate(self, inputs=None, generation_config=None, **options):
@@ -1146,9 +1133,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         mask, ids = options.get("attention_mask"), options.get("input_ids", inputs)
         rule = "must end in 1, where a row's next token is read: pad on the left"
         _check("attention_mask", mask, rule, lambda mask: mask is None or mask[:, -1:].all())
-        cache = options.pop("cache", None) or options.pop("past_key_values", None)
-        cache = cache or Mamba2Cache(())
-        given, seen = options.get("inputs_embeds", ids), cache.get_seq_length()
+        cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
+        embeds, seen = options.get("inputs_embeds"), cache.get_seq_length()
+        given = ids if embeds is None else embeds
         count = 1 if given is None else given.shape[1]  # bos_token_id alone
         if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
@@ -1161,23 +1148,22 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             config = self.generation_config if generation_config is None else generation_config
             settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
             cache, eos = output[CACHE], settings["eos_token_id"]
-            chosen = output.sequences[:, 0 if ids is None else ids.shape[1] : -1]
+            chosen = output.sequences[:, 0 if ids is None and embeds is not None else count : -1]
             ends = torch.tensor([] if eos is None else eos, device=self.device)
             ended_before = len(chosen) > 1 and torch.isin(chosen, ends).any()
             if ended_before or hasattr(output, "beam_indices"):
                 cache = None
             elif kernels and isinstance(cache, kernels.Text):
                 cache = cache.cache()
-            output[CACHE] = cache
-            output.cache = cache
+            output[CACHE] = output.cache = cache
         return output
 
     def stream(self, input_ids, **options):
         """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
 
-        transformers prepares prompt, sampling and stopping. What means more than one token after
-        the other, such as beams, is an error. On CUDA, where asking waits for the GPU, it looks for
-        the end of the text every eight tokens.
+        transformers prepares prompt, sampling and stopping. Beams and several samples of a row are
+        errors. On CUDA, where asking waits for the GPU, it looks for the end of the text every
+        eight tokens.
         """
         rule = "stream takes none: it is an iterator, with a loop of its own"
         _check("streamer", options.get("streamer"), rule, lambda value: value is None)
@@ -1248,10 +1234,20 @@ class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
         return SequenceClassifierOutput(loss, logits)
 
 
+def _one_cache(cache, past_key_values):
+    """The cache, under whichever name it is passed; an empty one if there is none."""
+    given = [cache for cache in (cache, past_key_values) if cache is not None]
+    kinds = (Mamba2Cache, kernels.Text) if kernels else Mamba2Cache
+    fits = len(given) < 2 and all(isinstance(cache, kinds) for cache in given)
+    _check("cache", given, "pass one Mamba2Cache, under one of its names", lambda _: fits)
+    return given[0] if given else Mamba2Cache(())
+
+
 def _inputs(ids, embeds, mask, others, **rows):
-    """Checked: ids (b, l) or embeddings (b, l, d); and the mask (b, l) of these, bool, or None if
-    nothing is masked. rows: (b, l) integers, or None. others: arguments which must be None."""
-    if others := [name for name, value in others.items() if value is not None]:
+    """Checks, and returns ids (b, l) or embeddings (b, l, d), and the mask (b, l) of these, bool,
+    or None if nothing is masked. rows: (b, l) integers, or None. others: must be None or False."""
+    others = [name for name, value in others.items() if value is not None and value is not False]
+    if others:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -1267,25 +1263,30 @@ def _inputs(ids, embeds, mask, others, **rows):
 
 
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
-    """(b, l) each, or None: for each position that is not masked the label that it has to predict,
-    which is that of the next such position, or -100 if another sequence starts there or there is
-    none; and where sequences start: where seq_idx changes, or else where position_ids are 0."""
-    starts = None if position_ids is None else position_ids == 0
+    """targets (b, l): the label of the next position that is not masked; -100 at masked positions,
+    if another sequence starts there, or if there is none. starts (b, l) bool: where sequences
+    start, by a new label in seq_idx; or else by position_ids that are 0 or do not grow. Each is
+    None if nothing says what it is."""
+    targets = starts = None
     if seq_idx is not None:
         layout = Layout.of(seq_idx, mask)
-        starts = layout.restore(layout.borders(seq_idx))
-    if labels is None:
-        return None, starts
-    layout = Layout.of(labels, mask)
-    targets = labels.long() + 100  # so that 0 is -100, also where the layout has put 0
-    if starts is not None:
-        targets = targets.masked_fill(starts, 0)
-    return layout.restore(F.pad(layout.sort(targets), (0, 1))[:, 1:]) - 100, starts
+        starts = layout.restore(_borders(layout.sort(seq_idx.long())))
+    elif position_ids is not None:
+        layout = Layout.of(position_ids, mask)
+        position = layout.sort(position_ids.long())
+        before = F.pad(position, (1, 0), value=-1)[:, :-1]
+        starts = layout.restore((position == 0) | (position <= before))
+    if labels is not None:
+        layout = Layout.of(labels, mask)
+        targets = labels.long() + 100  # so that 0 is -100, also where the layout has put 0
+        if starts is not None:
+            targets = targets.masked_fill(starts, 0)
+        targets = layout.restore(F.pad(layout.sort(targets), (0, 1))[:, 1:]) - 100
+    return targets, starts
 
 
 def same_on_ranks(model, x, **options):
-    """Options that must be equal on all ranks of a group: else one would wait for what another
-    never sends."""
+    """What must be equal on all ranks, or one would wait for ever for what another never sends."""
     _check("attn_layer_idx", model.config.attn_layer_idx, *NO_SLICES)
     options |= {name: getattr(model.config, name) for name in _DEFAULTS}
     options |= dict(dtype=x.dtype, gradients=torch.is_grad_enabled(), training=model.training)
@@ -1299,9 +1300,7 @@ def register_with_transformers():
     transformers.AutoModelForCausalLM.register(Mamba2Config, Mamba2ForCausalLM, exist_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. One sequence on several GPUs
-# --------------------------------------------------------------------------------------------------
+# ---- 7. One sequence on several GPUs -------------------------------------------------------------
 
 
 class Slices:
@@ -1312,9 +1311,9 @@ class Slices:
 
     For each layer and segment, a rank receives the state from the rank before, runs the layer as
     ever, and sends the new state to the next rank: at any length, 4 b (h p n + (k-1) (h p + 2 g n))
-    bytes (2.69 MB in mamba2-2.7b; twice that in float64). The backward pass goes the other way. Of
-    R ranks, each returns the loss of the whole sequence, so that its gradients are R times what its
-    slice adds to them: averaged over the ranks, as in DDP and FSDP, they are those in one process.
+    bytes (2.69 MB in mamba2-2.7b; twice that in float64). The backward pass goes the other way. The
+    model returns the loss of the whole sequence on each of R ranks, whose gradients are R times
+    what its slice adds to them: averaged, as in DDP and FSDP, they are those in one process.
 
     With segment_length, each segment is cut in slices, and a rank has its slices of all segments
     one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
@@ -1325,7 +1324,7 @@ class Slices:
         _check("group", group, rule, lambda group: isinstance(group, dist.ProcessGroup))
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def targets_and_starts(self, x, length, mask=None, same=None, **text):
+    def gather(self, x, length, mask=None, same=None, **text):
         """`targets_and_starts` of the whole sequence, at the positions of x, this rank's part, of
         which it reads `length` at a time. It raises on every rank, before anything else is sent,
         unless all pass arguments of the same names, and equal options `same`."""
@@ -1345,25 +1344,25 @@ class Slices:
         return [None if t is None else t[rank == self.rank].view(x.shape[:2]) for t in found]
 
     def hand_over(self, x, state, *, sends):
-        """x, conv and ssm. The state (conv, ssm) is sent to the next rank, or it is that of the
-        rank before: `state` on the first rank. The layer computes x before it needs the state."""
+        """x, and the state, which is sent to the next rank; or else the state of the rank before,
+        like `state`, which the first rank keeps. The layer computes x before it needs the state."""
         # What is received always requires gradients, or ranks would wait for some that never come.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and not sends)
         peer = self.rank + (1 if sends else -1)
         x, conv, ssm = _Handover.apply(self.group, peer, sends, anchor, x, *state)
-        return x, conv, ssm.to(state[1].dtype)
+        return x, Mamba2State(conv, ssm.to(state[1].dtype))
 
     def last(self, states):
-        """On every rank the states of the last one."""
-        others = torch.full((), self.rank < self.ranks - 1, device=states[0].ssm.device)
+        """The states of the last rank, on all ranks."""
+        erase = torch.full((), self.rank < self.ranks - 1, device=states[0].ssm.device)
         layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
-        layers = (_SumOfRanks.apply(t.masked_fill(others, 0), self.group) for t in layers)
+        layers = (_SumOfRanks.apply(t.masked_fill(erase, 0), self.group) for t in layers)
         return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
 
 class _Handover(torch.autograd.Function):
-    """`Slices.hand_over`. The state's gradient goes the other way, and x passes through so that
-    autograd sees to that before it goes on with the layer."""
+    """`Slices.hand_over`. The state's gradient goes the other way; x passes through so that this
+    precedes the gradients of what computed x."""
 
     @staticmethod
     def forward(ctx, group, peer, sends, anchor, x, *state):
@@ -1381,7 +1380,7 @@ class _Handover(torch.autograd.Function):
 
 def _move(tensors, group, peer, sends):
     """The tensors, sent to the rank `peer`, or such tensors from there; the same ones if there is
-    no such rank. They travel in float32 at least, as autocast differs between ranks."""
+    no such rank. They travel in float32 at least: what waits for them may have another dtype."""
     if not 0 <= peer < dist.get_world_size(group):
         return tensors
     moved = [t.to(_at_least_float32(t.dtype)).contiguous() for t in tensors]
@@ -1408,9 +1407,7 @@ class _SumOfRanks(torch.autograd.Function):
         return _SumOfRanks.apply(gradient.contiguous(), ctx.group), None
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Hybrids: attention and MLPs in the language model
-# --------------------------------------------------------------------------------------------------
+# ---- 8. Hybrids: attention and MLPs in the language model ----------------------------------------
 
 NO_SLICES = "attention has no slices: leave out group, or use DDP or FSDP2", lambda v: not v
 
@@ -1450,7 +1447,7 @@ class Attention(nn.Module):
     There are h = num_heads of p = head_dim channels, and g = num_heads_kv of keys and values.
     """
 
-    step = Mamba2.step
+    step, forward = Mamba2.step, Mamba2.forward
 
     def __init__(
         self, d_model, num_heads, num_heads_kv=None, head_dim=None, causal=False, d_conv=0,
@@ -1478,11 +1475,8 @@ class Attention(nn.Module):
         past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
         return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
 
-    def forward(self, u, state=None, mask=None, seq_idx=None, *, reset=None, layout=None):
-        """y of `step`; or for u sorted by a Layout: y in that order, and the new state."""
-        if layout is None:
-            own = Layout.of(u, mask, seq_idx, reset=reset)
-            return own.restore(self.forward(own.sort(u), state, layout=own)[0])
+    def _run(self, u, state, layout):
+        """The layer itself, as in `Mamba2`."""
         _check("group", layout.slices, *NO_SLICES)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
         state = state or self.initial_state(len(u), qkv)
@@ -1508,7 +1502,8 @@ class Attention(nn.Module):
         k, v = past.chunk(2, dim=2)  # (b, m + l, g, p)
         options = dict(scale=self.scale, enable_gqa=q.shape[2] != k.shape[2], **options)
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), **options)
-        new = (number == number[:, -1:]) & (index < layout.length)  # of the last sequence
+        new = number == number[:, -1:]  # of the last sequence
+        new = new if layout.skipped is None else new & ~layout.skipped
         counts = torch.cat([counts & (number == 0).all(1, keepdim=True), new], dim=1)
         return self.out_proj(y.transpose(1, 2).flatten(2)), AttentionState(conv, past, counts)
 
@@ -1546,7 +1541,7 @@ def make_blocks(config):
         yield Mamba2Block(config, attention)
 
 
-torch.serialization.add_safe_globals([AttentionState])
+torch.serialization.add_safe_globals([Mamba2State, AttentionState, Mamba2Cache])  # for torch.load
 
 
 if kernels:  # may stand in for calls of these

@@ -621,7 +621,7 @@ def test_an_option_has_its_name_in_transformers_and_its_name_in_the_paper_s_code
         assert getattr(config, alias) == getattr(config, name) == value
         setattr(config, given, 77)
         assert getattr(config, alias) == getattr(config, name) == 77
-    with pytest.raises(TypeError, match=f"{alias}'. are given under another name too"):
+    with pytest.raises(TypeError, match="has two names of one option"):
         Mamba2Config(**{alias: value, name: value})
 
 
@@ -916,6 +916,9 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
     assert_close(model_gradients(model, output.loss), model_gradients(model, loss))
     if apart:  # the same in other words
         assert_close(model(ids, position_ids=positions, **given).loss, loss)
+        whole = [torch.cat([torch.arange(n) for n in row]) for row in lengths]  # masked ones too
+        whole = torch.stack(whole).to(DEVICE)
+        assert_close(model(ids, position_ids=whole, **given).loss, loss)
         for dtype in (torch.uint16, torch.uint8, torch.int8, torch.int16, torch.int32):
             assert_close(model(ids, seq_idx=seq_idx.to(dtype), **given).loss, loss)
 
@@ -1105,6 +1108,7 @@ def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
 
 
 IDS = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
+EMPTY = mamba2.Mamba2Cache(())
 REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
     Mamba2: {
         r"ValueError: 64: must divide .* \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
@@ -1120,7 +1124,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     Mamba2Config.from_dict: {
         r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
         r"ValueError: \(d_state\) = '16': must be an integer": FLA | dict(state_size="16"),
-        "TypeError: norm_eps'. are given under another name": FLA | dict(layer_norm_epsilon=1e-6),
+        "TypeError: norm_eps.* has two names of one option": FLA | dict(layer_norm_epsilon=1e-6),
         "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
         "ValueError: only 'Mamba2' is implemented": ORIGINAL | dict(ssm_cfg=dict(layer="S4")),
     },
@@ -1146,16 +1150,18 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
         r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
-        "AttributeError: 'tuple' object has no attribute": dict(past_key_values=((1, 2),)),
+        "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
+        "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
         r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
         "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
         "TypeError: argument 'output_attentions'": dict(output_attentions=True),
         r"ValueError: labels has shape \(2, 8\): .* \(2, 9\)": dict(labels=IDS[:, :8]),
-        "RuntimeError: split expects split_size be non-negative": dict(segment_length=-1),
+        "ValueError: segment_length = -1: must be 'auto', or an": dict(segment_length=-1),
         "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
     },
     "generate": {
-        "AttributeError: 'tuple' object has no attribute": dict(past_key_values=((1, 2),)),
+        "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
+        "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
         "TypeError: input_ids is torch.float32: .* of integers": dict(input_ids=IDS[:1].float()),
         "ValueError: tempratur": dict(tempratur=1.0),
         "ValueError: 9 tokens, and the cache has seen 9: give the whole": dict(cache=True),
@@ -1261,18 +1267,21 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
 
 
-def test_sequences_begin_where_positions_are_0():
+def test_sequences_begin_where_positions_are_0_or_do_not_grow():
     model, ids = tiny(dtype=torch.float64), tokens(2, 6)
     cache, labels = dict(cache=model(ids).cache), dict(seq_idx=digits("000011", "012222"))
     mask = dict(attention_mask=digits("001111", "110111"))
     others = dict(seq_idx=digits("001111", "011222"))
+    first_masked = dict(attention_mask=digits("111011", "110011"))
+    halves = dict(seq_idx=digits("000111", "000111"))
     for at, given, same in (
         (("012301", "000123"), {}, labels),  # as TRL packs rows of one length
         (("012301", "000123"), others, others),  # which win
         (("110123", "011234"), mask, mask),
         (("000123", "011234"), mask, mask),  # nonsense where it is masked
-        (("123456", "567891"), {}, {}),  # only 0 begins a sequence
-        (("678912", "678912"), cache, cache),
+        (("123456", "567891"), {}, dict(seq_idx=digits("000000", "000001"))),
+        (("678912", "678912"), cache, cache | dict(seq_idx=digits("000011", "000011"))),
+        (("012012", "012012"), first_masked, first_masked | halves),
     ):
         found = model(ids, position_ids=digits(*at), **given).logits
         assert_close(found, model(ids, **same).logits)
