@@ -491,13 +491,16 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: hidden + mixer(norm(hidden)), which are (b, l, d). See `Mamba2.forward`. In
-    a hybrid the mixer may be attention, and hidden + mlp(norm2(hidden)) may follow."""
+    """A residual block: hidden + mixer(norm(hidden)), which are (b, l, d), and the new state. In a
+    hybrid the mixer may be attention, and hidden + mlp(norm2(hidden)) may follow."""
 
-    def __init__(self, config: Mamba2Config, mixer: nn.Module | None = None):
+    def __init__(self, config: Mamba2Config, attends: bool = False):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = mixer or Mamba2(config, depth=config.num_hidden_layers)
+        if attends:
+            self.mixer = Attention(config.hidden_size, **config.attn_cfg or {})
+        else:
+            self.mixer = Mamba2(config, depth=config.num_hidden_layers)
         self.mlp = None
         if config.d_intermediate:
             self.norm2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
@@ -524,7 +527,9 @@ class Mamba2Backbone(nn.Module):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(make_blocks(config))
+        layers, attends = range(config.num_hidden_layers), config.attn_layer_idx or ()
+        _check("attn_layer_idx", attends, f"must be in {layers}", lambda v: {*v} <= {*layers})
+        self.layers = nn.ModuleList(Mamba2Block(config, i in attends) for i in layers)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(
@@ -964,23 +969,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=None,
-        output_hidden_states=None,
-        *,
-        seq_idx=None,
-        group=None,
-        num_items_in_batch=None,
-        segment_length=None,
-        past_key_values=None,
-        **others,
-    ):
+        self, input_ids=None, attention_mask=None, cache=None, inputs_embeds=None, labels=None,
+        use_cache=None, logits_to_keep=None, output_hidden_states=None, *, seq_idx=None, group=None,
+        num_items_in_batch=None, segment_length=None, past_key_values=None, **others,
+    ):  # fmt: skip
         """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
         attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 where a
             position is skipped, as in `Mamba2.step`.
@@ -1530,15 +1522,6 @@ class GatedMLP(nn.Module):
     def forward(self, x):
         y, gate = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(y * F.silu(gate))
-
-
-def make_blocks(config):
-    """The blocks of a model, some of which have attention in a hybrid."""
-    layers, numbers = config.attn_layer_idx or (), range(config.num_hidden_layers)
-    _check("attn_layer_idx", layers, f"must be in {numbers}", lambda v: {*v} <= {*numbers})
-    for i in numbers:
-        attention = Attention(config.hidden_size, **config.attn_cfg or {}) if i in layers else None
-        yield Mamba2Block(config, attention)
 
 
 torch.serialization.add_safe_globals([Mamba2State, AttentionState, Mamba2Cache])  # for torch.load
