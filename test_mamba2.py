@@ -1147,6 +1147,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
         r"ValueError: position_ids has shape \(1, 9\): .* \(2, 9\)": dict(position_ids=IDS[:1]),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
+        "TypeError: attention_mask is a list: it must be a tensor": dict(attention_mask=[[1, 1]]),
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
         r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
