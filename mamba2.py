@@ -675,7 +675,7 @@ class Mamba2Cache:
     states: tuple[Mamba2State | AttentionState, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
 
-    # What transformers' generate asks of a cache. At False it passes only tokens that are not read.
+    # For transformers' generate; not is_linear: it passes only tokens that are not read yet.
     is_compileable, is_croppable, is_linear = False, False, (False,)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -839,9 +839,8 @@ class Mamba2Config(PreTrainedConfig):
         super().__init__(**given)
         # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
         self.rescale_prenorm_residual = False
-        # Differs: PEFT bars LoRA on the out_proj of transformers' Mamba-2, which it knows by
-        # model_type and whose weight is accessed there without calling the module. Ours always
-        # calls it. What is saved is the class's own model_type, "mamba2".
+        # Differs: PEFT refuses LoRA on out_proj for model_type "mamba2", because transformers reads
+        # that weight without calling its module. Ours always calls it. Files say "mamba2".
         self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
@@ -863,8 +862,8 @@ class Mamba2Config(PreTrainedConfig):
         _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
     def to_dict(self):
-        """As in transformers, whose own Mamba-2 ignores rmsnorm = False and hybrids. Then num_heads
-        is None, so that it refuses the file instead of misreading it; here None is computed."""
+        """As in transformers. Its own Mamba-2 would misread rmsnorm=False and hybrids: num_heads
+        None makes it refuse the file. Here None is computed."""
         theirs = self.rmsnorm and not (self.attn_layer_idx or self.d_intermediate)
         return super().to_dict() | ({} if theirs else {"num_heads": None})
 
@@ -880,8 +879,8 @@ class Mamba2Config(PreTrainedConfig):
             options = {"layer": layer, **options, **ssm_cfg, "model_type": "mamba2"}
             options["vocab_size"] += -options["vocab_size"] % multiple
         elif "model_type" in options:
-            if "norm_eps" not in options:  # unless it is flash-linear-attention
-                options.pop("norm_before_gate", None)  # transformers has written, but never read it
+            if "norm_eps" not in options:  # transformers, which writes but never reads it; in
+                options.pop("norm_before_gate", None)  # flash-linear-attention it has a meaning
             if "emb_initializer_range" in options:  # mamba2-torch, which computes the heads
                 options.pop("num_heads", None)
             else:  # transformers has defaults of its own for options that are left out
@@ -988,7 +987,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """
         past = _one_cache(cache, past_key_values)
         text = past if kernels and isinstance(past, kernels.Text) else None
-        if text:  # of `generate`, which decodes with a CUDA graph
+        if text:  # `generate` on CUDA: one step of a CUDA graph, if there can be one
             logits = text.decode(input_ids, attention_mask, output_hidden_states)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
@@ -1066,22 +1065,22 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     def summed_loss(self, hidden, targets):
         """The summed cross entropy of logits of hidden (b, l, d); targets (b, l), -100 left out.
 
-        The logits of a few rows at a time are made, used and freed, and made again for the backward
-        pass; if one chunk holds all rows, its logits are kept.
+        The logits of some positions at a time are made, used and freed, and made again for the
+        backward pass; if one part holds all positions, its logits are kept.
         """
 
-        def loss_of_rows(hidden, targets):
-            logits = self.lm_head(hidden)  # (rows, vocabulary)
+        def loss_of(hidden, targets):
+            logits = self.lm_head(hidden)  # (positions, vocabulary)
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        # hidden_size rows make logits as large as the head's weight; a GPU is slow with fewer.
-        rows = max(self.config.hidden_size, 4096 if targets.is_cuda else 64)
-        hidden, targets = hidden.flatten(0, 1).split(rows), targets.flatten().split(rows)
-        chunks = [*zip(hidden, targets, strict=True)]
-        if len(chunks) == 1:
-            return loss_of_rows(*chunks[0])
-        return sum(checkpoint(loss_of_rows, *chunk, use_reentrant=False) for chunk in chunks)
+        # hidden_size positions have as many logits as the head weights; a GPU is slow with fewer.
+        size = max(self.config.hidden_size, 4096 if targets.is_cuda else 64)
+        hidden, targets = hidden.flatten(0, 1).split(size), targets.flatten().split(size)
+        parts = [*zip(hidden, targets, strict=True)]
+        if len(parts) == 1:
+            return loss_of(*parts[0])
+        return sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts)
 
     def _segment_length(self, length, b, l, group):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
