@@ -215,18 +215,18 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
         inside = torch.addcmul(inside, rearrange(D, "(g r) p -> g r 1 p", g=B.shape[2]), x)
     # 2. From the inputs of a chunk to what it adds to the state.
     written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
-    written = written.unflatten(3, (-1, x.shape[-1]))  # (b, c, g, r, p, n)
+    written = rearrange(written, "b c g (r p) n -> b c (g r) p n", p=x.shape[-1])
     # A loop over the chunks: step 4, from the state before a chunk to its outputs, and then step 3,
     # the state after the chunk; from_start at the last position is the decay of the whole chunk.
-    state, ys = rearrange(state, "b (g r) p n -> b g r p n", g=B.shape[2]), []
-    each = zip(*(t.unbind(1) for t in (C, inside, written, from_start)), strict=True)
-    for C_c, inside_c, written_c, from_start_c in each:
-        read = C_c @ state.flatten(2, 3).mT  # (b, g, q, (r p))
+    decay, ys = from_start[..., -1:, :].flatten(2, 3), []  # (b, c, h, 1, 1)
+    each = zip(*(t.unbind(1) for t in (C, inside, from_start, written, decay)), strict=True)
+    for C_c, inside_c, from_start_c, written_c, decay_c in each:
+        read = C_c @ rearrange(state, "b (g r) p n -> b g n (r p)", g=B.shape[2])
         read = rearrange(read, "b g q (r p) -> b g r q p", p=x.shape[-1])
         y = torch.addcmul(inside_c, from_start_c, read)  # (b, g, r, q, p)
         ys.append(rearrange(y, "b g r q p -> b q (g r) p").to(dtype))
-        state = torch.addcmul(written_c, from_start_c[..., -1:, :], state)
-    return ys, state.flatten(1, 2)
+        state = torch.addcmul(written_c, decay_c, state)  # (b, h, p, n)
+    return ys, state
 
 
 # ---- 2. The layer --------------------------------------------------------------------------------
