@@ -429,9 +429,8 @@ class Mamba2(nn.Module):
             reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
                 a group, the first rank's counts.
         """
-        _require({}, "b l d", u=u)
-        layout = Layout.of(u, mask, seq_idx, group, reset=reset)
-        y, state = self(layout.sort(u), state, layout=layout)  # not forward, so that hooks run
+        layout, u = self._sorted(u, mask, seq_idx, group, reset)
+        y, state = self(u, state, layout=layout)  # not forward, so that hooks run
         return layout.restore(y), state
 
     def forward(
@@ -441,9 +440,14 @@ class Mamba2(nn.Module):
         all layers: y, sorted too, and the new state."""
         if layout is not None:
             return self._run(u, state, layout)
+        layout, u = self._sorted(u, mask, seq_idx, group, reset)
+        return layout.restore(self._run(u, state, layout)[0])
+
+    def _sorted(self, u, mask, seq_idx, group, reset):
+        """The Layout for these arguments of `step`, and u sorted by it."""
         _require({}, "b l d", u=u)
-        layout = Layout.of(u, mask, seq_idx, group, reset=reset)
-        return layout.restore(self._run(layout.sort(u), state, layout)[0])
+        layout = Layout.of(u, mask, seq_idx, group, reset)
+        return layout, layout.sort(u)
 
     def _run(self, u, state, layout):
         """The layer itself: y and the new state, of sorted u and the state before."""
@@ -539,7 +543,7 @@ class Mamba2Backbone(nn.Module):
         if self.config.residual_in_fp32:  # also with half-precision weights
             hidden = hidden.to(_at_least_float32(hidden.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
-        layout = Layout.of(hidden, mask, group=group, starts=starts)
+        layout = Layout.of(hidden, mask, group=group, starts=starts, agreed=True)
         hidden, new_states = layout.sort(hidden), []
         states = cache.states or [None] * len(self.layers)
         for block, state in zip(self.layers, states, strict=True):
@@ -624,9 +628,9 @@ class Layout(NamedTuple):
     reset: Tensor | None = None  # (b) bool: the first position begins another sequence
 
     @classmethod
-    def of(cls, x, mask=None, seq_idx=None, group=None, reset=None, starts=None):
+    def of(cls, x, mask=None, seq_idx=None, group=None, reset=None, starts=None, agreed=False):
         """The layout of x (b, l, ...) for arguments of `Mamba2.step`, which are checked; or for
-        `starts`, (b, l) bool."""
+        `starts`, (b, l) bool. agreed: the ranks of the group have been compared before."""
         sizes = dict(b=x.shape[0], l=x.shape[1])
         _require(sizes, "b l", "integers", seq_idx=seq_idx, starts=starts)
         _require(sizes, "b l", "a mask", mask=mask)
@@ -638,11 +642,10 @@ class Layout(NamedTuple):
             layout = cls(count, skipped, source, source.argsort(dim=1), layout.slices)
         length, skipped, source, place, slices, number, _ = layout
         reset = None if reset is None or slices and slices.rank else reset.bool()
-        if seq_idx is not None:
-            find = targets_and_starts
-            if slices:
-                find = functools.partial(slices.gather, x, max(1, x.shape[1]))
-            _, starts = find(mask=mask, seq_idx=seq_idx)
+        if slices and not agreed:
+            _, starts = slices.gather(x, max(1, x.shape[1]), mask, seq_idx=seq_idx)
+        elif seq_idx is not None:
+            _, starts = targets_and_starts(mask=mask, seq_idx=seq_idx)
         if starts is not None:
             starts = layout.sort(starts)
             number = starts.cumsum(1)
@@ -1281,9 +1284,8 @@ def same_on_ranks(model, x, **options):
     """What must be equal on all ranks, or one would wait for ever for what another never sends."""
     _check("attn_layer_idx", model.config.attn_layer_idx, *NO_SLICES)
     options |= {name: getattr(model.config, name) for name in _DEFAULTS}
-    options |= dict(dtype=x.dtype, gradients=torch.is_grad_enabled(), training=model.training)
-    options |= dict(autocast=torch.is_autocast_enabled(x.device.type))
-    return options | dict(checkpoints=model.backbone.gradient_checkpointing)
+    checkpoints = model.backbone.gradient_checkpointing
+    return options | dict(training=model.training, checkpoints=checkpoints)
 
 
 def register_with_transformers():
@@ -1321,13 +1323,16 @@ class Slices:
         which it reads `length` at a time. It raises on every rank, before anything else is sent,
         unless all pass arguments of the same names, and equal options `same`."""
         text = {name: rows for name, rows in text.items() if rows is not None}
-        same = dict(same or {}, batch=x.shape[0], arguments=[*text])
+        same = dict(same or {}, batch=x.shape[0], dtype=x.dtype, arguments=[*text])
+        same |= dict(gradients=torch.is_grad_enabled())
+        same |= dict(autocast=torch.is_autocast_enabled(x.device.type))
         every = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         rows = [every * self.rank, every if mask is None else mask, *text.values()]
         rows, ranks = torch.stack([row.long() for row in rows]).cpu(), [None] * self.ranks
         dist.all_gather_object(ranks, (same, rows, length), group=self.group)
-        for name in same:
-            values, rule = [options[name] for options, *_ in ranks], "one per rank, make them equal"
+        for name in dict.fromkeys(name for options, *_ in ranks for name in options):
+            values = [options.get(name) for options, *_ in ranks]
+            rule = "one per rank, make them equal"
             _check(name, values, rule, lambda values: all(value == values[0] for value in values))
         parts = [rows.split(length, dim=2) for _, rows, length in ranks]
         segments = [torch.cat(slices, dim=2) for slices in zip(*parts, strict=True)]
@@ -1466,6 +1471,10 @@ class Attention(nn.Module):
         k = self.conv1d.weight.shape[2] if self.conv1d else 1
         past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
         return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
+
+    def _sorted(self, u, mask, seq_idx, group, reset):
+        _check("group", group, *NO_SLICES)  # before anything is sent
+        return Mamba2._sorted(self, u, mask, seq_idx, None, reset)
 
     def _run(self, u, state, layout):
         """The layer itself, as in `Mamba2`."""

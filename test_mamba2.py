@@ -2779,6 +2779,8 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     shallow, checkpointed = tiny(num_hidden_layers=1).train(), tiny().train()
     checkpointed.gradient_checkpointing_enable()
     cache = model(ids, use_cache=True).cache
+    layer, u = model.backbone.layers[0].mixer, torch.randn(2, 8, 32)
+    step = lambda u=u, **given: layer.step(u, group=group, **given)
 
     def call(model=model, **changes):
         model(**dict(input_ids=ids, labels=ids, group=group) | changes)
@@ -2797,10 +2799,20 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
         ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(call)),
         ("cache", lambda: call(use_cache=True)),
         ("training", lambda: call(tiny())),
+        ("items", step),  # one rank in a layer, others in a model
     ):
         with pytest.raises(ValueError, match=f"{name} = .*: one per rank, make them"):
             (odd if rank == world - 1 else call)()
+    for name, odd in (
+        ("arguments", lambda: step(seq_idx=ids)),
+        ("batch", lambda: step(u[:1])),
+        ("gradients", torch.no_grad()(step)),
+        ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(step)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} = .*: one per rank, make them"):
+            (odd if rank == world - 1 else step)()
     call()  # nobody is out of step
+    step()
 
 
 @on_ranks(2)
