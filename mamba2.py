@@ -456,9 +456,7 @@ class Mamba2(nn.Module):
         if layout.slices:
             state = state or self.initial_state(len(u))
             zxbcdt, state = layout.slices.hand_over(zxbcdt, state, sends=False)
-        if state is not None and layout.reset is not None:
-            state = state.map(lambda tensor: _erase(tensor, layout.reset))
-        fused = None
+        state, fused = layout.begin(state), None
         if kernels and layout.skipped is None:
             fused = kernels.layer(self, zxbcdt, state, layout.seq_idx)
         y, conv, ssm = fused or self._convolve_and_scan(zxbcdt, state, layout)
@@ -661,6 +659,12 @@ class Layout(NamedTuple):
     def restore(self, x):
         """The inverse of `sort`; masked positions are 0."""
         return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
+
+    def begin(self, state):
+        """The state before the first position: erased where that begins another sequence."""
+        if state is None or self.reset is None:
+            return state
+        return state.map(lambda tensor: _erase(tensor, self.reset))
 
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
@@ -1100,9 +1104,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
                 position = 1 / config.expand + 8 / config.num_hidden_layers
-            length = min(l, math.ceil(math.sqrt(l * state / position)))
+            length = math.ceil(math.sqrt(l * state / position))
             if self.device.type == "cuda":  # longer, where launching kernels would take longest
-                length = min(l, max(length, 2**34 // max(1, b * config.hidden_size**2)))
+                length = max(length, 2**34 // max(1, b * config.hidden_size**2))
+            length = min(l, length)
         return length or max(1, l)
 
     @torch.no_grad()
@@ -1263,16 +1268,15 @@ def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
     start, by a new label in seq_idx; or else by position_ids that are 0 or do not grow. Each is
     None if nothing says what it is."""
     targets = starts = None
+    given = [rows for rows in (labels, seq_idx, position_ids) if rows is not None]
+    layout = Layout.of(given[0], mask) if given else None
     if seq_idx is not None:
-        layout = Layout.of(seq_idx, mask)
         starts = layout.restore(_borders(layout.sort(seq_idx.long())))
     elif position_ids is not None:
-        layout = Layout.of(position_ids, mask)
         position = layout.sort(position_ids.long())
         before = F.pad(position, (1, 0), value=-1)[:, :-1]
         starts = layout.restore((position == 0) | (position <= before))
     if labels is not None:
-        layout = Layout.of(labels, mask)
         targets = labels.long() + 100  # so that 0 is -100, also where the layout has put 0
         if starts is not None:
             targets = targets.masked_fill(starts, 0)
@@ -1324,8 +1328,8 @@ class Slices:
         unless all pass arguments of the same names, and equal options `same`."""
         text = {name: rows for name, rows in text.items() if rows is not None}
         same = dict(same or {}, batch=x.shape[0], dtype=x.dtype, arguments=[*text])
-        same |= dict(gradients=torch.is_grad_enabled())
-        same |= dict(autocast=torch.is_autocast_enabled(x.device.type))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        same |= dict(gradients=torch.is_grad_enabled(), autocast=autocast)
         every = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
         rows = [every * self.rank, every if mask is None else mask, *text.values()]
         rows, ranks = torch.stack([row.long() for row in rows]).cpu(), [None] * self.ranks
@@ -1480,9 +1484,7 @@ class Attention(nn.Module):
         """The layer itself, as in `Mamba2`."""
         _check("group", layout.slices, *NO_SLICES)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
-        state = state or self.initial_state(len(u), qkv)
-        if layout.reset is not None:
-            state = state.map(lambda tensor: _erase(tensor, layout.reset))
+        state = layout.begin(state or self.initial_state(len(u), qkv))
         (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence
         number = qkv.new_zeros(qkv.shape[:2]).long() if number is None else number
         if self.conv1d:
