@@ -167,7 +167,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
 
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
-    product. Here it is a loop, over slabs of a few chunks, which bounds the memory.
+    product. Here it is a loop over chunks, inside one over slabs of a few, which bounds memory.
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
@@ -643,7 +643,7 @@ class Layout(NamedTuple):
         if slices and not agreed:
             _, starts = slices.gather(x, max(1, x.shape[1]), mask, seq_idx=seq_idx)
         elif seq_idx is not None:
-            _, starts = targets_and_starts(mask=mask, seq_idx=seq_idx)
+            _, starts = targets_and_starts(mask=mask, seq_idx=seq_idx)  # by a layout of mask alone
         if starts is not None:
             starts = layout.sort(starts)
             number = starts.cumsum(1)
@@ -740,8 +740,9 @@ def _check(name, value, rule, holds):
 
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
-    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind: 0 and 1
-    for "a mask". sizes: known sizes by letter, to which those of the tensors are added."""
+    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind; "a
+    mask" of floats must hold 0 and 1. sizes: known ones by letter, to which the tensors' are added.
+    """
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -771,7 +772,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 # ---- 5. Configuration ----------------------------------------------------------------------------
 
-# What an option may be: a rule, and whether it holds. With ANY it is not checked.
+# What an option may be: a rule, and whether it holds. ANY: no rule, or one elsewhere.
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
 WIDTH = "must be an integer of at least 0", lambda v: type(v) is int and v >= 0
@@ -986,7 +987,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         labels: (b, l), the tokens, or -100: see `targets_and_starts`.
         logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
             is all; but there are none if labels are given in training or in several segments.
-        seq_idx: (b, l), as in `Mamba2.step`. None: packed sequences begin where position_ids are 0.
+        seq_idx: (b, l), as in `Mamba2.step`. None: position_ids say it, see `targets_and_starts`.
         group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
             Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
         segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
@@ -1356,7 +1357,7 @@ class Slices:
     def last(self, states):
         """The states of the last rank, on all ranks."""
         erase = torch.full((), self.rank < self.ranks - 1, device=states[0].ssm.device)
-        layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # (n, b, ...)
+        layers = (torch.stack(tensors) for tensors in zip(*states, strict=True))  # layers, b, ...
         layers = (_SumOfRanks.apply(t.masked_fill(erase, 0), self.group) for t in layers)
         return [Mamba2State(*pair) for pair in zip(*layers, strict=True)]
 
