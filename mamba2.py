@@ -57,7 +57,6 @@ from torch.utils.checkpoint import checkpoint
 try:
     import transformers
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-    from transformers.generation import MaxLengthCriteria
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
     from transformers.utils import can_return_tuple
 except ImportError as error:
@@ -327,8 +326,8 @@ class Mamba2State(NamedTuple):
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
     def map(self, function, *others: Mamba2State) -> Mamba2State:
-        """function(tensor, *tensors of the others) for conv and for ssm."""
-        return Mamba2State(*map(function, self, *others))
+        """A state of function(tensor, *tensors of the others), for each of its tensors."""
+        return type(self)(*map(function, self, *others))
 
     def select(self, rows) -> Mamba2State:
         """Rows of the batch in a new order: integers, or a bool mask."""
@@ -415,7 +414,7 @@ class Mamba2(nn.Module):
         conv = torch.zeros(batch, self.config.conv_kernel - 1, self.widths[1], **options)
         return Mamba2State(conv, torch.zeros(batch, h, p, n, **options))
 
-    def step(self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None):
+    def step(self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
 
         Args:
@@ -426,27 +425,33 @@ class Mamba2(nn.Module):
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
                 The new state is then that after this rank's slice.
-            reset: (b) bool, or None: rows in which another sequence begins, from a zero state; with
-                a group, the first rank's counts.
+            starts: (b, l) bool, or None, instead of seq_idx: where another sequence begins, from a
+                zero state; the first position can be one.
         """
-        layout, u = self._sorted(u, mask, seq_idx, group, reset)
+        layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
         y, state = self(u, state, layout=layout)  # not forward, so that hooks run
         return layout.restore(y), state
 
     def forward(
-        self, u, state=None, mask=None, seq_idx=None, group=None, *, reset=None, layout=None
+        self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None, layout=None
     ):
         """y of `step`, with its arguments. For u sorted by a Layout, which a model makes once for
         all layers: y, sorted too, and the new state."""
         if layout is not None:
             return self._run(u, state, layout)
-        layout, u = self._sorted(u, mask, seq_idx, group, reset)
+        layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
         return layout.restore(self._run(u, state, layout)[0])
 
-    def _sorted(self, u, mask, seq_idx, group, reset):
+    def _sorted(self, u, mask, group, **rows):
         """The Layout for these arguments of `step`, and u sorted by it."""
-        _require({}, "b l d", u=u)
-        layout = Layout.of(u, mask, seq_idx, group, reset)
+        _require(sizes := {}, "b l d", u=u)
+        _require(sizes, "b l", "integers", **rows)
+        _require(sizes, "b l", "a mask", mask=mask)
+        if group is None:
+            _, starts = targets_and_starts(mask=mask, **rows)
+        else:
+            _, starts = Slices(group).gather(u, max(1, u.shape[1]), mask, **rows)
+        layout = Layout.of(u, mask, group, starts)
         return layout, layout.sort(u)
 
     def _run(self, u, state, layout):
@@ -541,7 +546,7 @@ class Mamba2Backbone(nn.Module):
         if self.config.residual_in_fp32:  # also with half-precision weights
             hidden = hidden.to(_at_least_float32(hidden.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
-        layout = Layout.of(hidden, mask, group=group, starts=starts, agreed=True)
+        layout = Layout.of(hidden, mask, group, starts)
         hidden, new_states = layout.sort(hidden), []
         states = cache.states or [None] * len(self.layers)
         for block, state in zip(self.layers, states, strict=True):
@@ -620,37 +625,22 @@ class Layout(NamedTuple):
     length: Tensor | None = None  # (b, 1), with a mask: how many positions of a row count
     skipped: Tensor | None = None  # (b, l) bool, after sorting: the positions that do not count
     source: Tensor | None = None  # (b, l), where sorted positions come from
-    place: Tensor | None = None  # (b, l), where they return to
     slices: Slices | None = None
     seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
     reset: Tensor | None = None  # (b) bool: the first position begins another sequence
 
     @classmethod
-    def of(cls, x, mask=None, seq_idx=None, group=None, reset=None, starts=None, agreed=False):
-        """The layout of x (b, l, ...) for arguments of `Mamba2.step`, which are checked; or for
-        `starts`, (b, l) bool. agreed: the ranks of the group have been compared before."""
-        sizes = dict(b=x.shape[0], l=x.shape[1])
-        _require(sizes, "b l", "integers", seq_idx=seq_idx, starts=starts)
-        _require(sizes, "b l", "a mask", mask=mask)
-        _require(sizes, "b", "integers", reset=reset)
+    def of(cls, x, mask=None, group=None, starts=None):
+        """The layout of x (b, l, ...); mask (b, l); starts (b, l) bool, where sequences begin."""
+        _require(dict(b=x.shape[0], l=x.shape[1]), "b l", "a mask", mask=mask)
         layout = cls(slices=None if group is None else Slices(group))
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
-            count = (~skipped).sum(1, keepdim=True)
-            layout = cls(count, skipped, source, source.argsort(dim=1), layout.slices)
-        length, skipped, source, place, slices, number, _ = layout
-        reset = None if reset is None or slices and slices.rank else reset.bool()
-        if slices and not agreed:
-            _, starts = slices.gather(x, max(1, x.shape[1]), mask, seq_idx=seq_idx)
-        elif seq_idx is not None:
-            _, starts = targets_and_starts(mask=mask, seq_idx=seq_idx)  # by a layout of mask alone
-        if starts is not None:
-            starts = layout.sort(starts)
-            number = starts.cumsum(1)
-            if slices or seq_idx is None:  # else the first position begins no sequence
-                first = starts[:, :1].any(1)
-                reset = first if reset is None else first | reset
-        return cls(length, skipped, source, place, slices, number, reset)
+            layout = cls((~skipped).sum(1, keepdim=True), skipped, source, layout.slices)
+        if starts is None:
+            return layout
+        starts = layout.sort(starts)
+        return layout._replace(seq_idx=starts.cumsum(1), reset=starts[:, :1].any(1))
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
@@ -658,7 +648,9 @@ class Layout(NamedTuple):
 
     def restore(self, x):
         """The inverse of `sort`; masked positions are 0."""
-        return x if self.skipped is None else _take(_erase(x, self.skipped), self.place)
+        if self.skipped is None:
+            return x
+        return _take(_erase(x, self.skipped), self.source.argsort(dim=1))
 
     def begin(self, state):
         """The state before the first position: erased where that begins another sequence."""
@@ -1123,9 +1115,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
 
         With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
-        whole; for n beams or samples of each row, pass `cache.repeat(n)`. With
-        `return_dict_in_generate=True`, the new cache has seen all but the last token; it is None
-        after beams, or if rows ended before others: read their texts with `prefill`.
+        whole; for n beams or samples of each row, pass `cache.repeat(n)`. The cache in the output
+        of `return_dict_in_generate=True` has seen all but the last token. It is None for several
+        texts, which may end one before another, and for beams: read these with `prefill`.
         """
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
@@ -1145,13 +1137,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         options |= {CACHE: cache, "use_cache": True}
         output = super().generate(inputs, generation_config, **options)
         if isinstance(output, dict):
-            config = self.generation_config if generation_config is None else generation_config
-            settings = {**self.generation_config.to_dict(), **config.to_diff_dict(), **options}
-            cache, eos = output[CACHE], settings["eos_token_id"]
-            chosen = output.sequences[:, 0 if ids is None and embeds is not None else count : -1]
-            ends = torch.tensor([] if eos is None else eos, device=self.device)
-            ended_before = len(chosen) > 1 and torch.isin(chosen, ends).any()
-            if ended_before or hasattr(output, "beam_indices"):
+            cache = output[CACHE]
+            if len(output.sequences) > 1 or hasattr(output, "beam_indices"):
                 cache = None
             elif kernels and isinstance(cache, kernels.Text):
                 cache = cache.cache()
@@ -1162,8 +1149,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
 
         transformers prepares prompt, sampling and stopping. Beams and several samples of a row are
-        errors. On CUDA, where asking waits for the GPU, it looks for the end of the text every
-        eight tokens.
+        errors. On CUDA, where looking for the end waits for the GPU, eight tokens come at a time.
         """
         rule = "stream takes none: it is an iterator, with a loop of its own"
         _check("streamer", options.get("streamer"), rule, lambda value: value is None)
@@ -1177,36 +1163,33 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         mode = config.get_generation_mode().value
         if mode not in ("greedy_search", "sample") or config.num_return_sequences != 1:
             raise ValueError(f"stream yields one text for a prompt; for {mode}, use generate")
-        output = self._prefill(ids, config, kwargs)
-        unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads
         pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
-        left = max(1, stopping_criteria.max_length - ids.shape[1])
-        tokens, alive, every = [], [], 8 if criteria and ids.is_cuda else 1
-        while left > 0:
-            scores = logits_processor(ids, output.logits[:, -1].float())
-            if config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
-            else:
-                token = scores.argmax(-1)
-            if pads_rows:
-                token = token.masked_fill(~unfinished, pad)
-            ids, left = torch.cat([ids, token[:, None]], dim=1), left - 1
-            for criterion in criteria:
-                unfinished = unfinished & ~criterion(ids, scores)
-            tokens.append(token)
-            alive.append(unfinished)
-            if len(tokens) == every or left == 0:
-                goes_on = torch.stack(alive).any(1).tolist() if criteria else [True]
-                for token, more in zip(tokens, goes_on, strict=True):
-                    yield token
-                    if not more:
-                        return
-                tokens, alive = [], []
-            if left > 0:
-                output = self(ids[:, -1:], cache=output.cache, use_cache=True, return_dict=True)
+        output, running = None, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        while True:
+            tokens, alive = [], []
+            for _ in range(8 if ids.is_cuda else 1):
+                if output is None:
+                    output = self._prefill(ids, config, kwargs)
+                else:
+                    output = self(ids[:, -1:], cache=output.cache, use_cache=True, return_dict=True)
+                scores = logits_processor(ids, output.logits[:, -1].float())
+                if config.do_sample:
+                    token = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+                else:
+                    token = scores.argmax(-1)
+                token = token.masked_fill(~running, pad) if pads_rows else token
+                ids = torch.cat([ids, token[:, None]], dim=1)
+                running = running & ~stopping_criteria(ids, scores)
+                tokens.append(token)
+                alive.append(running)
+                if ids.shape[1] >= stopping_criteria.max_length:
+                    break
+            for token, goes_on in zip(tokens, torch.stack(alive).any(1).tolist(), strict=True):
+                yield token
+                if not goes_on:
+                    return
 
 
 class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
@@ -1263,16 +1246,20 @@ def _inputs(ids, embeds, mask, others, **rows):
     return embeds if ids is None else ids, mask
 
 
-def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None):
+def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, starts=None):
     """targets (b, l): the label of the next position that is not masked; -100 at masked positions,
     if another sequence starts there, or if there is none. starts (b, l) bool: where sequences
-    start, by a new label in seq_idx; or else by position_ids that are 0 or do not grow. Each is
-    None if nothing says what it is."""
-    targets = starts = None
-    given = [rows for rows in (labels, seq_idx, position_ids) if rows is not None]
+    start: by a new label in seq_idx; by `starts`, of which a masked one is the next position's; or
+    by position_ids that are 0 or do not grow. Each is None if nothing says what it is."""
+    if seq_idx is not None and starts is not None:
+        raise ValueError("seq_idx and starts both say where sequences begin: pass one of them")
+    targets, given = None, [t for t in (labels, seq_idx, position_ids, starts) if t is not None]
     layout = Layout.of(given[0], mask) if given else None
     if seq_idx is not None:
         starts = layout.restore(_borders(layout.sort(seq_idx.long())))
+    elif starts is not None:
+        number = layout.sort(starts.cumsum(1))
+        starts = layout.restore(number > F.pad(number, (1, 0))[:, :-1])
     elif position_ids is not None:
         position = layout.sort(position_ids.long())
         before = F.pad(position, (1, 0), value=-1)[:, :-1]
@@ -1421,16 +1408,7 @@ class AttentionState(NamedTuple):
     past: Tensor  # (b, m, 2 g, p), rotated keys, then values, in the dtype of in_proj(u)
     counts: Tensor  # (b, m) bool: False where masked, and in earlier packed sequences
 
-    select, detach = Mamba2State.select, Mamba2State.detach
-
-    def map(self, function, *others: AttentionState) -> AttentionState:
-        """As `Mamba2State.map`; to shorter states, positions that do not count are prepended."""
-        m = max(state.past.shape[1] for state in (self, *others))
-        padded = []
-        for conv, past, counts in (self, *others):
-            missing = m - past.shape[1], 0
-            padded.append((conv, F.pad(past, (0, 0, 0, 0, *missing)), F.pad(counts, missing)))
-        return AttentionState(*map(function, *padded))
+    map, select, detach = Mamba2State.map, Mamba2State.select, Mamba2State.detach
 
     def to(self, *args, **kwargs) -> AttentionState:
         """The state on another device. Arguments are as for Tensor.to, but no dtype changes."""
@@ -1477,9 +1455,9 @@ class Attention(nn.Module):
         past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
         return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
 
-    def _sorted(self, u, mask, seq_idx, group, reset):
+    def _sorted(self, u, mask, group, **rows):
         _check("group", group, *NO_SLICES)  # before anything is sent
-        return Mamba2._sorted(self, u, mask, seq_idx, None, reset)
+        return Mamba2._sorted(self, u, mask, None, **rows)
 
     def _run(self, u, state, layout):
         """The layer itself, as in `Mamba2`."""
