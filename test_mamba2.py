@@ -199,22 +199,21 @@ class Bytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.watched, self.alive, self.peak, self.largest = set(), 0, 0, 0
+        self.known, self.alive, self.peak, self.largest = weakref.WeakSet(), 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for storage in (tensor.untyped_storage() for tensor in tensors(out)):
-            if storage._cdata not in self.watched:
-                self.watched.add(storage._cdata)
-                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-                self.alive += storage.nbytes()
+        for storage in [t.untyped_storage() for t in tensors(out)]:
+            if storage not in self.known:
+                self.known.add(storage)
+                weakref.finalize(storage, self.count, -storage.nbytes())
+                self.count(storage.nbytes())
                 self.largest = max(self.largest, storage.nbytes())
-        self.peak = max(self.peak, self.alive)
         return out
 
-    def forget(self, key, nbytes):
-        self.watched.remove(key)
-        self.alive -= nbytes
+    def count(self, nbytes):
+        self.alive += nbytes
+        self.peak = max(self.peak, self.alive)
 
 
 # ---- SSD -----------------------------------------------------------------------------------------
@@ -490,18 +489,11 @@ def test_a_layer_in_half_precision_keeps_its_state_in_float32_or_as_it_was_passe
         assert [t.dtype for t in (y, *state[:2])] == [torch.bfloat16, torch.bfloat16, wide]
         # About ten roundings of 2^-9 (weights, input, projections, convolution, norm) in a row.
         assert_close(y, exact(u), 0.02)
-    if attends:
-        return
-    (conv, ssm), masks = state, (None, torch.ones(2, 100, device=DEVICE))
-    for mask, dtype in itertools.product(masks, (torch.float16, torch.bfloat16, torch.float64)):
-        expected = half.step(u.bfloat16(), state, mask)
-        found = half.step(u.bfloat16(), Mamba2State(conv.float(), ssm.to(dtype)), mask)
-        assert [t.dtype for t in tensors(found)] == [torch.bfloat16, torch.bfloat16, dtype]
-        assert_close(found, expected, 4 * 2**-7)  # two roundings to bfloat16, and y follows
     with mock.patch.object(mamba2, "ssd", wraps=ssd) as watched:
         without_kernels(half, u.bfloat16())
-    dt = half.in_proj(u.bfloat16())[..., -8:].float() + half.dt_bias.float()
-    assert identical(watched.call_args.args[1:3], (F.softplus(dt), -half.A_log.float().exp()))
+    if not attends:
+        dt = half.in_proj(u.bfloat16())[..., -8:].float() + half.dt_bias.float()
+        assert identical(watched.call_args.args[1:3], (F.softplus(dt), -half.A_log.float().exp()))
 
 
 @pytest.mark.parametrize("method", [False, True])
@@ -525,14 +517,19 @@ def step_of_parts(conv, ssm, **arguments):
     return make_layer().step(state=Mamba2State(conv, ssm), **arguments)
 
 
+def model(**arguments):
+    return tiny()(**arguments)
+
+
 SSD_SHAPES = dict(x=(2, 5, 4, 3), dt=(2, 5, 4), A=(4,), B=(2, 5, 2, 6), C=(2, 5, 2, 6), D=(4, 3))
 SSD_SHAPES |= dict(initial_state=(2, 4, 3, 6), seq_idx=(2, 5))
 CONV_SHAPES = dict(x=(2, 5, 6), weight=(6, 4), bias=(6,), initial_state=(2, 3, 6), seq_idx=(2, 5))
 NORM_SHAPES = dict(x=(2, 5, 6), weight=(6,), gate=(2, 5, 6))
 STEP_SHAPES = dict(u=(2, 5, 10), conv=(2, 3, 40), ssm=(2, 4, 5, 5), mask=(2, 5), seq_idx=(2, 5))
+FORWARD_SHAPES = dict.fromkeys(["input_ids", "position_ids", "seq_idx", "labels"], (2, 9))
 NORM = functools.partial(mamba2.rms_norm, eps=1e-5)
 FUNCTIONS = [*((form, SSD_SHAPES) for form in FORMS), (mamba2.causal_conv1d, CONV_SHAPES)]
-FUNCTIONS += [(NORM, NORM_SHAPES), (step_of_parts, STEP_SHAPES)]
+FUNCTIONS += [(NORM, NORM_SHAPES), (step_of_parts, STEP_SHAPES), (model, FORWARD_SHAPES)]
 for layer in (make_layer(), make_layer(ROTARY)):
     step = functools.partial(layer.step, torch.ones(3, 2, 10, **DRAW))
     FUNCTIONS.append((functools.partial(step, layer.initial_state(3)), dict(reset=(3,))))
@@ -541,7 +538,8 @@ for layer in (make_layer(), make_layer(ROTARY)):
 @pytest.mark.parametrize("function, shapes", FUNCTIONS)
 def test_shapes_and_dtypes_that_do_not_fit_are_refused_and_never_broadcast(function, shapes):
     arguments = {name: torch.ones(shape, **DRAW) for name, shape in shapes.items()}
-    arguments |= {name: arguments[name].long() for name in shapes.keys() & {"seq_idx", "reset"}}
+    integers = {"seq_idx", "reset", *FORWARD_SHAPES} & shapes.keys()
+    arguments |= {name: arguments[name].long() for name in integers}
     function(**arguments)
     for name, right in arguments.items():
         wrong = [right[0], right[None], right[..., None]]
@@ -1006,22 +1004,24 @@ def test_rows_of_caches_are_selected_repeated_and_joined_and_continue_as_alone(o
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("of_weights", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_weights", [torch.bfloat16, torch.float32, torch.float64])
 def test_steps_and_files_keep_the_dtype_of_ssm_whatever_it_is(dtype, of_weights, tmp_path):
     model, ids = tiny(dtype=of_weights), tokens(2, 12)
     cache = model(ids[:, :6], seq_idx=ids[:, :6]).cache.to(dtype)
-    rounded = cache.to(of_weights)  # what the state holds, as exactly as the model computes
+    # What the state holds, as exactly as the model computes.
+    rounded = cache.to(torch.promote_types(of_weights, torch.float32))
+    limit = 4 * 2**-7 if of_weights == torch.bfloat16 and CUDA else F32
     masks, labels = (None, tokens(2, 3) % 2 == 0), (None, tokens(2, 3, seed=3))
     for l, mask, seq_idx in itertools.product((0, 1, 3), masks, labels):
         mask, seq_idx = (None if t is None else t[:, :l] for t in (mask, seq_idx))
         given = dict(attention_mask=mask, seq_idx=seq_idx)
         found, exact = (model(ids[:, 6 : 6 + l], cache=c, **given) for c in (cache, rounded))
         # Within a call nothing is rounded, so that only the state before it is.
-        assert_close(found.logits, exact.logits, F32)
+        assert_close(found.logits, exact.logits, limit)
         for state in found.cache.states:
             assert (state.conv.dtype, state.ssm.dtype) == (of_weights, dtype)
         # On a GPU one of the two may be a kernel's, which rounds differently before that.
-        same = max(torch.finfo(dtype).eps, F32) if CUDA else 0
+        same = max(torch.finfo(dtype).eps, limit) if CUDA else 0
         assert_same_state(found.cache, exact.cache.to(dtype), same)
     joined = Mamba2Cache.cat([cache.select([1]), cache.repeat(2)])
     assert {state.ssm.dtype for state in joined.states} == {dtype}
@@ -1114,23 +1114,19 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         r"ValueError: 64: must divide .* \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
         "ValueError: num_heads = 3: times head_dim": dict(d_model=64, nheads=3),
         "ValueError: d_model. = 10.5; choose another": dict(d_model=7, headdim=1, expand=1.5),
-        "RuntimeError: uniform_ expects .* range": dict(d_model=64, dt_min=0.5),
         "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
         r"TypeError: and options \['d_state'\]: pass one": dict(d_model=Mamba2Config(), d_state=64),
-    },
-    Mamba2Config: {
-        "TypeError: no option 'd_modell'": dict(d_modell=64),
     },
     Mamba2Config.from_dict: {
         r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
         r"ValueError: \(d_state\) = '16': must be an integer": FLA | dict(state_size="16"),
         "TypeError: norm_eps.* has two names of one option": FLA | dict(layer_norm_epsilon=1e-6),
         "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
-        "ValueError: only 'Mamba2' is implemented": ORIGINAL | dict(ssm_cfg=dict(layer="S4")),
+        "ValueError: layer = 'Mamba1': only 'Mamba2'": ORIGINAL | dict(ssm_cfg={}),
+        "ValueError: ^model_type = 'mamba': only 'mamba2'": FLA | dict(model_type="mamba"),
     },
     mamba2.Attention: {
-        "ValueError: causal = False: must be True": ATTEND | dict(causal=False),
-        "ValueError: causal = False: must be": dict(d_model=10, num_heads=2),
+        "ValueError: causal = False: must be True": dict(d_model=10, num_heads=2),
         "ValueError: interleaved = True: must be": ATTEND | dict(rotary_emb_interleaved=True),
         "ValueError: rotary_emb_dim = 8: .* at most 6": ATTEND | dict(rotary_emb_dim=8),
         "ValueError: rotary_emb_dim = 3: must be even": ATTEND | dict(rotary_emb_dim=3),
@@ -1143,28 +1139,21 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     },
     "forward": {
         "ValueError: exactly one of input_ids and": dict(inputs_embeds=torch.ones(2, 9, 32)),
-        r"ValueError: input_ids has shape \(9,\): it must be \(9, l\)": dict(input_ids=IDS[0]),
-        "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
-        r"ValueError: position_ids has shape \(1, 9\): .* \(2, 9\)": dict(position_ids=IDS[:1]),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
         "TypeError: attention_mask is a list: it must be a tensor": dict(attention_mask=[[1, 1]]),
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
-        r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
         "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
         "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
         r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
         "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
         "TypeError: argument 'output_attentions'": dict(output_attentions=True),
-        r"ValueError: labels has shape \(2, 8\): .* \(2, 9\)": dict(labels=IDS[:, :8]),
         "ValueError: segment_length = -1: must be 'auto', or an": dict(segment_length=-1),
         "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
     },
     "generate": {
-        "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
         "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
-        "TypeError: input_ids is torch.float32: .* of integers": dict(input_ids=IDS[:1].float()),
-        "ValueError: tempratur": dict(tempratur=1.0),
+        "ValueError: assisted generation is not supported": dict(prompt_lookup_num_tokens=3),
         "ValueError: 9 tokens, and the cache has seen 9: give the whole": dict(cache=True),
         "ValueError: _mask = .*: must end .*pad on the left": dict(attention_mask=0 * IDS[:1]),
     },
@@ -1172,21 +1161,14 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
 for name in ("seq_idx", "position_ids", "group"):
     message = f"ValueError: {name} = .*: generate takes none: read the prompt with `prefill`"
     REFUSED["generate"][message] = {name: IDS[:1]}
+SAMPLES = dict(num_return_sequences=2, do_sample=True)
 REFUSED["stream"] = REFUSED["generate"] | {
     "ValueError: one text for a prompt; for beam_search, use generate": dict(num_beams=2),
-    "ValueError: yields one text": dict(num_return_sequences=2, do_sample=True),
+    "ValueError: yields one text": SAMPLES,
+    "ValueError: streamer = 1: stream takes none": dict(streamer=1),
 }
-REFUSED["stream"]["ValueError: streamer = 1: stream takes none"] = dict(streamer=1)
-REFUSED["stream"]["ValueError: could not locate a tokenizer"] = dict(stop_strings="a")
-REFUSED["stream"]["ValueError: assisted generation is not supp"] = dict(assistant_model=1)
-SAMPLES = dict(num_return_sequences=2, do_sample=True)
 UNREPEATED = SAMPLES | dict(cache=True, attention_mask=torch.ones(1, 18, device=DEVICE))
 REFUSED["generate"][r"ValueError: has shape \(1, 3, 96\): it must be \(2, 3"] = UNREPEATED
-LOOKUP = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
-REFUSED["generate"]["ValueError: assisted generation is not supported with stateful"] = LOOKUP
-if not CUDA:  # a GPU reports these later, and stays unusable
-    REFUSED["forward"]["IndexError: index out of range"] = dict(input_ids=IDS + 63)
-    REFUSED["forward"]["IndexError: Target .* is out of bounds"] = dict(labels=IDS + 63)
 REFUSED = [(call, *case) for call, cases in REFUSED.items() for case in cases.items()]
 SSD = ssd_inputs(2, 5, 4, 3, 3, 6)
 for form, groups in itertools.product(FORMS, (3, 0)):
@@ -1204,9 +1186,6 @@ for name, value in [(name, value) for name, values in IMPOSSIBLE.items() for val
 for value in (0, -3, 2.5, None, True):
     given = SSD | dict(chunk_size=value)
     REFUSED.append((ssd, f"ValueError: chunk_size = {value}: must be an integer", given))
-for groups in (0, -1, 3):
-    given = dict(x=torch.ones(5, 7), weight=torch.ones(7), groups=groups)
-    REFUSED.append((NORM, "RuntimeError: unflatten|only one dimension", given))
 for name, value in CHANGES.items():  # options that change the results, in every format
     error, option = rf"ValueError: {name}( .*|\))? = {re.escape(repr(value))}: ", {name: value}
     for file in ({}, FLA, TRANSFORMERS, ORIGINAL):
