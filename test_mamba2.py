@@ -43,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -806,18 +805,6 @@ def load(folder, kind=Mamba2ForCausalLM, **options):
     return kind.from_pretrained(folder, **options).to(DEVICE).eval()
 
 
-def test_transformers_still_has_the_private_names_that_mamba2_py_uses():
-    modules = transformers.modeling_utils, transformers.generation.utils
-    there = set(re.findall(r"\w+", " ".join(map(inspect.getsource, modules))))
-    code = Path(mamba2.__file__).read_text()
-    defined = re.findall(r"^(?:def |class )?(_[a-z]\w+)", code, re.M)  # by this file, itself
-    used = set(re.findall(r"(?<!\w)_[a-z]\w+", code)) & there - {*defined, "_name_or_path"}
-    known = "_init_weights _is_hf_initialized _is_stateful _no_split_modules _prefill"
-    known += " _reorder_cache _supports_default_dynamic_cache _tied_weights_keys"
-    known += " _keys_to_ignore_on_load_missing _keys_to_ignore_on_load_unexpected"
-    assert used == set(known.split()), transformers.__version__
-
-
 VARIANTS = [{}, dict(tie_word_embeddings=False), dict(time_step_limit=(0.01, 0.1))]
 VARIANTS += [dict(use_bias=True, use_conv_bias=False, conv_kernel=2), dict(n_groups=8, head_dim=4)]
 VARIANTS += [dict(residual_in_fp32=False, layer_norm_epsilon=1e-2)]
@@ -1242,8 +1229,6 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
         for layer in model.backbone.layers:  # the original's depth scaling, by sqrt(4)
             out, depth = layer.mixer.out_proj, 4 if isinstance(layer.mixer, Mamba2) else 1
             assert 0.95 < out.weight.abs().max() * (depth * out.in_features) ** 0.5 <= 1
-            taps = layer.mixer.conv1d.weight
-            assert 0.9 < taps.abs().max() * taps.shape[2] ** 0.5 <= 1
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
 
 
@@ -1571,59 +1556,45 @@ def test_a_graph_is_made_for_all_that_a_step_depends_on_if_it_can_follow(name):
 
 @torch.no_grad()
 def test_a_graph_is_made_for_the_switches_of_pytorch():
-    modes, before = mamba2.kernels._modes, mamba2.kernels._modes()
-    assert before is not None
+    modes, matmul = mamba2.kernels._modes, torch.backends.cuda.matmul
+    newer = Version(torch.__version__) >= Version("2.9")
+    tf32 = ("fp32_precision", "tf32") if newer else ("allow_tf32", True)
+    found = [modes()]
     with torch.enable_grad():
         assert modes() is None
     with torch.inference_mode():
-        assert modes() not in (before, None)
+        found.append(modes())
     torch.use_deterministic_algorithms(True)
-    assert modes() not in (before, None)
+    found.append(modes())
     torch.use_deterministic_algorithms(False)
-    newer = Version(torch.__version__) >= Version("2.9")
-    tf32 = ("fp32_precision", "tf32") if newer else ("allow_tf32", True)
-    matmul = torch.backends.cuda.matmul
     for name, value in (tf32, ("allow_bf16_reduced_precision_reduction", False)):
         old = getattr(matmul, name)
         setattr(matmul, name, value)
-        changed = modes()
+        found.append(modes())
         setattr(matmul, name, old)
-        assert changed not in (before, None)
-    assert modes() == before
-
-
-class PlainGraph:
-    """Stands in for a DecodingGraph: steps of the model, on any device."""
-
-    def __init__(self, model, cache):
-        self.model, self.cache, self.modes = model, cache, mamba2.kernels._modes()
-        self.steps, self.closed = 0, False
-
-    def __call__(self, ids):
-        assert not self.closed
-        output = self.model(ids, cache=self.cache, use_cache=True)
-        self.cache, self.steps = output.cache, self.steps + 1
-        return output.logits[:, -1]
-
-    def copies(self):
-        return [tuple(state) for state in self.cache.map(torch.clone).states]
-
-    def load(self, cache):
-        self.cache = cache
+    assert None not in found and len({*found}) == 5 and modes() == found[0]
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The graphs that texts take from now on: each is a new PlainGraph."""
+    """The graphs that texts take from now on: their steps are not captured, but run anywhere."""
+    graphs, kernels = [], mamba2.kernels
 
-    def take(model, cache):
-        graphs.append(PlainGraph(model, cache))
-        return graphs[-1] if kind.enabled else None
+    class PlainGraph(kernels.DecodingGraph):
+        def __init__(self, model, cache):
+            self.model, self.modes, self.steps, self.closed = model, kernels._modes(), 0, False
+            self.states = [Mamba2State(*map(torch.clone, state)) for state in cache.states]
+            graphs.append(self)
 
-    graphs, kind = [], mamba2.kernels.DecodingGraph
-    monkeypatch.setattr(kind, "take", take)
-    monkeypatch.setattr(mamba2.kernels.Text, "of", mamba2.kernels.Text)  # also on a CPU
+        def __call__(self, ids):
+            assert not self.closed
+            self.token, self.steps = ids, self.steps + 1
+            return self.step(self.model)
+
+    kind = kernels.DecodingGraph
+    monkeypatch.setattr(kind, "take", lambda *given: PlainGraph(*given) if kind.enabled else None)
     monkeypatch.setattr(kind, "give_back", lambda _, graph: setattr(graph, "closed", True))
+    monkeypatch.setattr(kernels.Text, "of", kernels.Text)  # also on a CPU
     return graphs
 
 
@@ -1866,9 +1837,6 @@ def test_lora_trains_the_projections_and_can_be_saved_and_merged(tmp_path):
     assert torch.equal(merged.generate(ids, **GREEDY), text)
     for same in (back, merged):
         assert_close(same(ids).logits, after, F32)
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["conv1d"])
-    with pytest.raises(ValueError, match="Targeting a CausalConv1d"):
-        peft.get_peft_model(tiny(), lora)
 
 
 @torch.no_grad()
@@ -1983,31 +1951,11 @@ def test_a_long_text_is_evaluated_and_read_in_the_memory_of_one_segment():
 # ---- Saving and loading --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [ALL, HYBRID])
-def test_saving_and_loading_keeps_weights_and_every_option(more, tmp_path):
-    options = dict(**TINY, **more, expand=1.5, layer_norm_epsilon=1e-3, id2label={0: "no"})
-    model = tiny(**options)
-    model.config.made_by = "a test"
-    save(model, tmp_path / "a")
-    again, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
-    twice = load(save(again, tmp_path / "b"))
-    for loaded in (again.to(DEVICE).eval(), twice):
-        assert_same_model(loaded, model)
-        for name, value in {**options, "made_by": "a test", "num_heads": 6}.items():
-            assert getattr(loaded.config, name) == value, name
-    assert not info["missing_keys"] and callable(model.push_to_hub)
-    config, second = (json.loads((tmp_path / x / "config.json").read_text()) for x in "ab")
-    assert config["model_type"] == "mamba2" and config["architectures"] == ["Mamba2ForCausalLM"]
-    # All options are written, for others fill what is left out with defaults of their own.
-    assert config.items() <= second.items() and mamba2._DEFAULTS.keys() <= config.keys()
-    config = Mamba2Config(**options)
-    assert Mamba2Config(**config.to_dict()).to_dict() == config.to_dict()
-
-
 def changed(model, folder, **changes):
-    """A checkpoint in transformers' format, with another config."""
+    """A checkpoint in transformers' format, with another config; None: it lacks this."""
     path = save(model, folder) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def original(model, folder, ssm_cfg=None, **options):
@@ -2023,37 +1971,30 @@ def original(model, folder, ssm_cfg=None, **options):
 
 of_transformers = lambda model, folder: save(load(save(model, folder), THEIRS), folder)
 
-
-def of_mamba2_torch(model, folder):
-    """Its config knows no groups, leaves out what is tied, and has the 130m model's num_heads."""
-    config = {**TINY, "model_type": "mamba2", "num_heads": 24, "intermediate_size": 64}
-    config |= dict(emb_initializer_range=0.02, tie_embedding_weights=True, tie_embeddings=True)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
-    del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 MORE = dict(ngroups=2, d_conv=3, expand=1.5, bias=True, conv_bias=False, dt_limit=[0.01, 0.1])
 UNTIED = dict(tie_embeddings=False, residual_in_fp32=False)
 TOP = dict(pad_vocab_size_multiple=16, d_intermediate=0, attn_layer_idx=[], attn_cfg={})
 TOP |= dict(rms_norm=True, fused_add_norm=True, **UNTIED)
 SSM = MORE | dict(norm_before_gate=False, A_init_range=[1, 16])
 CODESTRAL = dict(n_groups=8, head_dim=4, tie_word_embeddings=False)
-ITS_FILE = dict(norm_before_gate=True, rms_norm=True, time_step_rank=2)  # without effect
+ITS_FILE = dict(norm_before_gate=True, rms_norm=True, made_by="a test")  # without effect
 ITS_FILE |= dict(time_step_limit=[0.0, math.inf])  # as Infinity
+# mamba2-torch's config knows no groups, and has the 130m model's num_heads.
+MAMBA2_TORCH = dict(n_groups=None, num_heads=24, initializer_range=None, emb_initializer_range=0.02)
+MAMBA2_TORCH |= dict(tie_word_embeddings=None, tie_embeddings=True, tie_embedding_weights=True)
+EVERY = ALL | dict(expand=1.5, layer_norm_epsilon=1e-3, use_cache=False, id2label={0: "no"})
 NO_NORM = dict(rmsnorm=False)
-SAVED = "n_groups residual_in_fp32 tie_word_embeddings vocab_size rmsnorm pad_token_id"
+SAVED = "n_groups residual_in_fp32 tie_word_embeddings vocab_size rmsnorm time_step_limit num_heads"
 FORMATS = {  # options of the model, and what writes it
     "whole": (dict(pad_token_id=5), save, {}),
+    "all options": (EVERY, save, {}),
     "transformers'": (dict(pad_token_id=5), of_transformers, {}),
     "transformers', untied": (dict(tie_word_embeddings=False), of_transformers, {}),
     "in shards": ({}, save, dict(max_shard_size="5KB")),
     # Loaded weights must not be scaled by depth once more.
     "no architectures": ({}, changed, dict(architectures=None, rescale_prenorm_residual=True)),
     "codestral in miniature": (CODESTRAL, changed, ITS_FILE),
-    "mamba2-torch": ({}, of_mamba2_torch, {}),
+    "mamba2-torch": ({}, changed, MAMBA2_TORCH),
     "original": ({}, original, {}),
     "original, all options": (MORE | UNTIED, original, dict(ssm_cfg=SSM, **TOP)),
     "without the norm": (NO_NORM, save, {}),
@@ -2065,7 +2006,7 @@ FORMATS = {  # options of the model, and what writes it
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_format_loads_and_is_saved_in_transformers_format(form, tmp_path):
+def test_every_format_loads_and_is_saved_in_transformers_format_with_every_option(form, tmp_path):
     """Which transformers' own Mamba-2 reads or refuses, but never reads as something else."""
     options, write, given = FORMATS[form]
     model, ours = tiny(**options), tmp_path / "ours"
@@ -2075,12 +2016,20 @@ def test_every_format_loads_and_is_saved_in_transformers_format(form, tmp_path):
     loaded = load(tmp_path / "published")
     tied, config = model.config.tie_word_embeddings, loaded.config
     assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) == tied
-    assert config.time_step_limit == tuple(options.get("dt_limit", (0.0, math.inf)))
-    for name in SAVED.split():
-        assert getattr(config, name) == getattr(model.config, name)
     save(loaded, ours)
-    for same in (loaded, load(ours)):
+    again, info = Mamba2ForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not info["missing_keys"]
+    for same in (loaded, again.to(DEVICE).eval()):
         assert_same_model(same, model)
+        for name in (*SAVED.split(), *options):
+            assert getattr(same.config, name) == getattr(model.config, name), name
+        assert getattr(same.config, "made_by", None) == given.get("made_by")
+    # All options are written, for others fill what is left out with defaults of their own.
+    written = json.loads((ours / "config.json").read_text())
+    assert written["model_type"] == "mamba2" and written["architectures"] == ["Mamba2ForCausalLM"]
+    assert written.keys() >= mamba2._DEFAULTS.keys()
+    again = Mamba2Config(**model.config.to_dict())
+    assert again.to_dict() == model.config.to_dict()
     if not options or "pad_token_id" in options:
         assert_same_model(load(ours, THEIRS), model)
     assert any("mixer.norm" in name for name in loaded.state_dict()) == config.rmsnorm
@@ -2133,25 +2082,6 @@ def test_weights_that_do_not_fit_the_config_are_errors_and_never_random(message,
     message = "ignore_mismatched_sizes" if message.startswith("mismatched") else message
     with pytest.raises((ValueError, RuntimeError), match=message):
         load(tmp_path, **config)
-
-
-@pytest.mark.parametrize("write", [save, original])
-def test_a_damaged_file_is_an_exception_and_never_a_model(write, tmp_path):
-    write(tiny(), tmp_path)
-    file = "model.safetensors" if write is save else "pytorch_model.bin"
-    content = (tmp_path / file).read_bytes()
-    for kept in (0, len(content) // 2, len(content) - 1):
-        (tmp_path / file).write_bytes(content[:kept])
-        with pytest.raises((OSError, RuntimeError, ValueError, EOFError, SafetensorError)):
-            load(tmp_path)
-
-
-def test_checkpoints_of_other_architectures_are_refused_with_the_reason(tmp_path):
-    changed(tiny(), tmp_path / "model_type = 'mamba': only 'mamba2'", model_type="mamba")
-    original(tiny(), tmp_path / "layer = 'Mamba1': only 'Mamba2'", dict(layer="Mamba1"))
-    for folder, kind in itertools.product(tmp_path.iterdir(), (Mamba2ForCausalLM, Mamba2Config)):
-        with pytest.raises(ValueError, match=f"^{folder.name}"):
-            kind.from_pretrained(folder)
 
 
 def test_the_auto_classes_find_this_file_on_request_and_not_before(tmp_path, monkeypatch):
