@@ -1153,6 +1153,7 @@ REFUSED["stream"] = REFUSED["generate"] | {
     "ValueError: one text for a prompt; for beam_search, use generate": dict(num_beams=2),
     "ValueError: yields one text": SAMPLES,
     "ValueError: streamer = 1: stream takes none": dict(streamer=1),
+    "ValueError: could not locate a tokenizer": dict(stop_strings="a", tokenizer=1),
 }
 UNREPEATED = SAMPLES | dict(cache=True, attention_mask=torch.ones(1, 18, device=DEVICE))
 REFUSED["generate"][r"ValueError: has shape \(1, 3, 96\): it must be \(2, 3"] = UNREPEATED
@@ -1274,31 +1275,13 @@ def without_cache(model, ids, **options):
 
 
 @torch.no_grad()
-def test_greedy_text_is_that_of_a_loop_without_a_cache_which_is_used_whatever_the_config_says():
-    model = tiny(dtype=torch.float64, **ALL, use_cache=False, return_dict=False)
-    model.generation_config.use_cache, text, lengths = False, tokens(2, 12), []
-    for _ in range(12):
-        text = torch.cat([text, model(text)[0][:, -1:].argmax(-1)], 1)
-    assert len(set(text[0, 12:].tolist())) > 4  # it is no repetition, which anything could give
-    model.backbone.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
-    config = transformers.GenerationConfig(**GREEDY)
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        ids = text[:, :12].to(dtype)
-        assert identical(*(model(labels, labels=labels) for labels in (ids, text[:, :12])))
-        for write in (streamed, Mamba2ForCausalLM.generate):
-            assert torch.equal(write(model, ids, **GREEDY), text)
-            assert torch.equal(write(model, ids, generation_config=config), text)
-        assert torch.equal(model.generate(ids, config, use_cache=False), text)
-    assert {*lengths} == {12, 1}
-
-
-@torch.no_grad()
-def test_a_stream_of_a_bfloat16_model_samples_in_float32():
-    model, ids = tiny(dtype=torch.bfloat16), tokens(1, 12).expand(500, -1)
-    texts = []
+def test_a_stream_samples_in_float32_and_takes_a_generation_config():
+    model, ids, texts = tiny(dtype=torch.bfloat16), tokens(1, 12).expand(500, -1), []
+    config = dict(GREEDY, do_sample=True, top_k=0, max_new_tokens=4)
+    config = transformers.GenerationConfig(**config)
     for write in (model.generate, functools.partial(streamed, model)):
         torch.manual_seed(1)
-        texts.append(write(ids, **GREEDY | dict(do_sample=True, top_k=0, max_new_tokens=4)))
+        texts.append(write(ids, generation_config=config))
     assert torch.equal(*texts)
 
 
@@ -1314,6 +1297,7 @@ WAYS = {
     "ended": dict(max_new_tokens=14, **ENDS),
     "ended samples": dict(do_sample=True, top_k=0, num_return_sequences=3, **ENDS),
     "long enough": dict(min_new_tokens=6, **ENDS),
+    "a stop string": dict(stop_strings=[*"0123456789"], tokenizer=transformers.ByT5Tokenizer()),
     "a limit on rows": dict(stopping_criteria=[TWICE_EVEN]),
     "a limit of length": dict(stopping_criteria=[MaxLengthCriteria(17)]),
     "a limit that was reached before": dict(stopping_criteria=[MaxLengthCriteria(3)]),
@@ -1322,9 +1306,10 @@ WAYS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", [*WAYS, "hybrid", "hybrid beams", "hybrid ended samples"])
-def test_text_logits_and_cache_are_those_without_a_cache(way):
+def test_text_logits_and_cache_are_those_without_a_cache_whatever_the_config_says(way):
     kind = type("MyLM", (Mamba2ForCausalLM,), {})  # transformers < 5.24 sees no Mamba in the name
-    model = tiny(kind, dtype=torch.float64, **(HYBRID if "hybrid" in way else ALL))
+    options = dict(HYBRID if "hybrid" in way else ALL, use_cache=False, return_dict=False)
+    model = tiny(kind, dtype=torch.float64, **options)
     (ids, mask), lengths, way = prompts(), [], way.removeprefix("hybrid").strip() or "greedy"
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, **WAYS[way]}
     samples, beams = options.get("num_return_sequences", 1), options.get("num_beams", 0)
@@ -1336,37 +1321,42 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     ended = torch.isin(text[:, 12:-1], eos).any()  # some rows before others
     assert ended == (way in ("ended", "ended samples", "long enough"))
 
-    # The penalty of transformers takes integers of 64 bits in torch 2.7.
-    whole_ids = ids if "repetition_penalty" in options else ids.int()
-    calls = [(ids, prompt, 12), (whole_ids, dict(use_cache=False, **prompt), 12)]
+    calls = [(ids, prompt, 12), (ids, dict(use_cache=False, **prompt), 12)]
+    if way == "greedy":
+        assert len(text[:, 12:].unique()) > 4  # it is no repetition, which anything could give
+        dtypes = (torch.int32, torch.int16, torch.int8, torch.uint8)
+        calls += [(ids.to(dtype), prompt, 12) for dtype in dtypes]
     calls += [(ids, prompt | {name: 5}, 12) for name in ("prefill_chunk_size", "segment_length")]
     calls += [(ids, dict(inputs_embeds=embeddings(ids), **prompt), 0)]
-    whole = options.keys() & {"stopping_criteria", "repetition_penalty"}  # they read all tokens
+    reads_all = {"stopping_criteria", "stop_strings", "repetition_penalty"}  # also old tokens
     for length in (3, 8, 11):
         past = model.prefill(ids[:, :length], mask[:, :length]).repeat(max(samples, beams))
         past = dict(cache=past, **prompt)
         calls += [(ids, past, 12 - length)]
-        calls += [] if whole else [(ids[:, length:], past, 12 - length)]
+        calls += [] if options.keys() & reads_all else [(ids[:, length:], past, 12 - length)]
     before = past["cache"].map(torch.clone)
     hook = embeddings.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     for given, more, count in calls:
-        if samples == 1:
+        if samples == 1 and "stop_strings" not in options:  # which a stream refuses
             torch.manual_seed(1)
             found = streamed(model, given, **options | more)
             assert torch.equal(found[:, given.shape[1] :], text[:, 12:])
         lengths.clear()
         torch.manual_seed(1)
-        output = model.generate(given, **options | more)
+        streamer = None if beams else mock.Mock()
+        output = model.generate(given, streamer=streamer, **options | more)
         assert torch.equal(output.sequences[:, given.shape[1] :], text[:, 12:])
         assert_close(list(output.logits), list(expected.logits), 1e-6)  # these are float32
         # The last beams' states are not those of the best texts, and rows that ended read padding.
         if beams or ended:
             assert output.cache is output[mamba2.CACHE] is None
             continue
+        seen = [call.args[0] for call in streamer.put.mock_calls[1:]]  # the first is the prompt
+        assert torch.equal(torch.stack(seen, 1), text[:, 12:].cpu()) and streamer.end.called
         assert sum(lengths) == count + text.shape[1] - 13  # no token is read again
         assert type(output.cache) is Mamba2Cache and output.cache is output.past_key_values
         assert output.cache.get_seq_length() == text.shape[1] - 1  # the last is not read yet
-        assert_same_state(output.cache, model(text[:, :-1], exists[:, :-1]).cache, F64)
+        assert_same_state(output.cache, model.prefill(text[:, :-1], exists[:, :-1]), F64)
     hook.remove()
     assert identical(past["cache"].states, before.states)
     if beams:
@@ -1443,21 +1433,6 @@ def test_prefill_reads_segments_and_makes_neither_logits_nor_gradients():
         segments.clear()
         assert not any(t.requires_grad for t in tensors(model.prefill(ids, **options).states))
         assert len(segments) == count and rows.pop() == (1, 1)
-
-
-@torch.no_grad()
-def test_a_streamer_sees_each_token_and_every_stop_is_kept():
-    model, tokenizer = tiny(vocab_size=384), transformers.ByT5Tokenizer()
-    prompt, streamer = tokenizer("ab", return_tensors="pt").to(DEVICE), mock.Mock()
-    text = model.generate(**prompt, streamer=streamer, **GREEDY)[0].tolist()
-    assert [token for call in streamer.put.mock_calls for token in call.args[0].flatten()] == text
-    assert streamer.end.called
-    end = next(token for token in text[5:] if 35 <= token < 130)  # one that has a letter
-    until = text[: 3 + text[3:].index(end) + 1]
-    string = dict(stop_strings=[tokenizer.decode([end])], tokenizer=tokenizer)
-    length = dict(max_new_tokens=None, max_length=len(until))
-    for options in (dict(eos_token_id=end), string, length):
-        assert model.generate(**prompt, **GREEDY | options)[0].tolist() == until
 
 
 def without_graphs(model, ids, **options):
