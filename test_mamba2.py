@@ -43,7 +43,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from packaging.version import Version
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -199,22 +198,21 @@ class Bytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.watched, self.alive, self.peak, self.largest = set(), 0, 0, 0
+        self.known, self.alive, self.peak, self.largest = weakref.WeakSet(), 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for storage in (tensor.untyped_storage() for tensor in tensors(out)):
-            if storage._cdata not in self.watched:
-                self.watched.add(storage._cdata)
-                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-                self.alive += storage.nbytes()
+        for storage in [t.untyped_storage() for t in tensors(out)]:
+            if storage not in self.known:
+                self.known.add(storage)
+                weakref.finalize(storage, self.count, -storage.nbytes())
+                self.count(storage.nbytes())
                 self.largest = max(self.largest, storage.nbytes())
-        self.peak = max(self.peak, self.alive)
         return out
 
-    def forget(self, key, nbytes):
-        self.watched.remove(key)
-        self.alive -= nbytes
+    def count(self, nbytes):
+        self.alive += nbytes
+        self.peak = max(self.peak, self.alive)
 
 
 # ---- SSD -----------------------------------------------------------------------------------------
@@ -490,18 +488,11 @@ def test_a_layer_in_half_precision_keeps_its_state_in_float32_or_as_it_was_passe
         assert [t.dtype for t in (y, *state[:2])] == [torch.bfloat16, torch.bfloat16, wide]
         # About ten roundings of 2^-9 (weights, input, projections, convolution, norm) in a row.
         assert_close(y, exact(u), 0.02)
-    if attends:
-        return
-    (conv, ssm), masks = state, (None, torch.ones(2, 100, device=DEVICE))
-    for mask, dtype in itertools.product(masks, (torch.float16, torch.bfloat16, torch.float64)):
-        expected = half.step(u.bfloat16(), state, mask)
-        found = half.step(u.bfloat16(), Mamba2State(conv.float(), ssm.to(dtype)), mask)
-        assert [t.dtype for t in tensors(found)] == [torch.bfloat16, torch.bfloat16, dtype]
-        assert_close(found, expected, 4 * 2**-7)  # two roundings to bfloat16, and y follows
     with mock.patch.object(mamba2, "ssd", wraps=ssd) as watched:
         without_kernels(half, u.bfloat16())
-    dt = half.in_proj(u.bfloat16())[..., -8:].float() + half.dt_bias.float()
-    assert identical(watched.call_args.args[1:3], (F.softplus(dt), -half.A_log.float().exp()))
+    if not attends:
+        dt = half.in_proj(u.bfloat16())[..., -8:].float() + half.dt_bias.float()
+        assert identical(watched.call_args.args[1:3], (F.softplus(dt), -half.A_log.float().exp()))
 
 
 @pytest.mark.parametrize("method", [False, True])
@@ -525,14 +516,19 @@ def step_of_parts(conv, ssm, **arguments):
     return make_layer().step(state=Mamba2State(conv, ssm), **arguments)
 
 
+def model(**arguments):
+    return tiny()(**arguments)
+
+
 SSD_SHAPES = dict(x=(2, 5, 4, 3), dt=(2, 5, 4), A=(4,), B=(2, 5, 2, 6), C=(2, 5, 2, 6), D=(4, 3))
 SSD_SHAPES |= dict(initial_state=(2, 4, 3, 6), seq_idx=(2, 5))
 CONV_SHAPES = dict(x=(2, 5, 6), weight=(6, 4), bias=(6,), initial_state=(2, 3, 6), seq_idx=(2, 5))
 NORM_SHAPES = dict(x=(2, 5, 6), weight=(6,), gate=(2, 5, 6))
 STEP_SHAPES = dict(u=(2, 5, 10), conv=(2, 3, 40), ssm=(2, 4, 5, 5), mask=(2, 5), seq_idx=(2, 5))
+FORWARD_SHAPES = dict.fromkeys(["input_ids", "position_ids", "seq_idx", "labels"], (2, 9))
 NORM = functools.partial(mamba2.rms_norm, eps=1e-5)
 FUNCTIONS = [*((form, SSD_SHAPES) for form in FORMS), (mamba2.causal_conv1d, CONV_SHAPES)]
-FUNCTIONS += [(NORM, NORM_SHAPES), (step_of_parts, STEP_SHAPES)]
+FUNCTIONS += [(NORM, NORM_SHAPES), (step_of_parts, STEP_SHAPES), (model, FORWARD_SHAPES)]
 for layer in (make_layer(), make_layer(ROTARY)):
     step = functools.partial(layer.step, torch.ones(3, 2, 10, **DRAW))
     FUNCTIONS.append((functools.partial(step, layer.initial_state(3)), dict(reset=(3,))))
@@ -541,7 +537,8 @@ for layer in (make_layer(), make_layer(ROTARY)):
 @pytest.mark.parametrize("function, shapes", FUNCTIONS)
 def test_shapes_and_dtypes_that_do_not_fit_are_refused_and_never_broadcast(function, shapes):
     arguments = {name: torch.ones(shape, **DRAW) for name, shape in shapes.items()}
-    arguments |= {name: arguments[name].long() for name in shapes.keys() & {"seq_idx", "reset"}}
+    integers = {"seq_idx", "reset", *FORWARD_SHAPES} & shapes.keys()
+    arguments |= {name: arguments[name].long() for name in integers}
     function(**arguments)
     for name, right in arguments.items():
         wrong = [right[0], right[None], right[..., None]]
@@ -808,18 +805,6 @@ def load(folder, kind=Mamba2ForCausalLM, **options):
     return kind.from_pretrained(folder, **options).to(DEVICE).eval()
 
 
-def test_transformers_still_has_the_private_names_that_mamba2_py_uses():
-    modules = transformers.modeling_utils, transformers.generation.utils
-    there = set(re.findall(r"\w+", " ".join(map(inspect.getsource, modules))))
-    code = Path(mamba2.__file__).read_text()
-    defined = re.findall(r"^(?:def |class )?(_[a-z]\w+)", code, re.M)  # by this file, itself
-    used = set(re.findall(r"(?<!\w)_[a-z]\w+", code)) & there - {*defined, "_name_or_path"}
-    known = "_init_weights _is_hf_initialized _is_stateful _no_split_modules _prefill"
-    known += " _reorder_cache _supports_default_dynamic_cache _tied_weights_keys"
-    known += " _keys_to_ignore_on_load_missing _keys_to_ignore_on_load_unexpected"
-    assert used == set(known.split()), transformers.__version__
-
-
 VARIANTS = [{}, dict(tie_word_embeddings=False), dict(time_step_limit=(0.01, 0.1))]
 VARIANTS += [dict(use_bias=True, use_conv_bias=False, conv_kernel=2), dict(n_groups=8, head_dim=4)]
 VARIANTS += [dict(residual_in_fp32=False, layer_norm_epsilon=1e-2)]
@@ -1006,22 +991,24 @@ def test_rows_of_caches_are_selected_repeated_and_joined_and_continue_as_alone(o
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("of_weights", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_weights", [torch.bfloat16, torch.float32, torch.float64])
 def test_steps_and_files_keep_the_dtype_of_ssm_whatever_it_is(dtype, of_weights, tmp_path):
     model, ids = tiny(dtype=of_weights), tokens(2, 12)
     cache = model(ids[:, :6], seq_idx=ids[:, :6]).cache.to(dtype)
-    rounded = cache.to(of_weights)  # what the state holds, as exactly as the model computes
+    # What the state holds, as exactly as the model computes.
+    rounded = cache.to(torch.promote_types(of_weights, torch.float32))
+    limit = 4 * 2**-7 if of_weights == torch.bfloat16 and CUDA else F32
     masks, labels = (None, tokens(2, 3) % 2 == 0), (None, tokens(2, 3, seed=3))
     for l, mask, seq_idx in itertools.product((0, 1, 3), masks, labels):
         mask, seq_idx = (None if t is None else t[:, :l] for t in (mask, seq_idx))
         given = dict(attention_mask=mask, seq_idx=seq_idx)
         found, exact = (model(ids[:, 6 : 6 + l], cache=c, **given) for c in (cache, rounded))
         # Within a call nothing is rounded, so that only the state before it is.
-        assert_close(found.logits, exact.logits, F32)
+        assert_close(found.logits, exact.logits, limit)
         for state in found.cache.states:
             assert (state.conv.dtype, state.ssm.dtype) == (of_weights, dtype)
         # On a GPU one of the two may be a kernel's, which rounds differently before that.
-        same = max(torch.finfo(dtype).eps, F32) if CUDA else 0
+        same = max(torch.finfo(dtype).eps, limit) if CUDA else 0
         assert_same_state(found.cache, exact.cache.to(dtype), same)
     joined = Mamba2Cache.cat([cache.select([1]), cache.repeat(2)])
     assert {state.ssm.dtype for state in joined.states} == {dtype}
@@ -1114,23 +1101,19 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         r"ValueError: 64: must divide .* \(d_model\) = 96; choose 48, 32, 16": dict(d_model=48),
         "ValueError: num_heads = 3: times head_dim": dict(d_model=64, nheads=3),
         "ValueError: d_model. = 10.5; choose another": dict(d_model=7, headdim=1, expand=1.5),
-        "RuntimeError: uniform_ expects .* range": dict(d_model=64, dt_min=0.5),
         "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
         r"TypeError: and options \['d_state'\]: pass one": dict(d_model=Mamba2Config(), d_state=64),
-    },
-    Mamba2Config: {
-        "TypeError: no option 'd_modell'": dict(d_modell=64),
     },
     Mamba2Config.from_dict: {
         r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
         r"ValueError: \(d_state\) = '16': must be an integer": FLA | dict(state_size="16"),
         "TypeError: norm_eps.* has two names of one option": FLA | dict(layer_norm_epsilon=1e-6),
         "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
-        "ValueError: only 'Mamba2' is implemented": ORIGINAL | dict(ssm_cfg=dict(layer="S4")),
+        "ValueError: layer = 'Mamba1': only 'Mamba2'": ORIGINAL | dict(ssm_cfg={}),
+        "ValueError: ^model_type = 'mamba': only 'mamba2'": FLA | dict(model_type="mamba"),
     },
     mamba2.Attention: {
-        "ValueError: causal = False: must be True": ATTEND | dict(causal=False),
-        "ValueError: causal = False: must be": dict(d_model=10, num_heads=2),
+        "ValueError: causal = False: must be True": dict(d_model=10, num_heads=2),
         "ValueError: interleaved = True: must be": ATTEND | dict(rotary_emb_interleaved=True),
         "ValueError: rotary_emb_dim = 8: .* at most 6": ATTEND | dict(rotary_emb_dim=8),
         "ValueError: rotary_emb_dim = 3: must be even": ATTEND | dict(rotary_emb_dim=3),
@@ -1143,28 +1126,21 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     },
     "forward": {
         "ValueError: exactly one of input_ids and": dict(inputs_embeds=torch.ones(2, 9, 32)),
-        r"ValueError: input_ids has shape \(9,\): it must be \(9, l\)": dict(input_ids=IDS[0]),
-        "TypeError: input_ids is a list: it must be a tensor": dict(input_ids=[[1, 2]]),
-        r"ValueError: position_ids has shape \(1, 9\): .* \(2, 9\)": dict(position_ids=IDS[:1]),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
         "TypeError: attention_mask is a list: it must be a tensor": dict(attention_mask=[[1, 1]]),
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
-        r"ValueError: seq_idx has shape \(2, 8\): .* \(2, 9\)": dict(seq_idx=IDS[:, :8]),
         "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
         "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
         r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
         "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
         "TypeError: argument 'output_attentions'": dict(output_attentions=True),
-        r"ValueError: labels has shape \(2, 8\): .* \(2, 9\)": dict(labels=IDS[:, :8]),
         "ValueError: segment_length = -1: must be 'auto', or an": dict(segment_length=-1),
         "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
     },
     "generate": {
-        "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
         "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
-        "TypeError: input_ids is torch.float32: .* of integers": dict(input_ids=IDS[:1].float()),
-        "ValueError: tempratur": dict(tempratur=1.0),
+        "ValueError: assisted generation is not supported": dict(prompt_lookup_num_tokens=3),
         "ValueError: 9 tokens, and the cache has seen 9: give the whole": dict(cache=True),
         "ValueError: _mask = .*: must end .*pad on the left": dict(attention_mask=0 * IDS[:1]),
     },
@@ -1172,21 +1148,15 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
 for name in ("seq_idx", "position_ids", "group"):
     message = f"ValueError: {name} = .*: generate takes none: read the prompt with `prefill`"
     REFUSED["generate"][message] = {name: IDS[:1]}
+SAMPLES = dict(num_return_sequences=2, do_sample=True)
 REFUSED["stream"] = REFUSED["generate"] | {
     "ValueError: one text for a prompt; for beam_search, use generate": dict(num_beams=2),
-    "ValueError: yields one text": dict(num_return_sequences=2, do_sample=True),
+    "ValueError: yields one text": SAMPLES,
+    "ValueError: streamer = 1: stream takes none": dict(streamer=1),
+    "ValueError: could not locate a tokenizer": dict(stop_strings="a", tokenizer=1),
 }
-REFUSED["stream"]["ValueError: streamer = 1: stream takes none"] = dict(streamer=1)
-REFUSED["stream"]["ValueError: could not locate a tokenizer"] = dict(stop_strings="a")
-REFUSED["stream"]["ValueError: assisted generation is not supp"] = dict(assistant_model=1)
-SAMPLES = dict(num_return_sequences=2, do_sample=True)
 UNREPEATED = SAMPLES | dict(cache=True, attention_mask=torch.ones(1, 18, device=DEVICE))
 REFUSED["generate"][r"ValueError: has shape \(1, 3, 96\): it must be \(2, 3"] = UNREPEATED
-LOOKUP = dict(prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
-REFUSED["generate"]["ValueError: assisted generation is not supported with stateful"] = LOOKUP
-if not CUDA:  # a GPU reports these later, and stays unusable
-    REFUSED["forward"]["IndexError: index out of range"] = dict(input_ids=IDS + 63)
-    REFUSED["forward"]["IndexError: Target .* is out of bounds"] = dict(labels=IDS + 63)
 REFUSED = [(call, *case) for call, cases in REFUSED.items() for case in cases.items()]
 SSD = ssd_inputs(2, 5, 4, 3, 3, 6)
 for form, groups in itertools.product(FORMS, (3, 0)):
@@ -1204,9 +1174,6 @@ for name, value in [(name, value) for name, values in IMPOSSIBLE.items() for val
 for value in (0, -3, 2.5, None, True):
     given = SSD | dict(chunk_size=value)
     REFUSED.append((ssd, f"ValueError: chunk_size = {value}: must be an integer", given))
-for groups in (0, -1, 3):
-    given = dict(x=torch.ones(5, 7), weight=torch.ones(7), groups=groups)
-    REFUSED.append((NORM, "RuntimeError: unflatten|only one dimension", given))
 for name, value in CHANGES.items():  # options that change the results, in every format
     error, option = rf"ValueError: {name}( .*|\))? = {re.escape(repr(value))}: ", {name: value}
     for file in ({}, FLA, TRANSFORMERS, ORIGINAL):
@@ -1263,8 +1230,6 @@ def test_the_first_loss_of_a_new_model_is_near_that_of_guessing(options):
         for layer in model.backbone.layers:  # the original's depth scaling, by sqrt(4)
             out, depth = layer.mixer.out_proj, 4 if isinstance(layer.mixer, Mamba2) else 1
             assert 0.95 < out.weight.abs().max() * (depth * out.in_features) ** 0.5 <= 1
-            taps = layer.mixer.conv1d.weight
-            assert 0.9 < taps.abs().max() * taps.shape[2] ** 0.5 <= 1
         assert abs(model.get_input_embeddings().weight.std().item() / 0.02 - 1) < 0.05
 
 
@@ -1310,31 +1275,13 @@ def without_cache(model, ids, **options):
 
 
 @torch.no_grad()
-def test_greedy_text_is_that_of_a_loop_without_a_cache_which_is_used_whatever_the_config_says():
-    model = tiny(dtype=torch.float64, **ALL, use_cache=False, return_dict=False)
-    model.generation_config.use_cache, text, lengths = False, tokens(2, 12), []
-    for _ in range(12):
-        text = torch.cat([text, model(text)[0][:, -1:].argmax(-1)], 1)
-    assert len(set(text[0, 12:].tolist())) > 4  # it is no repetition, which anything could give
-    model.backbone.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
-    config = transformers.GenerationConfig(**GREEDY)
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        ids = text[:, :12].to(dtype)
-        assert identical(*(model(labels, labels=labels) for labels in (ids, text[:, :12])))
-        for write in (streamed, Mamba2ForCausalLM.generate):
-            assert torch.equal(write(model, ids, **GREEDY), text)
-            assert torch.equal(write(model, ids, generation_config=config), text)
-        assert torch.equal(model.generate(ids, config, use_cache=False), text)
-    assert {*lengths} == {12, 1}
-
-
-@torch.no_grad()
-def test_a_stream_of_a_bfloat16_model_samples_in_float32():
-    model, ids = tiny(dtype=torch.bfloat16), tokens(1, 12).expand(500, -1)
-    texts = []
+def test_a_stream_samples_in_float32_and_takes_a_generation_config():
+    model, ids, texts = tiny(dtype=torch.bfloat16), tokens(1, 12).expand(500, -1), []
+    config = dict(GREEDY, do_sample=True, top_k=0, max_new_tokens=4)
+    config = transformers.GenerationConfig(**config)
     for write in (model.generate, functools.partial(streamed, model)):
         torch.manual_seed(1)
-        texts.append(write(ids, **GREEDY | dict(do_sample=True, top_k=0, max_new_tokens=4)))
+        texts.append(write(ids, generation_config=config))
     assert torch.equal(*texts)
 
 
@@ -1350,6 +1297,7 @@ WAYS = {
     "ended": dict(max_new_tokens=14, **ENDS),
     "ended samples": dict(do_sample=True, top_k=0, num_return_sequences=3, **ENDS),
     "long enough": dict(min_new_tokens=6, **ENDS),
+    "a stop string": dict(stop_strings=[*"0123456789"], tokenizer=transformers.ByT5Tokenizer()),
     "a limit on rows": dict(stopping_criteria=[TWICE_EVEN]),
     "a limit of length": dict(stopping_criteria=[MaxLengthCriteria(17)]),
     "a limit that was reached before": dict(stopping_criteria=[MaxLengthCriteria(3)]),
@@ -1358,9 +1306,10 @@ WAYS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", [*WAYS, "hybrid", "hybrid beams", "hybrid ended samples"])
-def test_text_logits_and_cache_are_those_without_a_cache(way):
+def test_text_logits_and_cache_are_those_without_a_cache_whatever_the_config_says(way):
     kind = type("MyLM", (Mamba2ForCausalLM,), {})  # transformers < 5.24 sees no Mamba in the name
-    model = tiny(kind, dtype=torch.float64, **(HYBRID if "hybrid" in way else ALL))
+    options = dict(HYBRID if "hybrid" in way else ALL, use_cache=False, return_dict=False)
+    model = tiny(kind, dtype=torch.float64, **options)
     (ids, mask), lengths, way = prompts(), [], way.removeprefix("hybrid").strip() or "greedy"
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, **WAYS[way]}
     samples, beams = options.get("num_return_sequences", 1), options.get("num_beams", 0)
@@ -1372,37 +1321,42 @@ def test_text_logits_and_cache_are_those_without_a_cache(way):
     ended = torch.isin(text[:, 12:-1], eos).any()  # some rows before others
     assert ended == (way in ("ended", "ended samples", "long enough"))
 
-    # The penalty of transformers takes integers of 64 bits in torch 2.7.
-    whole_ids = ids if "repetition_penalty" in options else ids.int()
-    calls = [(ids, prompt, 12), (whole_ids, dict(use_cache=False, **prompt), 12)]
+    calls = [(ids, prompt, 12), (ids, dict(use_cache=False, **prompt), 12)]
+    if way == "greedy":
+        assert len(text[:, 12:].unique()) > 4  # it is no repetition, which anything could give
+        dtypes = (torch.int32, torch.int16, torch.int8, torch.uint8)
+        calls += [(ids.to(dtype), prompt, 12) for dtype in dtypes]
     calls += [(ids, prompt | {name: 5}, 12) for name in ("prefill_chunk_size", "segment_length")]
     calls += [(ids, dict(inputs_embeds=embeddings(ids), **prompt), 0)]
-    whole = options.keys() & {"stopping_criteria", "repetition_penalty"}  # they read all tokens
+    reads_all = {"stopping_criteria", "stop_strings", "repetition_penalty"}  # also old tokens
     for length in (3, 8, 11):
         past = model.prefill(ids[:, :length], mask[:, :length]).repeat(max(samples, beams))
         past = dict(cache=past, **prompt)
         calls += [(ids, past, 12 - length)]
-        calls += [] if whole else [(ids[:, length:], past, 12 - length)]
+        calls += [] if options.keys() & reads_all else [(ids[:, length:], past, 12 - length)]
     before = past["cache"].map(torch.clone)
     hook = embeddings.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     for given, more, count in calls:
-        if samples == 1:
+        if samples == 1 and "stop_strings" not in options:  # which a stream refuses
             torch.manual_seed(1)
             found = streamed(model, given, **options | more)
             assert torch.equal(found[:, given.shape[1] :], text[:, 12:])
         lengths.clear()
         torch.manual_seed(1)
-        output = model.generate(given, **options | more)
+        streamer = None if beams else mock.Mock()
+        output = model.generate(given, streamer=streamer, **options | more)
         assert torch.equal(output.sequences[:, given.shape[1] :], text[:, 12:])
         assert_close(list(output.logits), list(expected.logits), 1e-6)  # these are float32
         # The last beams' states are not those of the best texts, and rows that ended read padding.
         if beams or ended:
             assert output.cache is output[mamba2.CACHE] is None
             continue
+        seen = [call.args[0] for call in streamer.put.mock_calls[1:]]  # the first is the prompt
+        assert torch.equal(torch.stack(seen, 1), text[:, 12:].cpu()) and streamer.end.called
         assert sum(lengths) == count + text.shape[1] - 13  # no token is read again
         assert type(output.cache) is Mamba2Cache and output.cache is output.past_key_values
         assert output.cache.get_seq_length() == text.shape[1] - 1  # the last is not read yet
-        assert_same_state(output.cache, model(text[:, :-1], exists[:, :-1]).cache, F64)
+        assert_same_state(output.cache, model.prefill(text[:, :-1], exists[:, :-1]), F64)
     hook.remove()
     assert identical(past["cache"].states, before.states)
     if beams:
@@ -1479,21 +1433,6 @@ def test_prefill_reads_segments_and_makes_neither_logits_nor_gradients():
         segments.clear()
         assert not any(t.requires_grad for t in tensors(model.prefill(ids, **options).states))
         assert len(segments) == count and rows.pop() == (1, 1)
-
-
-@torch.no_grad()
-def test_a_streamer_sees_each_token_and_every_stop_is_kept():
-    model, tokenizer = tiny(vocab_size=384), transformers.ByT5Tokenizer()
-    prompt, streamer = tokenizer("ab", return_tensors="pt").to(DEVICE), mock.Mock()
-    text = model.generate(**prompt, streamer=streamer, **GREEDY)[0].tolist()
-    assert [token for call in streamer.put.mock_calls for token in call.args[0].flatten()] == text
-    assert streamer.end.called
-    end = next(token for token in text[5:] if 35 <= token < 130)  # one that has a letter
-    until = text[: 3 + text[3:].index(end) + 1]
-    string = dict(stop_strings=[tokenizer.decode([end])], tokenizer=tokenizer)
-    length = dict(max_new_tokens=None, max_length=len(until))
-    for options in (dict(eos_token_id=end), string, length):
-        assert model.generate(**prompt, **GREEDY | options)[0].tolist() == until
 
 
 def without_graphs(model, ids, **options):
@@ -1592,59 +1531,45 @@ def test_a_graph_is_made_for_all_that_a_step_depends_on_if_it_can_follow(name):
 
 @torch.no_grad()
 def test_a_graph_is_made_for_the_switches_of_pytorch():
-    modes, before = mamba2.kernels._modes, mamba2.kernels._modes()
-    assert before is not None
+    modes, matmul = mamba2.kernels._modes, torch.backends.cuda.matmul
+    newer = Version(torch.__version__) >= Version("2.9")
+    tf32 = ("fp32_precision", "tf32") if newer else ("allow_tf32", True)
+    found = [modes()]
     with torch.enable_grad():
         assert modes() is None
     with torch.inference_mode():
-        assert modes() not in (before, None)
+        found.append(modes())
     torch.use_deterministic_algorithms(True)
-    assert modes() not in (before, None)
+    found.append(modes())
     torch.use_deterministic_algorithms(False)
-    newer = Version(torch.__version__) >= Version("2.9")
-    tf32 = ("fp32_precision", "tf32") if newer else ("allow_tf32", True)
-    matmul = torch.backends.cuda.matmul
     for name, value in (tf32, ("allow_bf16_reduced_precision_reduction", False)):
         old = getattr(matmul, name)
         setattr(matmul, name, value)
-        changed = modes()
+        found.append(modes())
         setattr(matmul, name, old)
-        assert changed not in (before, None)
-    assert modes() == before
-
-
-class PlainGraph:
-    """Stands in for a DecodingGraph: steps of the model, on any device."""
-
-    def __init__(self, model, cache):
-        self.model, self.cache, self.modes = model, cache, mamba2.kernels._modes()
-        self.steps, self.closed = 0, False
-
-    def __call__(self, ids):
-        assert not self.closed
-        output = self.model(ids, cache=self.cache, use_cache=True)
-        self.cache, self.steps = output.cache, self.steps + 1
-        return output.logits[:, -1]
-
-    def copies(self):
-        return [tuple(state) for state in self.cache.map(torch.clone).states]
-
-    def load(self, cache):
-        self.cache = cache
+    assert None not in found and len({*found}) == 5 and modes() == found[0]
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The graphs that texts take from now on: each is a new PlainGraph."""
+    """The graphs that texts take from now on: their steps are not captured, but run anywhere."""
+    graphs, kernels = [], mamba2.kernels
 
-    def take(model, cache):
-        graphs.append(PlainGraph(model, cache))
-        return graphs[-1] if kind.enabled else None
+    class PlainGraph(kernels.DecodingGraph):
+        def __init__(self, model, cache):
+            self.model, self.modes, self.steps, self.closed = model, kernels._modes(), 0, False
+            self.states = [Mamba2State(*map(torch.clone, state)) for state in cache.states]
+            graphs.append(self)
 
-    graphs, kind = [], mamba2.kernels.DecodingGraph
-    monkeypatch.setattr(kind, "take", take)
-    monkeypatch.setattr(mamba2.kernels.Text, "of", mamba2.kernels.Text)  # also on a CPU
+        def __call__(self, ids):
+            assert not self.closed
+            self.token, self.steps = ids, self.steps + 1
+            return self.step(self.model)
+
+    kind = kernels.DecodingGraph
+    monkeypatch.setattr(kind, "take", lambda *given: PlainGraph(*given) if kind.enabled else None)
     monkeypatch.setattr(kind, "give_back", lambda _, graph: setattr(graph, "closed", True))
+    monkeypatch.setattr(kernels.Text, "of", kernels.Text)  # also on a CPU
     return graphs
 
 
@@ -1887,9 +1812,6 @@ def test_lora_trains_the_projections_and_can_be_saved_and_merged(tmp_path):
     assert torch.equal(merged.generate(ids, **GREEDY), text)
     for same in (back, merged):
         assert_close(same(ids).logits, after, F32)
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["conv1d"])
-    with pytest.raises(ValueError, match="Targeting a CausalConv1d"):
-        peft.get_peft_model(tiny(), lora)
 
 
 @torch.no_grad()
@@ -2004,31 +1926,11 @@ def test_a_long_text_is_evaluated_and_read_in_the_memory_of_one_segment():
 # ---- Saving and loading --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [ALL, HYBRID])
-def test_saving_and_loading_keeps_weights_and_every_option(more, tmp_path):
-    options = dict(**TINY, **more, expand=1.5, layer_norm_epsilon=1e-3, id2label={0: "no"})
-    model = tiny(**options)
-    model.config.made_by = "a test"
-    save(model, tmp_path / "a")
-    again, info = Mamba2ForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
-    twice = load(save(again, tmp_path / "b"))
-    for loaded in (again.to(DEVICE).eval(), twice):
-        assert_same_model(loaded, model)
-        for name, value in {**options, "made_by": "a test", "num_heads": 6}.items():
-            assert getattr(loaded.config, name) == value, name
-    assert not info["missing_keys"] and callable(model.push_to_hub)
-    config, second = (json.loads((tmp_path / x / "config.json").read_text()) for x in "ab")
-    assert config["model_type"] == "mamba2" and config["architectures"] == ["Mamba2ForCausalLM"]
-    # All options are written, for others fill what is left out with defaults of their own.
-    assert config.items() <= second.items() and mamba2._DEFAULTS.keys() <= config.keys()
-    config = Mamba2Config(**options)
-    assert Mamba2Config(**config.to_dict()).to_dict() == config.to_dict()
-
-
 def changed(model, folder, **changes):
-    """A checkpoint in transformers' format, with another config."""
+    """A checkpoint in transformers' format, with another config; None: it lacks this."""
     path = save(model, folder) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def original(model, folder, ssm_cfg=None, **options):
@@ -2044,37 +1946,30 @@ def original(model, folder, ssm_cfg=None, **options):
 
 of_transformers = lambda model, folder: save(load(save(model, folder), THEIRS), folder)
 
-
-def of_mamba2_torch(model, folder):
-    """Its config knows no groups, leaves out what is tied, and has the 130m model's num_heads."""
-    config = {**TINY, "model_type": "mamba2", "num_heads": 24, "intermediate_size": 64}
-    config |= dict(emb_initializer_range=0.02, tie_embedding_weights=True, tie_embeddings=True)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = {k.replace("embeddings", "embedding"): v for k, v in model.state_dict().items()}
-    del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 MORE = dict(ngroups=2, d_conv=3, expand=1.5, bias=True, conv_bias=False, dt_limit=[0.01, 0.1])
 UNTIED = dict(tie_embeddings=False, residual_in_fp32=False)
 TOP = dict(pad_vocab_size_multiple=16, d_intermediate=0, attn_layer_idx=[], attn_cfg={})
 TOP |= dict(rms_norm=True, fused_add_norm=True, **UNTIED)
 SSM = MORE | dict(norm_before_gate=False, A_init_range=[1, 16])
 CODESTRAL = dict(n_groups=8, head_dim=4, tie_word_embeddings=False)
-ITS_FILE = dict(norm_before_gate=True, rms_norm=True, time_step_rank=2)  # without effect
+ITS_FILE = dict(norm_before_gate=True, rms_norm=True, made_by="a test")  # without effect
 ITS_FILE |= dict(time_step_limit=[0.0, math.inf])  # as Infinity
+# mamba2-torch's config knows no groups, and has the 130m model's num_heads.
+MAMBA2_TORCH = dict(n_groups=None, num_heads=24, initializer_range=None, emb_initializer_range=0.02)
+MAMBA2_TORCH |= dict(tie_word_embeddings=None, tie_embeddings=True, tie_embedding_weights=True)
+EVERY = ALL | dict(expand=1.5, layer_norm_epsilon=1e-3, use_cache=False, id2label={0: "no"})
 NO_NORM = dict(rmsnorm=False)
-SAVED = "n_groups residual_in_fp32 tie_word_embeddings vocab_size rmsnorm pad_token_id"
+SAVED = "n_groups residual_in_fp32 tie_word_embeddings vocab_size rmsnorm time_step_limit num_heads"
 FORMATS = {  # options of the model, and what writes it
     "whole": (dict(pad_token_id=5), save, {}),
+    "all options": (EVERY, save, {}),
     "transformers'": (dict(pad_token_id=5), of_transformers, {}),
     "transformers', untied": (dict(tie_word_embeddings=False), of_transformers, {}),
     "in shards": ({}, save, dict(max_shard_size="5KB")),
     # Loaded weights must not be scaled by depth once more.
     "no architectures": ({}, changed, dict(architectures=None, rescale_prenorm_residual=True)),
     "codestral in miniature": (CODESTRAL, changed, ITS_FILE),
-    "mamba2-torch": ({}, of_mamba2_torch, {}),
+    "mamba2-torch": ({}, changed, MAMBA2_TORCH),
     "original": ({}, original, {}),
     "original, all options": (MORE | UNTIED, original, dict(ssm_cfg=SSM, **TOP)),
     "without the norm": (NO_NORM, save, {}),
@@ -2086,7 +1981,7 @@ FORMATS = {  # options of the model, and what writes it
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_format_loads_and_is_saved_in_transformers_format(form, tmp_path):
+def test_every_format_loads_and_is_saved_in_transformers_format_with_every_option(form, tmp_path):
     """Which transformers' own Mamba-2 reads or refuses, but never reads as something else."""
     options, write, given = FORMATS[form]
     model, ours = tiny(**options), tmp_path / "ours"
@@ -2096,12 +1991,20 @@ def test_every_format_loads_and_is_saved_in_transformers_format(form, tmp_path):
     loaded = load(tmp_path / "published")
     tied, config = model.config.tie_word_embeddings, loaded.config
     assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) == tied
-    assert config.time_step_limit == tuple(options.get("dt_limit", (0.0, math.inf)))
-    for name in SAVED.split():
-        assert getattr(config, name) == getattr(model.config, name)
     save(loaded, ours)
-    for same in (loaded, load(ours)):
+    again, info = Mamba2ForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not info["missing_keys"]
+    for same in (loaded, again.to(DEVICE).eval()):
         assert_same_model(same, model)
+        for name in (*SAVED.split(), *options):
+            assert getattr(same.config, name) == getattr(model.config, name), name
+        assert getattr(same.config, "made_by", None) == given.get("made_by")
+    # All options are written, for others fill what is left out with defaults of their own.
+    written = json.loads((ours / "config.json").read_text())
+    assert written["model_type"] == "mamba2" and written["architectures"] == ["Mamba2ForCausalLM"]
+    assert written.keys() >= mamba2._DEFAULTS.keys()
+    again = Mamba2Config(**model.config.to_dict())
+    assert again.to_dict() == model.config.to_dict()
     if not options or "pad_token_id" in options:
         assert_same_model(load(ours, THEIRS), model)
     assert any("mixer.norm" in name for name in loaded.state_dict()) == config.rmsnorm
@@ -2154,25 +2057,6 @@ def test_weights_that_do_not_fit_the_config_are_errors_and_never_random(message,
     message = "ignore_mismatched_sizes" if message.startswith("mismatched") else message
     with pytest.raises((ValueError, RuntimeError), match=message):
         load(tmp_path, **config)
-
-
-@pytest.mark.parametrize("write", [save, original])
-def test_a_damaged_file_is_an_exception_and_never_a_model(write, tmp_path):
-    write(tiny(), tmp_path)
-    file = "model.safetensors" if write is save else "pytorch_model.bin"
-    content = (tmp_path / file).read_bytes()
-    for kept in (0, len(content) // 2, len(content) - 1):
-        (tmp_path / file).write_bytes(content[:kept])
-        with pytest.raises((OSError, RuntimeError, ValueError, EOFError, SafetensorError)):
-            load(tmp_path)
-
-
-def test_checkpoints_of_other_architectures_are_refused_with_the_reason(tmp_path):
-    changed(tiny(), tmp_path / "model_type = 'mamba': only 'mamba2'", model_type="mamba")
-    original(tiny(), tmp_path / "layer = 'Mamba1': only 'Mamba2'", dict(layer="Mamba1"))
-    for folder, kind in itertools.product(tmp_path.iterdir(), (Mamba2ForCausalLM, Mamba2Config)):
-        with pytest.raises(ValueError, match=f"^{folder.name}"):
-            kind.from_pretrained(folder)
 
 
 def test_the_auto_classes_find_this_file_on_request_and_not_before(tmp_path, monkeypatch):
