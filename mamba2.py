@@ -96,9 +96,8 @@ if (_path := Path(__file__).with_name("kernels.py")).is_file():
 #     y               (b, l, h, p)       in x's dtype
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
-# Inside, everything is float32 (float64 if x is), autocast or not: states and decay sums accumulate
-# over many steps and need this precision. (The kernels round factors of products.) Gradients reach
-# every floating-point input.
+# Inside, everything is float32 at least, autocast or not, because states and sums of decays add up
+# many steps. (The kernels round factors of products.) Every floating-point input gets a gradient.
 
 
 def _without_autocast(function):
@@ -188,8 +187,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
-# Numbers in the matrices L of a slab: enough for large operations; few enough for a CPU's cache, or
-# for a small part of a GPU's memory.
+# Numbers in the matrices L of a slab: enough for large operations; few enough for a CPU's cache.
 SLAB, SLAB_ON_GPU = 2**19, 2**24
 
 
@@ -317,10 +315,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Mamba2State(NamedTuple):
-    """The state of one layer, immutable: all that the layer remembers.
-
-    Differs: the original keeps one input more, channels first, and ssm in the weights' dtype.
-    """
+    """The state of one layer, immutable: all that the layer remembers. Differs: the original keeps
+    one input more, channels first, and ssm in the weights' dtype."""
 
     conv: Tensor  # (b, k-1, h p + 2 g n), the convolution's last inputs, in the dtype of in_proj(u)
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
@@ -329,20 +325,14 @@ class Mamba2State(NamedTuple):
         """A state of function(tensor, *tensors of the others), for each of its tensors."""
         return type(self)(*map(function, self, *others))
 
-    def select(self, rows) -> Mamba2State:
-        """Rows of the batch in a new order: integers, or a bool mask."""
-        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
-
     def detach(self) -> Mamba2State:
         """The state without its history of gradients."""
         return self.map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> Mamba2State:
         """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
-
         Each step returns ssm in the dtype that it was passed in: bfloat16 takes half the memory,
-        and on a GPU less time, but rounds small contributions away. conv keeps its dtype.
-        """
+        and on a GPU less time, but rounds small contributions away. conv keeps its dtype."""
         ssm = self.ssm.to(*args, **kwargs)
         return Mamba2State(self.conv.to(ssm.device), ssm)
 
@@ -616,18 +606,15 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
 
 
 class Layout(NamedTuple):
-    """Which positions count, and where sequences begin: worked out once, for all layers.
-
-    Masked positions go to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so the
-    convolution meets only positions that count, and SSD skips the others with dt = 0.
-    """
+    """Which positions count, and where sequences begin: worked out once, for all layers. Masked
+    positions go to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so the
+    convolution meets only positions that count, and SSD skips the others with dt = 0."""
 
     length: Tensor | None = None  # (b, 1), with a mask: how many positions of a row count
     skipped: Tensor | None = None  # (b, l) bool, after sorting: the positions that do not count
     source: Tensor | None = None  # (b, l), where sorted positions come from
     slices: Slices | None = None
-    seq_idx: Tensor | None = None  # (b, l), after sorting: counts the packed sequences of a row
-    reset: Tensor | None = None  # (b) bool: the first position begins another sequence
+    seq_idx: Tensor | None = None  # (b, l), after sorting, of packed sequences: 0 is the state's
 
     @classmethod
     def of(cls, x, mask=None, group=None, starts=None):
@@ -637,10 +624,9 @@ class Layout(NamedTuple):
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             layout = cls((~skipped).sum(1, keepdim=True), skipped, source, layout.slices)
-        if starts is None:
-            return layout
-        starts = layout.sort(starts)
-        return layout._replace(seq_idx=starts.cumsum(1), reset=starts[:, :1].any(1))
+        if starts is not None:
+            layout = layout._replace(seq_idx=layout.sort(starts).cumsum(1))
+        return layout
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
@@ -654,15 +640,17 @@ class Layout(NamedTuple):
 
     def begin(self, state):
         """The state before the first position: erased where that begins another sequence."""
-        if state is None or self.reset is None:
+        if state is None or self.seq_idx is None:
             return state
-        return state.map(lambda tensor: _erase(tensor, self.reset))
+        begins = self.seq_idx[:, :1].any(1)
+        return state.map(lambda tensor: _erase(tensor, begins))
 
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
     """x with 0 where `where` is True, a bool tensor that has x's first axes."""
-    # In place, so that PyTorch refuses to broadcast x, such as a state of one row.
-    return x.clone().masked_fill_(where[(..., *[None] * (x.dim() - where.dim()))], 0)
+    if x.shape[: where.dim()] != where.shape:  # PyTorch would broadcast it
+        raise ValueError(f"a state has shape {tuple(x.shape)}: it must be for {len(where)} rows")
+    return x.masked_fill(where[(..., *[None] * (x.dim() - where.dim()))], 0)
 
 
 @dataclass(eq=False, repr=False)
@@ -686,7 +674,11 @@ class Mamba2Cache:
         states = tuple(state.map(function, *layer) for state, *layer in layers)
         return Mamba2Cache(states, self.length)
 
-    select, detach = Mamba2State.select, Mamba2State.detach
+    detach = Mamba2State.detach
+
+    def select(self, rows) -> Mamba2Cache:
+        """Rows of the batch in a new order: integers, or a bool mask."""
+        return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
 
     def repeat(self, times: int) -> Mamba2Cache:
         """Each row `times` times, one after another: (b) becomes (b times). This forks a prompt."""
@@ -816,12 +808,10 @@ _OTHERS |= dict(D_has_hdim=False, d_inner=None, d_ssm=None, attn=None)
 
 
 class Mamba2Config(PreTrainedConfig):
-    """Sizes and options of a Mamba-2 model; the defaults are those of the published `mamba2-130m`.
-
-    `OPTIONS` above lists them. Each can be passed, read and set under both of its names (without
-    transformers, read and set under the first, which is also that in `config.json`). Options of all
-    transformers configurations are accepted too; others are a TypeError.
-    """
+    """Sizes and options of a Mamba-2 model, listed in `OPTIONS`; the defaults are `mamba2-130m`'s.
+    Each can be passed, read and set under both of its names (without transformers, read and set
+    under the first, which is also that in `config.json`). Options of all transformers
+    configurations are accepted too; others are a TypeError."""
 
     model_type = "mamba2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -851,14 +841,10 @@ class Mamba2Config(PreTrainedConfig):
             _check(f"{name} ({alias})" if alias else name, getattr(self, name), *rule)
         p, inner = self.head_dim, round(self.expand * self.hidden_size, 6)
         if self.num_heads is None:
-            sizes = [size for size in range(p, 0, -1) if inner % size == 0]
-            sizes = [size for size in sizes if size % 16 == 0] or sizes
-            rule = f"must divide expand * hidden_size (d_model) = {inner:g}"
-            rule = f"{rule}; choose {str(sizes[:9])[1:-1] or 'another expand'}"
-            _check("head_dim (headdim)", p, rule, lambda p: p in sizes)
             self.num_heads = round(inner / p)
-        h, rule = self.num_heads, f"times head_dim = {p} must be expand * hidden_size = {inner:g}"
-        _check("num_heads", h, rule, lambda h: COUNT[1](h) and h * p == inner)
+        h, rule = self.num_heads, f"times head_dim (headdim) = {p} must be expand * hidden_size"
+        rule = f"{rule} (d_model) = {inner:g}"
+        _check("num_heads (nheads)", h, rule, lambda h: COUNT[1](h) and h * p == inner)
         _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
     def to_dict(self):
@@ -1064,10 +1050,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     def summed_loss(self, hidden, targets):
         """The summed cross entropy of logits of hidden (b, l, d); targets (b, l), -100 left out.
-
         The logits of some positions at a time are made, used and freed, and made again for the
-        backward pass; if one part holds all positions, its logits are kept.
-        """
+        backward pass; if one part holds all positions, its logits are kept."""
 
         def loss_of(hidden, targets):
             logits = self.lm_head(hidden)  # (positions, vocabulary)
@@ -1090,14 +1074,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
-            # What is kept for the backward pass, in numbers per layer and channel: a state for each
-            # segment, in a hybrid also keys and values, half of them on average; and `position` for
-            # each position of one segment. Their sum is least if both take the same.
-            attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
-            state, position = config.state_size + l * attention, 8
+            # Kept for the backward pass, per layer and channel: a state for each segment, and
+            # `position` numbers for each position of one. Their sum is least if both are equal.
+            position = 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
                 position = 1 / config.expand + 8 / config.num_hidden_layers
-            length = math.ceil(math.sqrt(l * state / position))
+            length = math.ceil(math.sqrt(l * config.state_size / position))
             if self.device.type == "cuda":  # longer, where launching kernels would take longest
                 length = max(length, 2**34 // max(1, b * config.hidden_size**2))
             length = min(l, length)
@@ -1126,8 +1108,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         rule = "must end in 1, where a row's next token is read: pad on the left"
         _check("attention_mask", mask, rule, lambda mask: mask is None or mask[:, -1:].all())
         cache = _one_cache(options.pop("cache", None), options.pop("past_key_values", None))
-        embeds, seen = options.get("inputs_embeds"), cache.get_seq_length()
-        given = ids if embeds is None else embeds
+        given, seen = options.get("inputs_embeds"), cache.get_seq_length()
+        given = ids if given is None else given
         count = 1 if given is None else given.shape[1]  # bos_token_id alone
         if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
@@ -1146,11 +1128,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return output
 
     def stream(self, input_ids, **options):
-        """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append.
-
-        transformers prepares prompt, sampling and stopping. Beams and several samples of a row are
-        errors. On CUDA, where looking for the end waits for the GPU, eight tokens come at a time.
-        """
+        """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append, but for
+        beams and several samples of a row. transformers prepares prompt, sampling and stopping. On
+        CUDA, where looking for the end waits for the GPU, eight tokens come at a time."""
         rule = "stream takes none: it is an iterator, with a loop of its own"
         _check("streamer", options.get("streamer"), rule, lambda value: value is None)
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
@@ -1258,7 +1238,7 @@ def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, 
     if seq_idx is not None:
         starts = layout.restore(_borders(layout.sort(seq_idx.long())))
     elif starts is not None:
-        number = layout.sort(starts.cumsum(1))
+        number = layout.sort(starts.bool().cumsum(1))
         starts = layout.restore(number > F.pad(number, (1, 0))[:, :-1])
     elif position_ids is not None:
         position = layout.sort(position_ids.long())
@@ -1408,7 +1388,7 @@ class AttentionState(NamedTuple):
     past: Tensor  # (b, m, 2 g, p), rotated keys, then values, in the dtype of in_proj(u)
     counts: Tensor  # (b, m) bool: False where masked, and in earlier packed sequences
 
-    map, select, detach = Mamba2State.map, Mamba2State.select, Mamba2State.detach
+    map, detach = Mamba2State.map, Mamba2State.detach
 
     def to(self, *args, **kwargs) -> AttentionState:
         """The state on another device. Arguments are as for Tensor.to, but no dtype changes."""
