@@ -451,8 +451,7 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_reset_and_in_any_p
                 given |= dict(u=junk, mask=mask.to(kind))
             if mask is not None and seq_idx is not None:
                 given["seq_idx"] = seq_idx.masked_fill(mask == 0, 7)
-            passed = tensors(given)
-            before = [(tensor.clone(), tensor._version) for tensor in passed]
+            versions = [tensor._version for tensor in tensors(given)]
             for cuts in (random_cuts(l, seq_idx, mask), []):
                 y, end = in_pieces(layer.step, given, "state", cuts)
                 found = [y, canonical(end)]
@@ -461,9 +460,7 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_reset_and_in_any_p
                 assert_close(layer(**given), expected[0])
                 for part in end:  # no other memory is kept alive
                     assert part.untyped_storage().nbytes() == part.nbytes
-            for tensor, (value, version) in zip(passed, before, strict=True):  # as they were
-                assert tensor._version == version
-                assert torch.equal(tensor.nan_to_num(7), value.nan_to_num(7))
+            assert [tensor._version for tensor in tensors(given)] == versions  # as they were
             if start is not None and l > 0:  # nor is memory shared; 0 is that of an empty tensor
                 assert {t.data_ptr() for t in end} & {t.data_ptr() for t in start} <= {0}
             if start is not None and mask is not None:  # skipping all keeps the state bit for bit
@@ -915,9 +912,6 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
             now = mask[:, start if len(cuts) == 1 else 0 : end] if masked else None
             of_piece = positions[:, start:end].to(next(kinds)) if apart else None
             piece = model(ids[:, start:end], now, cache, position_ids=of_piece)
-            given = ids[:, start:end], cache, mask[:, start:end]
-            starts = None if of_piece is None else of_piece == 0
-            assert_close(model.lm_head(model.backbone(*given, starts)[0]), piece.logits)
             cache = piece.cache
             logits.append(piece.logits)
         assert_close(torch.cat(logits, 1)[mask.bool()], output.logits[mask.bool()], F64)
@@ -926,40 +920,21 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
 
 
 @torch.no_grad()
-@EITHER
-@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0), (2, 1), (2, 6)])
-def test_no_tokens_and_masked_tokens_leave_the_state_as_it_was(shape, options):
-    model, ids, new = tiny(**options), tokens(*shape), tokens(shape[0], 3, seed=1)
-    none, before = 0 * ids, model(tokens(shape[0], 4), seq_idx=tokens(shape[0], 4)).cache
-    for packing in ({}, dict(seq_idx=tokens(*shape, seed=2)), dict(position_ids=none)):
-        output = model(ids, none, before, **packing)
-        assert output.logits.shape == (*shape, VOCABULARY)
-        assert_same_state(output.cache, before)
-        assert output.cache.length == before.length + shape[1]
-        # Nothing began, so that the state still belongs to the sequence that comes next.
-        rest = model(new, cache=output.cache, seq_idx=torch.zeros_like(new)).logits
-        assert_close(rest, model(new, cache=before).logits, F32)
-    states = map(canonical, model(ids, none).cache.states)
-    assert not any(tensor.any() for tensor in tensors([*states]))
-    assert 0 not in shape or model(ids, labels=ids, num_items_in_batch=1).loss == 0
-
-
-@torch.no_grad()
 def test_a_cache_under_either_name_is_immutable_and_can_be_resumed_again():
     model, ids, new = tiny(), tokens(2, 9), tokens(2, 3, seed=1)
     longer = torch.cat([ids, new], 1)
-    text = model.generate(longer, **GREEDY)
+    expected, text = model(longer).logits[:, 9:], model.generate(longer, **GREEDY)
     output = model(ids)
     cache, before = output.cache, output.cache.map(torch.clone)
     assert cache is output.past_key_values and cache.length == 9
-    calls = [model(new, **{name: cache}) for name in CACHE_NAMES]
-    for call in (*calls, model(new, None, cache)):
-        assert_close(call[0], model(longer)[0][:, 9:], F32)
-        assert call.cache.length == 12
-    for name in CACHE_NAMES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in CACHE_NAMES:
+            call = model(new, **{name: cache})
+            assert_close(call.logits, expected, F32)
+            assert call.cache.length == 12
             assert torch.equal(model.generate(longer, **{name: cache}, **GREEDY), text)
+    assert_close(model(new, None, cache)[0], expected, F32)
     assert_same_state(cache, before)
     back = tree_map(lambda x: x, copy.deepcopy(output))  # as engines that cast outputs do
     assert type(back) is type(output) and back[mamba2.CACHE] is back.past_key_values is not None
@@ -985,8 +960,6 @@ def test_rows_of_caches_are_selected_repeated_and_joined_and_continue_as_alone(o
     last = whole[:, -1:]
     forked = model(last.repeat_interleave(3, 0), cache=joined.repeat(3)).logits
     assert_close(forked, model(last, cache=joined).logits.repeat_interleave(3, 0), F64)
-    sizes = [sum(t.nbytes for t in tensors(c.states)) for c in (joined, caches[0])]
-    assert sizes[0] == 4 * sizes[1] or options is HYBRID
 
 
 @torch.no_grad()
@@ -1054,7 +1027,12 @@ def test_steps_masks_and_training_are_exported_or_compiled_into_one_graph():
 
 
 @torch.no_grad()
-def test_the_outputs_are_those_that_were_asked_for():
+def test_the_outputs_are_those_that_were_asked_for_also_of_no_tokens():
+    for options, shape in itertools.product((ALL, HYBRID), [(2, 0), (0, 5), (0, 0)]):
+        model, ids = tiny(**options), tokens(*shape)
+        output = model(ids, labels=ids, num_items_in_batch=1, use_cache=True)
+        assert output.logits.shape == (*shape, VOCABULARY) and output.loss == 0
+        assert not any(t.any() for t in tensors(output.cache.states))
     model, ids = tiny(), tokens(2, 9)
     output = model(ids, output_hidden_states=True)
     first, _, last = output.hidden_states
@@ -1086,7 +1064,7 @@ def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
             if not length:  # hidden states are those of all positions
                 found = model(ids, logits_to_keep=keep, output_hidden_states=True).hidden_states
                 assert identical(found, hidden)
-            output = model(ids, labels=ids, logits_to_keep=keep, **given)
+            output = model(ids, labels=ids.byte(), logits_to_keep=keep, **given)
             assert_close((output.logits, output.loss), (expected, loss), F64)
         output = model(ids, labels=ids, num_items_in_batch=torch.tensor(5), **given)
         assert_close(output.loss, loss * 16 / 5, F64)  # as Trainer does, to accumulate batches
@@ -1334,8 +1312,7 @@ def test_text_logits_and_cache_are_those_without_a_cache_whatever_the_config_say
         past = dict(cache=past, **prompt)
         calls += [(ids, past, 12 - length)]
         calls += [] if options.keys() & reads_all else [(ids[:, length:], past, 12 - length)]
-    before = past["cache"].map(torch.clone)
-    hook = embeddings.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    embeddings.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     for given, more, count in calls:
         if samples == 1 and "stop_strings" not in options:  # which a stream refuses
             torch.manual_seed(1)
@@ -1357,21 +1334,7 @@ def test_text_logits_and_cache_are_those_without_a_cache_whatever_the_config_say
         assert type(output.cache) is Mamba2Cache and output.cache is output.past_key_values
         assert output.cache.get_seq_length() == text.shape[1] - 1  # the last is not read yet
         assert_same_state(output.cache, model.prefill(text[:, :-1], exists[:, :-1]), F64)
-    hook.remove()
-    assert identical(past["cache"].states, before.states)
-    if beams:
-        assert len(text.unique(dim=0)) == len(text) == 9
-        return
-    if ended:
-        return
-
-    # The next turn: all of the text, or what the cache has not seen.
-    longer = torch.cat([text, tokens(len(text), 4, seed=8)], 1)
-    given = dict(GREEDY, attention_mask=F.pad(exists, (0, 4), value=1))
-    second = without_cache(model, longer, **given)[:, longer.shape[1] :]
-    for turn in (longer, longer[:, output.cache.get_seq_length() :]):
-        found = model.generate(turn, cache=output.cache, **given)[:, turn.shape[1] :]
-        assert torch.equal(found, second)
+    assert not beams or len(text.unique(dim=0)) == len(text) == 9
 
 
 def test_streams_and_threads_of_one_model_do_not_disturb_each_other():
@@ -1622,6 +1585,7 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
     for options in ({}, dict(n_groups=2, use_bias=True)):
         model = tiny(**options)
         plain = without_graphs(model, ids, **given)
+        assert model not in idle
         assert torch.equal(streamed(model, ids, **given), plain)
         graph = idle[model]
         assert torch.equal(model.generate(ids, **given), plain)
@@ -1644,21 +1608,6 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @torch.no_grad()
-def test_kernel_graph_is_not_taken_if_switched_off_and_pauses_in_autocast():
-    model, ids, idle = tiny(), tokens(2, 12), mamba2.kernels.DecodingGraph.idle
-    expected = model.generate(ids, **GREEDY)
-    assert idle.pop(model)
-    assert torch.equal(without_graphs(model, ids, **GREEDY), expected) and model not in idle
-    stream = model.stream(ids, **GREEDY)
-    found = [next(stream) for _ in range(8)]  # all that it has computed
-    with torch.autocast("cuda", torch.bfloat16):  # which a graph does not follow
-        found.append(next(stream))
-    found += stream
-    assert torch.stack(found, 1).shape == (2, 12) and model in idle
-
-
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
-@torch.no_grad()
 def test_kernel_graph_keeps_no_weights_while_it_is_not_used():
     model, ids = tiny(), tokens(2, 12)
     expected, stream = model.generate(ids, **GREEDY), model.stream(ids, **GREEDY)
@@ -1668,14 +1617,7 @@ def test_kernel_graph_keeps_no_weights_while_it_is_not_used():
     found += stream  # a graph reads the old weights until the text ends
     assert torch.equal(torch.stack(found, 1), expected[:, 12:])
     gc.collect()
-    assert old.expired()
-    model.to(DEVICE)
-    model.generate(ids, **GREEDY)
-    assert model in mamba2.kernels.DecodingGraph.idle
-    old = StorageWeakRef(model.lm_head.weight.untyped_storage())
-    model.to("cpu")
-    gc.collect()
-    assert old.expired()
+    assert old.expired() and model in mamba2.kernels.DecodingGraph.idle
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
@@ -1806,14 +1748,11 @@ def test_a_pipeline_writes_what_generate_writes():
     model, tokenizer = tiny(vocab_size=384, dtype=torch.float64), transformers.ByT5Tokenizer()
     tokenizer.padding_side = "left"
     write = transformers.pipeline("text-generation", model, tokenizer=tokenizer, device=DEVICE)
-    expected = []
-    for text in TEXTS[:4]:
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(DEVICE)
-        expected.append(model.generate(ids, **GREEDY)[0].tolist())
-        assert write(text, return_tensors=True, **GREEDY)[0]["generated_token_ids"] == expected[-1]
     together = write(TEXTS[:4], batch_size=4, return_full_text=True, **GREEDY)
-    for one, row in zip(together, expected, strict=True):
-        assert one[0]["generated_text"] == tokenizer.decode(row, skip_special_tokens=True)
+    for text, found in zip(TEXTS[:4], together, strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(DEVICE)
+        expected = tokenizer.decode(model.generate(ids, **GREEDY)[0], skip_special_tokens=True)
+        assert found[0]["generated_text"] == expected
 
 
 @EITHER
@@ -2038,11 +1977,8 @@ def test_weights_that_do_not_fit_the_config_are_errors_and_never_random(message,
     path = save(tiny(tie_word_embeddings=False), tmp_path) / "model.safetensors"
     weights = {k: v for k, v in {**load_file(path), **weights}.items() if v is not None}
     save_file(weights, path, metadata={"format": "pt"})
+    config["ignore_mismatched_sizes"] = "mismatched" in message  # else it is transformers' error
     with pytest.raises(ValueError, match=message):
-        load(tmp_path, ignore_mismatched_sizes=True, **config)
-    # Of shapes, transformers' own error comes first.
-    message = "ignore_mismatched_sizes" if message.startswith("mismatched") else message
-    with pytest.raises((ValueError, RuntimeError), match=message):
         load(tmp_path, **config)
 
 
@@ -2061,18 +1997,13 @@ def test_the_auto_classes_find_this_file_on_request_and_not_before(tmp_path, mon
 
 
 @torch.no_grad()
-def test_embedding_and_head_can_be_resized_and_replaced():
+def test_embedding_and_head_can_be_resized():
     for tied in (True, False):
         model, ids = tiny(tie_word_embeddings=tied), tokens(2, 9)
         before = model(ids).logits
         model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
         assert_close(model(ids).logits[..., :VOCABULARY], before, F32)
         assert model(ids + 8).logits.shape == (2, 9, VOCABULARY + 8)
-    other = nn.Embedding(VOCABULARY, 32).to(DEVICE)
-    model.set_input_embeddings(other)
-    assert model.get_input_embeddings() is model.backbone.embeddings is other
-    model.lm_head = nn.Linear(32, 100).to(DEVICE)
-    assert model(ids, labels=ids + 36).loss.isfinite()
 
 
 def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_path):
