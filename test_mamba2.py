@@ -171,6 +171,7 @@ def in_pieces(function, arguments, name, cuts):
     """Outputs and state of a function of sequences, called on one piece after the other.
     name: of the function's argument for the state. A reset is one of the first piece."""
     names = ("u", "mask", "seq_idx", "x", "dt", "B", "C")
+    names += ("input_ids", "attention_mask", "position_ids")
     sequences = {key: arguments[key] for key in names if arguments.get(key) is not None}
     arguments, l = dict(arguments), next(iter(sequences.values())).shape[1]
     state, ys = arguments[name], []
@@ -905,16 +906,12 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
             assert_close(model(ids, seq_idx=seq_idx.to(dtype), **given).loss, loss)
 
     kinds = itertools.cycle([torch.uint8, torch.int8, torch.int16, torch.int32])
+    call = functools.partial(model, use_cache=True, return_dict=False)
     for cuts in ((0,), (1, 3), (7, 8), (8, 10), (13,), (19, 20), range(1, 20)):
-        cache, logits = None, []
-        for start, end in zip([0, *cuts], [*cuts, 20], strict=True):
-            # generate passes the mask of all tokens so far: of these, the last columns count.
-            now = mask[:, start if len(cuts) == 1 else 0 : end] if masked else None
-            of_piece = positions[:, start:end].to(next(kinds)) if apart else None
-            piece = model(ids[:, start:end], now, cache, position_ids=of_piece)
-            cache = piece.cache
-            logits.append(piece.logits)
-        assert_close(torch.cat(logits, 1)[mask.bool()], output.logits[mask.bool()], F64)
+        given = dict(input_ids=ids, attention_mask=mask if masked else None, cache=None)
+        given |= dict(position_ids=positions.to(next(kinds))) if apart else {}
+        logits, cache = in_pieces(call, given, "cache", cuts)
+        assert_close(logits[mask.bool()], output.logits[mask.bool()], F64)
         assert_same_state(cache, output.cache, F64)
         assert cache.get_seq_length() == 20
 
@@ -1112,7 +1109,6 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
         r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
         "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
-        "TypeError: argument 'output_attentions'": dict(output_attentions=True),
         "ValueError: segment_length = -1: must be 'auto', or an": dict(segment_length=-1),
         "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
     },
@@ -1225,14 +1221,11 @@ def test_sequences_begin_where_positions_are_0_or_do_not_grow():
         (("000123", "011234"), mask, mask),  # nonsense where it is masked
         (("123456", "567891"), {}, dict(seq_idx=digits("000000", "000001"))),
         (("678912", "678912"), cache, cache | dict(seq_idx=digits("000011", "000011"))),
+        (("012345", "012345"), cache, {}),
         (("012012", "012012"), first_masked, first_masked | halves),
     ):
         found = model(ids, position_ids=digits(*at), **given).logits
         assert_close(found, model(ids, **same).logits)
-    for whole, count in (("012345", 0), ("670123", 2)):
-        later = model(ids, position_ids=digits(whole, whole), **cache).logits
-        assert_close(later[:, count:], model(ids[:, count:]).logits)
-        assert_close(later[:, :count], model(ids[:, :count], **cache).logits)
 
 
 # ---- Generate ------------------------------------------------------------------------------------
@@ -1368,34 +1361,28 @@ def test_a_stream_asks_a_gpu_every_eighth_token_whether_the_text_is_over(monkeyp
     assert len(list(stream)) == 10 and not asked
 
 
-@torch.no_grad()
-def test_a_prompt_is_read_once_and_resumed_many_times_in_its_last_sequence(tmp_path):
-    model, ids = tiny(dtype=torch.float64, **ALL), tokens(1, 12)
+def test_a_prompt_is_read_in_segments_for_its_state_alone_and_resumed_in_its_last_sequence():
+    model, ids, read, rows = tiny(dtype=torch.float64, **ALL), tokens(1, 12), [], []
+    model.backbone.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
+    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[1]))
     whole = torch.cat([ids.expand(3, -1), tokens(3, 5, seed=1)], 1)
     for labels in ("00111112222", "00111112223", "00111112233", "00111113333", "00000000000"):
         seq_idx, start = digits(labels), labels.index(labels[-1])  # of the last sequence
         expected = without_cache(model, whole[:, start:], **GREEDY)[:, -12:]
+        read.clear(), rows.clear()
         first = model.prefill(ids[:, :9], seq_idx=seq_idx[:, :9])
         positions = torch.tensor([[i - labels.index(labels[i]) for i in (9, 10)]], device=DEVICE)
         pieces = model.prefill(ids[:, 9:11], cache=first, position_ids=positions)
-        segments = model.prefill(ids[:, :11], seq_idx=seq_idx, segment_length=4)
-        torch.save([pieces, segments], tmp_path / "prompt.pt")
-        for cache in torch.load(tmp_path / "prompt.pt", DEVICE):
+        options = dict(segment_length=4, logits_to_keep=0)
+        segments = model.prefill(ids[:, :11], seq_idx=seq_idx, **options)
+        auto = [9] if CUDA else [5, 4]  # a GPU is not asked for so little at a time
+        assert read == [*auto, 2, 4, 4, 3] and rows == [1, 1, 1]
+        for cache in (pieces, segments):
+            assert not any(t.requires_grad for t in tensors(cache.states))
             assert_same_state(cache, model(ids[:, start:11]).cache, F64)
             for write in (model.generate, functools.partial(streamed, model)):
                 found = write(whole, cache=cache.repeat(3), **GREEDY)
                 assert torch.equal(found[:, 17:], expected)
-
-
-def test_prefill_reads_segments_and_makes_neither_logits_nor_gradients():
-    model, ids, segments, rows = tiny(), tokens(1, 30), [], []
-    model.backbone.register_forward_pre_hook(lambda *_: segments.append(1))
-    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:2]))
-    auto = 1 if CUDA else 4  # a GPU is not asked for so little at a time
-    for options, count in (({}, auto), (dict(segment_length=7), 5), (dict(logits_to_keep=0), auto)):
-        segments.clear()
-        assert not any(t.requires_grad for t in tensors(model.prefill(ids, **options).states))
-        assert len(segments) == count and rows.pop() == (1, 1)
 
 
 def without_graphs(model, ids, **options):
@@ -1415,14 +1402,6 @@ def put(path, value):
     return change
 
 
-def other(module):
-    """A copy of a module with other weights."""
-    module = copy.deepcopy(module)
-    for weight in module.parameters():
-        weight.data = weight.data.roll(1, 0) * 1.3
-    return module
-
-
 def move(model):
     """Other weights in other memory; a graph that still reads the old memory finds NaN."""
     for weight in model.parameters():
@@ -1433,8 +1412,7 @@ def move(model):
 # Whatever a step depends on, besides values of weights: each changes the logits of the next text.
 DEPENDS = {
     "weights move": move,
-    "a head": put("lm_head", other),
-    "a layer": put("backbone.layers.0", other),
+    "a head": put("lm_head", lambda _: nn.Linear(32, 64, False, DEVICE, torch.bfloat16)),
     "the order of layers": put("backbone.layers", lambda layers: layers[::-1]),
     "an option": put("config.time_step_limit", lambda _: (0.3, 0.4)),
     "eps of a layer's norm": put("backbone.layers.0.mixer.norm.eps", lambda _: 3.0),
@@ -1456,14 +1434,10 @@ NO_GRAPH = {
     "a hook before": lambda m: m.lm_head.register_forward_pre_hook(lambda *given: None),
     "a forward of its own": put("forward", functools.partial),  # as accelerate wraps it
     "a head of another class": put("lm_head.__class__", lambda kind: type("Own", (kind,), {})),
-    "another class": put("__class__", lambda kind: type("Own", (kind,), {})),
     "a buffer": lambda m: m.lm_head.register_buffer("scale", torch.ones(1)),
     "compiled": lambda m: m.backbone.compile(backend="eager"),
     "sharded": put("lm_head.weight", lambda weight: type("Shard", (nn.Parameter,), {})(weight)),
     "a part elsewhere": lambda m: m.backbone.norm_f.to("meta"),
-    "an adapter": lambda m: peft.get_peft_model(
-        m, peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
-    ),
 }
 
 
@@ -1808,10 +1782,9 @@ def test_many_segments_in_autocast_lose_no_more_digits_than_one():
 
 
 def test_memory_grows_as_the_square_root_of_the_length_and_never_holds_all_logits():
-    sizes = dict(hidden_size=64, head_dim=64, state_size=16, num_hidden_layers=4, vocab_size=256)
-    model = Mamba2ForCausalLM(Mamba2Config(**sizes)).train()
+    sizes = dict(hidden_size=64, head_dim=64, num_hidden_layers=4, chunk_size=64)
+    model, ids, peaks = tiny(**sizes).cpu().train(), tokens(1, 4096).cpu(), []
     model.gradient_checkpointing_enable()
-    ids, peaks = tokens(1, 4096, vocabulary=256).cpu(), []
     for l, segment_length in ((256, "auto"), (1024, "auto"), (4096, "auto"), (4096, 0)):
         model.zero_grad()
         with Bytes() as watch:
@@ -1961,13 +1934,11 @@ def test_dtype_device_map_and_offloading_are_kept(write, more, tmp_path):
 
 
 WRONG = {  # what the error names: changes of the weights, and of the config
-    "missing_keys.*layers.1.mixer.D": ({"backbone.layers.1.mixer.D": None}, {}),
-    "missing_keys.*lm_head.weight": ({"lm_head.weight": None}, {}),
+    "missing_keys.*lm_head.weight.*ignore_on_load_missing may": ({"lm_head.weight": None}, {}),
     "missing_keys.*in_proj.bias": ({}, dict(use_bias=True)),
     "unexpected_keys.*layers.2.mixer.D": ({"backbone.layers.2.mixer.D": torch.ones(8)}, {}),
     "mismatched_keys.*layers.1.mixer.D": ({"backbone.layers.1.mixer.D": torch.ones(7)}, {}),
     "mismatched_keys.*in_proj.weight": ({}, dict(state_size=8)),
-    "mismatched_keys.*embeddings.weight": ({}, dict(vocab_size=48)),
 }
 
 
@@ -2008,15 +1979,14 @@ def test_embedding_and_head_can_be_resized():
 
 def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_path):
     class Judge(Mamba2ForCausalLM):
+        _keys_to_ignore_on_load_missing = ["^judge"]
+
         def __init__(self, config):
             super().__init__(config)
             self.judge = nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(32, 1))
             self.post_init()
 
     save(tiny(), tmp_path)
-    with pytest.raises(ValueError, match="_keys_to_ignore_on_load_missing may name"):
-        Judge.from_pretrained(tmp_path)
-    Judge._keys_to_ignore_on_load_missing = ["^judge"]
     norm, linear = Judge.from_pretrained(tmp_path).judge
     assert (norm.weight == 1).all() and (norm.bias == 0).all()
     assert 0 < linear.weight.abs().max() <= 32**-0.5
