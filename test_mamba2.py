@@ -171,6 +171,7 @@ def in_pieces(function, arguments, name, cuts):
     """Outputs and state of a function of sequences, called on one piece after the other.
     name: of the function's argument for the state."""
     names = ("u", "mask", "seq_idx", "starts", "x", "dt", "B", "C")
+    names += ("input_ids", "attention_mask", "position_ids")
     sequences = {key: arguments[key] for key in names if arguments.get(key) is not None}
     arguments, l = dict(arguments), next(iter(sequences.values())).shape[1]
     state, ys = arguments[name], []
@@ -452,8 +453,7 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
                 given |= dict(u=junk, mask=mask.to(kind))
             if mask is not None and seq_idx is not None:
                 given["seq_idx"] = seq_idx.masked_fill(mask == 0, 7)
-            passed = tensors(given)
-            before = [(tensor.clone(), tensor._version) for tensor in passed]
+            versions = [tensor._version for tensor in tensors(given)]
             whole = "starts" in way and mask is not None  # a masked start is of a later position
             for cuts in ([] if whole else random_cuts(l, seq_idx, mask), []):
                 y, end = in_pieces(layer.step, given, "state", cuts)
@@ -463,9 +463,7 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
                 assert_close(layer(**given), expected[0])
                 for part in end:  # no other memory is kept alive
                     assert part.untyped_storage().nbytes() == part.nbytes
-            for tensor, (value, version) in zip(passed, before, strict=True):  # as they were
-                assert tensor._version == version
-                assert torch.equal(tensor.nan_to_num(7), value.nan_to_num(7))
+            assert [tensor._version for tensor in tensors(given)] == versions  # as they were
             if start is not None and l > 0:  # nor is memory shared; 0 is that of an empty tensor
                 assert {t.data_ptr() for t in end} & {t.data_ptr() for t in start} <= {0}
             if start is not None and mask is not None:  # skipping all keeps the state bit for bit
@@ -913,58 +911,32 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
             assert_close(model(ids, seq_idx=seq_idx.to(dtype), **given).loss, loss)
 
     kinds = itertools.cycle([torch.uint8, torch.int8, torch.int16, torch.int32])
+    call = functools.partial(model, use_cache=True, return_dict=False)
     for cuts in ((0,), (1, 3), (7, 8), (8, 10), (13,), (19, 20), range(1, 20)):
-        cache, logits = None, []
-        for start, end in zip([0, *cuts], [*cuts, 20], strict=True):
-            # generate passes the mask of all tokens so far: of these, the last columns count.
-            now = mask[:, start if len(cuts) == 1 else 0 : end] if masked else None
-            of_piece = positions[:, start:end].to(next(kinds)) if apart else None
-            piece = model(ids[:, start:end], now, cache, position_ids=of_piece)
-            given = ids[:, start:end], cache, mask[:, start:end]
-            starts = None if of_piece is None else of_piece == 0
-            assert_close(model.lm_head(model.backbone(*given, starts)[0]), piece.logits)
-            cache = piece.cache
-            logits.append(piece.logits)
-        assert_close(torch.cat(logits, 1)[mask.bool()], output.logits[mask.bool()], F64)
+        given = dict(input_ids=ids, attention_mask=mask if masked else None, cache=None)
+        given |= dict(position_ids=positions.to(next(kinds))) if apart else {}
+        logits, cache = in_pieces(call, given, "cache", cuts)
+        assert_close(logits[mask.bool()], output.logits[mask.bool()], F64)
         assert_same_state(cache, output.cache, F64)
         assert cache.get_seq_length() == 20
-
-
-@torch.no_grad()
-@EITHER
-@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0), (2, 1), (2, 6)])
-def test_no_tokens_and_masked_tokens_leave_the_state_as_it_was(shape, options):
-    model, ids, new = tiny(**options), tokens(*shape), tokens(shape[0], 3, seed=1)
-    none, before = 0 * ids, model(tokens(shape[0], 4), seq_idx=tokens(shape[0], 4)).cache
-    for packing in ({}, dict(seq_idx=tokens(*shape, seed=2)), dict(position_ids=none)):
-        output = model(ids, none, before, **packing)
-        assert output.logits.shape == (*shape, VOCABULARY)
-        assert_same_state(output.cache, before)
-        assert output.cache.length == before.length + shape[1]
-        # Nothing began, so that the state still belongs to the sequence that comes next.
-        rest = model(new, cache=output.cache, seq_idx=torch.zeros_like(new)).logits
-        assert_close(rest, model(new, cache=before).logits, F32)
-    states = map(canonical, model(ids, none).cache.states)
-    assert not any(tensor.any() for tensor in tensors([*states]))
-    assert 0 not in shape or model(ids, labels=ids, num_items_in_batch=1).loss == 0
 
 
 @torch.no_grad()
 def test_a_cache_under_either_name_is_immutable_and_can_be_resumed_again():
     model, ids, new = tiny(), tokens(2, 9), tokens(2, 3, seed=1)
     longer = torch.cat([ids, new], 1)
-    text = model.generate(longer, **GREEDY)
+    expected, text = model(longer).logits[:, 9:], model.generate(longer, **GREEDY)
     output = model(ids)
     cache, before = output.cache, output.cache.map(torch.clone)
     assert cache is output.past_key_values and cache.length == 9
-    calls = [model(new, **{name: cache}) for name in CACHE_NAMES]
-    for call in (*calls, model(new, None, cache)):
-        assert_close(call[0], model(longer)[0][:, 9:], F32)
-        assert call.cache.length == 12
-    for name in CACHE_NAMES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in CACHE_NAMES:
+            call = model(new, **{name: cache})
+            assert_close(call.logits, expected, F32)
+            assert call.cache.length == 12
             assert torch.equal(model.generate(longer, **{name: cache}, **GREEDY), text)
+    assert_close(model(new, None, cache)[0], expected, F32)
     assert_same_state(cache, before)
     back = tree_map(lambda x: x, copy.deepcopy(output))  # as engines that cast outputs do
     assert type(back) is type(output) and back[mamba2.CACHE] is back.past_key_values is not None
@@ -994,8 +966,6 @@ def test_rows_of_caches_are_selected_repeated_and_joined_and_continue_as_alone(o
     last = whole[:, -1:]
     forked = model(last.repeat_interleave(3, 0), cache=joined.repeat(3)).logits
     assert_close(forked, model(last, cache=joined).logits.repeat_interleave(3, 0), F64)
-    sizes = [sum(t.nbytes for t in tensors(c.states)) for c in (joined, caches[0])]
-    assert sizes[0] == 4 * sizes[1] or options is HYBRID
 
 
 @torch.no_grad()
@@ -1063,7 +1033,12 @@ def test_steps_masks_and_training_are_exported_or_compiled_into_one_graph():
 
 
 @torch.no_grad()
-def test_the_outputs_are_those_that_were_asked_for():
+def test_the_outputs_are_those_that_were_asked_for_also_of_no_tokens():
+    for options, shape in itertools.product((ALL, HYBRID), [(2, 0), (0, 5), (0, 0)]):
+        model, ids = tiny(**options), tokens(*shape)
+        output = model(ids, labels=ids, num_items_in_batch=1, use_cache=True)
+        assert output.logits.shape == (*shape, VOCABULARY) and output.loss == 0
+        assert not any(t.any() for t in tensors(output.cache.states))
     model, ids = tiny(), tokens(2, 9)
     output = model(ids, output_hidden_states=True)
     first, _, last = output.hidden_states
@@ -1095,7 +1070,7 @@ def test_logits_to_keep_are_a_part_of_all_logits_and_change_no_loss():
             if not length:  # hidden states are those of all positions
                 found = model(ids, logits_to_keep=keep, output_hidden_states=True).hidden_states
                 assert identical(found, hidden)
-            output = model(ids, labels=ids, logits_to_keep=keep, **given)
+            output = model(ids, labels=ids.byte(), logits_to_keep=keep, **given)
             assert_close((output.logits, output.loss), (expected, loss), F64)
         output = model(ids, labels=ids, num_items_in_batch=torch.tensor(5), **given)
         assert_close(output.loss, loss * 16 / 5, F64)  # as Trainer does, to accumulate batches
@@ -1145,7 +1120,6 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
         r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
         "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
-        "TypeError: argument 'output_attentions'": dict(output_attentions=True),
         "ValueError: segment_length = -1: must be 'auto', or an": dict(segment_length=-1),
         "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
     },
@@ -1263,14 +1237,11 @@ def test_sequences_begin_where_positions_are_0_or_do_not_grow():
         (("000123", "011234"), mask, mask),  # nonsense where it is masked
         (("123456", "567891"), {}, dict(seq_idx=digits("000000", "000001"))),
         (("678912", "678912"), cache, cache | dict(seq_idx=digits("000011", "000011"))),
+        (("012345", "012345"), cache, {}),
         (("012012", "012012"), first_masked, first_masked | halves),
     ):
         found = model(ids, position_ids=digits(*at), **given).logits
         assert_close(found, model(ids, **same).logits)
-    for whole, count in (("012345", 0), ("670123", 2)):
-        later = model(ids, position_ids=digits(whole, whole), **cache).logits
-        assert_close(later[:, count:], model(ids[:, count:]).logits)
-        assert_close(later[:, :count], model(ids[:, :count], **cache).logits)
 
 
 # ---- Generate ------------------------------------------------------------------------------------
@@ -1354,8 +1325,7 @@ def test_text_logits_and_cache_are_those_without_a_cache_whatever_the_config_say
         past = dict(cache=past, **prompt)
         calls += [(ids, past, 12 - length)]
         calls += [] if options.keys() & reads_all else [(ids[:, length:], past, 12 - length)]
-    before = past["cache"].map(torch.clone)
-    hook = embeddings.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    embeddings.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
     for given, more, count in calls:
         if samples == 1 and "stop_strings" not in options:  # which a stream refuses
             torch.manual_seed(1)
@@ -1379,20 +1349,7 @@ def test_text_logits_and_cache_are_those_without_a_cache_whatever_the_config_say
         assert type(output.cache) is Mamba2Cache and output.cache is output.past_key_values
         assert output.cache.get_seq_length() == text.shape[1] - 1  # the last is not read yet
         assert_same_state(output.cache, model.prefill(text[:, :-1], exists[:, :-1]), F64)
-    hook.remove()
-    assert identical(past["cache"].states, before.states)
-    if beams:
-        assert len(text.unique(dim=0)) == len(text) == 3 * rows
-    if len(text) > 1:
-        return
-
-    # The next turn: all of the text, or what the cache has not seen.
-    longer = torch.cat([text, tokens(len(text), 4, seed=8)], 1)
-    given = dict(GREEDY, attention_mask=F.pad(exists, (0, 4), value=1))
-    second = without_cache(model, longer, **given)[:, longer.shape[1] :]
-    for turn in (longer, longer[:, output.cache.get_seq_length() :]):
-        found = model.generate(turn, cache=output.cache, **given)[:, turn.shape[1] :]
-        assert torch.equal(found, second)
+    assert not beams or len(text.unique(dim=0)) == len(text) == 3 * rows
 
 
 def test_streams_and_threads_of_one_model_do_not_disturb_each_other():
@@ -1426,34 +1383,28 @@ def test_a_stream_asks_a_gpu_every_eighth_token_whether_the_text_is_over(monkeyp
     assert len(list(stream)) == 10 and not asked
 
 
-@torch.no_grad()
-def test_a_prompt_is_read_once_and_resumed_many_times_in_its_last_sequence(tmp_path):
-    model, ids = tiny(dtype=torch.float64, **ALL), tokens(1, 12)
+def test_a_prompt_is_read_in_segments_for_its_state_alone_and_resumed_in_its_last_sequence():
+    model, ids, read, rows = tiny(dtype=torch.float64, **ALL), tokens(1, 12), [], []
+    model.backbone.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
+    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[1]))
     whole = torch.cat([ids.expand(3, -1), tokens(3, 5, seed=1)], 1)
     for labels in ("00111112222", "00111112223", "00111112233", "00111113333", "00000000000"):
         seq_idx, start = digits(labels), labels.index(labels[-1])  # of the last sequence
         expected = without_cache(model, whole[:, start:], **GREEDY)[:, -12:]
+        read.clear(), rows.clear()
         first = model.prefill(ids[:, :9], seq_idx=seq_idx[:, :9])
         positions = torch.tensor([[i - labels.index(labels[i]) for i in (9, 10)]], device=DEVICE)
         pieces = model.prefill(ids[:, 9:11], cache=first, position_ids=positions)
-        segments = model.prefill(ids[:, :11], seq_idx=seq_idx, segment_length=4)
-        torch.save([pieces, segments], tmp_path / "prompt.pt")
-        for cache in torch.load(tmp_path / "prompt.pt", DEVICE):
+        options = dict(segment_length=4, logits_to_keep=0)
+        segments = model.prefill(ids[:, :11], seq_idx=seq_idx, **options)
+        auto = [9] if CUDA else [5, 4]  # a GPU is not asked for so little at a time
+        assert read == [*auto, 2, 4, 4, 3] and rows == [1, 1, 1]
+        for cache in (pieces, segments):
+            assert not any(t.requires_grad for t in tensors(cache.states))
             assert_same_state(cache, model(ids[:, start:11]).cache, F64)
             for write in (model.generate, functools.partial(streamed, model)):
                 found = write(whole, cache=cache.repeat(3), **GREEDY)
                 assert torch.equal(found[:, 17:], expected)
-
-
-def test_prefill_reads_segments_and_makes_neither_logits_nor_gradients():
-    model, ids, segments, rows = tiny(), tokens(1, 30), [], []
-    model.backbone.register_forward_pre_hook(lambda *_: segments.append(1))
-    model.lm_head.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:2]))
-    auto = 1 if CUDA else 4  # a GPU is not asked for so little at a time
-    for options, count in (({}, auto), (dict(segment_length=7), 5), (dict(logits_to_keep=0), auto)):
-        segments.clear()
-        assert not any(t.requires_grad for t in tensors(model.prefill(ids, **options).states))
-        assert len(segments) == count and rows.pop() == (1, 1)
 
 
 def without_graphs(model, ids, **options):
@@ -1473,14 +1424,6 @@ def put(path, value):
     return change
 
 
-def other(module):
-    """A copy of a module with other weights."""
-    module = copy.deepcopy(module)
-    for weight in module.parameters():
-        weight.data = weight.data.roll(1, 0) * 1.3
-    return module
-
-
 def move(model):
     """Other weights in other memory; a graph that still reads the old memory finds NaN."""
     for weight in model.parameters():
@@ -1491,19 +1434,9 @@ def move(model):
 # Whatever a step depends on, besides values of weights: each changes the logits of the next text.
 DEPENDS = {
     "weights move": move,
-    "an address": put("lm_head.weight.data", lambda weight: weight * -1.5),
-    "parameters are replaced": lambda m: m.load_state_dict(
-        {name: weight * 1.3 for name, weight in m.state_dict().items()}, assign=True
-    ),
-    "a head": put("lm_head", other),
-    "a layer": put("backbone.layers.0", other),
+    "a head": put("lm_head", lambda _: nn.Linear(32, 64, False, DEVICE, torch.bfloat16)),
     "the order of layers": put("backbone.layers", lambda layers: layers[::-1]),
     "an option": put("config.time_step_limit", lambda _: (0.3, 0.4)),
-    "an option of one layer": put(
-        "backbone.layers.1.mixer.config", lambda _: tiny(time_step_limit=(0.3, 0.4)).config
-    ),
-    "the residual stream's dtype": put("config.residual_in_fp32", lambda _: False),
-    "eps": put("backbone.norm_f.eps", lambda _: 3.0),
     "eps of a layer's norm": put("backbone.layers.0.mixer.norm.eps", lambda _: 3.0),
     "groups": put("backbone.layers.0.mixer.norm.groups", lambda _: 4),
     "a layer twice": put("backbone.layers", lambda layers: nn.ModuleList([layers[0]] * 2)),
@@ -1523,31 +1456,40 @@ NO_GRAPH = {
     "a hook before": lambda m: m.lm_head.register_forward_pre_hook(lambda *given: None),
     "a forward of its own": put("forward", functools.partial),  # as accelerate wraps it
     "a head of another class": put("lm_head.__class__", lambda kind: type("Own", (kind,), {})),
-    "another class": put("__class__", lambda kind: type("Own", (kind,), {})),
     "a buffer": lambda m: m.lm_head.register_buffer("scale", torch.ones(1)),
     "compiled": lambda m: m.backbone.compile(backend="eager"),
     "sharded": put("lm_head.weight", lambda weight: type("Shard", (nn.Parameter,), {})(weight)),
     "a part elsewhere": lambda m: m.backbone.norm_f.to("meta"),
-    "an adapter": lambda m: peft.get_peft_model(
-        m, peft.LoraConfig(target_modules=["in_proj"], task_type="CAUSAL_LM")
-    ),
 }
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", DEPENDS | NO_GRAPH)
-def test_a_graph_is_made_for_all_that_a_step_depends_on_if_it_can_follow(name):
+def test_a_graph_is_made_anew_for_all_that_a_step_depends_on_if_it_can_follow(name):
     model, fingerprint = tiny(dtype=torch.bfloat16), mamba2.kernels._fingerprint
+
+    def graph_and_logits():
+        ids, given = tokens(2, 12), dict(GREEDY, output_logits=True, return_dict_in_generate=True)
+        found = model.generate(ids, **given)
+        graph, plain = mamba2.kernels.DecodingGraph.idle[model], without_graphs(model, ids, **given)
+        assert_close(list(found.logits), list(plain.logits), 1e-2)
+        return graph, model(ids).logits.float()
+
     before = fingerprint(model)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.01)
+    for weight in model.parameters():
+        weight.mul_(1.01)
     assert fingerprint(model) == before is not None  # new values in the old places
+    runs = CUDA and name in DEPENDS
+    old = graph_and_logits() if runs else None
     handle = (DEPENDS | NO_GRAPH)[name](model)
     after = fingerprint(model)
     assert after is None if name in NO_GRAPH else after not in (before, None)
     if "hook" in name:
         handle.remove()
         assert fingerprint(model) == before
+    if runs:
+        graph, logits = graph_and_logits()
+        assert graph is not old[0] and relative_error(logits, old[1]) > 1e-3  # or it shows nothing
 
 
 @torch.no_grad()
@@ -1639,6 +1581,7 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
     for options in ({}, dict(n_groups=2, use_bias=True)):
         model = tiny(**options)
         plain = without_graphs(model, ids, **given)
+        assert model not in idle
         assert torch.equal(streamed(model, ids, **given), plain)
         graph = idle[model]
         assert torch.equal(model.generate(ids, **given), plain)
@@ -1660,38 +1603,6 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
-@pytest.mark.parametrize("name", DEPENDS)
-@torch.no_grad()
-def test_kernel_graph_is_made_anew_for_all_that_a_step_depends_on(name):
-    model, ids, graphs, logits = tiny(dtype=torch.bfloat16), tokens(2, 12), [], []
-    given = dict(GREEDY, output_logits=True, return_dict_in_generate=True)
-    for change in (lambda model: None, DEPENDS[name]):
-        change(model)
-        found = model.generate(ids, **given)
-        graphs.append(mamba2.kernels.DecodingGraph.idle[model])
-        plain = without_graphs(model, ids, **given)
-        assert_close(list(found.logits), list(plain.logits), 1e-2)
-        logits.append(model(ids).logits.float())
-    assert relative_error(*logits) > 1e-3  # or it would show nothing
-    assert graphs[0] is not graphs[1]
-
-
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
-@torch.no_grad()
-def test_kernel_graph_is_not_taken_if_switched_off_and_pauses_in_autocast():
-    model, ids, idle = tiny(), tokens(2, 12), mamba2.kernels.DecodingGraph.idle
-    expected = model.generate(ids, **GREEDY)
-    assert idle.pop(model)
-    assert torch.equal(without_graphs(model, ids, **GREEDY), expected) and model not in idle
-    stream = model.stream(ids, **GREEDY)
-    found = [next(stream) for _ in range(8)]  # all that it has computed
-    with torch.autocast("cuda", torch.bfloat16):  # which a graph does not follow
-        found.append(next(stream))
-    found += stream
-    assert torch.stack(found, 1).shape == (2, 12) and model in idle
-
-
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @torch.no_grad()
 def test_kernel_graph_keeps_no_weights_while_it_is_not_used():
     model, ids = tiny(), tokens(2, 12)
@@ -1702,14 +1613,7 @@ def test_kernel_graph_keeps_no_weights_while_it_is_not_used():
     found += stream  # a graph reads the old weights until the text ends
     assert torch.equal(torch.stack(found, 1), expected[:, 12:])
     gc.collect()
-    assert old.expired()
-    model.to(DEVICE)
-    model.generate(ids, **GREEDY)
-    assert model in mamba2.kernels.DecodingGraph.idle
-    old = StorageWeakRef(model.lm_head.weight.untyped_storage())
-    model.to("cpu")
-    gc.collect()
-    assert old.expired()
+    assert old.expired() and model in mamba2.kernels.DecodingGraph.idle
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
@@ -1840,14 +1744,11 @@ def test_a_pipeline_writes_what_generate_writes():
     model, tokenizer = tiny(vocab_size=384, dtype=torch.float64), transformers.ByT5Tokenizer()
     tokenizer.padding_side = "left"
     write = transformers.pipeline("text-generation", model, tokenizer=tokenizer, device=DEVICE)
-    expected = []
-    for text in TEXTS[:4]:
-        ids = tokenizer(text, return_tensors="pt").input_ids.to(DEVICE)
-        expected.append(model.generate(ids, **GREEDY)[0].tolist())
-        assert write(text, return_tensors=True, **GREEDY)[0]["generated_token_ids"] == expected[-1]
     together = write(TEXTS[:4], batch_size=4, return_full_text=True, **GREEDY)
-    for one, row in zip(together, expected, strict=True):
-        assert one[0]["generated_text"] == tokenizer.decode(row, skip_special_tokens=True)
+    for text, found in zip(TEXTS[:4], together, strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids.to(DEVICE)
+        expected = tokenizer.decode(model.generate(ids, **GREEDY)[0], skip_special_tokens=True)
+        assert found[0]["generated_text"] == expected
 
 
 @EITHER
@@ -1903,10 +1804,9 @@ def test_many_segments_in_autocast_lose_no_more_digits_than_one():
 
 
 def test_memory_grows_as_the_square_root_of_the_length_and_never_holds_all_logits():
-    sizes = dict(hidden_size=64, head_dim=64, state_size=16, num_hidden_layers=4, vocab_size=256)
-    model = Mamba2ForCausalLM(Mamba2Config(**sizes)).train()
+    sizes = dict(hidden_size=64, head_dim=64, num_hidden_layers=4, chunk_size=64)
+    model, ids, peaks = tiny(**sizes).cpu().train(), tokens(1, 4096).cpu(), []
     model.gradient_checkpointing_enable()
-    ids, peaks = tokens(1, 4096, vocabulary=256).cpu(), []
     for l, segment_length in ((256, "auto"), (1024, "auto"), (4096, "auto"), (4096, 0)):
         model.zero_grad()
         with Bytes() as watch:
@@ -2056,13 +1956,11 @@ def test_dtype_device_map_and_offloading_are_kept(write, more, tmp_path):
 
 
 WRONG = {  # what the error names: changes of the weights, and of the config
-    "missing_keys.*layers.1.mixer.D": ({"backbone.layers.1.mixer.D": None}, {}),
-    "missing_keys.*lm_head.weight": ({"lm_head.weight": None}, {}),
+    "missing_keys.*lm_head.weight.*ignore_on_load_missing may": ({"lm_head.weight": None}, {}),
     "missing_keys.*in_proj.bias": ({}, dict(use_bias=True)),
     "unexpected_keys.*layers.2.mixer.D": ({"backbone.layers.2.mixer.D": torch.ones(8)}, {}),
     "mismatched_keys.*layers.1.mixer.D": ({"backbone.layers.1.mixer.D": torch.ones(7)}, {}),
     "mismatched_keys.*in_proj.weight": ({}, dict(state_size=8)),
-    "mismatched_keys.*embeddings.weight": ({}, dict(vocab_size=48)),
 }
 
 
@@ -2072,11 +1970,8 @@ def test_weights_that_do_not_fit_the_config_are_errors_and_never_random(message,
     path = save(tiny(tie_word_embeddings=False), tmp_path) / "model.safetensors"
     weights = {k: v for k, v in {**load_file(path), **weights}.items() if v is not None}
     save_file(weights, path, metadata={"format": "pt"})
+    config["ignore_mismatched_sizes"] = "mismatched" in message  # else it is transformers' error
     with pytest.raises(ValueError, match=message):
-        load(tmp_path, ignore_mismatched_sizes=True, **config)
-    # Of shapes, transformers' own error comes first.
-    message = "ignore_mismatched_sizes" if message.startswith("mismatched") else message
-    with pytest.raises((ValueError, RuntimeError), match=message):
         load(tmp_path, **config)
 
 
@@ -2095,31 +1990,25 @@ def test_the_auto_classes_find_this_file_on_request_and_not_before(tmp_path, mon
 
 
 @torch.no_grad()
-def test_embedding_and_head_can_be_resized_and_replaced():
+def test_embedding_and_head_can_be_resized():
     for tied in (True, False):
         model, ids = tiny(tie_word_embeddings=tied), tokens(2, 9)
         before = model(ids).logits
         model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
         assert_close(model(ids).logits[..., :VOCABULARY], before, F32)
         assert model(ids + 8).logits.shape == (2, 9, VOCABULARY + 8)
-    other = nn.Embedding(VOCABULARY, 32).to(DEVICE)
-    model.set_input_embeddings(other)
-    assert model.get_input_embeddings() is model.backbone.embeddings is other
-    model.lm_head = nn.Linear(32, 100).to(DEVICE)
-    assert model(ids, labels=ids + 36).loss.isfinite()
 
 
 def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_path):
     class Judge(Mamba2ForCausalLM):
+        _keys_to_ignore_on_load_missing = ["^judge"]
+
         def __init__(self, config):
             super().__init__(config)
             self.judge = nn.Sequential(nn.LayerNorm(config.hidden_size), nn.Linear(32, 1))
             self.post_init()
 
     save(tiny(), tmp_path)
-    with pytest.raises(ValueError, match="_keys_to_ignore_on_load_missing may name"):
-        Judge.from_pretrained(tmp_path)
-    Judge._keys_to_ignore_on_load_missing = ["^judge"]
     norm, linear = Judge.from_pretrained(tmp_path).judge
     assert (norm.weight == 1).all() and (norm.bias == 0).all()
     assert 0 < linear.weight.abs().max() <= 32**-0.5
