@@ -1074,12 +1074,14 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
-            # Kept for the backward pass, per layer and channel: a state for each segment, and
-            # `position` numbers for each position of one. Their sum is least if both are equal.
-            position = 8
+            # Kept for the backward pass, in numbers per layer and channel: for each segment a state,
+            # in a hybrid also keys and values, half of them on average; and `position` for each
+            # position of one segment. Their sum is least if both take the same.
+            attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
+            state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
                 position = 1 / config.expand + 8 / config.num_hidden_layers
-            length = math.ceil(math.sqrt(l * config.state_size / position))
+            length = math.ceil(math.sqrt(l * state / position))
             if self.device.type == "cuda":  # longer, where launching kernels would take longest
                 length = max(length, 2**34 // max(1, b * config.hidden_size**2))
             length = min(l, length)
