@@ -1614,18 +1614,6 @@ def _if(exists, channel, d):
     return channel < tl.where(exists, d, 0)
 
 
-@triton.jit
-def _conv_place(l, q_rows, d, D: tl.constexpr):
-    """What this program works on: block, which counts blocks of q in all batch elements; batch
-    element; first position, and the one after the last; channels."""
-    blocks_d = tl.cdiv(d, D)
-    blocks_q = tl.cdiv(l, q_rows)
-    block = tl.program_id(0) // blocks_d
-    q0 = block % blocks_q * q_rows
-    channel = (tl.program_id(0) % blocks_d) * D + tl.arange(0, D)
-    return block, (block // blocks_q).to(tl.int64), q0, tl.minimum(q0 + q_rows, l), channel
-
-
 # The taps are weight[i], which looks i positions back; x_window[i-1] is u[t-i], and u[i] is u[t-i];
 # `start` is where the sequence of position t begins, or some position before the window.
 
@@ -1664,28 +1652,11 @@ def _conv_first(
 
 
 @triton.jit
-def _conv_begins(seq_ptr, t, l, start):
-    """`start` for position t, given that of the one before; past l nothing begins."""
-    before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
-    if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
-        start = t
-    return start
-
-
-@triton.jit
 def _conv_seen(term_d, i: tl.constexpr, t, start, SEQ: tl.constexpr):
     """A term between t-i and t, or 0 if a sequence begins in (t-i, t]."""
     if SEQ and i > 0:
         term_d = tl.where(t - i >= start, term_d, 0.0)
     return term_d
-
-
-@triton.jit
-def _conv_sum(u, weight, v_d, t, start, K: tl.constexpr, SEQ: tl.constexpr):
-    """v[t], given the bias."""
-    for i in tl.static_range(K):
-        v_d += weight[i] * _conv_seen(u[i], i, t, start, SEQ)
-    return v_d
 
 
 @triton.jit
@@ -1706,96 +1677,36 @@ def _zeros(count: tl.constexpr, D: tl.constexpr):
     return zeros
 
 
-@jit
-def _conv_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
-    l, q_rows, d_units, x_batch_units, x_row_units,
-    UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr,
+@triton.jit
+def _conv_final(
+    x_ptr, x_row, state_ptr, seq_ptr, final_ptr, channel, l, d,
+    K: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = silu(bias + Σ_i weight[k-1-i] · u[t-i]), and the last k-1 rows of u.
-
-    Grid: (batch · blocks of q · blocks of d,), d fastest: neighbours read neighbouring memory.
-    A program walks down `q_rows` positions, D channels wide, and keeps the k-1 inputs before t in
-    registers, so that each row is loaded, and turned into fp32, once:
-
-               D
-           ┌────────┐   x_window   u[t-k+1] .. u[t-1]
-           │        │
-           ├────────┤   x_rows     u[t] .. u[t+R-1]: loaded together, before the first is used,
-        R  │        │              so that their latencies overlap
-           └────────┘
-
-        for t in q0 .. q0 + q_rows - 1, R rows at a time:
-            v    = bias + weight · (u[t], x_window)     # 0 if a sequence begins in (t-i, t]
-            y[t] = v * sigmoid(v)
-            x_window = u[t], x_window without its last
-        the program with the last positions: final[j] = u[l-(k-1)+j]
-
-    Masked: channels past d, positions past l, positions before 0 (those come from the state).
-    """
-    d = d_units * UNIT
-    _, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
-    x_row = tl.full((), x_row_units, tl.int64) * UNIT
-    y_row = tl.full((), d_units, tl.int64) * UNIT
-    x_ptr += batch * x_batch_units * UNIT
-    y_ptr += batch * l * d
-    state_ptr += batch * (K - 1) * d
-    final_ptr += batch * (K - 1) * d
-    seq_ptr += batch * l
-
-    bias_d, weight, x_window, start = _conv_first(
-        x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
-        K, BIAS, STATE, SEQ, D,
-    )  # fmt: skip
-
-    x_next_ptr = x_ptr + q0 * x_row
-    y_next_ptr = y_ptr + q0 * y_row
-    for t0 in range(q0, end, R):
-        # load
-        x_rows = _conv_rows(x_next_ptr, x_row, t0, end, channel, d, R)
-        for j in tl.static_range(R):
-            t = t0 + j
-            u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
-            if SEQ:
-                start = _conv_begins(seq_ptr, t, l, start)
-
-            # taps
-            v_d = _conv_sum(u, weight, bias_d, t, start, K, SEQ)
-            x_window = u[: K - 1]
-
-            # store
-            y_d = v_d * _sigmoid(v_d)
-            tl.store(y_next_ptr + j * y_row + channel, y_d, mask=_if(t < end, channel, d))
-        x_next_ptr += R * x_row
-        y_next_ptr += R * y_row
-
-    # final state, the newest row first
-    if end == l:
-        joined = l > 0
-        for i in tl.static_range(1, K):
-            t = l - i
-            if SEQ and i > 1:
-                after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
-                joined = joined & (tl.load(seq_ptr + tl.maximum(t, 0)) == after)
-            mask_new_d = _if(joined & (t >= 0), channel, d)
-            row_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0)
-            if STATE:
-                mask_old_d = _if(joined & (t < 0), channel, d)
-                at_d = (K - 1 + t) * d + channel
-                row_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(row_d.dtype)
-            tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=channel < d)
+    """final[j] = u[l-(k-1)+j], the newest row first; 0 if a sequence begins after it."""
+    joined = l > 0
+    for i in tl.static_range(1, K):
+        t = l - i
+        if SEQ and i > 1:
+            after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
+            joined = joined & (tl.load(seq_ptr + tl.maximum(t, 0)) == after)
+        mask_new_d = _if(joined & (t >= 0), channel, d)
+        row_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0)
+        if STATE:
+            mask_old_d = _if(joined & (t < 0), channel, d)
+            at_d = (K - 1 + t) * d + channel
+            row_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(row_d.dtype)
+        tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=channel < d)
 
 
 @jit
-def _conv_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr,
-    partial_ptr,
+def _conv_kernel(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
+    dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr, partial_ptr,
     l, q_rows, d_units, x_batch_units, x_row_units, dx_row_units,
     UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
-    DFINAL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    BACKWARD: tl.constexpr, DFINAL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """With dv[t] = dy[t] · silu'(v[t]):
+    """y and final, the last k-1 rows of u. BACKWARD: with dv[t] = dy[t] · silu'(v[t]) instead
 
         dx[s]       = Σ_i weight[k-1-i] · dv[s+i]     (and the same for the state, s < 0)
         dweight[j]  = Σ_t dv[t] · u[t-(k-1)+j]
@@ -1803,94 +1714,120 @@ def _conv_backward_kernel(
 
     where a term counts only if no sequence begins between its two positions.
 
-    Grid: (batch · blocks of q · blocks of d,), d fastest. A program walks down its `q_rows`
-    positions one by one, D channels wide, and k-1 positions further, because dv[s+i] reaches back.
-    What it needs from other positions stays in registers, so each row of x and dy is read once
-    (k-1 rows twice, at the borders of the blocks), and every sigmoid is computed once:
+    Grid: (batch · blocks of q · blocks of d,), d fastest: neighbours read neighbouring memory. A
+    program walks down its `q_rows` positions, D channels wide; backward also the k-1 after them,
+    because dv[s+i] reaches back. What it needs of other positions stays in registers, so that each
+    row is loaded, and turned into fp32, once (k-1 rows twice, at the borders of the blocks), and
+    every sigmoid is computed once:
 
-           x_window     u[t-k+1] .. u[t-1]       known inputs, for v[t]
-           pending      dx[t-k+1] .. dx[t-1]     sums that still miss a term
+               D
+           ┌────────┐   x_window   u[t-k+1] .. u[t-1]      known inputs, for v[t]
+           │        │   pending    dx[t-k+1] .. dx[t-1]    sums that still miss a term
+           ├────────┤
+        R  │        │   x_rows     u[t] .. u[t+R-1]        dy_rows likewise
+           └────────┘
 
-        for t in q0 .. end + k-2, the rows loaded R at a time:
-            v   = bias + weight · (u[t], x_window)
-            dv  = dy[t] * sigmoid(v) * (1 + v * (1 - sigmoid(v)))
-            dweight, dbias += dv * (u[t], x_window), dv          # while t < end
-            pending += weight * dv;  dx[t-k+1] is complete: store it
+        for t in q0 .. end - 1, or end + k-2, R rows at a time:
+            v = bias + weight · (u[t], x_window)             # 0 if a sequence begins in (t-i, t]
+            forward:  y[t] = v * sigmoid(v)
+            backward: dv = dy[t] * sigmoid(v) * (1 + v * (1 - sigmoid(v)))
+                      dweight, dbias += dv * (u[t], x_window), dv          # while t < end
+                      pending += weight * dv;  dx[t-k+1] is complete: store it
 
-    Each program leaves one row of sums: K per channel, as in weight (d, k), then one per channel.
-    Masked: channels past d, rows past l, dx outside of the program's own positions.
+    Backward, each program leaves one row of sums: K per channel, as in weight (d, k), then one per
+    channel. Masked: channels past d, rows past l, dx outside of the program's own positions;
+    positions before 0 come from the state.
     """
     d = d_units * UNIT
-    block, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
+    blocks_d = tl.cdiv(d, D)
+    blocks_q = tl.cdiv(l, q_rows)
+    block = tl.program_id(0) // blocks_d  # of positions, in all batch elements
+    batch = (block // blocks_q).to(tl.int64)
+    q0 = block % blocks_q * q_rows
+    end = tl.minimum(q0 + q_rows, l)
+    channel = (tl.program_id(0) % blocks_d) * D + tl.arange(0, D)
     x_row = tl.full((), x_row_units, tl.int64) * UNIT
-    dy_row = tl.full((), d_units, tl.int64) * UNIT
-    dx_row = tl.full((), dx_row_units, tl.int64) * UNIT
+    y_row = tl.full((), d_units, tl.int64) * UNIT
     x_ptr += batch * x_batch_units * UNIT
-    dy_ptr += batch * l * d
-    dx_ptr += batch * l * dx_row
     state_ptr += batch * (K - 1) * d
-    dstate_ptr += batch * (K - 1) * d
-    dfinal_ptr += batch * (K - 1) * d
     seq_ptr += batch * l
-    partial_ptr += block.to(tl.int64) * d * (K + 1)
-
+    if BACKWARD:
+        y_ptr = dy_ptr
+        dx_row = tl.full((), dx_row_units, tl.int64) * UNIT
+        dx_ptr += batch * l * dx_row
+        dstate_ptr += batch * (K - 1) * d
+        dfinal_ptr += batch * (K - 1) * d
+        partial_ptr += block.to(tl.int64) * d * (K + 1)
+        dweight = _zeros(K, D)
+        pending = _zeros(K - 1, D)
+        dbias_d = tl.zeros((D,), tl.float32)
     bias_d, weight, x_window, start = _conv_first(
         x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
         K, BIAS, STATE, SEQ, D,
     )  # fmt: skip
-    dweight = _zeros(K, D)
-    pending = _zeros(K - 1, D)
-    dbias_d = tl.zeros((D,), tl.float32)
 
     x_next_ptr = x_ptr + q0 * x_row
-    dy_next_ptr = dy_ptr + q0 * dy_row
-    for t0 in range(q0, end + K - 1, R):
-        x_rows = _conv_rows(x_next_ptr, x_row, t0, l, channel, d, R)
-        dy_rows = _conv_rows(dy_next_ptr, dy_row, t0, l, channel, d, R)
+    y_next_ptr = y_ptr + batch * l * d + q0 * y_row
+    for t0 in range(q0, end + (K - 1 if BACKWARD else 0), R):
+        # load
+        x_rows = _conv_rows(x_next_ptr, x_row, t0, l if BACKWARD else end, channel, d, R)
         x_next_ptr += R * x_row
-        dy_next_ptr += R * dy_row
-
+        if BACKWARD:
+            dy_rows = _conv_rows(y_next_ptr, y_row, t0, l, channel, d, R)
         for j in tl.static_range(R):
             t = t0 + j
             u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
-            if SEQ:
-                start = _conv_begins(seq_ptr, t, l, start)
+            if SEQ:  # past l nothing begins
+                before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
+                if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
+                    start = t
 
-            # dv
-            v_d = _conv_sum(u, weight, bias_d, t, start, K, SEQ)
-            sigmoid_d = _sigmoid(v_d)
-            dv_d = dy_rows[j].to(tl.float32) * sigmoid_d * (1.0 + v_d * (1.0 - sigmoid_d))
-
-            # weight and bias; rows past `end` are the next program's
-            own_dv_d = tl.where(t < end, dv_d, 0.0)
-            dbias_d += own_dv_d
-            # x: dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete
-            sums_weight = ()
-            sums_x = ()
+            # taps
+            v_d = bias_d
             for i in tl.static_range(K):
-                sums_weight += (dweight[i] + own_dv_d * _conv_seen(u[i], i, t, start, SEQ),)
-                term_d = _conv_seen(weight[i] * dv_d, i, t, start, SEQ)
-                if i > 0:
-                    term_d += pending[i - 1]
-                sums_x += (term_d,)
-            dweight = sums_weight
-            s = t - (K - 1)
-            dx_d = sums_x[K - 1]
-            pending = sums_x[: K - 1]
+                v_d += weight[i] * _conv_seen(u[i], i, t, start, SEQ)
+            sigmoid_d = _sigmoid(v_d)
             x_window = u[: K - 1]
-            # store
-            if DFINAL:  # row r of the final state is u[l-(k-1)+r]
-                mask_final_d = _if((s >= tl.maximum(start, l - (K - 1))) & (s < l), channel, d)
-                at_d = (s - (l - (K - 1))) * d + channel
-                dx_d += tl.load(dfinal_ptr + at_d, mask=mask_final_d, other=0.0).to(tl.float32)
-            mask_s_d = _if((s >= q0) & (s < end), channel, d)
-            tl.store(dx_ptr + s * dx_row + channel, dx_d, mask=mask_s_d)
-            if STATE:
-                tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
+            if not BACKWARD:
+                # store
+                y_d = v_d * sigmoid_d
+                tl.store(y_next_ptr + j * y_row + channel, y_d, mask=_if(t < end, channel, d))
+            else:
+                # weight and bias; rows past `end` are the next program's
+                dv_d = dy_rows[j].to(tl.float32) * sigmoid_d * (1.0 + v_d * (1.0 - sigmoid_d))
+                own_dv_d = tl.where(t < end, dv_d, 0.0)
+                dbias_d += own_dv_d
+                # x: dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete
+                sums_weight = ()
+                sums_x = ()
+                for i in tl.static_range(K):
+                    sums_weight += (dweight[i] + own_dv_d * _conv_seen(u[i], i, t, start, SEQ),)
+                    term_d = _conv_seen(weight[i] * dv_d, i, t, start, SEQ)
+                    if i > 0:
+                        term_d += pending[i - 1]
+                    sums_x += (term_d,)
+                dweight = sums_weight
+                pending = sums_x[: K - 1]
+                # store
+                s = t - (K - 1)
+                dx_d = sums_x[K - 1]
+                if DFINAL:  # row r of the final state is u[l-(k-1)+r]
+                    mask_final_d = _if((s >= tl.maximum(start, l - (K - 1))) & (s < l), channel, d)
+                    at_d = (s - (l - (K - 1))) * d + channel
+                    dx_d += tl.load(dfinal_ptr + at_d, mask=mask_final_d, other=0.0).to(tl.float32)
+                mask_s_d = _if((s >= q0) & (s < end), channel, d)
+                tl.store(dx_ptr + s * dx_row + channel, dx_d, mask=mask_s_d)
+                if STATE:
+                    tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
+        y_next_ptr += R * y_row
 
-    for i in tl.static_range(K):
-        tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=channel < d)
-    tl.store(partial_ptr + d * K + channel, dbias_d, mask=channel < d)
+    if BACKWARD:
+        for i in tl.static_range(K):
+            tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=channel < d)
+        tl.store(partial_ptr + d * K + channel, dbias_d, mask=channel < d)
+    elif end == l:
+        final_ptr += batch * (K - 1) * d
+        _conv_final(x_ptr, x_row, state_ptr, seq_ptr, final_ptr, channel, l, d, K, STATE, SEQ)
 
 
 @_planned
@@ -1908,15 +1845,13 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     unit = _unit(d, *x.stride()[:2], *(dx.stride()[:2] if backward else ()))
     numbers = dict(
         l=l, q_rows=q_rows, d_units=d // unit, x_batch_units=x.stride(0) // unit,
-        x_row_units=x.stride(1) // unit, UNIT=unit, K=weight.shape[-1], BIAS=bias is not None,
-        STATE=state is not None, SEQ=seq_idx is not None, DFINAL=dfinal is not None, **tiles,
+        x_row_units=x.stride(1) // unit, dx_row_units=dx.stride(1) // unit if backward else 0,
+        UNIT=unit, K=weight.shape[-1], BIAS=bias is not None, STATE=state is not None,
+        SEQ=seq_idx is not None, DFINAL=dfinal is not None, BACKWARD=backward, **tiles,
     )  # fmt: skip
-    if backward:
-        numbers.update(dx_row_units=dx.stride(1) // unit)
     given = dict(bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dfinal_ptr=dfinal)
     numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
-    kernel = _conv_backward_kernel if backward else _conv_forward_kernel
-    return _Plan((kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
+    return _Plan((_conv_kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
 
 
 def _conv_new(x, weight, *_):
@@ -1930,7 +1865,8 @@ def _conv_forward(y, final, x, weight, bias, state, seq_idx):
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
     plan(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
-        final_ptr=final,
+        final_ptr=final, dy_ptr=None, dfinal_ptr=None, dx_ptr=None, dstate_ptr=None,
+        partial_ptr=None,
     )  # fmt: skip
 
 
@@ -1947,8 +1883,9 @@ def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
     plan, blocks = _conv_plan(x, weight, bias, state, seq_idx, dfinal, dx)
     partial = torch.empty(blocks, d * (k + 1), dtype=torch.float32, device=x.device)
     plan(
-        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
-        dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=None,
+        final_ptr=None, dy_ptr=dy, dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate,
+        partial_ptr=partial,
     )  # fmt: skip
     dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
     return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
