@@ -207,9 +207,10 @@ class _Operation:
               last of which, `kept` of them, are for the backward alone
     new       new(*inputs): results and kept, not yet written
     run       run(*results, *kept, *inputs): writes them
-    misfit    misfit(*inputs), from shapes, strides, dtypes and device: None if the kernels can take
-              the inputs; "" if they do not fit together, which is for the twin to say; else a limit
-              of the kernels, which a user should hear of
+    axes      of each tensor, see `_sizes`
+    limit     limit(sizes, *tensors), from strides, dtypes, device, and a dictionary of the sizes of
+              axes and of numbers: None if the kernels can take the inputs; "" if they do not fit
+              together, which is for the twin to say; else a limit that a user should hear of
     backward  backward(*gradients of the results, *kept, *inputs): a list, the gradients of all
               tensors but seq_idx, contiguous, and an empty tensor for an input that is None
 
@@ -219,13 +220,14 @@ class _Operation:
     inspect.signature.)
     """
 
-    def __init__(self, name, schema, new, run, misfit, backward=None, kept=0):
+    def __init__(self, name, schema, axes, limit, new, run, backward=None, kept=0):
         inputs, made = schema.removeprefix("(").split(") -> ")
         kinds = [part.split() for part in inputs.split(", ")]
         self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
+        self.numbers = [name for kind, name in kinds if "Tensor" not in kind]
         self.name, self.results, self.kept = name, made.count("Tensor") - kept, kept
         self.new, self.run, self.backward = new, run, backward
-        self.misfit, self.known_reason = misfit, _planned(self.reason)
+        self.axes, self.limit, self.known_reason = axes, limit, _planned(self.reason)
         if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
             return
         define = functools.partial(torch.library.custom_op, mutates_args=())
@@ -266,11 +268,11 @@ class _Operation:
         return reason is None
 
     def reason(self, *inputs) -> str | None:
-        """As `misfit`; "" also for a device or a dtype for which there is no kernel."""
-        device = inputs[0].device
+        """As `limit`; "" also for axes, a device or a dtype for which there is no kernel."""
+        tensors, device = inputs[: len(self.tensors)], inputs[0].device
         if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
             return ""
-        for (name, _), tensor in zip(self.tensors, inputs, strict=False):
+        for (name, _), tensor in zip(self.tensors, tensors, strict=True):
             if tensor is None:
                 continue
             fits = tensor.dtype in DTYPES
@@ -278,7 +280,11 @@ class _Operation:
                 fits = not (tensor.is_floating_point() or tensor.is_complex())
             if tensor.device != device or not fits:
                 return ""
-        return self.misfit(*inputs)
+        sizes = _sizes(self.axes, *tensors)
+        if sizes is None:
+            return ""
+        sizes.update(zip(self.numbers, inputs[len(tensors) :], strict=True))
+        return self.limit(sizes, *tensors)
 
     def call(self, *inputs):
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
@@ -338,18 +344,22 @@ def _alone(made: tuple):
 
 def _sizes(axes: str, *tensors) -> dict | None:
     """The size of each axis by its letter, or None if the tensors do not have these axes, or are
-    empty. `k-1` is one less than k."""
+    empty. `k-1` is one less than k; `...`, at the beginning, the shape of any axes."""
     sizes = {"1": 1}
     for letters, tensor in zip(axes.split(", "), tensors, strict=True):
-        letters = letters.split()
         if tensor is None:
             continue
-        if tensor.dim() != len(letters):
+        letters, shape = letters.split(), tensor.shape
+        if letters[0] == "...":
+            rest = len(shape) - len(letters) + 1
+            shape = shape[:rest], *shape[rest:]
+        if len(shape) != len(letters):
             return None
-        for letter, size in zip(letters, tensor.shape, strict=True):
+        for letter, size in zip(letters, shape, strict=True):
             if letter == "k-1":
                 letter, size = "k", size + 1
-            if size == 0 or sizes.setdefault(letter, size) != size:
+            empty = 0 in size if letter == "..." else size == 0
+            if empty or sizes.setdefault(letter, size) != size:
                 return None
     return sizes
 
@@ -1545,20 +1555,18 @@ def _ssd_backward(
     return [dx_to, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit, *dbias]
 
 
-def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
-    of_D = "h" if D is None or D.dim() == 1 else "h p"
-    axes = f"b l h p, b l h, h, b l g n, b l g n, {of_D}, b h p n, b l"
-    sizes = _sizes(axes, x, dt, A, B, C, D, initial_state, seq_idx)
-    if sizes is None or sizes["h"] % sizes["g"]:
+def _ssd_limit(sizes, x, dt, A, B, C, D, *_):
+    h, p = sizes["h"], sizes["p"]
+    if h % sizes["g"] or D is not None and D.shape not in ((h,), (h, p)):
         return ""
-    if of_D == "h p":
+    if D is not None and D.dim() == 2:
         return "D is (h, p); it must be (h)"
     if not x.dtype == B.dtype == C.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
-    return _ssd_limit(x, sizes["p"], sizes["n"])
+    return _state_limit(x, p, sizes["n"])
 
 
-def _ssd_limit(x, p, n):
+def _state_limit(x, p, n):
     if p not in SIZES or n not in SIZES:
         return f"headdim is {p} and d_state is {n}; they must be of {SIZES}"
     known = _has_settings(x.device, x.dtype, n)
@@ -1569,7 +1577,8 @@ SSD = _Operation(
     "ssd",
     "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
     "Tensor? seq_idx) -> (Tensor, Tensor)",
-    new=_ssd_new, run=_ssd_forward, misfit=_ssd_misfit, backward=_ssd_backward,
+    axes="b l h p, b l h, h, b l g n, b l g n, ..., b h p n, b l", limit=_ssd_limit,
+    new=_ssd_new, run=_ssd_forward, backward=_ssd_backward,
 )  # fmt: skip
 
 
@@ -1891,20 +1900,17 @@ def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
     return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
 
 
-def _conv_misfit(x, weight, bias, initial_state, seq_idx):
-    sizes = _sizes("b l d, d k, d, b k-1 d, b l", x, weight, bias, initial_state, seq_idx)
-    if sizes is None:
-        return ""
-    if not 2 <= sizes["k"] <= 4:
-        return f"the convolution has {sizes['k']} taps; it must be 2 to 4"
-    return None
+def _conv_limit(sizes, *_):
+    k = sizes["k"]
+    return None if 2 <= k <= 4 else f"the convolution has {k} taps; it must be 2 to 4"
 
 
 CONV = _Operation(
     "causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx) -> "
     "(Tensor, Tensor)",
-    new=_conv_new, run=_conv_forward, misfit=_conv_misfit, backward=_conv_backward,
+    axes="b l d, d k, d, b k-1 d, b l", limit=_conv_limit,
+    new=_conv_new, run=_conv_forward, backward=_conv_backward,
 )  # fmt: skip
 
 
@@ -2137,18 +2143,18 @@ def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
     return [dy, dz, *_sums(partial, weight)]
 
 
-def _norm_misfit(x, gate, weight, eps, groups):
-    fits = x.dim() > 0 and x.numel() > 0 and weight.shape == x.shape[-1:] and groups >= 1
-    if not fits or x.shape[-1] % groups or gate is not None and gate.shape != x.shape:
+def _norm_limit(sizes, *_):
+    if sizes["groups"] < 1 or sizes["d"] % sizes["groups"]:
         return ""
-    size = x.shape[-1] // groups
+    size = sizes["d"] // sizes["groups"]
     return None if size <= 8192 else f"a group has {size} channels; it must be 1 to 8192"
 
 
 NORM = _Operation(
     "rms_norm",
     "(Tensor x, Tensor? gate, Tensor weight, float eps, int groups) -> Tensor",
-    new=_norm_new, run=_norm_forward, misfit=_norm_misfit, backward=_norm_backward,
+    axes="... d, ... d, d", limit=_norm_limit,
+    new=_norm_new, run=_norm_forward, backward=_norm_backward,
 )  # fmt: skip
 
 
@@ -2225,21 +2231,16 @@ def _middle_backward(
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
-def _middle_misfit(
-    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, *_
-):
+def _middle_limit(sizes, zxbcdt, *_):
     """Silent: the operations that it consists of will say it."""
-    axes = "b l w, d 1 k, d, h, h, h, hp, b k-1 d, b h p n, b l"
-    inputs = zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx
-    if (sizes := _sizes(axes, *inputs)) is None or sizes["l"] == 1:
-        return ""
-    d, hp, h = sizes["d"], sizes["hp"], sizes["h"]
-    if hp % h or h % groups or d <= hp or (d - hp) % (2 * groups) or sizes["w"] != hp + d + h:
+    d, hp, h, groups = (sizes[name] for name in ("d", "hp", "h", "groups"))
+    fits = sizes["l"] > 1 and sizes["w"] == hp + d + h and hp % h == h % groups == 0
+    if not fits or d <= hp or (d - hp) % (2 * groups):
         return ""
     p, n = hp // h, (d - hp) // (2 * groups)
     fits = sizes.setdefault("p", p) == p and sizes.setdefault("n", n) == n
     fits = fits and 2 <= sizes["k"] <= 4 and hp // groups <= 8192
-    return None if fits and not _ssd_limit(zxbcdt, p, n) else ""
+    return None if fits and not _state_limit(zxbcdt, p, n) else ""
 
 
 MIDDLE = _Operation(
@@ -2247,8 +2248,9 @@ MIDDLE = _Operation(
     "(Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
     "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, int groups, float eps, "
     "float low, float high) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    axes="b l w, d 1 k, d, h, h, h, hp, b k-1 d, b h p n, b l", limit=_middle_limit,
     kept=2,  # what the convolution and SSD return
-    new=_middle_new, run=_middle_forward, misfit=_middle_misfit, backward=_middle_backward,
+    new=_middle_new, run=_middle_forward, backward=_middle_backward,
 )  # fmt: skip
 
 
@@ -2430,11 +2432,7 @@ def _step_new(xBC, dt, conv, ssm, *_):
     return xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
 
 
-def _step_misfit(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
-    axes = "b 1 d, b 1 h, b k-1 d, b h p n, d 1 k, d, h, h, h"
-    sizes = _sizes(axes, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D)
-    if sizes is None:
-        return ""
+def _step_limit(sizes, xBC, dt, *_):
     d, h, p, n = (sizes[letter] for letter in "dhpn")
     groups = (d - h * p) // (2 * n)
     if groups < 1 or d != h * p + 2 * groups * n or h % groups:
@@ -2448,7 +2446,8 @@ STEP = _Operation(
     "layer_step",
     "(Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, "
     "Tensor dt_bias, Tensor A_log, Tensor D, float low, float high) -> (Tensor, Tensor, Tensor)",
-    new=_step_new, run=_step_run, misfit=_step_misfit,
+    axes="b 1 d, b 1 h, b k-1 d, b h p n, d 1 k, d, h, h, h", limit=_step_limit,
+    new=_step_new, run=_step_run,
 )  # fmt: skip
 
 
@@ -2584,23 +2583,18 @@ def _norm_linear_run(out, x, norm_weight, weight, bias, gate, residual, eps, gro
     )  # fmt: skip
 
 
-def _norm_linear_misfit(x, norm_weight, weight, bias, gate, residual, eps, groups):
-    sizes = _sizes("d, o d, o", norm_weight, weight, bias)
-    if sizes is None or x.dim() < 2 or x.shape[-1] != sizes["d"] or weight.stride(1) != 1:
-        return ""
-    rows = x.shape[:-1]
-    if not 1 <= rows.numel() <= NORM_LINEAR_ROWS or groups < 1 or sizes["d"] % groups:
-        return ""
-    fits = gate is None or gate.shape == x.shape
-    fits = fits and (residual is None or residual.shape == (*rows, sizes["o"]))
-    return None if fits else ""
+def _norm_linear_limit(sizes, x, norm_weight, weight, *_):
+    rows, groups = sizes["..."].numel(), sizes["groups"]
+    fits = x.dim() > 1 and rows <= NORM_LINEAR_ROWS and weight.stride(1) == 1
+    return None if fits and groups >= 1 and sizes["d"] % groups == 0 else ""
 
 
 NORM_LINEAR = _Operation(
     "norm_linear",
     "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
     "float eps, int groups) -> Tensor",
-    new=_norm_linear_new, run=_norm_linear_run, misfit=_norm_linear_misfit,
+    axes="... d, d, o d, o, ... d, ... o", limit=_norm_linear_limit,
+    new=_norm_linear_new, run=_norm_linear_run,
 )  # fmt: skip
 
 
