@@ -131,23 +131,15 @@ except ImportError as error:
 __version__ = "0.0.1"  # a number, because transformers asks any module called `kernels` for one
 
 
-def _hand_over():
-    """Let Hugging Face's package `kernels` have its name.
-
-    In a folder with this file `import kernels` finds this file first, where transformers means
-    Hugging Face's package. If that is installed, it is loaded in this module's place.
-    """
-    for folder in sys.path:
-        spec = importlib.machinery.PathFinder.find_spec("kernels", [folder])
-        if spec is not None and spec.origin and spec.submodule_search_locations:  # a package
-            module = importlib.util.module_from_spec(spec)
-            sys.modules["kernels"] = module
-            spec.loader.exec_module(module)
-            return
-
-
 if __name__ == "kernels":
-    _hand_over()
+    # In a folder with this file `import kernels` finds this file first, where transformers means
+    # Hugging Face's package. If that is installed, it is loaded in this module's place.
+    for _folder in sys.path:
+        _spec = importlib.machinery.PathFinder.find_spec("kernels", [_folder])
+        if _spec is not None and _spec.origin and _spec.submodule_search_locations:  # a package
+            sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
+            _spec.loader.exec_module(sys.modules["kernels"])
+            break
 
 
 # ---- Shared by all operations: what is refused, how PyTorch gets to know a kernel, and launches --
