@@ -236,7 +236,15 @@ class _Operation:
             self.opaque.register_autograd(gradients, setup_context=self.save)
 
     def __call__(self, *inputs):
-        return self.call(*inputs) if self.takes(*inputs) else None
+        if not self.takes(*inputs):
+            return None
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            made = self.opaque(*inputs)  # modes see no launches
+        elif self.backward is None or not torch.is_grad_enabled():
+            made = self.forward(*inputs)
+        else:
+            return _Eager.apply(self, *inputs)
+        return made[: self.results] if self.kept else made
 
     def takes(self, *inputs) -> bool:
         """Whether the kernels can run. A limit of theirs is told once, as a warning."""
@@ -277,15 +285,6 @@ class _Operation:
             return ""
         sizes.update(zip(self.numbers, inputs[len(tensors) :], strict=True))
         return self.limit(sizes, *tensors)
-
-    def call(self, *inputs):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            made = self.opaque(*inputs)  # modes see no launches
-        elif self.backward is None or not torch.is_grad_enabled():
-            made = self.forward(*inputs)
-        else:
-            return _Eager.apply(self, *inputs)
-        return made[: self.results] if self.kept else made
 
     def forward(self, *inputs):
         made = self.new(*inputs)
