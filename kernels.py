@@ -2733,10 +2733,9 @@ class Text:
         if mask is not None and not mask[:, -1].all():
             return None
         if self.graph is None and self.current.states:
-            self.graph = DecodingGraph.take(self.model, self.current) or False
-            if self.graph:  # the next text may have it when this one is no longer used
-                give_back = DecodingGraph.give_back
-                weakref.finalize(self, give_back, self.model, self.graph).atexit = False
+            self.graph = DecodingGraph.take(self) or False
+            # It reads these, wherever the model's weights go meanwhile.
+            self.read = [weight.untyped_storage() for weight in self.model.parameters()]
         if not self.graph or _modes() != self.graph.modes:
             return None
         if self.current is not self.graph:
@@ -2809,8 +2808,9 @@ class DecodingGraph:
     idle = weakref.WeakKeyDictionary()  # model: the graph that it used last
 
     @classmethod
-    def take(cls, model, cache):
-        """A graph of the model for one text, loaded with the cache; None if there can be none."""
+    def take(cls, text):
+        """A graph of a text's model, with buffers for its cache; None if there can be none."""
+        model, cache = text.model, text.current
         if not cls.enabled or torch.cuda.is_current_stream_capturing():
             return None
         modes, fingerprint = _modes(), _fingerprint(model)
@@ -2818,28 +2818,21 @@ class DecodingGraph:
             return None
         key = fingerprint, modes, [(t.shape, t.dtype) for state in cache.states for t in state]
         graph = cls.idle.pop(model, None)
-        if graph is None or graph.made_for != key:
+        if graph is None or graph.made_for != key or graph.text() is not None:
             graph = None  # whose memory is free before the next takes its own
             try:
                 graph = cls(model, cache, key)
             except RuntimeError as error:  # such as too little memory: the next text tries again
                 warnings.warn(f"this text is decoded without a CUDA graph: {error}", stacklevel=2)
                 return None
-        graph.memory = [weight.untyped_storage() for weight in model.parameters()]  # which it reads
         stream = torch.cuda.current_stream(model.device)
-        stream.wait_event(graph.done)
+        stream.wait_stream(graph.stream)
+        graph.stream, graph.text = stream, weakref.ref(text)  # when it is gone, the next may come
+        cls.idle[model] = graph
         # Buffers may come from another stream: it must not reuse their memory before this is done.
         for buffer in (graph.token, *itertools.chain(*graph.states)):
             buffer.record_stream(stream)
-        graph.load(cache)
         return graph
-
-    @classmethod
-    def give_back(cls, model, graph):
-        """Keep the graph for the model's next text, which may be decoded on another stream."""
-        graph.done = torch.cuda.current_stream(graph.token.device).record_event()
-        graph.memory = None
-        cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
         clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
@@ -2848,16 +2841,15 @@ class DecodingGraph:
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
         with DecodingGraph.capturing, torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream = torch.cuda.Stream()  # the last that it was used on
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.step(model)  # for what is done once, such as compiling kernels
                 self.graph = torch.cuda.CUDAGraph()
                 # Other threads may go on using the GPU.
-                options = dict(stream=stream, capture_error_mode="thread_local")
+                options = dict(stream=self.stream, capture_error_mode="thread_local")
                 with torch.cuda.graph(self.graph, **options):
                     self.logits = self.step(model)
-            self.done = stream.record_event()
 
     def step(self, model):
         """The step itself, from buffers to buffers."""

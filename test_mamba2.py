@@ -1616,12 +1616,11 @@ def test_a_graph_is_made_for_the_switches_of_pytorch():
 class PlainGraph:
     """Stands in for a DecodingGraph: steps of the model, on any device."""
 
-    def __init__(self, model, cache):
-        self.model, self.cache, self.modes = model, cache, mamba2.kernels._modes()
-        self.steps, self.closed = 0, False
+    def __init__(self, text):
+        self.model, self.cache, self.modes = text.model, text.current, mamba2.kernels._modes()
+        self.steps, self.text = 0, weakref.ref(text)
 
     def __call__(self, ids):
-        assert not self.closed
         output = self.model(ids, cache=self.cache, use_cache=True)
         self.cache, self.steps = output.cache, self.steps + 1
         return output.logits[:, -1]
@@ -1637,14 +1636,13 @@ class PlainGraph:
 def taken(monkeypatch):
     """The graphs that texts take from now on: each is a new PlainGraph."""
 
-    def take(model, cache):
-        graphs.append(PlainGraph(model, cache))
+    def take(text):
+        graphs.append(PlainGraph(text))
         return graphs[-1] if kind.enabled else None
 
     graphs, kind = [], mamba2.kernels.DecodingGraph
     monkeypatch.setattr(kind, "take", take)
     monkeypatch.setattr(mamba2.kernels.Text, "of", mamba2.kernels.Text)  # also on a CPU
-    monkeypatch.setattr(kind, "give_back", lambda _, graph: setattr(graph, "closed", True))
     return graphs
 
 
@@ -1678,12 +1676,12 @@ def test_generate_gives_plain_steps_to_a_graph_and_all_others_to_the_model(taken
             assert_close(found.get(name), right.get(name))
         if right.cache is not None:  # of beams there is none
             assert_same_state(found.cache, right.cache, F64)
-        assert [(graph.steps, graph.closed) for graph in taken] == [(n, True) for n in steps]
+        assert [(graph.steps, graph.text()) for graph in taken] == [(n, None) for n in steps]
     taken.clear()
     streamed(model, ids, attention_mask=mask, **GREEDY)
     model(ids, mask)  # outside of generate there is none
     streamed(model, ids[-1:], cache=model.prefill(ids[-1:, :-1]), **GREEDY)
-    assert [(graph.steps, graph.closed) for graph in taken] == [(11, True), (12, True)]
+    assert [(graph.steps, graph.text()) for graph in taken] == [(11, None), (12, None)]
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
