@@ -1923,14 +1923,22 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 
 
 @jit
-def _norm_forward_kernel(
-    y_ptr, z_ptr, weight_ptr, out_ptr,
-    rows, eps, groups, size_units, y_row_units, z_row_units,
-    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+def _norm_kernel(
+    y_ptr, z_ptr, weight_ptr, out_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
+    rows, slots, eps, groups, size_units, y_row_units, z_row_units, dy_row_units, dz_row_units,
+    GATE: tl.constexpr, BACKWARD: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """out = weight · v / sqrt(mean(v²) + eps), v = y · silu(z); without GATE v = y.
+    """out, by the equation above. BACKWARD: with v̂ = v · scale and dv̂ = dout · weight, over a slice
 
-    Grid: (blocks of rows · groups,), groups fastest. Tile: R rows x one slice, in TILES pieces.
+        dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
+        dy, dz  = dv · silu(z), dv · y · silu'(z)     (without GATE: dy = dv)
+        dweight = Σ over rows of dout · v̂
+
+    Grid: (slots · groups,), groups fastest. Program `slot` takes the blocks of rows slot, slot +
+    slots, ...: one alone in the forward. Backward there are about as many programs as run at a
+    time, and each keeps its share of dweight in registers. Tile: R rows x one slice, in TILES
+    pieces.
 
                  N          N          N
            ┌──────────┬──────────┬──────┬ ─ ┐
@@ -1938,66 +1946,13 @@ def _norm_forward_kernel(
            └──────────┴──────────┴──────┴ ─ ┘
             <----------- size --------->
 
-        for each piece:  v = y * z * sigmoid(z); squares += v * v       # v stays in registers
-        scale = 1 / sqrt(Σ squares / size + eps)
-        for each piece:  out = v * scale * weight
-
-    Masked: rows past the end, channels past the slice.
-    """
-    size = size_units * UNIT
-    group = tl.program_id(0) % groups
-    r = (tl.program_id(0) // groups).to(tl.int64) * R + tl.arange(0, R)
-    mask_r = r < rows
-    y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
-    z_r1 = (r * z_row_units * UNIT + group * size)[:, None]
-    out_r1 = (r * groups * size + group * size)[:, None]
-
-    # load
-    v = ()
-    squares_rn = tl.zeros((R, N), tl.float32)
-    for i in tl.static_range(TILES):
-        n = i * N + tl.arange(0, N)
-        mask_rn = mask_r[:, None] & (n < size)[None, :]
-        v_rn = tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-        if GATE:
-            z_rn = tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-            v_rn *= z_rn * _sigmoid(z_rn)
-        squares_rn += v_rn * v_rn
-        v += (v_rn,)
-    scale_r = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)
-
-    # store
-    for i in tl.static_range(TILES):
-        n = i * N + tl.arange(0, N)
-        weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
-        out_rn = v[i] * scale_r[:, None] * weight_n.to(tl.float32)[None, :]
-        mask_rn = mask_r[:, None] & (n < size)[None, :]
-        tl.store(out_ptr + out_r1 + n[None, :], out_rn, mask=mask_rn)
-
-
-@jit
-def _norm_backward_kernel(
-    y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
-    rows, slots, eps, groups, size_units, y_row_units, z_row_units,
-    dy_row_units, dz_row_units,
-    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """With v̂ = v · scale and dv̂ = dout · weight, over one slice:
-
-        dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
-        dy, dz  = dv · silu(z), dv · y · silu'(z)     (without GATE: dy = dv)
-        dweight = Σ over rows of dout · v̂
-
-    Grid: (slots · groups,), groups fastest: about as many programs as run at a time. Program `slot`
-    takes the row blocks slot, slot + slots, ... and keeps its share of dweight in registers.
-    Tile: as in the forward.
-
         for each block of rows:
-            v     from y, z;    scale = 1 / sqrt(mean(v * v) + eps)
-            mean  = scale * Σ dout * weight * v / size
-            dv    = scale * (dout * weight - v * scale * mean)
-            dy    = dv * silu(z);   dz = dv * y * silu'(z);   dweight += dout * v * scale
-        partial[slot] = dweight
+            v     = y * silu(z);    scale = 1 / sqrt(mean(v * v) + eps)
+            forward:   out  = v * scale * weight
+            backward:  mean = scale * Σ dout * weight * v / size
+                       dv   = scale * (dout * weight - v * scale * mean)
+                       dy   = dv * silu(z);   dz = dv * y * silu'(z);   dweight += dout * v * scale
+        backward:  partial[slot] = dweight
 
     Masked: rows past the end, channels past the slice.
     """
@@ -2008,7 +1963,8 @@ def _norm_backward_kernel(
     for _ in tl.static_range(TILES):
         dweight += (tl.zeros((R, N), tl.float32),)
 
-    for block in range(slot, tl.cdiv(rows, R), slots):
+    blocks = tl.cdiv(rows, R) if BACKWARD else slot + 1
+    for block in range(slot, blocks, slots if BACKWARD else 1):
         r = (block * R + tl.arange(0, R)).to(tl.int64)
         mask_r = r < rows
         y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
@@ -2027,52 +1983,61 @@ def _norm_backward_kernel(
             y += (tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0),)
             if GATE:
                 z += (tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0),)
-            dout += (tl.load(dout_ptr + out_r1 + n[None, :], mask=mask_rn, other=0.0),)
+            if BACKWARD:
+                dout += (tl.load(dout_ptr + out_r1 + n[None, :], mask=mask_rn, other=0.0),)
 
         # scale and mean
+        v = ()
         squares_rn = tl.zeros((R, N), tl.float32)
         products_rn = tl.zeros((R, N), tl.float32)
         for i in tl.static_range(TILES):
-            n = i * N + tl.arange(0, N)
-            weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
             v_rn = y[i].to(tl.float32)
             if GATE:
                 z_rn = z[i].to(tl.float32)
                 v_rn *= z_rn * _sigmoid(z_rn)
             squares_rn += v_rn * v_rn
-            products_rn += dout[i].to(tl.float32) * weight_n.to(tl.float32)[None, :] * v_rn
+            if BACKWARD:
+                n = i * N + tl.arange(0, N)
+                weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
+                products_rn += dout[i].to(tl.float32) * weight_n.to(tl.float32)[None, :] * v_rn
+            v += (v_rn,)
         scale_r1 = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)[:, None]
         pull_r1 = scale_r1 * scale_r1 * scale_r1 * (tl.sum(products_rn, axis=1) / size)[:, None]
 
-        # store; v is computed again rather than kept
+        # store; backward, v is computed again rather than kept
         sums = ()
         for i in tl.static_range(TILES):
             n = i * N + tl.arange(0, N)
             mask_rn = mask_r[:, None] & (n < size)[None, :]
             weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
-            y_rn = y[i].to(tl.float32)
-            dout_rn = dout[i].to(tl.float32)
-            v_rn = y_rn
-            if GATE:
-                z_rn = z[i].to(tl.float32)
-                sigmoid_rn = _sigmoid(z_rn)
-                silu_rn = z_rn * sigmoid_rn
-                v_rn *= silu_rn
-            dhat_rn = dout_rn * weight_n.to(tl.float32)[None, :]
-            dv_rn = scale_r1 * dhat_rn - pull_r1 * v_rn
-            dy_rn = dv_rn
-            if GATE:
-                dy_rn *= silu_rn
-                dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
-                tl.store(dz_ptr + dz_r1 + n[None, :], dz_rn, mask=mask_rn)
-            tl.store(dy_ptr + dy_r1 + n[None, :], dy_rn, mask=mask_rn)
-            sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
-        dweight = sums
+            weight_1n = weight_n.to(tl.float32)[None, :]
+            if not BACKWARD:
+                tl.store(out_ptr + out_r1 + n[None, :], v[i] * scale_r1 * weight_1n, mask=mask_rn)
+            else:
+                y_rn = y[i].to(tl.float32)
+                dout_rn = dout[i].to(tl.float32)
+                v_rn = y_rn
+                if GATE:
+                    z_rn = z[i].to(tl.float32)
+                    sigmoid_rn = _sigmoid(z_rn)
+                    silu_rn = z_rn * sigmoid_rn
+                    v_rn *= silu_rn
+                dv_rn = scale_r1 * (dout_rn * weight_1n) - pull_r1 * v_rn
+                dy_rn = dv_rn
+                if GATE:
+                    dy_rn *= silu_rn
+                    dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
+                    tl.store(dz_ptr + dz_r1 + n[None, :], dz_rn, mask=mask_rn)
+                tl.store(dy_ptr + dy_r1 + n[None, :], dy_rn, mask=mask_rn)
+                sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
+        if BACKWARD:
+            dweight = sums
 
-    partial_ptr += (slot * groups + group).to(tl.int64) * size
-    for i in tl.static_range(TILES):
-        n = i * N + tl.arange(0, N)
-        tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
+    if BACKWARD:
+        partial_ptr += (slot * groups + group).to(tl.int64) * size
+        for i in tl.static_range(TILES):
+            n = i * N + tl.arange(0, N)
+            tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -2092,21 +2057,19 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     N = min(widths, key=lambda n: triton.cdiv(size, n) * n)  # with the fewest channels too many
     tiles = triton.cdiv(size, N)
     R = max(1, 1024 // triton.next_power_of_2(N * tiles))  # rows of short slices together
-    named, warps, blocks = dict(y=y, z=z, dy=dy, dz=dz), R * N // 128, triton.cdiv(rows, R)
-    slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), blocks)
+    named, warps, slots = dict(y=y, z=z, dy=dy, dz=dz), R * N // 128, triton.cdiv(rows, R)
+    if backward:
+        slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), slots)
     apart = {name: y.stride(-2) if t is None else t.stride(-2) for name, t in named.items()}
     unit, options = _unit(size, *apart.values()), dict(num_warps=warps)
     numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
     numbers.update(
         rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
-        GATE=z is not None, UNIT=unit, R=R, N=N, TILES=tiles,
+        GATE=z is not None, BACKWARD=backward, UNIT=unit, R=R, N=N, TILES=tiles,
     )  # fmt: skip
-    kernel, programs = _norm_forward_kernel, blocks * groups
-    if backward:
-        kernel, programs = _norm_backward_kernel, slots * groups
-        if size > 2048 and PTX:  # an option of NVIDIA's GPUs
-            options["maxnreg"] = 128
-    return _Plan((kernel, (programs, 1, 1), numbers, options)), slots
+    if backward and size > 2048 and PTX:  # an option of NVIDIA's GPUs
+        options["maxnreg"] = 128
+    return _Plan((_norm_kernel, (slots * groups, 1, 1), numbers, options)), slots
 
 
 def _norm_new(y, z, weight, eps, groups):
@@ -2116,7 +2079,10 @@ def _norm_new(y, z, weight, eps, groups):
 def _norm_forward(out, y, z, weight, eps, groups):
     y, z = _rows(y), None if z is None else _rows(z)
     plan, _ = _norm_plan(y, z, eps, groups)
-    plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
+    plan(
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out, dout_ptr=None, dy_ptr=None,
+        dz_ptr=None, partial_ptr=None,
+    )  # fmt: skip
 
 
 def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
@@ -2128,8 +2094,8 @@ def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
     plan, slots = _norm_plan(y, z, eps, groups, _rows(dy), None if z is None else _rows(dz))
     partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
     plan(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
-        dz_ptr=dz, partial_ptr=partial,
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=None,
+        dout_ptr=dout.contiguous(), dy_ptr=dy, dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
     return [dy, dz, *_sums(partial, weight)]
 
