@@ -131,23 +131,15 @@ except ImportError as error:
 __version__ = "0.0.1"  # a number, because transformers asks any module called `kernels` for one
 
 
-def _hand_over():
-    """Let Hugging Face's package `kernels` have its name.
-
-    In a folder with this file `import kernels` finds this file first, where transformers means
-    Hugging Face's package. If that is installed, it is loaded in this module's place.
-    """
-    for folder in sys.path:
-        spec = importlib.machinery.PathFinder.find_spec("kernels", [folder])
-        if spec is not None and spec.origin and spec.submodule_search_locations:  # a package
-            module = importlib.util.module_from_spec(spec)
-            sys.modules["kernels"] = module
-            spec.loader.exec_module(module)
-            return
-
-
 if __name__ == "kernels":
-    _hand_over()
+    # In a folder with this file `import kernels` finds this file first, where transformers means
+    # Hugging Face's package. If that is installed, it is loaded in this module's place.
+    for _folder in sys.path:
+        _spec = importlib.machinery.PathFinder.find_spec("kernels", [_folder])
+        if _spec is not None and _spec.origin and _spec.submodule_search_locations:  # a package
+            sys.modules["kernels"] = importlib.util.module_from_spec(_spec)
+            _spec.loader.exec_module(sys.modules["kernels"])
+            break
 
 
 # ---- Shared by all operations: what is refused, how PyTorch gets to know a kernel, and launches --
@@ -207,9 +199,10 @@ class _Operation:
               last of which, `kept` of them, are for the backward alone
     new       new(*inputs): results and kept, not yet written
     run       run(*results, *kept, *inputs): writes them
-    misfit    misfit(*inputs), from shapes, strides, dtypes and device: None if the kernels can take
-              the inputs; "" if they do not fit together, which is for the twin to say; else a limit
-              of the kernels, which a user should hear of
+    axes      of each tensor, see `_sizes`
+    limit     limit(sizes, *tensors), from strides, dtypes, device, and a dictionary of the sizes of
+              axes and of numbers: None if the kernels can take the inputs; "" if they do not fit
+              together, which is for the twin to say; else a limit that a user should hear of
     backward  backward(*gradients of the results, *kept, *inputs): a list, the gradients of all
               tensors but seq_idx, contiguous, and an empty tensor for an input that is None
 
@@ -219,13 +212,14 @@ class _Operation:
     inspect.signature.)
     """
 
-    def __init__(self, name, schema, new, run, misfit, backward=None, kept=0):
+    def __init__(self, name, schema, axes, limit, new, run, backward=None, kept=0):
         inputs, made = schema.removeprefix("(").split(") -> ")
         kinds = [part.split() for part in inputs.split(", ")]
         self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
+        self.numbers = [name for kind, name in kinds if "Tensor" not in kind]
         self.name, self.results, self.kept = name, made.count("Tensor") - kept, kept
         self.new, self.run, self.backward = new, run, backward
-        self.misfit, self.known_reason = misfit, _planned(self.reason)
+        self.axes, self.limit, self.known_reason = axes, limit, _planned(self.reason)
         if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
             return
         define = functools.partial(torch.library.custom_op, mutates_args=())
@@ -242,7 +236,15 @@ class _Operation:
             self.opaque.register_autograd(gradients, setup_context=self.save)
 
     def __call__(self, *inputs):
-        return self.call(*inputs) if self.takes(*inputs) else None
+        if not self.takes(*inputs):
+            return None
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            made = self.opaque(*inputs)  # modes see no launches
+        elif self.backward is None or not torch.is_grad_enabled():
+            made = self.forward(*inputs)
+        else:
+            return _Eager.apply(self, *inputs)
+        return made[: self.results] if self.kept else made
 
     def takes(self, *inputs) -> bool:
         """Whether the kernels can run. A limit of theirs is told once, as a warning."""
@@ -266,11 +268,11 @@ class _Operation:
         return reason is None
 
     def reason(self, *inputs) -> str | None:
-        """As `misfit`; "" also for a device or a dtype for which there is no kernel."""
-        device = inputs[0].device
+        """As `limit`; "" also for axes, a device or a dtype for which there is no kernel."""
+        tensors, device = inputs[: len(self.tensors)], inputs[0].device
         if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
             return ""
-        for (name, _), tensor in zip(self.tensors, inputs, strict=False):
+        for (name, _), tensor in zip(self.tensors, tensors, strict=True):
             if tensor is None:
                 continue
             fits = tensor.dtype in DTYPES
@@ -278,16 +280,11 @@ class _Operation:
                 fits = not (tensor.is_floating_point() or tensor.is_complex())
             if tensor.device != device or not fits:
                 return ""
-        return self.misfit(*inputs)
-
-    def call(self, *inputs):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            made = self.opaque(*inputs)  # modes see no launches
-        elif self.backward is None or not torch.is_grad_enabled():
-            made = self.forward(*inputs)
-        else:
-            return _Eager.apply(self, *inputs)
-        return made[: self.results] if self.kept else made
+        sizes = _sizes(self.axes, *tensors)
+        if sizes is None:
+            return ""
+        sizes.update(zip(self.numbers, inputs[len(tensors) :], strict=True))
+        return self.limit(sizes, *tensors)
 
     def forward(self, *inputs):
         made = self.new(*inputs)
@@ -338,18 +335,22 @@ def _alone(made: tuple):
 
 def _sizes(axes: str, *tensors) -> dict | None:
     """The size of each axis by its letter, or None if the tensors do not have these axes, or are
-    empty. `k-1` is one less than k."""
+    empty. `k-1` is one less than k; `...`, at the beginning, the shape of any axes."""
     sizes = {"1": 1}
     for letters, tensor in zip(axes.split(", "), tensors, strict=True):
-        letters = letters.split()
         if tensor is None:
             continue
-        if tensor.dim() != len(letters):
+        letters, shape = letters.split(), tensor.shape
+        if letters[0] == "...":
+            rest = len(shape) - len(letters) + 1
+            shape = shape[:rest], *shape[rest:]
+        if len(shape) != len(letters):
             return None
-        for letter, size in zip(letters, tensor.shape, strict=True):
+        for letter, size in zip(letters, shape, strict=True):
             if letter == "k-1":
                 letter, size = "k", size + 1
-            if size == 0 or sizes.setdefault(letter, size) != size:
+            empty = 0 in size if letter == "..." else size == 0
+            if empty or sizes.setdefault(letter, size) != size:
                 return None
     return sizes
 
@@ -1545,20 +1546,18 @@ def _ssd_backward(
     return [dx_to, ddt, dA, dB, dC, x.new_empty(0) if D is None else dD, dinit, *dbias]
 
 
-def _ssd_misfit(x, dt, A, B, C, D, initial_state, seq_idx):
-    of_D = "h" if D is None or D.dim() == 1 else "h p"
-    axes = f"b l h p, b l h, h, b l g n, b l g n, {of_D}, b h p n, b l"
-    sizes = _sizes(axes, x, dt, A, B, C, D, initial_state, seq_idx)
-    if sizes is None or sizes["h"] % sizes["g"]:
+def _ssd_limit(sizes, x, dt, A, B, C, D, *_):
+    h, p = sizes["h"], sizes["p"]
+    if h % sizes["g"] or D is not None and D.shape not in ((h,), (h, p)):
         return ""
-    if of_D == "h p":
+    if D is not None and D.dim() == 2:
         return "D is (h, p); it must be (h)"
     if not x.dtype == B.dtype == C.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; they must have one dtype"
-    return _ssd_limit(x, sizes["p"], sizes["n"])
+    return _state_limit(x, p, sizes["n"])
 
 
-def _ssd_limit(x, p, n):
+def _state_limit(x, p, n):
     if p not in SIZES or n not in SIZES:
         return f"headdim is {p} and d_state is {n}; they must be of {SIZES}"
     known = _has_settings(x.device, x.dtype, n)
@@ -1569,7 +1568,8 @@ SSD = _Operation(
     "ssd",
     "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
     "Tensor? seq_idx) -> (Tensor, Tensor)",
-    new=_ssd_new, run=_ssd_forward, misfit=_ssd_misfit, backward=_ssd_backward,
+    axes="b l h p, b l h, h, b l g n, b l g n, ..., b h p n, b l", limit=_ssd_limit,
+    new=_ssd_new, run=_ssd_forward, backward=_ssd_backward,
 )  # fmt: skip
 
 
@@ -1614,18 +1614,6 @@ def _if(exists, channel, d):
     return channel < tl.where(exists, d, 0)
 
 
-@triton.jit
-def _conv_place(l, q_rows, d, D: tl.constexpr):
-    """What this program works on: block, which counts blocks of q in all batch elements; batch
-    element; first position, and the one after the last; channels."""
-    blocks_d = tl.cdiv(d, D)
-    blocks_q = tl.cdiv(l, q_rows)
-    block = tl.program_id(0) // blocks_d
-    q0 = block % blocks_q * q_rows
-    channel = (tl.program_id(0) % blocks_d) * D + tl.arange(0, D)
-    return block, (block // blocks_q).to(tl.int64), q0, tl.minimum(q0 + q_rows, l), channel
-
-
 # The taps are weight[i], which looks i positions back; x_window[i-1] is u[t-i], and u[i] is u[t-i];
 # `start` is where the sequence of position t begins, or some position before the window.
 
@@ -1664,28 +1652,11 @@ def _conv_first(
 
 
 @triton.jit
-def _conv_begins(seq_ptr, t, l, start):
-    """`start` for position t, given that of the one before; past l nothing begins."""
-    before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
-    if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
-        start = t
-    return start
-
-
-@triton.jit
 def _conv_seen(term_d, i: tl.constexpr, t, start, SEQ: tl.constexpr):
     """A term between t-i and t, or 0 if a sequence begins in (t-i, t]."""
     if SEQ and i > 0:
         term_d = tl.where(t - i >= start, term_d, 0.0)
     return term_d
-
-
-@triton.jit
-def _conv_sum(u, weight, v_d, t, start, K: tl.constexpr, SEQ: tl.constexpr):
-    """v[t], given the bias."""
-    for i in tl.static_range(K):
-        v_d += weight[i] * _conv_seen(u[i], i, t, start, SEQ)
-    return v_d
 
 
 @triton.jit
@@ -1706,96 +1677,36 @@ def _zeros(count: tl.constexpr, D: tl.constexpr):
     return zeros
 
 
-@jit
-def _conv_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
-    l, q_rows, d_units, x_batch_units, x_row_units,
-    UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr,
+@triton.jit
+def _conv_final(
+    x_ptr, x_row, state_ptr, seq_ptr, final_ptr, channel, l, d,
+    K: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
 ):  # fmt: skip
-    """y[t] = silu(bias + Σ_i weight[k-1-i] · u[t-i]), and the last k-1 rows of u.
-
-    Grid: (batch · blocks of q · blocks of d,), d fastest: neighbours read neighbouring memory.
-    A program walks down `q_rows` positions, D channels wide, and keeps the k-1 inputs before t in
-    registers, so that each row is loaded, and turned into fp32, once:
-
-               D
-           ┌────────┐   x_window   u[t-k+1] .. u[t-1]
-           │        │
-           ├────────┤   x_rows     u[t] .. u[t+R-1]: loaded together, before the first is used,
-        R  │        │              so that their latencies overlap
-           └────────┘
-
-        for t in q0 .. q0 + q_rows - 1, R rows at a time:
-            v    = bias + weight · (u[t], x_window)     # 0 if a sequence begins in (t-i, t]
-            y[t] = v * sigmoid(v)
-            x_window = u[t], x_window without its last
-        the program with the last positions: final[j] = u[l-(k-1)+j]
-
-    Masked: channels past d, positions past l, positions before 0 (those come from the state).
-    """
-    d = d_units * UNIT
-    _, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
-    x_row = tl.full((), x_row_units, tl.int64) * UNIT
-    y_row = tl.full((), d_units, tl.int64) * UNIT
-    x_ptr += batch * x_batch_units * UNIT
-    y_ptr += batch * l * d
-    state_ptr += batch * (K - 1) * d
-    final_ptr += batch * (K - 1) * d
-    seq_ptr += batch * l
-
-    bias_d, weight, x_window, start = _conv_first(
-        x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
-        K, BIAS, STATE, SEQ, D,
-    )  # fmt: skip
-
-    x_next_ptr = x_ptr + q0 * x_row
-    y_next_ptr = y_ptr + q0 * y_row
-    for t0 in range(q0, end, R):
-        # load
-        x_rows = _conv_rows(x_next_ptr, x_row, t0, end, channel, d, R)
-        for j in tl.static_range(R):
-            t = t0 + j
-            u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
-            if SEQ:
-                start = _conv_begins(seq_ptr, t, l, start)
-
-            # taps
-            v_d = _conv_sum(u, weight, bias_d, t, start, K, SEQ)
-            x_window = u[: K - 1]
-
-            # store
-            y_d = v_d * _sigmoid(v_d)
-            tl.store(y_next_ptr + j * y_row + channel, y_d, mask=_if(t < end, channel, d))
-        x_next_ptr += R * x_row
-        y_next_ptr += R * y_row
-
-    # final state, the newest row first
-    if end == l:
-        joined = l > 0
-        for i in tl.static_range(1, K):
-            t = l - i
-            if SEQ and i > 1:
-                after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
-                joined = joined & (tl.load(seq_ptr + tl.maximum(t, 0)) == after)
-            mask_new_d = _if(joined & (t >= 0), channel, d)
-            row_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0)
-            if STATE:
-                mask_old_d = _if(joined & (t < 0), channel, d)
-                at_d = (K - 1 + t) * d + channel
-                row_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(row_d.dtype)
-            tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=channel < d)
+    """final[j] = u[l-(k-1)+j], the newest row first; 0 if a sequence begins after it."""
+    joined = l > 0
+    for i in tl.static_range(1, K):
+        t = l - i
+        if SEQ and i > 1:
+            after = tl.load(seq_ptr + tl.maximum(t + 1, 0))
+            joined = joined & (tl.load(seq_ptr + tl.maximum(t, 0)) == after)
+        mask_new_d = _if(joined & (t >= 0), channel, d)
+        row_d = tl.load(x_ptr + t * x_row + channel, mask=mask_new_d, other=0.0)
+        if STATE:
+            mask_old_d = _if(joined & (t < 0), channel, d)
+            at_d = (K - 1 + t) * d + channel
+            row_d += tl.load(state_ptr + at_d, mask=mask_old_d, other=0.0).to(row_d.dtype)
+        tl.store(final_ptr + (K - 1 - i) * d + channel, row_d, mask=channel < d)
 
 
 @jit
-def _conv_backward_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr,
-    partial_ptr,
+def _conv_kernel(
+    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr,
+    dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr, partial_ptr,
     l, q_rows, d_units, x_batch_units, x_row_units, dx_row_units,
     UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
-    DFINAL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    BACKWARD: tl.constexpr, DFINAL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """With dv[t] = dy[t] · silu'(v[t]):
+    """y and final, the last k-1 rows of u. BACKWARD: with dv[t] = dy[t] · silu'(v[t]) instead
 
         dx[s]       = Σ_i weight[k-1-i] · dv[s+i]     (and the same for the state, s < 0)
         dweight[j]  = Σ_t dv[t] · u[t-(k-1)+j]
@@ -1803,94 +1714,120 @@ def _conv_backward_kernel(
 
     where a term counts only if no sequence begins between its two positions.
 
-    Grid: (batch · blocks of q · blocks of d,), d fastest. A program walks down its `q_rows`
-    positions one by one, D channels wide, and k-1 positions further, because dv[s+i] reaches back.
-    What it needs from other positions stays in registers, so each row of x and dy is read once
-    (k-1 rows twice, at the borders of the blocks), and every sigmoid is computed once:
+    Grid: (batch · blocks of q · blocks of d,), d fastest: neighbours read neighbouring memory. A
+    program walks down its `q_rows` positions, D channels wide; backward also the k-1 after them,
+    because dv[s+i] reaches back. What it needs of other positions stays in registers, so that each
+    row is loaded, and turned into fp32, once (k-1 rows twice, at the borders of the blocks), and
+    every sigmoid is computed once:
 
-           x_window     u[t-k+1] .. u[t-1]       known inputs, for v[t]
-           pending      dx[t-k+1] .. dx[t-1]     sums that still miss a term
+               D
+           ┌────────┐   x_window   u[t-k+1] .. u[t-1]      known inputs, for v[t]
+           │        │   pending    dx[t-k+1] .. dx[t-1]    sums that still miss a term
+           ├────────┤
+        R  │        │   x_rows     u[t] .. u[t+R-1]        dy_rows likewise
+           └────────┘
 
-        for t in q0 .. end + k-2, the rows loaded R at a time:
-            v   = bias + weight · (u[t], x_window)
-            dv  = dy[t] * sigmoid(v) * (1 + v * (1 - sigmoid(v)))
-            dweight, dbias += dv * (u[t], x_window), dv          # while t < end
-            pending += weight * dv;  dx[t-k+1] is complete: store it
+        for t in q0 .. end - 1, or end + k-2, R rows at a time:
+            v = bias + weight · (u[t], x_window)             # 0 if a sequence begins in (t-i, t]
+            forward:  y[t] = v * sigmoid(v)
+            backward: dv = dy[t] * sigmoid(v) * (1 + v * (1 - sigmoid(v)))
+                      dweight, dbias += dv * (u[t], x_window), dv          # while t < end
+                      pending += weight * dv;  dx[t-k+1] is complete: store it
 
-    Each program leaves one row of sums: K per channel, as in weight (d, k), then one per channel.
-    Masked: channels past d, rows past l, dx outside of the program's own positions.
+    Backward, each program leaves one row of sums: K per channel, as in weight (d, k), then one per
+    channel. Masked: channels past d, rows past l, dx outside of the program's own positions;
+    positions before 0 come from the state.
     """
     d = d_units * UNIT
-    block, batch, q0, end, channel = _conv_place(l, q_rows, d, D)
+    blocks_d = tl.cdiv(d, D)
+    blocks_q = tl.cdiv(l, q_rows)
+    block = tl.program_id(0) // blocks_d  # of positions, in all batch elements
+    batch = (block // blocks_q).to(tl.int64)
+    q0 = block % blocks_q * q_rows
+    end = tl.minimum(q0 + q_rows, l)
+    channel = (tl.program_id(0) % blocks_d) * D + tl.arange(0, D)
     x_row = tl.full((), x_row_units, tl.int64) * UNIT
-    dy_row = tl.full((), d_units, tl.int64) * UNIT
-    dx_row = tl.full((), dx_row_units, tl.int64) * UNIT
+    y_row = tl.full((), d_units, tl.int64) * UNIT
     x_ptr += batch * x_batch_units * UNIT
-    dy_ptr += batch * l * d
-    dx_ptr += batch * l * dx_row
     state_ptr += batch * (K - 1) * d
-    dstate_ptr += batch * (K - 1) * d
-    dfinal_ptr += batch * (K - 1) * d
     seq_ptr += batch * l
-    partial_ptr += block.to(tl.int64) * d * (K + 1)
-
+    if BACKWARD:
+        y_ptr = dy_ptr
+        dx_row = tl.full((), dx_row_units, tl.int64) * UNIT
+        dx_ptr += batch * l * dx_row
+        dstate_ptr += batch * (K - 1) * d
+        dfinal_ptr += batch * (K - 1) * d
+        partial_ptr += block.to(tl.int64) * d * (K + 1)
+        dweight = _zeros(K, D)
+        pending = _zeros(K - 1, D)
+        dbias_d = tl.zeros((D,), tl.float32)
     bias_d, weight, x_window, start = _conv_first(
         x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
         K, BIAS, STATE, SEQ, D,
     )  # fmt: skip
-    dweight = _zeros(K, D)
-    pending = _zeros(K - 1, D)
-    dbias_d = tl.zeros((D,), tl.float32)
 
     x_next_ptr = x_ptr + q0 * x_row
-    dy_next_ptr = dy_ptr + q0 * dy_row
-    for t0 in range(q0, end + K - 1, R):
-        x_rows = _conv_rows(x_next_ptr, x_row, t0, l, channel, d, R)
-        dy_rows = _conv_rows(dy_next_ptr, dy_row, t0, l, channel, d, R)
+    y_next_ptr = y_ptr + batch * l * d + q0 * y_row
+    for t0 in range(q0, end + (K - 1 if BACKWARD else 0), R):
+        # load
+        x_rows = _conv_rows(x_next_ptr, x_row, t0, l if BACKWARD else end, channel, d, R)
         x_next_ptr += R * x_row
-        dy_next_ptr += R * dy_row
-
+        if BACKWARD:
+            dy_rows = _conv_rows(y_next_ptr, y_row, t0, l, channel, d, R)
         for j in tl.static_range(R):
             t = t0 + j
             u = (x_rows[j].to(tl.float32),) + x_window  # u[i] is u[t-i]
-            if SEQ:
-                start = _conv_begins(seq_ptr, t, l, start)
+            if SEQ:  # past l nothing begins
+                before = tl.load(seq_ptr + tl.maximum(tl.minimum(t, l) - 1, 0))
+                if tl.load(seq_ptr + tl.minimum(t, l - 1)) != before:
+                    start = t
 
-            # dv
-            v_d = _conv_sum(u, weight, bias_d, t, start, K, SEQ)
-            sigmoid_d = _sigmoid(v_d)
-            dv_d = dy_rows[j].to(tl.float32) * sigmoid_d * (1.0 + v_d * (1.0 - sigmoid_d))
-
-            # weight and bias; rows past `end` are the next program's
-            own_dv_d = tl.where(t < end, dv_d, 0.0)
-            dbias_d += own_dv_d
-            # x: dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete
-            sums_weight = ()
-            sums_x = ()
+            # taps
+            v_d = bias_d
             for i in tl.static_range(K):
-                sums_weight += (dweight[i] + own_dv_d * _conv_seen(u[i], i, t, start, SEQ),)
-                term_d = _conv_seen(weight[i] * dv_d, i, t, start, SEQ)
-                if i > 0:
-                    term_d += pending[i - 1]
-                sums_x += (term_d,)
-            dweight = sums_weight
-            s = t - (K - 1)
-            dx_d = sums_x[K - 1]
-            pending = sums_x[: K - 1]
+                v_d += weight[i] * _conv_seen(u[i], i, t, start, SEQ)
+            sigmoid_d = _sigmoid(v_d)
             x_window = u[: K - 1]
-            # store
-            if DFINAL:  # row r of the final state is u[l-(k-1)+r]
-                mask_final_d = _if((s >= tl.maximum(start, l - (K - 1))) & (s < l), channel, d)
-                at_d = (s - (l - (K - 1))) * d + channel
-                dx_d += tl.load(dfinal_ptr + at_d, mask=mask_final_d, other=0.0).to(tl.float32)
-            mask_s_d = _if((s >= q0) & (s < end), channel, d)
-            tl.store(dx_ptr + s * dx_row + channel, dx_d, mask=mask_s_d)
-            if STATE:
-                tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
+            if not BACKWARD:
+                # store
+                y_d = v_d * sigmoid_d
+                tl.store(y_next_ptr + j * y_row + channel, y_d, mask=_if(t < end, channel, d))
+            else:
+                # weight and bias; rows past `end` are the next program's
+                dv_d = dy_rows[j].to(tl.float32) * sigmoid_d * (1.0 + v_d * (1.0 - sigmoid_d))
+                own_dv_d = tl.where(t < end, dv_d, 0.0)
+                dbias_d += own_dv_d
+                # x: dx[t] .. dx[t-k+1] with the terms of dv[t], after which the last is complete
+                sums_weight = ()
+                sums_x = ()
+                for i in tl.static_range(K):
+                    sums_weight += (dweight[i] + own_dv_d * _conv_seen(u[i], i, t, start, SEQ),)
+                    term_d = _conv_seen(weight[i] * dv_d, i, t, start, SEQ)
+                    if i > 0:
+                        term_d += pending[i - 1]
+                    sums_x += (term_d,)
+                dweight = sums_weight
+                pending = sums_x[: K - 1]
+                # store
+                s = t - (K - 1)
+                dx_d = sums_x[K - 1]
+                if DFINAL:  # row r of the final state is u[l-(k-1)+r]
+                    mask_final_d = _if((s >= tl.maximum(start, l - (K - 1))) & (s < l), channel, d)
+                    at_d = (s - (l - (K - 1))) * d + channel
+                    dx_d += tl.load(dfinal_ptr + at_d, mask=mask_final_d, other=0.0).to(tl.float32)
+                mask_s_d = _if((s >= q0) & (s < end), channel, d)
+                tl.store(dx_ptr + s * dx_row + channel, dx_d, mask=mask_s_d)
+                if STATE:
+                    tl.store(dstate_ptr + t * d + channel, dx_d, mask=_if(s < 0, channel, d))
+        y_next_ptr += R * y_row
 
-    for i in tl.static_range(K):
-        tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=channel < d)
-    tl.store(partial_ptr + d * K + channel, dbias_d, mask=channel < d)
+    if BACKWARD:
+        for i in tl.static_range(K):
+            tl.store(partial_ptr + channel * K + K - 1 - i, dweight[i], mask=channel < d)
+        tl.store(partial_ptr + d * K + channel, dbias_d, mask=channel < d)
+    elif end == l:
+        final_ptr += batch * (K - 1) * d
+        _conv_final(x_ptr, x_row, state_ptr, seq_ptr, final_ptr, channel, l, d, K, STATE, SEQ)
 
 
 @_planned
@@ -1908,15 +1845,13 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     unit = _unit(d, *x.stride()[:2], *(dx.stride()[:2] if backward else ()))
     numbers = dict(
         l=l, q_rows=q_rows, d_units=d // unit, x_batch_units=x.stride(0) // unit,
-        x_row_units=x.stride(1) // unit, UNIT=unit, K=weight.shape[-1], BIAS=bias is not None,
-        STATE=state is not None, SEQ=seq_idx is not None, DFINAL=dfinal is not None, **tiles,
+        x_row_units=x.stride(1) // unit, dx_row_units=dx.stride(1) // unit if backward else 0,
+        UNIT=unit, K=weight.shape[-1], BIAS=bias is not None, STATE=state is not None,
+        SEQ=seq_idx is not None, DFINAL=dfinal is not None, BACKWARD=backward, **tiles,
     )  # fmt: skip
-    if backward:
-        numbers.update(dx_row_units=dx.stride(1) // unit)
     given = dict(bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dfinal_ptr=dfinal)
     numbers.update({name: "x_ptr" for name, tensor in given.items() if tensor is None})
-    kernel = _conv_backward_kernel if backward else _conv_forward_kernel
-    return _Plan((kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
+    return _Plan((_conv_kernel, (blocks * blocks_d, 1, 1), numbers, options)), blocks
 
 
 def _conv_new(x, weight, *_):
@@ -1930,7 +1865,8 @@ def _conv_forward(y, final, x, weight, bias, state, seq_idx):
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
     plan(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
-        final_ptr=final,
+        final_ptr=final, dy_ptr=None, dfinal_ptr=None, dx_ptr=None, dstate_ptr=None,
+        partial_ptr=None,
     )  # fmt: skip
 
 
@@ -1947,27 +1883,25 @@ def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
     plan, blocks = _conv_plan(x, weight, bias, state, seq_idx, dfinal, dx)
     partial = torch.empty(blocks, d * (k + 1), dtype=torch.float32, device=x.device)
     plan(
-        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
-        dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=None,
+        final_ptr=None, dy_ptr=dy, dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate,
+        partial_ptr=partial,
     )  # fmt: skip
     dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
     return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
 
 
-def _conv_misfit(x, weight, bias, initial_state, seq_idx):
-    sizes = _sizes("b l d, d k, d, b k-1 d, b l", x, weight, bias, initial_state, seq_idx)
-    if sizes is None:
-        return ""
-    if not 2 <= sizes["k"] <= 4:
-        return f"the convolution has {sizes['k']} taps; it must be 2 to 4"
-    return None
+def _conv_limit(sizes, *_):
+    k = sizes["k"]
+    return None if 2 <= k <= 4 else f"the convolution has {k} taps; it must be 2 to 4"
 
 
 CONV = _Operation(
     "causal_conv1d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx) -> "
     "(Tensor, Tensor)",
-    new=_conv_new, run=_conv_forward, misfit=_conv_misfit, backward=_conv_backward,
+    axes="b l d, d k, d, b k-1 d, b l", limit=_conv_limit,
+    new=_conv_new, run=_conv_forward, backward=_conv_backward,
 )  # fmt: skip
 
 
@@ -1989,14 +1923,22 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 
 
 @jit
-def _norm_forward_kernel(
-    y_ptr, z_ptr, weight_ptr, out_ptr,
-    rows, eps, groups, size_units, y_row_units, z_row_units,
-    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
+def _norm_kernel(
+    y_ptr, z_ptr, weight_ptr, out_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
+    rows, slots, eps, groups, size_units, y_row_units, z_row_units, dy_row_units, dz_row_units,
+    GATE: tl.constexpr, BACKWARD: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
+    N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """out = weight · v / sqrt(mean(v²) + eps), v = y · silu(z); without GATE v = y.
+    """out, by the equation above. BACKWARD: with v̂ = v · scale and dv̂ = dout · weight, over a slice
 
-    Grid: (blocks of rows · groups,), groups fastest. Tile: R rows x one slice, in TILES pieces.
+        dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
+        dy, dz  = dv · silu(z), dv · y · silu'(z)     (without GATE: dy = dv)
+        dweight = Σ over rows of dout · v̂
+
+    Grid: (slots · groups,), groups fastest. Program `slot` takes the blocks of rows slot, slot +
+    slots, ...: one alone in the forward. Backward there are about as many programs as run at a
+    time, and each keeps its share of dweight in registers. Tile: R rows x one slice, in TILES
+    pieces.
 
                  N          N          N
            ┌──────────┬──────────┬──────┬ ─ ┐
@@ -2004,66 +1946,13 @@ def _norm_forward_kernel(
            └──────────┴──────────┴──────┴ ─ ┘
             <----------- size --------->
 
-        for each piece:  v = y * z * sigmoid(z); squares += v * v       # v stays in registers
-        scale = 1 / sqrt(Σ squares / size + eps)
-        for each piece:  out = v * scale * weight
-
-    Masked: rows past the end, channels past the slice.
-    """
-    size = size_units * UNIT
-    group = tl.program_id(0) % groups
-    r = (tl.program_id(0) // groups).to(tl.int64) * R + tl.arange(0, R)
-    mask_r = r < rows
-    y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
-    z_r1 = (r * z_row_units * UNIT + group * size)[:, None]
-    out_r1 = (r * groups * size + group * size)[:, None]
-
-    # load
-    v = ()
-    squares_rn = tl.zeros((R, N), tl.float32)
-    for i in tl.static_range(TILES):
-        n = i * N + tl.arange(0, N)
-        mask_rn = mask_r[:, None] & (n < size)[None, :]
-        v_rn = tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-        if GATE:
-            z_rn = tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0).to(tl.float32)
-            v_rn *= z_rn * _sigmoid(z_rn)
-        squares_rn += v_rn * v_rn
-        v += (v_rn,)
-    scale_r = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)
-
-    # store
-    for i in tl.static_range(TILES):
-        n = i * N + tl.arange(0, N)
-        weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
-        out_rn = v[i] * scale_r[:, None] * weight_n.to(tl.float32)[None, :]
-        mask_rn = mask_r[:, None] & (n < size)[None, :]
-        tl.store(out_ptr + out_r1 + n[None, :], out_rn, mask=mask_rn)
-
-
-@jit
-def _norm_backward_kernel(
-    y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, partial_ptr,
-    rows, slots, eps, groups, size_units, y_row_units, z_row_units,
-    dy_row_units, dz_row_units,
-    GATE: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr, N: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """With v̂ = v · scale and dv̂ = dout · weight, over one slice:
-
-        dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
-        dy, dz  = dv · silu(z), dv · y · silu'(z)     (without GATE: dy = dv)
-        dweight = Σ over rows of dout · v̂
-
-    Grid: (slots · groups,), groups fastest: about as many programs as run at a time. Program `slot`
-    takes the row blocks slot, slot + slots, ... and keeps its share of dweight in registers.
-    Tile: as in the forward.
-
         for each block of rows:
-            v     from y, z;    scale = 1 / sqrt(mean(v * v) + eps)
-            mean  = scale * Σ dout * weight * v / size
-            dv    = scale * (dout * weight - v * scale * mean)
-            dy    = dv * silu(z);   dz = dv * y * silu'(z);   dweight += dout * v * scale
-        partial[slot] = dweight
+            v     = y * silu(z);    scale = 1 / sqrt(mean(v * v) + eps)
+            forward:   out  = v * scale * weight
+            backward:  mean = scale * Σ dout * weight * v / size
+                       dv   = scale * (dout * weight - v * scale * mean)
+                       dy   = dv * silu(z);   dz = dv * y * silu'(z);   dweight += dout * v * scale
+        backward:  partial[slot] = dweight
 
     Masked: rows past the end, channels past the slice.
     """
@@ -2074,7 +1963,8 @@ def _norm_backward_kernel(
     for _ in tl.static_range(TILES):
         dweight += (tl.zeros((R, N), tl.float32),)
 
-    for block in range(slot, tl.cdiv(rows, R), slots):
+    blocks = tl.cdiv(rows, R) if BACKWARD else slot + 1
+    for block in range(slot, blocks, slots if BACKWARD else 1):
         r = (block * R + tl.arange(0, R)).to(tl.int64)
         mask_r = r < rows
         y_r1 = (r * y_row_units * UNIT + group * size)[:, None]
@@ -2093,52 +1983,61 @@ def _norm_backward_kernel(
             y += (tl.load(y_ptr + y_r1 + n[None, :], mask=mask_rn, other=0.0),)
             if GATE:
                 z += (tl.load(z_ptr + z_r1 + n[None, :], mask=mask_rn, other=0.0),)
-            dout += (tl.load(dout_ptr + out_r1 + n[None, :], mask=mask_rn, other=0.0),)
+            if BACKWARD:
+                dout += (tl.load(dout_ptr + out_r1 + n[None, :], mask=mask_rn, other=0.0),)
 
         # scale and mean
+        v = ()
         squares_rn = tl.zeros((R, N), tl.float32)
         products_rn = tl.zeros((R, N), tl.float32)
         for i in tl.static_range(TILES):
-            n = i * N + tl.arange(0, N)
-            weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
             v_rn = y[i].to(tl.float32)
             if GATE:
                 z_rn = z[i].to(tl.float32)
                 v_rn *= z_rn * _sigmoid(z_rn)
             squares_rn += v_rn * v_rn
-            products_rn += dout[i].to(tl.float32) * weight_n.to(tl.float32)[None, :] * v_rn
+            if BACKWARD:
+                n = i * N + tl.arange(0, N)
+                weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
+                products_rn += dout[i].to(tl.float32) * weight_n.to(tl.float32)[None, :] * v_rn
+            v += (v_rn,)
         scale_r1 = tl.rsqrt(tl.sum(squares_rn, axis=1) / size + eps)[:, None]
         pull_r1 = scale_r1 * scale_r1 * scale_r1 * (tl.sum(products_rn, axis=1) / size)[:, None]
 
-        # store; v is computed again rather than kept
+        # store; backward, v is computed again rather than kept
         sums = ()
         for i in tl.static_range(TILES):
             n = i * N + tl.arange(0, N)
             mask_rn = mask_r[:, None] & (n < size)[None, :]
             weight_n = tl.load(weight_ptr + group * size + n, mask=n < size, other=0.0)
-            y_rn = y[i].to(tl.float32)
-            dout_rn = dout[i].to(tl.float32)
-            v_rn = y_rn
-            if GATE:
-                z_rn = z[i].to(tl.float32)
-                sigmoid_rn = _sigmoid(z_rn)
-                silu_rn = z_rn * sigmoid_rn
-                v_rn *= silu_rn
-            dhat_rn = dout_rn * weight_n.to(tl.float32)[None, :]
-            dv_rn = scale_r1 * dhat_rn - pull_r1 * v_rn
-            dy_rn = dv_rn
-            if GATE:
-                dy_rn *= silu_rn
-                dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
-                tl.store(dz_ptr + dz_r1 + n[None, :], dz_rn, mask=mask_rn)
-            tl.store(dy_ptr + dy_r1 + n[None, :], dy_rn, mask=mask_rn)
-            sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
-        dweight = sums
+            weight_1n = weight_n.to(tl.float32)[None, :]
+            if not BACKWARD:
+                tl.store(out_ptr + out_r1 + n[None, :], v[i] * scale_r1 * weight_1n, mask=mask_rn)
+            else:
+                y_rn = y[i].to(tl.float32)
+                dout_rn = dout[i].to(tl.float32)
+                v_rn = y_rn
+                if GATE:
+                    z_rn = z[i].to(tl.float32)
+                    sigmoid_rn = _sigmoid(z_rn)
+                    silu_rn = z_rn * sigmoid_rn
+                    v_rn *= silu_rn
+                dv_rn = scale_r1 * (dout_rn * weight_1n) - pull_r1 * v_rn
+                dy_rn = dv_rn
+                if GATE:
+                    dy_rn *= silu_rn
+                    dz_rn = dv_rn * y_rn * (sigmoid_rn + silu_rn * (1.0 - sigmoid_rn))
+                    tl.store(dz_ptr + dz_r1 + n[None, :], dz_rn, mask=mask_rn)
+                tl.store(dy_ptr + dy_r1 + n[None, :], dy_rn, mask=mask_rn)
+                sums += (dweight[i] + (scale_r1 * dout_rn) * v_rn,)
+        if BACKWARD:
+            dweight = sums
 
-    partial_ptr += (slot * groups + group).to(tl.int64) * size
-    for i in tl.static_range(TILES):
-        n = i * N + tl.arange(0, N)
-        tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
+    if BACKWARD:
+        partial_ptr += (slot * groups + group).to(tl.int64) * size
+        for i in tl.static_range(TILES):
+            n = i * N + tl.arange(0, N)
+            tl.store(partial_ptr + n, tl.sum(dweight[i], axis=0), mask=n < size)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -2158,21 +2057,19 @@ def _norm_plan(y, z, eps, groups, dy=None, dz=None):
     N = min(widths, key=lambda n: triton.cdiv(size, n) * n)  # with the fewest channels too many
     tiles = triton.cdiv(size, N)
     R = max(1, 1024 // triton.next_power_of_2(N * tiles))  # rows of short slices together
-    named, warps, blocks = dict(y=y, z=z, dy=dy, dz=dz), R * N // 128, triton.cdiv(rows, R)
-    slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), blocks)
+    named, warps, slots = dict(y=y, z=z, dy=dy, dz=dz), R * N // 128, triton.cdiv(rows, R)
+    if backward:
+        slots = min(triton.cdiv(_processors(y.device) * 16 // warps, groups), slots)
     apart = {name: y.stride(-2) if t is None else t.stride(-2) for name, t in named.items()}
     unit, options = _unit(size, *apart.values()), dict(num_warps=warps)
     numbers = {f"{name}_row_units": row // unit for name, row in apart.items()}
     numbers.update(
         rows=rows, slots=slots, eps=float(eps), groups=groups, size_units=size // unit,
-        GATE=z is not None, UNIT=unit, R=R, N=N, TILES=tiles,
+        GATE=z is not None, BACKWARD=backward, UNIT=unit, R=R, N=N, TILES=tiles,
     )  # fmt: skip
-    kernel, programs = _norm_forward_kernel, blocks * groups
-    if backward:
-        kernel, programs = _norm_backward_kernel, slots * groups
-        if size > 2048 and PTX:  # an option of NVIDIA's GPUs
-            options["maxnreg"] = 128
-    return _Plan((kernel, (programs, 1, 1), numbers, options)), slots
+    if backward and size > 2048 and PTX:  # an option of NVIDIA's GPUs
+        options["maxnreg"] = 128
+    return _Plan((_norm_kernel, (slots * groups, 1, 1), numbers, options)), slots
 
 
 def _norm_new(y, z, weight, eps, groups):
@@ -2182,7 +2079,10 @@ def _norm_new(y, z, weight, eps, groups):
 def _norm_forward(out, y, z, weight, eps, groups):
     y, z = _rows(y), None if z is None else _rows(z)
     plan, _ = _norm_plan(y, z, eps, groups)
-    plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
+    plan(
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out, dout_ptr=None, dy_ptr=None,
+        dz_ptr=None, partial_ptr=None,
+    )  # fmt: skip
 
 
 def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
@@ -2194,24 +2094,24 @@ def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
     plan, slots = _norm_plan(y, z, eps, groups, _rows(dy), None if z is None else _rows(dz))
     partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
     plan(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
-        dz_ptr=dz, partial_ptr=partial,
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=None,
+        dout_ptr=dout.contiguous(), dy_ptr=dy, dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
     return [dy, dz, *_sums(partial, weight)]
 
 
-def _norm_misfit(x, gate, weight, eps, groups):
-    fits = x.dim() > 0 and x.numel() > 0 and weight.shape == x.shape[-1:] and groups >= 1
-    if not fits or x.shape[-1] % groups or gate is not None and gate.shape != x.shape:
+def _norm_limit(sizes, *_):
+    if sizes["groups"] < 1 or sizes["d"] % sizes["groups"]:
         return ""
-    size = x.shape[-1] // groups
+    size = sizes["d"] // sizes["groups"]
     return None if size <= 8192 else f"a group has {size} channels; it must be 1 to 8192"
 
 
 NORM = _Operation(
     "rms_norm",
     "(Tensor x, Tensor? gate, Tensor weight, float eps, int groups) -> Tensor",
-    new=_norm_new, run=_norm_forward, misfit=_norm_misfit, backward=_norm_backward,
+    axes="... d, ... d, d", limit=_norm_limit,
+    new=_norm_new, run=_norm_forward, backward=_norm_backward,
 )  # fmt: skip
 
 
@@ -2288,21 +2188,16 @@ def _middle_backward(
     return [dwide, dweight, dbias, ddt_bias, dA_log, dD, dnorm_weight, dstate, dinit]
 
 
-def _middle_misfit(
-    zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx, groups, *_
-):
+def _middle_limit(sizes, zxbcdt, *_):
     """Silent: the operations that it consists of will say it."""
-    axes = "b l w, d 1 k, d, h, h, h, hp, b k-1 d, b h p n, b l"
-    inputs = zxbcdt, weight, bias, dt_bias, A_log, D, norm_weight, conv, ssm, seq_idx
-    if (sizes := _sizes(axes, *inputs)) is None or sizes["l"] == 1:
-        return ""
-    d, hp, h = sizes["d"], sizes["hp"], sizes["h"]
-    if hp % h or h % groups or d <= hp or (d - hp) % (2 * groups) or sizes["w"] != hp + d + h:
+    d, hp, h, groups = (sizes[name] for name in ("d", "hp", "h", "groups"))
+    fits = sizes["l"] > 1 and sizes["w"] == hp + d + h and hp % h == h % groups == 0
+    if not fits or d <= hp or (d - hp) % (2 * groups):
         return ""
     p, n = hp // h, (d - hp) // (2 * groups)
     fits = sizes.setdefault("p", p) == p and sizes.setdefault("n", n) == n
     fits = fits and 2 <= sizes["k"] <= 4 and hp // groups <= 8192
-    return None if fits and not _ssd_limit(zxbcdt, p, n) else ""
+    return None if fits and not _state_limit(zxbcdt, p, n) else ""
 
 
 MIDDLE = _Operation(
@@ -2310,8 +2205,9 @@ MIDDLE = _Operation(
     "(Tensor zxbcdt, Tensor weight, Tensor? bias, Tensor dt_bias, Tensor A_log, Tensor D, "
     "Tensor norm_weight, Tensor? conv, Tensor? ssm, Tensor? seq_idx, int groups, float eps, "
     "float low, float high) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    axes="b l w, d 1 k, d, h, h, h, hp, b k-1 d, b h p n, b l", limit=_middle_limit,
     kept=2,  # what the convolution and SSD return
-    new=_middle_new, run=_middle_forward, misfit=_middle_misfit, backward=_middle_backward,
+    new=_middle_new, run=_middle_forward, backward=_middle_backward,
 )  # fmt: skip
 
 
@@ -2493,11 +2389,7 @@ def _step_new(xBC, dt, conv, ssm, *_):
     return xBC.new_empty(b, 1, h * p), xBC.new_empty(conv.shape), ssm.new_empty(ssm.shape)
 
 
-def _step_misfit(xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D, low, high):
-    axes = "b 1 d, b 1 h, b k-1 d, b h p n, d 1 k, d, h, h, h"
-    sizes = _sizes(axes, xBC, dt, conv, ssm, weight, bias, dt_bias, A_log, D)
-    if sizes is None:
-        return ""
+def _step_limit(sizes, xBC, dt, *_):
     d, h, p, n = (sizes[letter] for letter in "dhpn")
     groups = (d - h * p) // (2 * n)
     if groups < 1 or d != h * p + 2 * groups * n or h % groups:
@@ -2511,7 +2403,8 @@ STEP = _Operation(
     "layer_step",
     "(Tensor xBC, Tensor dt, Tensor conv, Tensor ssm, Tensor weight, Tensor? bias, "
     "Tensor dt_bias, Tensor A_log, Tensor D, float low, float high) -> (Tensor, Tensor, Tensor)",
-    new=_step_new, run=_step_run, misfit=_step_misfit,
+    axes="b 1 d, b 1 h, b k-1 d, b h p n, d 1 k, d, h, h, h", limit=_step_limit,
+    new=_step_new, run=_step_run,
 )  # fmt: skip
 
 
@@ -2647,23 +2540,18 @@ def _norm_linear_run(out, x, norm_weight, weight, bias, gate, residual, eps, gro
     )  # fmt: skip
 
 
-def _norm_linear_misfit(x, norm_weight, weight, bias, gate, residual, eps, groups):
-    sizes = _sizes("d, o d, o", norm_weight, weight, bias)
-    if sizes is None or x.dim() < 2 or x.shape[-1] != sizes["d"] or weight.stride(1) != 1:
-        return ""
-    rows = x.shape[:-1]
-    if not 1 <= rows.numel() <= NORM_LINEAR_ROWS or groups < 1 or sizes["d"] % groups:
-        return ""
-    fits = gate is None or gate.shape == x.shape
-    fits = fits and (residual is None or residual.shape == (*rows, sizes["o"]))
-    return None if fits else ""
+def _norm_linear_limit(sizes, x, norm_weight, weight, *_):
+    rows, groups = sizes["..."].numel(), sizes["groups"]
+    fits = x.dim() > 1 and rows <= NORM_LINEAR_ROWS and weight.stride(1) == 1
+    return None if fits and groups >= 1 and sizes["d"] % groups == 0 else ""
 
 
 NORM_LINEAR = _Operation(
     "norm_linear",
     "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor? gate, Tensor? residual, "
     "float eps, int groups) -> Tensor",
-    new=_norm_linear_new, run=_norm_linear_run, misfit=_norm_linear_misfit,
+    axes="... d, d, o d, o, ... d, ... o", limit=_norm_linear_limit,
+    new=_norm_linear_new, run=_norm_linear_run,
 )  # fmt: skip
 
 
@@ -2791,18 +2679,19 @@ class Text:
         self.current, self.length = cache, cache.get_seq_length()
         return self
 
-    def cache(self):
-        """The Mamba2Cache; a copy if it is in a graph."""
+    @property
+    def states(self):
+        """As of a Mamba2Cache; copies if they are in a graph."""
         if self.current is not self.graph:
-            return self.current
-        states = (_kinds["Mamba2State"](*state) for state in self.graph.copies())
-        return _kinds["Mamba2Cache"](tuple(states), self.length)
+            return self.current.states
+        return tuple(_kinds["Mamba2State"](*state) for state in self.graph.copies())
 
     def get_seq_length(self, layer_idx=0):
         return self.length
 
     def select(self, rows):
-        return self.now(self.cache().select(rows))
+        cache = _kinds["Mamba2Cache"](self.states, self.length)
+        return self.now(cache.select(rows))
 
     def decode(self, ids, mask, hidden_states):
         """Logits after one more token, by a graph; or None."""
@@ -2811,10 +2700,9 @@ class Text:
         if mask is not None and not mask[:, -1].all():
             return None
         if self.graph is None and self.current.states:
-            self.graph = DecodingGraph.take(self.model, self.current) or False
-            if self.graph:  # the next text may have it when this one is no longer used
-                give_back = DecodingGraph.give_back
-                weakref.finalize(self, give_back, self.model, self.graph).atexit = False
+            self.graph = DecodingGraph.take(self) or False
+            # It reads these, wherever the model's weights go meanwhile.
+            self.read = [weight.untyped_storage() for weight in self.model.parameters()]
         if not self.graph or _modes() != self.graph.modes:
             return None
         if self.current is not self.graph:
@@ -2887,8 +2775,9 @@ class DecodingGraph:
     idle = weakref.WeakKeyDictionary()  # model: the graph that it used last
 
     @classmethod
-    def take(cls, model, cache):
-        """A graph of the model for one text, loaded with the cache; None if there can be none."""
+    def take(cls, text):
+        """A graph of a text's model, with buffers for its cache; None if there can be none."""
+        model, cache = text.model, text.current
         if not cls.enabled or torch.cuda.is_current_stream_capturing():
             return None
         modes, fingerprint = _modes(), _fingerprint(model)
@@ -2896,28 +2785,21 @@ class DecodingGraph:
             return None
         key = fingerprint, modes, [(t.shape, t.dtype) for state in cache.states for t in state]
         graph = cls.idle.pop(model, None)
-        if graph is None or graph.made_for != key:
+        if graph is None or graph.made_for != key or graph.text() is not None:
             graph = None  # whose memory is free before the next takes its own
             try:
                 graph = cls(model, cache, key)
             except RuntimeError as error:  # such as too little memory: the next text tries again
                 warnings.warn(f"this text is decoded without a CUDA graph: {error}", stacklevel=2)
                 return None
-        graph.memory = [weight.untyped_storage() for weight in model.parameters()]  # which it reads
         stream = torch.cuda.current_stream(model.device)
-        stream.wait_event(graph.done)
+        stream.wait_stream(graph.stream)
+        graph.stream, graph.text = stream, weakref.ref(text)  # when it is gone, the next may come
+        cls.idle[model] = graph
         # Buffers may come from another stream: it must not reuse their memory before this is done.
         for buffer in (graph.token, *itertools.chain(*graph.states)):
             buffer.record_stream(stream)
-        graph.load(cache)
         return graph
-
-    @classmethod
-    def give_back(cls, model, graph):
-        """Keep the graph for the model's next text, which may be decoded on another stream."""
-        graph.done = torch.cuda.current_stream(graph.token.device).record_event()
-        graph.memory = None
-        cls.idle[model] = graph
 
     def __init__(self, model, cache, key):
         clone = functools.partial(torch.clone, memory_format=torch.contiguous_format)
@@ -2926,16 +2808,15 @@ class DecodingGraph:
         b, device = cache.states[0].ssm.shape[0], cache.states[0].ssm.device
         self.token = torch.zeros(b, 1, dtype=torch.int64, device=device)
         with DecodingGraph.capturing, torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream = torch.cuda.Stream()  # the last that it was used on
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.step(model)  # for what is done once, such as compiling kernels
                 self.graph = torch.cuda.CUDAGraph()
                 # Other threads may go on using the GPU.
-                options = dict(stream=stream, capture_error_mode="thread_local")
+                options = dict(stream=self.stream, capture_error_mode="thread_local")
                 with torch.cuda.graph(self.graph, **options):
                     self.logits = self.step(model)
-            self.done = stream.record_event()
 
     def step(self, model):
         """The step itself, from buffers to buffers."""

@@ -972,12 +972,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
         past = _one_cache(cache, past_key_values)
+        # On CUDA, `generate` passes a Text, whose step may be that of a CUDA graph.
         text = past if kernels and isinstance(past, kernels.Text) else None
-        if text:  # `generate` on CUDA: one step of a CUDA graph, if there can be one
-            logits = text.decode(input_ids, attention_mask, output_hidden_states)
-            if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
-            past = text.cache()
+        logits = text and text.decode(input_ids, attention_mask, output_hidden_states)
+        if logits is not None:
+            return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
         # generate passes its tokenizer on to the model.
         position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
         rows = dict(seq_idx=seq_idx, position_ids=position_ids, labels=labels)
@@ -1074,9 +1073,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if length == "auto" and group is not None:
             raise ValueError("segment_length = 'auto': with a group, give a number")
         if length == "auto":
-            # Kept for the backward pass, in numbers per layer and channel: for each segment a state,
-            # in a hybrid also keys and values, half of them on average; and `position` for each
-            # position of one segment. Their sum is least if both take the same.
+            # Kept for the backward pass, in numbers per layer and channel: a state for each
+            # segment, in a hybrid also keys and values, half of them on average; and `position` for
+            # each position of one segment. Their sum is least if both take the same.
             attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
             state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
@@ -1121,11 +1120,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         options |= {CACHE: cache, "use_cache": True}
         output = super().generate(inputs, generation_config, **options)
         if isinstance(output, dict):
-            cache = output[CACHE]
-            if len(output.sequences) > 1 or hasattr(output, "beam_indices"):
-                cache = None
-            elif kernels and isinstance(cache, kernels.Text):
-                cache = cache.cache()
+            several = len(output.sequences) > 1 or hasattr(output, "beam_indices")
+            cache = None if several else Mamba2Cache(output[CACHE].states, output[CACHE].length)
             output[CACHE] = output.cache = cache
         return output
 

@@ -1519,19 +1519,18 @@ def taken(monkeypatch):
     graphs, kernels = [], mamba2.kernels
 
     class PlainGraph(kernels.DecodingGraph):
-        def __init__(self, model, cache):
-            self.model, self.modes, self.steps, self.closed = model, kernels._modes(), 0, False
-            self.states = [Mamba2State(*map(torch.clone, state)) for state in cache.states]
+        def __init__(self, text):
+            self.model, self.modes, self.steps = text.model, kernels._modes(), 0
+            self.states = [Mamba2State(*map(torch.clone, state)) for state in text.current.states]
+            self.text = weakref.ref(text)
             graphs.append(self)
 
         def __call__(self, ids):
-            assert not self.closed
             self.token, self.steps = ids, self.steps + 1
             return self.step(self.model)
 
     kind = kernels.DecodingGraph
-    monkeypatch.setattr(kind, "take", lambda *given: PlainGraph(*given) if kind.enabled else None)
-    monkeypatch.setattr(kind, "give_back", lambda _, graph: setattr(graph, "closed", True))
+    monkeypatch.setattr(kind, "take", lambda text: PlainGraph(text) if kind.enabled else None)
     monkeypatch.setattr(kernels.Text, "of", kernels.Text)  # also on a CPU
     return graphs
 
@@ -1566,12 +1565,12 @@ def test_generate_gives_plain_steps_to_a_graph_and_all_others_to_the_model(taken
             assert_close(found.get(name), right.get(name))
         if right.cache is not None:  # of beams there is none
             assert_same_state(found.cache, right.cache, F64)
-        assert [(graph.steps, graph.closed) for graph in taken] == [(n, True) for n in steps]
+        assert [(graph.steps, graph.text()) for graph in taken] == [(n, None) for n in steps]
     taken.clear()
     streamed(model, ids, attention_mask=mask, **GREEDY)
     model(ids, mask)  # outside of generate there is none
     streamed(model, ids[-1:], cache=model.prefill(ids[-1:, :-1]), **GREEDY)
-    assert [(graph.steps, graph.closed) for graph in taken] == [(11, True), (12, True)]
+    assert [(graph.steps, graph.text()) for graph in taken] == [(11, None), (12, None)]
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
