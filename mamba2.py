@@ -1164,10 +1164,14 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 alive.append(running)
                 if ids.shape[1] >= stopping_criteria.max_length:
                     break
-            for token, goes_on in zip(tokens, torch.stack(alive).any(1).tolist(), strict=True):
+            waits = len(stopping_criteria) > 1  # else it is the length alone that ends a text
+            alive = torch.stack(alive).any(1).tolist() if waits else [True] * len(tokens)
+            for token, goes_on in zip(tokens, alive, strict=True):
                 yield token
                 if not goes_on:
                     return
+            if ids.shape[1] >= stopping_criteria.max_length:
+                return
 
 
 class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
