@@ -1254,7 +1254,6 @@ def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, 
 
 def same_on_ranks(model, x, **options):
     """What must be equal on all ranks, or one would wait for ever for what another never sends."""
-    _check("attn_layer_idx", model.config.attn_layer_idx, *NO_SLICES)
     options |= {name: getattr(model.config, name) for name in _DEFAULTS}
     checkpoints = model.backbone.gradient_checkpointing
     return options | dict(training=model.training, checkpoints=checkpoints)
@@ -1378,8 +1377,6 @@ class _SumOfRanks(torch.autograd.Function):
 
 # ---- 8. Hybrids: attention and MLPs in the language model ----------------------------------------
 
-NO_SLICES = "attention has no slices: leave out group, or use DDP or FSDP2", lambda v: not v
-
 
 class AttentionState(NamedTuple):
     """The state of an `Attention` layer, immutable. It grows with m, the positions before."""
@@ -1407,7 +1404,7 @@ class Attention(nn.Module):
     There are h = num_heads of p = head_dim channels, and g = num_heads_kv of keys and values.
     """
 
-    step, forward = Mamba2.step, Mamba2.forward
+    step, forward, _sorted = Mamba2.step, Mamba2.forward, Mamba2._sorted
 
     def __init__(
         self, d_model, num_heads, num_heads_kv=None, head_dim=None, causal=False, d_conv=0,
@@ -1435,13 +1432,10 @@ class Attention(nn.Module):
         past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
         return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
 
-    def _sorted(self, u, mask, group, **rows):
-        _check("group", group, *NO_SLICES)  # before anything is sent
-        return Mamba2._sorted(self, u, mask, None, **rows)
-
     def _run(self, u, state, layout):
         """The layer itself, as in `Mamba2`."""
-        _check("group", layout.slices, *NO_SLICES)
+        rule = "attention has no slices: leave it out, or use DDP or FSDP2"
+        _check("group", layout.slices, rule, lambda slices: slices is None)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
         state = layout.begin(state or self.initial_state(len(u), qkv))
         (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence

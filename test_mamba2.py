@@ -2146,20 +2146,20 @@ def test_hybrids_load_as_published_and_decode_as_the_whole(name, tmp_path):
 
 
 def test_attention_is_decoded_by_plain_steps_and_has_no_slices(monkeypatch):
-    model, ids, group = tiny(**HYBRID), tokens(1, 4), object()
+    model, ids = tiny(**ATTENTION_FIRST), tokens(1, 4)
     if mamba2.kernels:  # there is no graph
         assert not {mamba2.Attention, mamba2.GatedMLP} & {*mamba2.kernels._kinds.values()}
         assert mamba2.kernels._fingerprint(model) is None
         assert mamba2.kernels._fingerprint(tiny()) is not None
         monkeypatch.setattr(mamba2.kernels, "block", mock.Mock(side_effect=AssertionError))
         model(ids[:, :1], cache=model.prefill(ids))
-    monkeypatch.setattr(mamba2, "Slices", mock.Mock(side_effect=AssertionError("it is sent")))
-    with pytest.raises(ValueError, match="attn_layer_idx = .1.: attention has no slices"):
-        model(ids, group=group)
-    monkeypatch.setattr(mamba2, "Slices", mock.Mock())
-    with pytest.raises(ValueError, match="group = .* attention has no slices"):
-        model.backbone.layers[1].mixer.step(torch.randn(1, 2, 32), group=group)
-    assert not mamba2.Slices.return_value.mock_calls  # nothing is sent
+    slices = mock.Mock(gather=mock.Mock(return_value=(None, None)))
+    monkeypatch.setattr(mamba2, "Slices", mock.Mock(return_value=slices))
+    step = functools.partial(model.backbone.layers[0].mixer.step, torch.randn(1, 2, 32))
+    for call in (functools.partial(model, ids), step):
+        with pytest.raises(ValueError, match="group = .* attention has no slices"):
+            call(group=object())
+    assert not slices.hand_over.called  # nothing is sent
 
 
 @EITHER
