@@ -989,8 +989,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if group is None:
             targets, starts = targets_and_starts(mask=mask, **rows)
         else:
-            same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
-            same = same_on_ranks(self, x, items=num_items_in_batch is not None, **same)
+            # What must be equal on all ranks, or one would wait for what another never sends.
+            same = {name: getattr(self.config, name) for name in _DEFAULTS}
+            same |= dict(segments=max(1, -(-l // length)), cache=use_cache, training=self.training)
+            same |= dict(states=len(past.states), items=num_items_in_batch is not None)
+            same["checkpoints"] = self.backbone.gradient_checkpointing
             targets, starts = Slices(group).gather(x, length, mask, same, **rows)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -1250,13 +1253,6 @@ def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, 
             targets = targets.masked_fill(starts, 0)
         targets = layout.restore(F.pad(layout.sort(targets), (0, 1))[:, 1:]) - 100
     return targets, starts
-
-
-def same_on_ranks(model, x, **options):
-    """What must be equal on all ranks, or one would wait for ever for what another never sends."""
-    options |= {name: getattr(model.config, name) for name in _DEFAULTS}
-    checkpoints = model.backbone.gradient_checkpointing
-    return options | dict(training=model.training, checkpoints=checkpoints)
 
 
 def register_with_transformers():
