@@ -1413,8 +1413,6 @@ class Attention(nn.Module):
         self.head_dim = p = head_dim or d_model // num_heads
         _check("causal", causal, "must be True", lambda v: v)
         _check("rotary_emb_interleaved", rotary_emb_interleaved, "must be False", lambda v: not v)
-        rule = f"must be even, and at most {p}"
-        _check("rotary_emb_dim", rotary_emb_dim, rule, lambda d: d in range(0, p + 1, 2))
         self.rotary, self.scale = (rotary_emb_dim, rotary_emb_base), softmax_scale
         self.widths = [num_heads * p, *[(num_heads_kv or num_heads) * p] * 2]  # of q, k and v
         self.in_proj = nn.Linear(d_model, sum(self.widths), qkv_proj_bias)

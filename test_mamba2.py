@@ -1101,8 +1101,6 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     mamba2.Attention: {
         "ValueError: causal = False: must be True": dict(d_model=10, num_heads=2),
         "ValueError: interleaved = True: must be": ATTEND | dict(rotary_emb_interleaved=True),
-        "ValueError: rotary_emb_dim = 8: .* at most 6": ATTEND | dict(rotary_emb_dim=8),
-        "ValueError: rotary_emb_dim = 3: must be even": ATTEND | dict(rotary_emb_dim=3),
         "ValueError: num_heads = 4: must divide d_model": dict(d_model=10, num_heads=4),
         "TypeError: argument 'mlp_dim'": ATTEND | dict(mlp_dim=64),
     },
