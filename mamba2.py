@@ -167,7 +167,6 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
     product. Here it is a loop over chunks, inside one over slabs of a few, which bounds memory.
     """
-    _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and (fused := kernels.ssd(x, dt, A, B, C, D, **options)) is not None:
         return fused

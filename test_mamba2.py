@@ -1159,9 +1159,6 @@ for name, value in [(name, value) for name, values in IMPOSSIBLE.items() for val
     REFUSED.append((Mamba2Config, must, {name: value}))
     setattr(changed_later, name, value)
     REFUSED.append((Mamba2, f"ValueError: {error}", dict(d_model=changed_later)))
-for value in (0, -3, 2.5, None, True):
-    given = SSD | dict(chunk_size=value)
-    REFUSED.append((ssd, f"ValueError: chunk_size = {value}: must be an integer", given))
 for name, value in CHANGES.items():  # options that change the results, in every format
     error, option = rf"ValueError: {name}( .*|\))? = {re.escape(repr(value))}: ", {name: value}
     for file in ({}, FLA, TRANSFORMERS, ORIGINAL):
