@@ -1031,9 +1031,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
-        call = run
-        if count > 1 and torch.is_grad_enabled():
-            call = functools.partial(checkpoint, run, use_reentrant=False)
+        call = functools.partial(checkpoint, run, use_reentrant=False) if count > 1 else run
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
