@@ -435,7 +435,6 @@ class Mamba2(nn.Module):
         """The Layout for these arguments of `step`, and u sorted by it."""
         _require(sizes := {}, "b l d", u=u)
         _require(sizes, "b l", "integers", **rows)
-        _require(sizes, "b l", "a mask", mask=mask)
         if group is None:
             _, starts = targets_and_starts(mask=mask, **rows)
         else:
@@ -1082,7 +1081,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             length = math.ceil(math.sqrt(l * config.state_size / position))
             if self.device.type == "cuda":  # longer, where launching kernels would take longest
                 length = max(length, 2**34 // max(1, b * config.hidden_size**2))
-            length = min(l, length)
         return length or max(1, l)
 
     @torch.no_grad()
