@@ -331,9 +331,10 @@ class Mamba2State(NamedTuple):
     def to(self, *args, **kwargs) -> Mamba2State:
         """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
         Each step returns ssm in the dtype that it was passed in: bfloat16 takes half the memory,
-        and on a GPU less time, but rounds small contributions away. conv keeps its dtype."""
-        ssm = self.ssm.to(*args, **kwargs)
-        return Mamba2State(self.conv.to(ssm.device), ssm)
+        and on a GPU less time, but rounds small contributions away. All else keeps its dtype."""
+        moved = self.map(lambda tensor: tensor.to(self.conv.to(*args, **kwargs).device))
+        has_ssm = isinstance(self, Mamba2State)
+        return moved._replace(ssm=self.ssm.to(*args, **kwargs)) if has_ssm else moved
 
 
 class Mamba2(nn.Module):
@@ -1376,11 +1377,7 @@ class AttentionState(NamedTuple):
     past: Tensor  # (b, m, 2 g, p), rotated keys, then values, in the dtype of in_proj(u)
     counts: Tensor  # (b, m) bool: False where masked, and in earlier packed sequences
 
-    map, detach = Mamba2State.map, Mamba2State.detach
-
-    def to(self, *args, **kwargs) -> AttentionState:
-        """The state on another device. Arguments are as for Tensor.to, but no dtype changes."""
-        return self.map(lambda tensor: tensor.to(self.conv.to(*args, **kwargs).device))
+    map, detach, to = Mamba2State.map, Mamba2State.detach, Mamba2State.to
 
 
 class Attention(nn.Module):
