@@ -1217,7 +1217,6 @@ def _inputs(ids, embeds, mask, others, **rows):
     _require(sizes, "b l d", inputs_embeds=embeds)
     _require(sizes, "b l", "integers", input_ids=ids, **rows)
     if mask is not None:
-        _require({}, "b l", "a mask", attention_mask=mask)
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
         # Nothing masked is the common case, and worth asking for.

@@ -1111,7 +1111,6 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     "forward": {
         "ValueError: exactly one of input_ids and": dict(inputs_embeds=torch.ones(2, 9, 32)),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
-        "TypeError: attention_mask is a list: it must be a tensor": dict(attention_mask=[[1, 1]]),
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
         "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
