@@ -134,10 +134,9 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 
 
 def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q, the
-    diagonal is 0, and -inf is above it. The exponential of the result is L. Differs: Listing 1
-    takes the difference of two prefix sums, which has few correct digits after a large sum, and is
-    NaN after an infinite one. This adds up each segment."""
+    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q; 0 on the
+    diagonal, -inf above it. The exponential of the result is L. Differs: Listing 1 subtracts two
+    prefix sums, which leaves few digits after a large sum, and NaN after an infinite one."""
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
     terms = log_decay[..., None].expand(*log_decay.shape, q)  # (..., q, s)
@@ -147,9 +146,8 @@ def segsum(log_decay: Tensor) -> Tensor:
 
 @_without_autocast
 def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1. C holds
-    the queries, B the keys, dt x the values, and the decays L take the place of the softmax. Per
-    head: time O(l^2 (n + p)), memory O(l^2)."""
+    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1, with the
+    decays L in place of the softmax. Per head: time O(l^2 (n + p)), memory O(l^2)."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     if x.shape[1] == 0:
         return torch.zeros_like(x), state
@@ -345,10 +343,8 @@ class Mamba2(nn.Module):
                       └─ z ────────────────────────────────────┴─ norm(y silu(z)) ── out_proj ── out
 
     with A = -exp(A_log) and dt = softplus(dt + dt_bias), as in Mamba-1, clamped to time_step_limit.
-    With rmsnorm=False there is no norm, only y silu(z).
 
-        layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these;
-                                             # device and dtype mean what they do in nn.Linear
+        layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state after the last position
         y, state = layer.step(v, state)      # resumes there, with any number of positions
@@ -410,8 +406,7 @@ class Mamba2(nn.Module):
         Args:
             state: the Mamba2State of an earlier call, which this one resumes; None is all zeros.
             mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
-                the other outputs and the state are as if they had been left out. Their own outputs
-                are 0.
+                other outputs and the state are as without them. Their own outputs are 0.
             seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
             group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
                 The new state is then that after this rank's slice.
@@ -425,8 +420,7 @@ class Mamba2(nn.Module):
     def forward(
         self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None, layout=None
     ):
-        """y of `step`, with its arguments. For u sorted by a Layout, which a model makes once for
-        all layers: y, sorted too, and the new state."""
+        """y of `step`, with its arguments. With u sorted by a `layout`: sorted y and the state."""
         if layout is not None:
             return self._run(u, state, layout)
         layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
@@ -515,9 +509,8 @@ class Mamba2Block(nn.Module):
 class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
     Mamba2Cache of the tokens before, to hidden (b, l, d) and the new cache. mask and group as in
-    `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool, or
-    None: the positions at which another sequence begins. The input of each block, and hidden, are
-    appended to the list hidden_states, if there is one."""
+    `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool:
+    where another one begins. The list hidden_states gets the input of each block, and hidden."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -654,9 +647,8 @@ def _erase(x: Tensor, where: Tensor) -> Tensor:
 
 @dataclass(eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model after some tokens; its size is constant, unless a layer is
-    attention. A forward pass takes one as `cache` and returns a new one; none is ever changed.
-    torch.save and torch.load keep it in a file."""
+    """The states of all layers after some tokens, of constant size unless a layer is attention. It
+    is immutable: a forward pass returns a new one. torch.save and torch.load keep it in a file."""
 
     states: tuple[Mamba2State | AttentionState, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
@@ -809,8 +801,7 @@ _OTHERS |= dict(D_has_hdim=False, d_inner=None, d_ssm=None, attn=None)
 class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model, listed in `OPTIONS`; the defaults are `mamba2-130m`'s.
     Each can be passed, read and set under both of its names (without transformers, read and set
-    under the first, which is also that in `config.json`). Options of all transformers
-    configurations are accepted too; others are a TypeError."""
+    under the first). Options of all transformers configurations are accepted too."""
 
     model_type = "mamba2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -896,8 +887,7 @@ if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
 
 
 class Mamba2PreTrainedModel(PreTrainedModel):
-    """A backbone, to which each model below adds a head; and how their weights are drawn, loaded
-    and saved."""
+    """A backbone, to which each model below adds a head; how weights are drawn, loaded, saved."""
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
@@ -1035,8 +1025,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
-        # Autocast as it is, but for its cache: with it, weights would be cast once for all
-        # segments, and their gradients added in bfloat16.
+        # With autocast's cache, all segments would add their gradients of a weight in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
         enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
@@ -1136,8 +1125,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        """What transformers calls to generate, with all arguments prepared: yield tokens (b) after
-        ids (b, l), until all rows have ended."""
+        """What transformers calls, all prepared: yield tokens (b) until all rows have ended."""
         config = generation_config
         mode = config.get_generation_mode().value
         if mode not in ("greedy_search", "sample") or config.num_return_sequences != 1:
