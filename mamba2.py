@@ -355,10 +355,8 @@ class Mamba2(nn.Module):
     def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
         super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
-        if not isinstance(config, Mamba2Config):
+        if options or not isinstance(config, Mamba2Config):
             config = Mamba2Config(d_model=d_model, **options)
-        elif options:
-            raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
         self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size

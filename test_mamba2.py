@@ -1088,7 +1088,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: nheads. = 3: times head_dim": dict(d_model=64, nheads=3),
         "ValueError: d_model. = 10.5": dict(d_model=7, headdim=1, expand=1.5),
         "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
-        r"TypeError: and options \['d_state'\]: pass one": dict(d_model=Mamba2Config(), d_state=64),
+        "ValueError: d_model. = Mamba2Config": dict(d_model=Mamba2Config(), d_state=64),
     },
     Mamba2Config.from_dict: {
         r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
