@@ -1057,9 +1057,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         config = self.config
         length = config.segment_length if length is None else length
-        _check("segment_length", length, *LENGTH)
-        if length == "auto" and group is not None:
-            raise ValueError("segment_length = 'auto': with a group, give a number")
+        _check("segment_length", length, *(LENGTH if group is None else WIDTH))
         if length == "auto":
             # Kept for the backward pass, per layer and channel: a state for each segment, and
             # `position` numbers for each position of one. Their sum is least if both are equal.
