@@ -242,8 +242,7 @@ def causal_conv1d(
         fused = kernels.causal_conv1d(x, weight, bias, **options)
     if fused is not None and length is None:
         return fused
-    sizes = {}
-    _require(sizes, "b l d", x=x)
+    sizes = _require({}, "b l d", x=x)
     _require(sizes, "d k", weight=weight)
     b, l, d, k = (sizes[axis] for axis in "bldk")
     _require(sizes, "d", bias=bias)
@@ -280,8 +279,8 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     fused = kernels and kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
     if fused is not None:
         return fused
-    sizes, axes = {}, x.dim() if isinstance(x, Tensor) else 1
-    _require(sizes, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is last, after any others
+    axes = x.dim() if isinstance(x, Tensor) else 1
+    sizes = _require({}, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is the last axis
     _require(sizes, "d", weight=weight)
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
@@ -426,7 +425,7 @@ class Mamba2(nn.Module):
 
     def _sorted(self, u, mask, group, **rows):
         """The Layout for these arguments of `step`, and u sorted by it."""
-        _require(sizes := {}, "b l d", u=u)
+        sizes = _require({}, "b l d", u=u)
         _require(sizes, "b l", "integers", **rows)
         if group is None:
             _, starts = targets_and_starts(mask=mask, **rows)
@@ -574,8 +573,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     """Check the arguments of SSD, and return in float32 at least: the logarithm of each step's
     decay (b, l, h); D as (h, 1) or (h, p), or None; the state (b, h, p, n). The first decay of a
     packed sequence is exp(-inf) = 0, which erases the state of the one before (Section 8.3)."""
-    sizes = {}
-    _require(sizes, "b l h p", x=x)
+    sizes = _require({}, "b l h p", x=x)
     _require(sizes, "b l h", dt=dt)
     _require(sizes, "h", A=A)
     _require(sizes, "b l g n", B=B, C=C)
@@ -714,8 +712,7 @@ def _check(name, value, rule, holds):
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
     """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind; "a
-    mask" of floats must hold 0 and 1. sizes: known ones by letter, to which the tensors' are added.
-    """
+    mask" of floats must hold 0 and 1. Returns sizes, known by letter, with the tensors' added."""
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -733,6 +730,7 @@ def _require(sizes, axes, kind="floating-point numbers", **tensors):
             rule = "must hold 0 and 1, not 0 alone: if it is additive, pass mask == 0"
             if not ((tensor == 0) | (tensor == 1)).all() or not tensor.any():
                 raise ValueError(f"{name}, a float mask, {rule}")
+    return sizes
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -1197,8 +1195,7 @@ def _inputs(ids, embeds, mask, others, **rows):
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    sizes = {}
-    _require(sizes, "b l d", inputs_embeds=embeds)
+    sizes = _require({}, "b l d", inputs_embeds=embeds)
     _require(sizes, "b l", "integers", input_ids=ids, **rows)
     if mask is not None:
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
