@@ -31,9 +31,8 @@ Sequences are "packed" if several lie one after another in the same row; masked 
 skipped, wherever they occur. "Differs:" marks where this file departs on purpose from the paper,
 from transformers' Mamba-2 or from "the original", the authors' package mamba_ssm.
 
-Section 6 and config.json files need transformers, all else only torch and einops. On CUDA,
-`kernels.py` beside this file takes over where `kernels` is mentioned: set `kernels = None` if you
-change the mathematics. MIT licence.
+Section 6 and config.json files need transformers, all else torch and einops. On CUDA, `kernels.py`
+takes over where `kernels` is mentioned: to change the mathematics, set it to None. MIT licence.
 """
 
 from __future__ import annotations
@@ -399,16 +398,13 @@ class Mamba2(nn.Module):
 
     def step(self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
-
-        Args:
-            state: the Mamba2State of an earlier call, which this one resumes; None is all zeros.
-            mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
-                other outputs and the state are as without them. Their own outputs are 0.
-            seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
-            group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
-                The new state is then that after this rank's slice.
-            starts: (b, l) bool, or None, instead of seq_idx: where another sequence begins, from a
-                zero state; the first position can be one.
+        state: the Mamba2State of an earlier call, which this one resumes; None is all zeros.
+        mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur: other
+            outputs and the state are as if they had been left out. Their own outputs are 0.
+        seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
+        group: a process group, if each of its ranks has a slice of the sequence: see `Slices`. The
+            new state is then that after this rank's slice.
+        starts: (b, l) bool, instead of seq_idx: where sequences begin, also at the first position.
         """
         layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
         y, state = self(u, state, layout=layout)  # not forward, so that hooks run
@@ -1001,15 +997,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
-        """Backbone and loss over a sequence, in segments of `length` positions.
-
-        Each segment starts from the state after the one before. For the backward pass only these
-        states are kept, and a segment is computed again when its turn comes: with a length s of
-        segments, memory grows as s + l / s, or as the square root of l with the best s.
-
+        """Backbone and loss over a sequence, in segments of `length` positions, each from the state
+        after the one before. For the backward pass only these states are kept, and a segment is
+        computed again when its turn comes: with a length s of segments, memory grows as s + l / s,
+        or as the square root of l with the best s.
         whole: tokens (b, l) or embeddings (b, l, d); mask, starts and targets, (b, l) or None.
-        Returns the summed loss or None; hidden from the position `first` on; the cache or None.
-        """
+        Returns the summed loss or None; hidden from the position `first` on; the cache or None."""
 
         def run(x, mask, starts, targets, cache, keep_cache):
             hidden, cache = self.backbone(x, cache, mask, starts, group, hidden_states, keep_cache)
@@ -1076,13 +1069,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return self(input_ids, attention_mask, cache, **options).cache
 
     def generate(self, inputs=None, generation_config=None, **options):
-        """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
-
-        With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
-        whole; for n beams or samples of each row, pass `cache.repeat(n)`. The cache in the output
-        of `return_dict_in_generate=True` has seen all but the last token. It is None for several
-        texts, which may end one before another, and for beams: read these with `prefill`.
-        """
+        """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph. With
+        `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of it all;
+        for n beams or samples of each row, pass `cache.repeat(n)`. The cache in the output of
+        `return_dict_in_generate=True` has seen all but the last token. It is None for beams and for
+        several texts, which may end one before another: read these with `prefill`."""
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
             _check(name, options.get(name), rule, lambda value: value is None)
@@ -1262,9 +1253,8 @@ class Slices:
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, x, length, mask=None, same=None, **text):
-        """`targets_and_starts` of the whole sequence, at the positions of x, this rank's part, of
-        which it reads `length` at a time. It raises on every rank, before anything else is sent,
-        unless all pass arguments of the same names, and equal options `same`."""
+        """`targets_and_starts` of the whole sequence, at the positions of x, this rank's part, read
+        `length` at a time. It raises on all ranks if their options `same` or arguments differ."""
         text = {name: rows for name, rows in text.items() if rows is not None}
         same = dict(same or {}, batch=x.shape[0], dtype=x.dtype, arguments=[*text])
         autocast = torch.is_autocast_enabled(x.device.type)
