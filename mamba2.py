@@ -373,14 +373,12 @@ class Mamba2(nn.Module):
         """Draw new weights as the original does, for a model of `depth` layers: projections and
         convolution uniform in +-1/sqrt(fan_in), out_proj divided by sqrt(depth)."""
         config = self.config
-        for module in (self.in_proj, self.out_proj, self.conv1d):
+        for module in filter(None, (self.in_proj, self.out_proj, self.conv1d, self.norm)):
             module.reset_parameters()
         self.out_proj.weight.div_(self.depth**0.5)
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
-        if config.rmsnorm:
-            self.norm.reset_parameters()
         nn.init.ones_(self.D)
         # -A is uniform in [1, 16]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
