@@ -488,11 +488,10 @@ class Mamba2Block(nn.Module):
             self.mlp = GatedMLP(config.hidden_size, config.d_intermediate)
 
     def forward(self, hidden, state=None, layout=None):
-        layout = Layout() if layout is None else layout
-        plain = all(part is None for part in layout)
+        plain = all(part is None for part in layout or ())
         if kernels and plain and not self.mlp and (fused := kernels.block(self, hidden, state)):
             return fused[0], Mamba2State(*fused[1:])
-        y, state = self.mixer(self.norm(hidden), state, layout=layout)
+        y, state = self.mixer(self.norm(hidden), state, layout=layout or Layout())
         hidden = hidden + y
         return (hidden + self.mlp(self.norm2(hidden)) if self.mlp else hidden), state
 
