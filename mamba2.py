@@ -968,10 +968,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             targets, starts = targets_and_starts(mask=mask, **rows)
         else:
             # What must be equal on all ranks, or one would wait for what another never sends.
-            same = {name: getattr(self.config, name) for name in _DEFAULTS}
+            same = dict(items=num_items_in_batch is not None, states=len(past.states))
             same |= dict(segments=max(1, -(-l // length)), cache=use_cache, training=self.training)
-            same |= dict(states=len(past.states), items=num_items_in_batch is not None)
             same["checkpoints"] = self.backbone.gradient_checkpointing
+            same |= {name: getattr(self.config, name) for name in _DEFAULTS}
             targets, starts = Slices(group).gather(x, length, mask, same, **rows)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
