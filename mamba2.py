@@ -31,9 +31,8 @@ Sequences are "packed" if several lie one after another in the same row; masked 
 skipped, wherever they occur. "Differs:" marks where this file departs on purpose from the paper,
 from transformers' Mamba-2 or from "the original", the authors' package mamba_ssm.
 
-Section 6 and config.json files need transformers, all else only torch and einops. On CUDA,
-`kernels.py` beside this file takes over where `kernels` is mentioned: set `kernels = None` if you
-change the mathematics. MIT licence.
+Section 6 and config.json files need transformers, all else torch and einops. On CUDA, `kernels.py`
+takes over where `kernels` is mentioned: to change the mathematics, set it to None. MIT licence.
 """
 
 from __future__ import annotations
@@ -134,10 +133,9 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 
 
 def segsum(log_decay: Tensor) -> Tensor:
-    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q, the
-    diagonal is 0, and -inf is above it. The exponential of the result is L. Differs: Listing 1
-    takes the difference of two prefix sums, which has few correct digits after a large sum, and is
-    NaN after an infinite one. This adds up each segment."""
+    """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q; 0 on the
+    diagonal, -inf above it. The exponential of the result is L. Differs: Listing 1 subtracts two
+    prefix sums, which leaves few digits after a large sum, and NaN after an infinite one."""
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
     terms = log_decay[..., None].expand(*log_decay.shape, q)  # (..., q, s)
@@ -147,9 +145,8 @@ def segsum(log_decay: Tensor) -> Tensor:
 
 @_without_autocast
 def ssd_quadratic(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1. C holds
-    the queries, B the keys, dt x the values, and the decays L take the place of the softmax. Per
-    head: time O(l^2 (n + p)), memory O(l^2)."""
+    """SSD as masked attention: y = (L ∘ C B^T) (dt x), the quadratic mode of Section 5.1, with the
+    decays L in place of the softmax. Per head: time O(l^2 (n + p)), memory O(l^2)."""
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     if x.shape[1] == 0:
         return torch.zeros_like(x), state
@@ -167,7 +164,6 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
     product. Here it is a loop over chunks, inside one over slabs of a few, which bounds memory.
     """
-    _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and (fused := kernels.ssd(x, dt, A, B, C, D, **options)) is not None:
         return fused
@@ -245,8 +241,7 @@ def causal_conv1d(
         fused = kernels.causal_conv1d(x, weight, bias, **options)
     if fused is not None and length is None:
         return fused
-    sizes = {}
-    _require(sizes, "b l d", x=x)
+    sizes = _require({}, "b l d", x=x)
     _require(sizes, "d k", weight=weight)
     b, l, d, k = (sizes[axis] for axis in "bldk")
     _require(sizes, "d", bias=bias)
@@ -283,8 +278,8 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
     fused = kernels and kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
     if fused is not None:
         return fused
-    sizes, axes = {}, x.dim() if isinstance(x, Tensor) else 1
-    _require(sizes, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is last, after any others
+    axes = x.dim() if isinstance(x, Tensor) else 1
+    sizes = _require({}, " ".join("stuvwxyd"[-axes:]), x=x, gate=gate)  # d is the last axis
     _require(sizes, "d", weight=weight)
     dtype = _at_least_float32(x.dtype)
     x = x.to(dtype) if gate is None else x.to(dtype) * F.silu(gate.to(dtype))
@@ -332,9 +327,10 @@ class Mamba2State(NamedTuple):
     def to(self, *args, **kwargs) -> Mamba2State:
         """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
         Each step returns ssm in the dtype that it was passed in: bfloat16 takes half the memory,
-        and on a GPU less time, but rounds small contributions away. conv keeps its dtype."""
-        ssm = self.ssm.to(*args, **kwargs)
-        return Mamba2State(self.conv.to(ssm.device), ssm)
+        and on a GPU less time, but rounds small contributions away. All else keeps its dtype."""
+        moved = self.map(lambda tensor: tensor.to(self.conv.to(*args, **kwargs).device))
+        has_ssm = isinstance(self, Mamba2State)
+        return moved._replace(ssm=self.ssm.to(*args, **kwargs)) if has_ssm else moved
 
 
 class Mamba2(nn.Module):
@@ -345,10 +341,8 @@ class Mamba2(nn.Module):
                       └─ z ────────────────────────────────────┴─ norm(y silu(z)) ── out_proj ── out
 
     with A = -exp(A_log) and dt = softplus(dt + dt_bias), as in Mamba-1, clamped to time_step_limit.
-    With rmsnorm=False there is no norm, only y silu(z).
 
-        layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these;
-                                             # device and dtype mean what they do in nn.Linear
+        layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state after the last position
         y, state = layer.step(v, state)      # resumes there, with any number of positions
@@ -359,10 +353,8 @@ class Mamba2(nn.Module):
     def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
         super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
         config = d_model
-        if not isinstance(config, Mamba2Config):
+        if options or not isinstance(config, Mamba2Config):
             config = Mamba2Config(d_model=d_model, **options)
-        elif options:
-            raise TypeError(f"a Mamba2Config and options {sorted(options)}: pass one or the other")
         config.validate_architecture()
         self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
@@ -381,14 +373,12 @@ class Mamba2(nn.Module):
         """Draw new weights as the original does, for a model of `depth` layers: projections and
         convolution uniform in +-1/sqrt(fan_in), out_proj divided by sqrt(depth)."""
         config = self.config
-        for module in (self.in_proj, self.out_proj, self.conv1d):
+        for module in filter(None, (self.in_proj, self.out_proj, self.conv1d, self.norm)):
             module.reset_parameters()
         self.out_proj.weight.div_(self.depth**0.5)
         if config.use_bias:
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
-        if config.rmsnorm:
-            self.norm.reset_parameters()
         nn.init.ones_(self.D)
         # -A is uniform in [1, 16]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
@@ -406,17 +396,13 @@ class Mamba2(nn.Module):
 
     def step(self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None):
         """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
-
-        Args:
-            state: the Mamba2State of an earlier call, which this one resumes; None is all zeros.
-            mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur:
-                the other outputs and the state are as if they had been left out. Their own outputs
-                are 0.
-            seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
-            group: a process group, if each of its ranks has a slice of the sequence: see `Slices`.
-                The new state is then that after this rank's slice.
-            starts: (b, l) bool, or None, instead of seq_idx: where another sequence begins, from a
-                zero state; the first position can be one.
+        state: the Mamba2State of an earlier call, which this one resumes; None is all zeros.
+        mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur: other
+            outputs and the state are as if they had been left out. Their own outputs are 0.
+        seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
+        group: a process group, if each of its ranks has a slice of the sequence: see `Slices`. The
+            new state is then that after this rank's slice.
+        starts: (b, l) bool, instead of seq_idx: where sequences begin, also at the first position.
         """
         layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
         y, state = self(u, state, layout=layout)  # not forward, so that hooks run
@@ -425,8 +411,7 @@ class Mamba2(nn.Module):
     def forward(
         self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None, layout=None
     ):
-        """y of `step`, with its arguments. For u sorted by a Layout, which a model makes once for
-        all layers: y, sorted too, and the new state."""
+        """y of `step`, with its arguments. With u sorted by a `layout`: sorted y and the state."""
         if layout is not None:
             return self._run(u, state, layout)
         layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
@@ -434,9 +419,8 @@ class Mamba2(nn.Module):
 
     def _sorted(self, u, mask, group, **rows):
         """The Layout for these arguments of `step`, and u sorted by it."""
-        _require(sizes := {}, "b l d", u=u)
+        sizes = _require({}, "b l d", u=u)
         _require(sizes, "b l", "integers", **rows)
-        _require(sizes, "b l", "a mask", mask=mask)
         if group is None:
             _, starts = targets_and_starts(mask=mask, **rows)
         else:
@@ -504,11 +488,10 @@ class Mamba2Block(nn.Module):
             self.mlp = GatedMLP(config.hidden_size, config.d_intermediate)
 
     def forward(self, hidden, state=None, layout=None):
-        layout = Layout() if layout is None else layout
-        plain = all(part is None for part in layout)
+        plain = all(part is None for part in layout or ())
         if kernels and plain and not self.mlp and (fused := kernels.block(self, hidden, state)):
             return fused[0], Mamba2State(*fused[1:])
-        y, state = self.mixer(self.norm(hidden), state, layout=layout)
+        y, state = self.mixer(self.norm(hidden), state, layout=layout or Layout())
         hidden = hidden + y
         return (hidden + self.mlp(self.norm2(hidden)) if self.mlp else hidden), state
 
@@ -516,9 +499,8 @@ class Mamba2Block(nn.Module):
 class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
     Mamba2Cache of the tokens before, to hidden (b, l, d) and the new cache. mask and group as in
-    `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool, or
-    None: the positions at which another sequence begins. The input of each block, and hidden, are
-    appended to the list hidden_states, if there is one."""
+    `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool:
+    where another one begins. The list hidden_states gets the input of each block, and hidden."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -584,8 +566,7 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
     """Check the arguments of SSD, and return in float32 at least: the logarithm of each step's
     decay (b, l, h); D as (h, 1) or (h, p), or None; the state (b, h, p, n). The first decay of a
     packed sequence is exp(-inf) = 0, which erases the state of the one before (Section 8.3)."""
-    sizes = {}
-    _require(sizes, "b l h p", x=x)
+    sizes = _require({}, "b l h p", x=x)
     _require(sizes, "b l h", dt=dt)
     _require(sizes, "h", A=A)
     _require(sizes, "b l g n", B=B, C=C)
@@ -655,9 +636,8 @@ def _erase(x: Tensor, where: Tensor) -> Tensor:
 
 @dataclass(eq=False, repr=False)
 class Mamba2Cache:
-    """The state of a whole model after some tokens; its size is constant, unless a layer is
-    attention. A forward pass takes one as `cache` and returns a new one; none is ever changed.
-    torch.save and torch.load keep it in a file."""
+    """The states of all layers after some tokens, of constant size unless a layer is attention. It
+    is immutable: a forward pass returns a new one. torch.save and torch.load keep it in a file."""
 
     states: tuple[Mamba2State | AttentionState, ...]  # of each layer
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
@@ -725,8 +705,7 @@ def _check(name, value, rule, holds):
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
     """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind; "a
-    mask" of floats must hold 0 and 1. sizes: known ones by letter, to which the tensors' are added.
-    """
+    mask" of floats must hold 0 and 1. Returns sizes, known by letter, with the tensors' added."""
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -744,6 +723,7 @@ def _require(sizes, axes, kind="floating-point numbers", **tensors):
             rule = "must hold 0 and 1, not 0 alone: if it is additive, pass mask == 0"
             if not ((tensor == 0) | (tensor == 1)).all() or not tensor.any():
                 raise ValueError(f"{name}, a float mask, {rule}")
+    return sizes
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -810,8 +790,7 @@ _OTHERS |= dict(D_has_hdim=False, d_inner=None, d_ssm=None, attn=None)
 class Mamba2Config(PreTrainedConfig):
     """Sizes and options of a Mamba-2 model, listed in `OPTIONS`; the defaults are `mamba2-130m`'s.
     Each can be passed, read and set under both of its names (without transformers, read and set
-    under the first, which is also that in `config.json`). Options of all transformers
-    configurations are accepted too; others are a TypeError."""
+    under the first). Options of all transformers configurations are accepted too."""
 
     model_type = "mamba2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -897,8 +876,7 @@ if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
 
 
 class Mamba2PreTrainedModel(PreTrainedModel):
-    """A backbone, to which each model below adds a head; and how their weights are drawn, loaded
-    and saved."""
+    """A backbone, to which each model below adds a head; how weights are drawn, loaded, saved."""
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
@@ -988,8 +966,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if group is None:
             targets, starts = targets_and_starts(mask=mask, **rows)
         else:
-            same = dict(segments=max(1, -(-l // length)), cache=use_cache, states=len(past.states))
-            same = same_on_ranks(self, x, items=num_items_in_batch is not None, **same)
+            # What must be equal on all ranks, or one would wait for what another never sends.
+            same = dict(items=num_items_in_batch is not None, states=len(past.states))
+            same |= dict(segments=max(1, -(-l // length)), cache=use_cache, training=self.training)
+            same["checkpoints"] = self.backbone.gradient_checkpointing
+            same |= {name: getattr(self.config, name) for name in _DEFAULTS}
             targets, starts = Slices(group).gather(x, length, mask, same, **rows)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -1012,15 +993,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss, logits, hidden_states=states, **{CACHE: cache})
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
-        """Backbone and loss over a sequence, in segments of `length` positions.
-
-        Each segment starts from the state after the one before. For the backward pass only these
-        states are kept, and a segment is computed again when its turn comes: with a length s of
-        segments, memory grows as s + l / s, or as the square root of l with the best s.
-
+        """Backbone and loss over a sequence, in segments of `length` positions, each from the state
+        after the one before. For the backward pass only these states are kept, and a segment is
+        computed again when its turn comes: with a length s of segments, memory grows as s + l / s,
+        or as the square root of l with the best s.
         whole: tokens (b, l) or embeddings (b, l, d); mask, starts and targets, (b, l) or None.
-        Returns the summed loss or None; hidden from the position `first` on; the cache or None.
-        """
+        Returns the summed loss or None; hidden from the position `first` on; the cache or None."""
 
         def run(x, mask, starts, targets, cache, keep_cache):
             hidden, cache = self.backbone(x, cache, mask, starts, group, hidden_states, keep_cache)
@@ -1028,14 +1006,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
-        call = run
-        if count > 1 and torch.is_grad_enabled():
-            call = functools.partial(checkpoint, run, use_reentrant=False)
+        call = functools.partial(checkpoint, run, use_reentrant=False) if count > 1 else run
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
-        # Autocast as it is, but for its cache: with it, weights would be cast once for all
-        # segments, and their gradients added in bfloat16.
+        # With autocast's cache, all segments would add their gradients of a weight in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
         enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
@@ -1069,9 +1044,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """How many of l positions are in a segment; `length` is what the caller asked for."""
         config = self.config
         length = config.segment_length if length is None else length
-        _check("segment_length", length, *LENGTH)
-        if length == "auto" and group is not None:
-            raise ValueError("segment_length = 'auto': with a group, give a number")
+        _check("segment_length", length, *(LENGTH if group is None else WIDTH))
         if length == "auto":
             # Kept for the backward pass, in numbers per layer and channel: a state for each
             # segment, in a hybrid also keys and values, half of them on average; and `position` for
@@ -1083,7 +1056,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             length = math.ceil(math.sqrt(l * state / position))
             if self.device.type == "cuda":  # longer, where launching kernels would take longest
                 length = max(length, 2**34 // max(1, b * config.hidden_size**2))
-            length = min(l, length)
         return length or max(1, l)
 
     @torch.no_grad()
@@ -1095,13 +1067,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return self(input_ids, attention_mask, cache, **options).cache
 
     def generate(self, inputs=None, generation_config=None, **options):
-        """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph.
-
-        With `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of the
-        whole; for n beams or samples of each row, pass `cache.repeat(n)`. The cache in the output
-        of `return_dict_in_generate=True` has seen all but the last token. It is None for several
-        texts, which may end one before another, and for beams: read these with `prefill`.
-        """
+        """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph. With
+        `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of it all;
+        for n beams or samples of each row, pass `cache.repeat(n)`. The cache in the output of
+        `return_dict_in_generate=True` has seen all but the last token. It is None for beams and for
+        several texts, which may end one before another: read these with `prefill`."""
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
             _check(name, options.get(name), rule, lambda value: value is None)
@@ -1135,8 +1105,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        """What transformers calls to generate, with all arguments prepared: yield tokens (b) after
-        ids (b, l), until all rows have ended."""
+        """What transformers calls, all prepared: yield tokens (b) until all rows have ended."""
         config = generation_config
         mode = config.get_generation_mode().value
         if mode not in ("greedy_search", "sample") or config.num_return_sequences != 1:
@@ -1216,11 +1185,9 @@ def _inputs(ids, embeds, mask, others, **rows):
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
     if (ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    sizes = {}
-    _require(sizes, "b l d", inputs_embeds=embeds)
+    sizes = _require({}, "b l d", inputs_embeds=embeds)
     _require(sizes, "b l", "integers", input_ids=ids, **rows)
     if mask is not None:
-        _require({}, "b l", "a mask", attention_mask=mask)
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
         # Nothing masked is the common case, and worth asking for.
@@ -1254,14 +1221,6 @@ def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, 
     return targets, starts
 
 
-def same_on_ranks(model, x, **options):
-    """What must be equal on all ranks, or one would wait for ever for what another never sends."""
-    _check("attn_layer_idx", model.config.attn_layer_idx, *NO_SLICES)
-    options |= {name: getattr(model.config, name) for name in _DEFAULTS}
-    checkpoints = model.backbone.gradient_checkpointing
-    return options | dict(training=model.training, checkpoints=checkpoints)
-
-
 def register_with_transformers():
     """Make AutoConfig and AutoModelForCausalLM use this file for "mamba2"."""
     transformers.AutoConfig.register("mamba2", Mamba2Config, exist_ok=True)
@@ -1293,9 +1252,8 @@ class Slices:
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, x, length, mask=None, same=None, **text):
-        """`targets_and_starts` of the whole sequence, at the positions of x, this rank's part, of
-        which it reads `length` at a time. It raises on every rank, before anything else is sent,
-        unless all pass arguments of the same names, and equal options `same`."""
+        """`targets_and_starts` of the whole sequence, at the positions of x, this rank's part, read
+        `length` at a time. It raises on all ranks if their options `same` or arguments differ."""
         text = {name: rows for name, rows in text.items() if rows is not None}
         same = dict(same or {}, batch=x.shape[0], dtype=x.dtype, arguments=[*text])
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -1380,8 +1338,6 @@ class _SumOfRanks(torch.autograd.Function):
 
 # ---- 8. Hybrids: attention and MLPs in the language model ----------------------------------------
 
-NO_SLICES = "attention has no slices: leave out group, or use DDP or FSDP2", lambda v: not v
-
 
 class AttentionState(NamedTuple):
     """The state of an `Attention` layer, immutable. It grows with m, the positions before."""
@@ -1390,11 +1346,7 @@ class AttentionState(NamedTuple):
     past: Tensor  # (b, m, 2 g, p), rotated keys, then values, in the dtype of in_proj(u)
     counts: Tensor  # (b, m) bool: False where masked, and in earlier packed sequences
 
-    map, detach = Mamba2State.map, Mamba2State.detach
-
-    def to(self, *args, **kwargs) -> AttentionState:
-        """The state on another device. Arguments are as for Tensor.to, but no dtype changes."""
-        return self.map(lambda tensor: tensor.to(self.conv.to(*args, **kwargs).device))
+    map, detach, to = Mamba2State.map, Mamba2State.detach, Mamba2State.to
 
 
 class Attention(nn.Module):
@@ -1409,7 +1361,7 @@ class Attention(nn.Module):
     There are h = num_heads of p = head_dim channels, and g = num_heads_kv of keys and values.
     """
 
-    step, forward = Mamba2.step, Mamba2.forward
+    step, forward, _sorted = Mamba2.step, Mamba2.forward, Mamba2._sorted
 
     def __init__(
         self, d_model, num_heads, num_heads_kv=None, head_dim=None, causal=False, d_conv=0,
@@ -1422,8 +1374,6 @@ class Attention(nn.Module):
         self.head_dim = p = head_dim or d_model // num_heads
         _check("causal", causal, "must be True", lambda v: v)
         _check("rotary_emb_interleaved", rotary_emb_interleaved, "must be False", lambda v: not v)
-        rule = f"must be even, and at most {p}"
-        _check("rotary_emb_dim", rotary_emb_dim, rule, lambda d: d in range(0, p + 1, 2))
         self.rotary, self.scale = (rotary_emb_dim, rotary_emb_base), softmax_scale
         self.widths = [num_heads * p, *[(num_heads_kv or num_heads) * p] * 2]  # of q, k and v
         self.in_proj = nn.Linear(d_model, sum(self.widths), qkv_proj_bias)
@@ -1437,13 +1387,10 @@ class Attention(nn.Module):
         past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
         return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
 
-    def _sorted(self, u, mask, group, **rows):
-        _check("group", group, *NO_SLICES)  # before anything is sent
-        return Mamba2._sorted(self, u, mask, None, **rows)
-
     def _run(self, u, state, layout):
         """The layer itself, as in `Mamba2`."""
-        _check("group", layout.slices, *NO_SLICES)
+        rule = "attention has no slices: leave it out, or use DDP or FSDP2"
+        _check("group", layout.slices, rule, lambda slices: slices is None)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
         state = layout.begin(state or self.initial_state(len(u), qkv))
         (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence
