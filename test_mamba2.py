@@ -887,8 +887,8 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
     assert_close(model_gradients(model, output.loss), model_gradients(model, loss))
     if apart:  # the same in other words
         assert_close(model(ids, position_ids=positions, **given).loss, loss)
-        whole = [torch.cat([torch.arange(n) for n in row]) for row in lengths]  # masked ones too
-        whole = torch.stack(whole).to(DEVICE)
+        # Masked ones too.
+        whole = torch.stack([torch.cat([*map(torch.arange, row)]) for row in lengths]).to(DEVICE)
         assert_close(model(ids, position_ids=whole, **given).loss, loss)
         for dtype in (torch.uint16, torch.uint8, torch.int8, torch.int16, torch.int32):
             assert_close(model(ids, seq_idx=seq_idx.to(dtype), **given).loss, loss)
@@ -1068,7 +1068,6 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     },
     Mamba2Config.from_dict: {
         r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
-        r"ValueError: \(d_state\) = '16': must be an integer": FLA | dict(state_size="16"),
         "TypeError: norm_eps.* has two names of one option": FLA | dict(layer_norm_epsilon=1e-6),
         "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
         "ValueError: layer = 'Mamba1': only 'Mamba2'": ORIGINAL | dict(ssm_cfg={}),
@@ -1679,25 +1678,21 @@ def test_the_trainer_learns_the_same_whole_in_segments_accumulated_and_resumed(t
 
 
 def test_lora_trains_the_projections_and_can_be_saved_and_merged(tmp_path):
-    ids, lora = tokens(2, 9), peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    model = peft.get_peft_model(tiny(), lora)
-    before = model(ids).logits.detach()
+    ids, options = tokens(2, 9), dict(task_type="CAUSAL_LM", target_modules="all-linear")
+    # Random from the first step on: at PEFT's zeros, half of the gradients are 0.
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(init_lora_weights=False, **options))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
-    optimizer = torch.optim.SGD(trained.values(), lr=1.0)
-    model.train()
-    for _ in range(2):  # lora_B begins at 0, so that lora_A moves in the second step only
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = model.eval()(ids).logits
-    assert (after - before).abs().max() > 0.01 * before.abs().max()
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
+    logits, before = model(ids).logits, tiny()(ids).logits
+    assert (logits - before).abs().max() > 0.01 * before.abs().max()
     model.save_pretrained(tmp_path)
     back = peft.PeftModel.from_pretrained(tiny(), tmp_path).to(DEVICE)
     text, merged = model.generate(input_ids=ids, **GREEDY), model.merge_and_unload()
     assert torch.equal(merged.generate(ids, **GREEDY), text)
     for same in (back, merged):
-        assert_close(same(ids).logits, after, F32)
+        assert_close(same(ids).logits, logits, F32)
 
 
 def test_a_pipeline_writes_what_generate_writes():
@@ -1720,8 +1715,7 @@ def test_segments_train_weights_and_states_as_the_whole(masked, apart, layer_by_
     draw = lambda t: torch.randn_like(t).requires_grad_() if t.is_floating_point() else t
     states = tree_map(draw, model(ids, use_cache=True).cache.states)
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-    others = [p for p in model.parameters() if p is not model.get_input_embeddings().weight]
-    inputs = [*others, model.lm_head.weight, embeds, *tensors(states)]
+    inputs = [*model.parameters(), embeds, *tensors(states)]
     given = dict(attention_mask=mask) if masked else {}
     given |= dict(seq_idx=packed(mask)[1]) if apart else {}
     given |= dict(inputs_embeds=embeds, labels=labels, cache=Mamba2Cache(states), use_cache=True)
