@@ -601,13 +601,13 @@ class Layout(NamedTuple):
     def of(cls, x, mask=None, group=None, starts=None):
         """The layout of x (b, l, ...); mask (b, l); starts (b, l) bool, where sequences begin."""
         _require(dict(b=x.shape[0], l=x.shape[1]), "b l", "a mask", mask=mask)
-        layout = cls(slices=None if group is None else Slices(group))
+        length = skipped = source = number = None
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
-            layout = cls((~skipped).sum(1, keepdim=True), skipped, source, layout.slices)
+            length = (~skipped).sum(1, keepdim=True)
         if starts is not None:
-            layout = layout._replace(seq_idx=layout.sort(starts).cumsum(1))
-        return layout
+            number = cls(length, skipped, source).sort(starts).cumsum(1)
+        return cls(length, skipped, source, None if group is None else Slices(group), number)
 
     def sort(self, x):
         """x (b, l, ...) sorted, with 0 at masked positions, even where x is NaN."""
