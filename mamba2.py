@@ -164,6 +164,7 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
     product. Here it is a loop over chunks, inside one over slabs of a few, which bounds memory.
     """
+    _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
     if kernels and (fused := kernels.ssd(x, dt, A, B, C, D, **options)) is not None:
         return fused
@@ -421,6 +422,7 @@ class Mamba2(nn.Module):
         """The Layout for these arguments of `step`, and u sorted by it."""
         sizes = _require({}, "b l d", u=u)
         _require(sizes, "b l", "integers", **rows)
+        _require(sizes, "b l", "a mask", mask=mask)
         if group is None:
             _, starts = targets_and_starts(mask=mask, **rows)
         else:
@@ -744,6 +746,7 @@ POSITIVE = "must be a positive number", lambda v: 0 < v < math.inf
 LENGTH = "must be 'auto', or an integer of at least 0", lambda v: v == "auto" or WIDTH[1](v)
 SWITCH = "must be True or False", lambda v: isinstance(v, bool)
 SILU = "only 'silu' is implemented, also called 'swish'", lambda v: v in ("silu", "swish")
+NO_SLICES = "attention has no slices: leave out group, or use DDP or FSDP2", lambda v: not v
 LIMITS = "must be (low, high), 0 <= low <= high", lambda v: len(v) == 2 and 0 <= v[0] <= v[1]
 
 OPTIONS = [  # name in transformers, in the paper's code, default, what it may be, meaning
@@ -950,8 +953,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
         past = _one_cache(cache, past_key_values)
-        # On CUDA, `generate` passes a Text, whose step may be that of a CUDA graph.
-        text = past if kernels and isinstance(past, kernels.Text) else None
+        text = past if kernels and isinstance(past, kernels.Text) else None  # `generate` on CUDA
         logits = text and text.decode(input_ids, attention_mask, output_hidden_states)
         if logits is not None:
             return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
@@ -966,6 +968,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if group is None:
             targets, starts = targets_and_starts(mask=mask, **rows)
         else:
+            _check("attn_layer_idx", self.config.attn_layer_idx, *NO_SLICES)
             # What must be equal on all ranks, or one would wait for what another never sends.
             same = dict(items=num_items_in_batch is not None, states=len(past.states))
             same |= dict(segments=max(1, -(-l // length)), cache=use_cache, training=self.training)
@@ -1389,8 +1392,7 @@ class Attention(nn.Module):
 
     def _run(self, u, state, layout):
         """The layer itself, as in `Mamba2`."""
-        rule = "attention has no slices: leave it out, or use DDP or FSDP2"
-        _check("group", layout.slices, rule, lambda slices: slices is None)
+        _check("group", layout.slices, *NO_SLICES)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
         state = layout.begin(state or self.initial_state(len(u), qkv))
         (conv, past, counts), number = state, layout.seq_idx  # 0 for the state's sequence
