@@ -464,6 +464,7 @@ class Mamba2(nn.Module):
         # Differs: published configs say 256, for the original's kernels; plain PyTorch prefers 64.
         options = dict(chunk_size=min(self.config.chunk_size, 64), seq_idx=layout.seq_idx)
         y, new_ssm = ssd(x, dt, A, B, C, self.D, initial_state=ssm, **options)
+        del convolved, x, B, C  # frees their memory for the norm
         new_ssm = new_ssm if ssm is None else new_ssm.to(ssm.dtype)
         y = y.flatten(2)  # (b, l, h p)
         y = self.norm(y, gate=z) if self.norm else (y * F.silu(z.to(dtype))).to(z.dtype)
@@ -857,11 +858,10 @@ class Mamba2Config(PreTrainedConfig):
             value = options.pop(name, only)
             if value != only and (value or only):  # None means False, 0 or []
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
-        there = {cls.attribute_map.get(name, name) for name in options}
-        options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
+        options = {cls.attribute_map.get(name, name): value for name, value in options.items()}
+        options = {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys()} | options
         # What else is in the file is kept as an attribute, and means nothing here.
-        names = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
-        extra = {name: options.pop(name) for name in names}
+        extra = {name: options.pop(name) for name in options.keys() - _DEFAULTS.keys() - _COMMON}
         config = super().from_dict(options, **kwargs)
         vars(config[0] if isinstance(config, tuple) else config).update(extra)
         return config
@@ -953,7 +953,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
         """
         past = _one_cache(cache, past_key_values)
-        text = past if kernels and isinstance(past, kernels.Text) else None  # `generate` on CUDA
+        text = past if kernels and isinstance(past, kernels.Text) else None  # generate on CUDA
         logits = text and text.decode(input_ids, attention_mask, output_hidden_states)
         if logits is not None:
             return CausalLMOutputWithPast(logits=logits, **{CACHE: text})
@@ -1193,7 +1193,6 @@ def _inputs(ids, embeds, mask, others, **rows):
     if mask is not None:
         mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
         _require(sizes, "b l", "a mask", attention_mask=mask)
-        # Nothing masked is the common case, and worth asking for.
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
     return embeds if ids is None else ids, mask
 
@@ -1243,10 +1242,9 @@ class Slices:
     ever, and sends the new state to the next rank: at any length, 4 b (h p n + (k-1) (h p + 2 g n))
     bytes (2.69 MB in mamba2-2.7b; twice that in float64). The backward pass goes the other way. The
     model returns the loss of the whole sequence on each of R ranks, whose gradients are R times
-    what its slice adds to them: averaged, as in DDP and FSDP, they are those in one process.
-
-    With segment_length, each segment is cut in slices, and a rank has its slices of all segments
-    one after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
+    what its slice adds to them: averaged, as in DDP and FSDP, they are those in one process. With
+    segment_length, each segment is cut in slices, and a rank has its slices of all segments one
+    after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
     """
 
     def __init__(self, group):
@@ -1446,8 +1444,6 @@ class GatedMLP(nn.Module):
 
 
 torch.serialization.add_safe_globals([Mamba2State, AttentionState, Mamba2Cache])  # for torch.load
-
-
 if kernels:  # may stand in for calls of these
     kernels.register(nn.Linear, CausalConv1d, RMSNorm, Mamba2, Mamba2Block)
     kernels.register(Mamba2Backbone, Mamba2ForCausalLM, Mamba2State, Mamba2Cache)

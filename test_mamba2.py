@@ -2117,7 +2117,7 @@ def test_hybrids_load_as_published_and_decode_as_the_whole(name, tmp_path):
 
 
 def test_attention_is_decoded_by_plain_steps_and_has_no_slices(monkeypatch):
-    model, ids = tiny(**ATTENTION_FIRST), tokens(1, 4)
+    model, ids = tiny(**HYBRID), tokens(1, 4)
     if mamba2.kernels:  # there is no graph
         assert not {mamba2.Attention, mamba2.GatedMLP} & {*mamba2.kernels._kinds.values()}
         assert mamba2.kernels._fingerprint(model) is None
@@ -2126,11 +2126,13 @@ def test_attention_is_decoded_by_plain_steps_and_has_no_slices(monkeypatch):
         model(ids[:, :1], cache=model.prefill(ids))
     slices = mock.Mock(gather=mock.Mock(return_value=(None, None)))
     monkeypatch.setattr(mamba2, "Slices", mock.Mock(return_value=slices))
-    step = functools.partial(model.backbone.layers[0].mixer.step, torch.randn(1, 2, 32))
-    for call in (functools.partial(model, ids), step):
-        with pytest.raises(ValueError, match="group = .* attention has no slices"):
-            call(group=object())
-    assert not slices.hand_over.called  # nothing is sent
+    with pytest.raises(ValueError, match="attn_layer_idx = .*: attention has no slices"):
+        model(ids, group=object())
+    assert not slices.mock_calls  # nothing is sent
+    (layer,) = (part for part in model.modules() if isinstance(part, mamba2.Attention))
+    with pytest.raises(ValueError, match="group = .* attention has no slices"):
+        layer.step(torch.randn(1, 2, 32), group=object())
+    assert not slices.hand_over.called
 
 
 @EITHER
