@@ -2909,7 +2909,7 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, features=""):
     l: a number, or (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
     features: state, seq: there is an initial state, there are sequences; sliced, odd: x, B and C
     are slices of one tensor, odd: whose rows begin at odd addresses; extreme, zero, growing:
-    of steps; low: all is in dtype; no_D.
+    of steps; low: all is in dtype; mixed: B alone is not; no_D; wide_D: (h, p).
     """
     if isinstance(l, tuple):
         l = l[0] * (64 if dtype == torch.bfloat16 and n != 256 else 32) + l[1]
@@ -2927,11 +2927,12 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, features=""):
         dt = dt * (rand(b, l, 1) < 0.5)
     elif "growing" in features:  # the first head's state, by some 4 % per step; others decay
         dt, A = 0.05 + dt / 2, torch.where(torch.arange(h, device=DEVICE) == 0, 0.7, A)
-    D = None if "no_D" in features else randn(h)
+    D = None if "no_D" in features else randn(h, *[p] * ("wide_D" in features))
+    B = B.to(HALF) if "mixed" in features else B
     state = randn(b, h, p, n) if "state" in features else None
     if "low" in features:
         dt, A, D, state = (t.to(dtype) for t in (dt, A, D, state))
-    ids = (rand(b, l) < max(1.5 / l, 0.03)).cumsum(1) % 3
+    ids = (rand(b, l) < max(1.5 / max(l, 1), 0.03)).cumsum(1) % 3
     seq_idx = ids.short() if "seq" in features else None
     return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx)
 
@@ -3312,66 +3313,45 @@ KERNEL_SMALLEST = {
     "layer_middle, a step": dict(l=1, features="state"),
     "norm_linear": dict(rows=2, d=8, outputs=6, features="gate bias residual"),
 }
-# What does not fit together although each tensor could be right.
+# Sizes that do not fit together, although each tensor could be right.
 KERNEL_SILENT = {
-    "ssd": [
-        lambda i: {k: i[k][:, :0] for k in ("x", "dt", "B", "C", "seq_idx")},
-        lambda i: {k: i[k][:0] for k in ("x", "dt", "B", "C", "initial_state", "seq_idx")},
-        lambda i: {k: i[k].repeat(1, 1, 2, 1) for k in "BC"},  # groups that do not divide the heads
-        lambda i: {k: i[k][:, :, :0] for k in "BC"},
-    ],
-    "causal_conv1d": [lambda i: {k: i[k][:, :0] for k in ("x", "seq_idx")}],
-    "rms_norm": [
-        lambda i: dict(groups=3),
-        lambda i: dict(groups=0),
-        lambda i: {k: i[k][:, :0] for k in ("x", "gate")},
-        lambda i: dict(x=i["weight"][0], gate=i["weight"][0]),
-    ],
-    "layer_middle": [
-        lambda i: {k: i[k][:0] for k in ("zxbcdt", "conv", "ssm", "seq_idx")},
-        lambda i: dict(zxbcdt=i["zxbcdt"][:, :1], conv=None, ssm=None, seq_idx=None),
-        lambda i: dict(weight=i["weight"].repeat(1, 1, 2)[..., :5], conv=None),  # five taps
-        lambda i: dict(seq_idx=i["seq_idx"].double()),
-    ],
-    "layer_middle, a step": [lambda i: dict(zxbcdt=i["zxbcdt"].repeat(1, 1, 2))],
-    "norm_linear": [
-        lambda i: {k: i[k].repeat(2, 1, 1)[:3] for k in ("x", "gate", "residual")},  # three rows
-        lambda i: {k: i[k][:0] for k in ("x", "gate", "residual")},
-    ],
+    "ssd": [dict(l=0), dict(b=0), dict(n=0), dict(g=2)],
+    "causal_conv1d": [dict(l=0)],
+    "rms_norm": [dict(rows=0), dict(groups=0), dict(groups=3)],
+    "layer_middle": [dict(b=0), dict(l=1, features="seq"), dict(k=5, features="seq")],
+    "norm_linear": [dict(rows=0), dict(rows=3)],
 }
-
-
 # Calls that a kernel could be expected to take: a user is told of them, because they cost time.
 KERNEL_LOUD = {
     "ssd": {
-        "headdim is 12": lambda i: dict(x=i["x"][..., :12], initial_state=None),
-        "d_state is 10": lambda i: {k: i[k][..., :10] for k in ("B", "C", "initial_state")},
-        "one dtype": lambda i: dict(B=i["B"].to(HALF)),
-        "D is .h, p.": lambda i: dict(D=i["D"][:, None].expand(-1, 16)),
+        "headdim is 12": dict(p=12),
+        "d_state is 10": dict(n=10),
+        "one dtype": dict(features="mixed"),
+        "D is .h, p.": dict(features="wide_D"),
     },
-    "causal_conv1d": {
-        "5 taps": lambda i: dict(weight=i["x"][0].mT, initial_state=None),
-    },
-    "rms_norm": {
-        "8200 channels": lambda i: {
-            k: i[k].repeat_interleave(1025, -1) for k in ("x", "weight", "gate")
-        }
-    },
+    "causal_conv1d": {"5 taps": dict(k=5)},
+    "rms_norm": {"8200 channels": dict(d=8200)},
 }
 
 
-@pytest.mark.parametrize("case", KERNEL_SILENT)
+@pytest.mark.parametrize("case", KERNEL_SMALLEST)
 def test_kernel_leaves_other_tensors_to_its_twin_silently_or_warns_once(case, monkeypatch):
     operation = case.split(",")[0]
-    given, graded = kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case])
-    kernel = getattr(mamba2.kernels, operation)
+    kernel, twin = getattr(mamba2.kernels, operation), KERNELS[operation][1]
+
+    def draw(**changes):
+        return kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case] | changes)
+
+    given, graded = draw()
     assert kernel(**given) is not None
-    changes = [lambda i: tree_map_only(torch.Tensor, lambda t: t.to("meta"), i)]
+    changes = [tree_map_only(torch.Tensor, lambda t: t.to("meta"), given)]
+    changes += [draw(**sizes)[0] for sizes in KERNEL_SILENT.get(case, [])]
     for name, tensor in given.items():
         if not torch.is_tensor(tensor):
             continue
-        others = [tensor[None], tensor[..., 1:], tensor[:0]]
-        others += [] if operation == "layer_middle" else [1.0]  # whose arguments are a layer's
+        others = [tensor[None], tensor[..., 1:], tensor[:0], tensor.repeat_interleave(2, -1)]
+        if operation != "layer_middle":  # whose arguments are a layer's
+            others += [1.0, tensor.flatten()[0]]
         if tensor.is_floating_point():
             others += [tensor.double(), tensor.int(), TwoTensor(tensor, tensor)]
             others.append(torch.complex(tensor, -tensor).conj().imag)  # negated when it is read
@@ -3380,14 +3360,13 @@ def test_kernel_leaves_other_tensors_to_its_twin_silently_or_warns_once(case, mo
                 others.append(tensor.clone().requires_grad_())
         else:
             others.append(tensor.float())
-        changes += [lambda i, name=name, other=other: {name: other} for other in others]
-    for i, change in enumerate(changes + KERNEL_SILENT[case]):
-        changed = given | change(given)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert kernel(**changed) is None, f"change {i}: {change(given)}"
-    for message, change in KERNEL_LOUD.get(case, {}).items():
-        changed, twin = given | change(given), getattr(mamba2, operation)
+        changes += [{name: other} for other in others]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i, change in enumerate(changes):
+            assert kernel(**given | change) is None, f"change {i}: {change}"
+    for message, sizes in KERNEL_LOUD.get(case, {}).items():
+        changed, _ = draw(**sizes)
         monkeypatch.setattr(mamba2.kernels, "_said", set())
         with pytest.warns(match=f"plain PyTorch runs .*{message}"):
             found = twin(**changed)
@@ -3531,15 +3510,11 @@ def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypat
 
 @torch.no_grad()
 def test_kernel_step_writes_a_new_state_or_over_the_last_one():
-    layer, _ = kernel_layer(HALF)
-    draw = lambda *shape: torch.randn(2, *shape, device=DEVICE).to(HALF)
-    _, (conv, ssm) = layer.step(draw(3, layer.config.d_model))
-    _, xBC, dt = draw(1, sum(layer.widths)).split(layer.widths, 2)
-    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
-    step = functools.partial(mamba2.kernels.layer_step, xBC, dt, conv, ssm, *weights)
-    expected, before = step(), conv.clone()
-    y, new, same = step(in_place=True)
-    assert same is ssm and identical((y, new, ssm), expected) and torch.equal(conv, before)
+    inputs, _ = kernel_inputs("layer_middle", HALF, l=1, features="state")
+    conv, ssm = inputs["conv"].clone(), inputs["ssm"]
+    expected = mamba2.kernels.layer_middle(**inputs)
+    found = mamba2.kernels.layer_middle(**inputs, in_place=True)
+    assert found[2] is ssm and identical((*found, inputs["conv"]), (*expected, conv))
 
 
 @pytest.mark.parametrize("options", [{}, dict(ngroups=2, bias=True, dt_limit=(0.01, 0.05))])
@@ -3604,29 +3579,22 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
             assert relative_error(found, without_kernels(transform, call, x)) <= 1e-5
 
 
-def test_kernels_run_whichever_switch_of_tf32_is_set():
-    if Version(torch.__version__) < Version("2.9"):
-        pytest.skip("PyTorch before 2.9")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="PyTorch before 2.9")
+def test_kernels_run_whichever_switch_of_tf32_is_set(request):
     inputs, switch = kernel_ssd_inputs(torch.float32, 40, p=16, n=16), torch.backends.cuda.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
-    try:
-        y, _ = mamba2.kernels.ssd(**inputs)
-    finally:
-        switch.fp32_precision = before
-    assert relative_error(y, mamba2.ssd_recurrent(**inputs)[0]) <= 1e-2
+    name, expected = "fp32_precision", mamba2.ssd_recurrent(**inputs)[0]
+    request.addfinalizer(functools.partial(setattr, switch, name, getattr(switch, name)))
+    setattr(switch, name, "tf32")  # allow_tf32 raises now
+    assert relative_error(mamba2.kernels.ssd(**inputs)[0], expected) <= 1e-2
 
 
 def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
     layer, _ = kernel_layer(HALF if CUDA else torch.float32)
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes])
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+    backend = CompileCounterWithBackend("aot_eager")
 
     def count(operation):
         name = f"{mamba2.kernels.NAMESPACE}.{operation}"
-        return [sum(name in target for target in graph) for graph in graphs]
+        return [graph.code.count(name) for graph in backend.graphs]
 
     torch._dynamo.reset()
     l = 200 if CUDA else 9
@@ -3640,7 +3608,7 @@ def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
     assert count("layer_middle") == [1]
 
     torch._dynamo.reset()
-    graphs.clear()
+    backend.graphs.clear()
     step = torch.compile(layer.step, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
         for rows in (2, 3, 5):
