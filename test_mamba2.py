@@ -2841,7 +2841,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = torch.bfloat16 if CUDA else torch.float16  # the interpreter's bfloat16 is not CUDA's
 KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16] if CUDA else [torch.float32, HALF]
 PASSED_IN_THE_INTERPRETER = {  # how many, by settings and names
-    ("", "test_kernel"): 120,
+    ("", "test_kernel"): 121,
     ("portable", "test_kernel_is_its_twin and ssd"): 20,
 }
 
@@ -3410,30 +3410,33 @@ def layer_with_gradients(layer, step, u, mask=None, seq_idx=None, cuts=()):
     return [y, *state, *torch.autograd.grad(loss, [given["u"], *layer.parameters()])]
 
 
-@in_each_dtype(["alone", "with a hook", "with a mask"])
-def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype):
-    layer, exact = kernel_layer(dtype)
+@in_each_dtype(["alone", "with a hook", "with a mask", "in autocast"])
+def test_kernel_layer_is_the_layer_in_float64_whole_in_pieces_and_in_autocast(case, dtype):
+    layer, exact = kernel_layer(torch.float32 if case == "in autocast" else dtype)
     if case == "with a hook":  # its module is called, so convolution, SSD and norm stay apart
         layer.norm.register_forward_hook(lambda module, args, y: y)
     b, l = (2, 300) if CUDA else (1, 36)
-    u = torch.randn(b, l, layer.config.d_model, device=DEVICE).to(dtype)
+    u = torch.randn(b, l, layer.config.d_model, device=DEVICE).to(layer.D.dtype)
     mask = torch.rand(b, l, device=DEVICE) < 0.7 if case == "with a mask" else None
     seq_idx = (torch.arange(l, device=DEVICE) >= 2 * l // 3).int().expand(b, l)
     sequences = mask, seq_idx
+    step = torch.autocast(DEVICE.type, dtype, case == "in autocast")(layer.step)
     want = layer_with_gradients(exact, exact.step, u.double(), *sequences)
-    plain = without_kernels(layer_with_gradients, layer, layer.step, u, *sequences)
+    plain = without_kernels(layer_with_gradients, layer, step, u, *sequences)
     for cuts in ([], [l // 3, l // 3 + 1, l - 1]):
         with counted() as ran, poisoned():
-            found = layer_with_gradients(layer, layer.step, u, *sequences, cuts)
+            found = layer_with_gradients(layer, step, u, *sequences, cuts)
         apart = ["causal_conv1d", "ssd", "rms_norm"]
         pieces = [b - a for a, b in itertools.pairwise([0, *cuts, l])]
-        want_ran = [["layer_middle"] if n > 1 and case == "alone" else apart for n in pieces]
+        fused = case in ("alone", "in autocast")
+        want_ran = [["layer_middle"] if n > 1 and fused else apart for n in pieces]
         assert [name for name in ran if name != "refused"] == sum(want_ran, [])
+        assert found[0].dtype == dtype
         for i, (f, p, w) in enumerate(zip(found, plain, want, strict=True)):
             assert f.dtype == p.dtype
             limit = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
             assert relative_error(f, w) <= 3 * relative_error(p, w) + limit, f"{cuts} [{i}]"
-    step = functools.partial(torch.utils.checkpoint.checkpoint, layer.step, use_reentrant=False)
+    step = functools.partial(torch.utils.checkpoint.checkpoint, step, use_reentrant=False)
     assert identical(layer_with_gradients(layer, step, u, *sequences, cuts), found)
 
 
@@ -3590,11 +3593,14 @@ def test_kernels_run_whichever_switch_of_tf32_is_set(request):
 
 def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
     layer, _ = kernel_layer(HALF if CUDA else torch.float32)
-    backend = CompileCounterWithBackend("aot_eager")
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph.code)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
     def count(operation):
-        name = f"{mamba2.kernels.NAMESPACE}.{operation}"
-        return [graph.code.count(name) for graph in backend.graphs]
+        return [code.count(f"{mamba2.kernels.NAMESPACE}.{operation}") for code in graphs]
 
     torch._dynamo.reset()
     l = 200 if CUDA else 9
@@ -3608,7 +3614,7 @@ def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
     assert count("layer_middle") == [1]
 
     torch._dynamo.reset()
-    backend.graphs.clear()
+    graphs.clear()
     step = torch.compile(layer.step, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
         for rows in (2, 3, 5):
@@ -3653,19 +3659,6 @@ def test_kernel_layer_compiled_with_reduce_overhead_is_the_layer():
         found.append(results)
     for eager, compiled in zip(*found, strict=True):
         assert relative_error(compiled, eager) <= 1e-5
-
-
-@needs_cuda
-def test_kernel_layer_in_autocast_is_the_layer_in_float64():
-    layer, exact = kernel_layer(torch.float32)
-    u = torch.randn(2, 300, layer.config.d_model, device=DEVICE)
-    with counted() as ran, torch.autocast("cuda", torch.bfloat16):
-        y = layer(u)
-    assert ran == ["layer_middle"] and y.dtype == torch.bfloat16
-    gradient = torch.autograd.grad(y.float().square().sum(), layer.in_proj.weight)[0]
-    want = exact(u.double())
-    want_gradient = torch.autograd.grad(want.square().sum(), exact.in_proj.weight)[0]
-    assert relative_error(y, want) <= 2e-2 and relative_error(gradient, want_gradient) <= 4e-2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
