@@ -2417,6 +2417,64 @@ README_TEXT = README.read_text() if README.exists() else ""
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README_TEXT, re.M | re.S)
 
 
+def figure_rows():
+    """What README's figure shows: times of this and of mamba_ssm by label, from the tables; the
+    measured time of a token by length of the context; bytes of the state, and of keys and values.
+    """
+    text = README.read_text()
+
+    def times(begin, mine, other, part=0):
+        """Two columns of a row that begins like this; of the second, if there are two."""
+        row = re.search(rf"^\| {begin}.*$", text, re.M)[0].splitlines()[-1].split("|")
+        return tuple(float(row[column].split("/")[part]) for column in (mine, other))
+
+    bars = {
+        "SSD, 2.7b: forward": times("SSD, batch 8", 2, 3),
+        "SSD, 2.7b: backward": times("SSD, batch 8", 2, 3, part=1),
+        "a layer's training step": times("in a CUDA graph", 2, 3),
+        "a prompt of 8,192 tokens": times("in a CUDA graph", 2, 3, part=1),
+        "a token": times(r"mamba2-130m \| 1 ", 4, 6),
+        "a token, 2.7b, batch 64": times(r"mamba2-2.7b \| 1 .*\n\| \| 64 ", 4, 6),
+    }
+    number = r"([\d.,\sand]+)"
+    flat = re.search(rf"mamba2-130m\stakes{number}ms\sper\stoken\safter{number}tokens", text)
+    flat = [re.findall(r"[\d.,]*\d", part.replace(",", "")) for part in flat.groups()]
+    flat = {float(context): float(ms) for ms, context in zip(*flat, strict=True)}
+    c = Mamba2Config()  # mamba2-130m
+    conv, ssm = Mamba2(c).initial_state(1)
+    state = c.n_layer * (2 * conv.numel() + 4 * ssm.numel())  # in bfloat16 and in float32
+    keys_and_values = 2 * c.n_layer * c.d_model * 2  # bytes per token, in bfloat16
+    return bars, flat, state, keys_and_values
+
+
+def draw_figure():
+    """the README's figure from its tables"""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    blue, red = dict(color="#0072B2"), dict(color="#D55E00")
+    bars, flat, state, keys_and_values = figure_rows()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1.1, 1))
+    ratios = [theirs / mine for mine, theirs in bars.values()]
+    left.bar_label(left.barh([*bars], ratios, **blue), fmt="%.1f×", padding=3)
+    left.axvline(1, color="black", linestyle="--", linewidth=1)
+    left.set(title="Speed relative to mamba_ssm", xlim=(0, max(ratios) + 0.8))
+    left.invert_yaxis()
+    mb, text = state / 1e6, f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
+    right.loglog([*flat], [keys_and_values * context / 1e6 for context in flat], "s-", **red)
+    right.loglog([*flat], [mb] * len(flat), "o-", **blue)
+    right.text(1.5e4, 1843.2, "Transformer", ha="right", **red)
+    right.text(1e6, 1.6 * mb, f"Mamba-2: {mb:.1f} MB", ha="right", **blue)
+    right.text(1e6, 0.32 * mb, text, ha="right", size=9, **blue)
+    right.set(title="Memory of one sequence", xlabel="context, tokens", ylim=(2, 2e5))
+    right.set_xticks([100, 10_000, 1_000_000], ["100", "10,000", "1,000,000"])
+    right.set_yticks([10, 1000, 100_000], ["10 MB", "1 GB", "100 GB"])
+    right.minorticks_off()
+    figure.tight_layout()
+    figure.savefig(FIGURE, metadata=dict(Date=None))
+
+
 def test_the_readme_s_figure_shows_the_numbers_of_its_tables():
     bars, flat, state, keys_and_values = figure_rows()
     figure, text = FIGURE.read_text(), " ".join(README.read_text().split())
@@ -2449,11 +2507,9 @@ def test_the_commands_in_the_readme_are_understood(capsys):
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_readme_block_runs(number, tmp_path, monkeypatch):
     first = BLOCKS[number].splitlines()[0]
-    needs = {"needs a hub": False, "needs a GPU": torch.cuda.is_available()}
-    needs["needs torch 2.11"] = FSDP2_RUNS
-    for need, met in needs.items():
-        if first.startswith("#") and need in first and not met:
-            pytest.skip(f"block {number + 1} of README.md {need}")
+    for need, met in {"# needs a hub": False, "# needs torch 2.11": FSDP2_RUNS}.items():
+        if first.startswith(need) and not met:
+            pytest.skip(f"block {number + 1} of README.md {need[2:]}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     namespace, code = {"__name__": "readme"}, BLOCKS[number]
@@ -2721,10 +2777,9 @@ def test_a_sharded_model_is_saved_resumed_and_loaded_on_one_device(rank, world):
 
 @on_ranks(2)
 def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
-    (data, collators), options = byte_data(), dict(max_grad_norm=0.0, max_steps=3)
+    (data, collators), batches = byte_data(), tokens(16, 24).split(4)
+    options = dict(max_grad_norm=0.0, max_steps=3, gradient_accumulation_steps=2)
     given = FOLDER, data, collators[0]
-    options |= dict(gradient_accumulation_steps=2)
-    batches = tokens(16, 24).split(4)
     model = tiny(dtype=torch.float64).train()
     optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
     of_bytes = tiny(vocab_size=384, dtype=torch.float64)
@@ -2785,7 +2840,7 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     def call(model=model, **changes):
         model(**dict(input_ids=ids, labels=ids, group=group) | changes)
 
-    for name, odd in (
+    for name, odd, *usual in (
         ("batch", lambda: call(input_ids=ids[:1], labels=ids[:1])),
         ("arguments", lambda: call(labels=None)),
         ("segments", lambda: call(segment_length=4)),
@@ -2800,17 +2855,13 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
         ("cache", lambda: call(use_cache=True)),
         ("training", lambda: call(tiny())),
         ("items", step),  # one rank in a layer, others in a model
+        ("arguments", lambda: step(seq_idx=ids), step),  # all of them in a layer
+        ("batch", lambda: step(u[:1]), step),
+        ("gradients", torch.no_grad()(step), step),
+        ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(step), step),
     ):
         with pytest.raises(ValueError, match=f"{name} = .*: one per rank, make them"):
-            (odd if rank == world - 1 else call)()
-    for name, odd in (
-        ("arguments", lambda: step(seq_idx=ids)),
-        ("batch", lambda: step(u[:1])),
-        ("gradients", torch.no_grad()(step)),
-        ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(step)),
-    ):
-        with pytest.raises(ValueError, match=f"{name} = .*: one per rank, make them"):
-            (odd if rank == world - 1 else step)()
+            (odd if rank == world - 1 else [call, *usual][-1])()
     call()  # nobody is out of step
     step()
 
@@ -3716,6 +3767,81 @@ def test_the_kernels_pass_in_the_interpreter(settings, names, interpreters):
     assert passed == PASSED_IN_THE_INTERPRETER[settings, names], said[-500:]
 
 
+# For Triton; and the kind of our settings.
+TARGETS = {"sm_80": "portable", "sm_86": "portable", "sm_89": "portable", "sm_90": "tma"}
+TARGETS |= {"sm_90 portable": "portable", "sm_100": "portable", "sm_120": "portable"}
+TARGETS["gfx942"] = "cdna"
+
+
+def kernels_of_ssd(kind, dtype, n):
+    """What compiles the kernels of SSD, by name: those of a layer of 2.7b on this kind of GPU."""
+    b, l, h, p, g, kernels, found = 8, 4096, 80, 64, 1, mamba2.kernels, {}
+    empty = functools.partial(torch.empty, device="meta")
+    x, B, C = empty(b, l, h * p + 2 * g * n, dtype=dtype).split([h * p, g * n, g * n], 2)
+    x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
+    dt, per_head = empty(b, l, h, dtype=dtype), empty(h)
+    raw, inputs = (per_head, 0.0, math.inf), (x, dt, per_head, B, C, per_head, None, None)
+
+    def record(plan, **tensors):
+        tensors |= plan.descriptors(tensors)
+        for kernel, grid, numbers, options in plan.calls:
+            names = kernels._tensors(kernel)
+            given = numbers | {name: tensors[numbers.get(name, name)] for name in names}
+            values = [given[name] for name in kernel.arg_names]
+            compiling = functools.partial(kernel.warmup, *values, grid=grid, **options)
+            found[kernel.fn.__name__.removesuffix("_kernel")] = compiling
+
+    changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
+    with (
+        mock.patch.multiple(kernels, **changes),
+        mock.patch.object(kernels._Plan, "__call__", record),
+    ):
+        kernels._ssd_forward(*kernels._ssd_new(*inputs), *inputs, *raw)
+        kernels._ssd_backward(x, None, *inputs, *raw, (x, dt, B, C))
+    return found
+
+
+def registers_and_spills(compiled, arch):
+    """Registers for each thread, and bytes of them that are spilled to memory."""
+    if "amdgcn" in compiled.asm:
+        found = re.findall(r"vgpr_(?:spill_)?count:\s*(\d+)", compiled.asm["amdgcn"])
+        return int(found[-2]), 4 * int(found[-1])
+    folder = Path(mamba2.kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
+    names = ["ptxas-blackwell", "ptxas"] if arch >= 100 else ["ptxas"]
+    assembler = next(folder / name for name in names if (folder / name).exists())
+    chip = f"--gpu-name=sm_{arch}" + "a" * (arch >= 90)
+    command = [assembler, "-v", chip, "/dev/stdin", "-o", "/dev/null"]
+    options = dict(capture_output=True, text=True, check=True)
+    said = subprocess.run(command, input=compiled.asm["ptx"], **options).stderr
+    spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
+    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
+
+
+def print_targets(*words):
+    """WORDS: what the kernels need on other GPUs, in lines with all of these words"""
+    from triton.backends.compiler import GPUTarget
+
+    triton = mamba2.kernels.triton
+    print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
+    print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    for target, dtype, n in itertools.product(TARGETS, dtypes, (128, 256)):
+        kind, number = TARGETS[target], re.search("[0-9]+", target)[0]
+        gpu = ("hip", target, 64) if kind == "cdna" else ("cuda", int(number), 32)
+        if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in mamba2.kernels.SETTINGS:
+            continue
+        at_hand = mock.Mock()  # what Triton asks for the GPU at hand
+        at_hand.get_current_target.return_value = GPUTarget(*gpu)
+        at_hand.get_current_device.return_value = target
+        triton.runtime.driver.set_active(at_hand)
+        for name, compiling in kernels_of_ssd(kind, dtype, n).items():
+            line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name:10}"
+            if all(word in line for word in words):
+                compiled = compiling()
+                registers, spilled = registers_and_spills(compiled, gpu[1])
+                print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels")
 @pytest.mark.parametrize("target", ["sm_86", "sm_120"])  # which have 99 KB of shared memory
 def test_the_largest_kernels_compile_for_other_gpus_and_fit(target):
@@ -4018,81 +4144,6 @@ def benchmark_parallel():
     dist.destroy_process_group()
 
 
-# For Triton; and the kind of our settings.
-TARGETS = {"sm_80": "portable", "sm_86": "portable", "sm_89": "portable", "sm_90": "tma"}
-TARGETS |= {"sm_90 portable": "portable", "sm_100": "portable", "sm_120": "portable"}
-TARGETS["gfx942"] = "cdna"
-
-
-def kernels_of_ssd(kind, dtype, n):
-    """What compiles the kernels of SSD, by name: those of a layer of 2.7b on this kind of GPU."""
-    b, l, h, p, g, kernels, found = 8, 4096, 80, 64, 1, mamba2.kernels, {}
-    empty = functools.partial(torch.empty, device="meta")
-    x, B, C = empty(b, l, h * p + 2 * g * n, dtype=dtype).split([h * p, g * n, g * n], 2)
-    x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
-    dt, per_head = empty(b, l, h, dtype=dtype), empty(h)
-    raw, inputs = (per_head, 0.0, math.inf), (x, dt, per_head, B, C, per_head, None, None)
-
-    def record(plan, **tensors):
-        tensors |= plan.descriptors(tensors)
-        for kernel, grid, numbers, options in plan.calls:
-            names = kernels._tensors(kernel)
-            given = numbers | {name: tensors[numbers.get(name, name)] for name in names}
-            values = [given[name] for name in kernel.arg_names]
-            compiling = functools.partial(kernel.warmup, *values, grid=grid, **options)
-            found[kernel.fn.__name__.removesuffix("_kernel")] = compiling
-
-    changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
-    with (
-        mock.patch.multiple(kernels, **changes),
-        mock.patch.object(kernels._Plan, "__call__", record),
-    ):
-        kernels._ssd_forward(*kernels._ssd_new(*inputs), *inputs, *raw)
-        kernels._ssd_backward(x, None, *inputs, *raw, (x, dt, B, C))
-    return found
-
-
-def registers_and_spills(compiled, arch):
-    """Registers for each thread, and bytes of them that are spilled to memory."""
-    if "amdgcn" in compiled.asm:
-        found = re.findall(r"vgpr_(?:spill_)?count:\s*(\d+)", compiled.asm["amdgcn"])
-        return int(found[-2]), 4 * int(found[-1])
-    folder = Path(mamba2.kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = ["ptxas-blackwell", "ptxas"] if arch >= 100 else ["ptxas"]
-    assembler = next(folder / name for name in names if (folder / name).exists())
-    chip = f"--gpu-name=sm_{arch}" + "a" * (arch >= 90)
-    command = [assembler, "-v", chip, "/dev/stdin", "-o", "/dev/null"]
-    options = dict(capture_output=True, text=True, check=True)
-    said = subprocess.run(command, input=compiled.asm["ptx"], **options).stderr
-    spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
-
-
-def print_targets(*words):
-    """WORDS: what the kernels need on other GPUs, in lines with all of these words"""
-    from triton.backends.compiler import GPUTarget
-
-    triton = mamba2.kernels.triton
-    print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
-    print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    for target, dtype, n in itertools.product(TARGETS, dtypes, (128, 256)):
-        kind, number = TARGETS[target], re.search("[0-9]+", target)[0]
-        gpu = ("hip", target, 64) if kind == "cdna" else ("cuda", int(number), 32)
-        if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in mamba2.kernels.SETTINGS:
-            continue
-        at_hand = mock.Mock()  # what Triton asks for the GPU at hand
-        at_hand.get_current_target.return_value = GPUTarget(*gpu)
-        at_hand.get_current_device.return_value = target
-        triton.runtime.driver.set_active(at_hand)
-        for name, compiling in kernels_of_ssd(kind, dtype, n).items():
-            line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name:10}"
-            if all(word in line for word in words):
-                compiled = compiling()
-                registers, spilled = registers_and_spills(compiled, gpu[1])
-                print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
-
-
 @torch.no_grad()
 def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, new=256, seconds=2.0):
     """NAME [--batch, --contexts 100,1000, --state-dtype]: time of a prompt, and of a token"""
@@ -4126,64 +4177,6 @@ def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, ne
     a_byte = milliseconds(lambda: target.copy_(source), seconds) / (2 * source.nbytes)
     print(f"floor: {(weights + 2 * states) * a_byte:.3f} ms a token, to read the weights, and to")
     print("read and write the states, at the speed of a copy")
-
-
-def figure_rows():
-    """What README's figure shows: times of this and of mamba_ssm by label, from the tables; the
-    measured time of a token by length of the context; bytes of the state, and of keys and values.
-    """
-    text = README.read_text()
-
-    def times(begin, mine, other, part=0):
-        """Two columns of a row that begins like this; of the second, if there are two."""
-        row = re.search(rf"^\| {begin}.*$", text, re.M)[0].splitlines()[-1].split("|")
-        return tuple(float(row[column].split("/")[part]) for column in (mine, other))
-
-    bars = {
-        "SSD, 2.7b: forward": times("SSD, batch 8", 2, 3),
-        "SSD, 2.7b: backward": times("SSD, batch 8", 2, 3, part=1),
-        "a layer's training step": times("in a CUDA graph", 2, 3),
-        "a prompt of 8,192 tokens": times("in a CUDA graph", 2, 3, part=1),
-        "a token": times(r"mamba2-130m \| 1 ", 4, 6),
-        "a token, 2.7b, batch 64": times(r"mamba2-2.7b \| 1 .*\n\| \| 64 ", 4, 6),
-    }
-    number = r"([\d.,\sand]+)"
-    flat = re.search(rf"mamba2-130m\stakes{number}ms\sper\stoken\safter{number}tokens", text)
-    flat = [re.findall(r"[\d.,]*\d", part.replace(",", "")) for part in flat.groups()]
-    flat = {float(context): float(ms) for ms, context in zip(*flat, strict=True)}
-    c = Mamba2Config()  # mamba2-130m
-    conv, ssm = Mamba2(c).initial_state(1)
-    state = c.n_layer * (2 * conv.numel() + 4 * ssm.numel())  # in bfloat16 and in float32
-    keys_and_values = 2 * c.n_layer * c.d_model * 2  # bytes per token, in bfloat16
-    return bars, flat, state, keys_and_values
-
-
-def draw_figure():
-    """the README's figure from its tables"""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    blue, red = dict(color="#0072B2"), dict(color="#D55E00")
-    bars, flat, state, keys_and_values = figure_rows()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1.1, 1))
-    ratios = [theirs / mine for mine, theirs in bars.values()]
-    left.bar_label(left.barh([*bars], ratios, **blue), fmt="%.1f×", padding=3)
-    left.axvline(1, color="black", linestyle="--", linewidth=1)
-    left.set(title="Speed relative to mamba_ssm", xlim=(0, max(ratios) + 0.8))
-    left.invert_yaxis()
-    mb, text = state / 1e6, f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
-    right.loglog([*flat], [keys_and_values * context / 1e6 for context in flat], "s-", **red)
-    right.loglog([*flat], [mb] * len(flat), "o-", **blue)
-    right.text(1.5e4, 1843.2, "Transformer", ha="right", **red)
-    right.text(1e6, 1.6 * mb, f"Mamba-2: {mb:.1f} MB", ha="right", **blue)
-    right.text(1e6, 0.32 * mb, text, ha="right", size=9, **blue)
-    right.set(title="Memory of one sequence", xlabel="context, tokens", ylim=(2, 2e5))
-    right.set_xticks([100, 10_000, 1_000_000], ["100", "10,000", "1,000,000"])
-    right.set_yticks([10, 1000, 100_000], ["10 MB", "1 GB", "100 GB"])
-    right.minorticks_off()
-    figure.tight_layout()
-    figure.savefig(FIGURE, metadata=dict(Date=None))
 
 
 COMMANDS = dict(cpu=benchmark_cpu, errors=benchmark_errors, figure=draw_figure)
