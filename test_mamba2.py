@@ -3892,53 +3892,54 @@ def milliseconds(call, seconds=2.0):
     return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
 
 
-def random_model(shape):
+def random_model(shape, **changes):
     torch.manual_seed(0)
     with DEVICE:
-        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape]))
+        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape] | changes))
 
 
-def piece_of_work(work, shape, b, l):
-    """What is called here, and the arguments."""
-    torch.manual_seed(0)
-    config, dtype = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32
-    if work == "ssd":
-        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
-        inputs = kernel_ssd_inputs(dtype, l, b, h, p, n, g, features="sliced")
-        return ssd, [t for t in inputs.values() if t is not None]
+@torch.no_grad()
+def in_model(work, model, ids, cache="cache"):
+    """What does a piece of work in a model of ours or of transformers, which name its cache."""
     if work == "layer":
-        return Mamba2(config).to(DEVICE, dtype), [randn(b, l, config.hidden_size).to(dtype)]
-    model, ids = random_model(shape).to(dtype).eval(), tokens(b, l, vocabulary=config.vocab_size)
+        return model.backbone.layers[0].mixer
     if work == "prefill":
-        return functools.partial(model, logits_to_keep=1), [ids]
-    return functools.partial(model, cache=model.prefill(ids[:, :1])), [ids[:, :1]]
+        return functools.partial(model, logits_to_keep=1)
+    return functools.partial(model, **{cache: getattr(model(ids, use_cache=True), cache)})
 
 
-def in_mamba_ssm(work, ours, inputs):
-    """The same piece of work in the authors' package."""
+def in_transformers(work, ours, ids):
+    if work == "ssd":
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+        scan = functools.partial(mamba2_chunk_scan, chunk_size=256, return_final_states=True)
+        return lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, D=D)
+    peer = THEIRS(transformers.Mamba2Config(**ours.config.to_dict()))
+    peer.load_state_dict(ours.state_dict())
+    return in_model(work, peer, ids, THEIR_CACHE)
+
+
+def in_mamba_ssm(work, ours=None, ids=None):
+    """The same piece of work in the authors' package, with the weights of our model."""
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-    from mamba_ssm.modules import mamba2 as layers
+    from mamba_ssm.modules.mamba2 import causal_conv1d_fn
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
 
-    built = layers.causal_conv1d_fn is not None  # which its one operation for a whole layer needs
-    draw = dict(device=DEVICE, dtype=torch.bfloat16)
     if work == "ssd":
         return lambda x, dt, A, B, C, D, **given: scan(x, dt, A, B, C, 256, D=D, **given)
-    config = (ours if work == "layer" else ours.func).config
-    options = dict(headdim=config.headdim, d_state=config.d_state, use_mem_eff_path=built)
-    if work == "layer":
-        peer = layers.Mamba2(config.d_model, **options, **draw)
-        peer.load_state_dict(ours.state_dict())
-        return peer
-    sizes = {k: getattr(config, k) for k in ("d_model", "n_layer", "vocab_size")}
+    options = {k: getattr(ours.config, k) for k in ("headdim", "d_state")}
+    options["use_mem_eff_path"] = causal_conv1d_fn is not None  # which one operation needs
+    sizes = {k: getattr(ours.config, k) for k in ("d_model", "n_layer", "vocab_size")}
     config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", **options))
-    peer, weights = MambaLMHeadModel(config, **draw).eval(), ours.func.state_dict().items()
+    peer = MambaLMHeadModel(config, device=DEVICE, dtype=torch.bfloat16).eval()
+    weights = ours.state_dict().items()
     peer.load_state_dict({k.replace("embeddings", "embedding"): w for k, w in weights})
-    return functools.partial(peer, num_last_tokens=1)
+    layer = peer.backbone.layers[0].mixer
+    return layer if work == "layer" else functools.partial(peer, num_last_tokens=1)
 
 
-def in_fla(work, ours, inputs):
+def in_fla(work, ours, ids):
     """SSD in flash-linear-attention, where C, B and dt x are queries, keys and values."""
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -3948,21 +3949,6 @@ def in_fla(work, ours, inputs):
         return y + (D[:, None] * x).to(y.dtype)
 
     return call if work == "ssd" else None
-
-
-def in_transformers(work, ours, inputs):
-    from transformers.models.mamba2 import modeling_mamba2 as their
-
-    if work == "ssd":
-        scan = functools.partial(their.mamba2_chunk_scan, chunk_size=256, return_final_states=True)
-        return lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, D=D)
-    module = ours if work == "layer" else ours.func
-    config = transformers.Mamba2Config(**module.config.to_dict())
-    peer = their.Mamba2Mixer(config, 0) if work == "layer" else their.Mamba2ForCausalLM(config)
-    peer.load_state_dict(module.state_dict())
-    if work == "token":
-        return functools.partial(peer, **{THEIR_CACHE: peer(*inputs, use_cache=True)[THEIR_CACHE]})
-    return peer if work == "layer" else functools.partial(peer, logits_to_keep=1)
 
 
 def measure(call, part, inputs):
@@ -3991,12 +3977,21 @@ def measure(call, part, inputs):
 
 
 def print_row(work, shape, b, l):
-    ours, inputs = piece_of_work(work, shape, b, l)
+    c, dtype, model = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32, None
+    ids = tokens(b, 1 if work == "token" else l, vocabulary=c.vocab_size)
+    if work == "ssd":
+        torch.manual_seed(0)
+        drawn = kernel_ssd_inputs(dtype, l, b, c.nheads, c.headdim, c.d_state, c.ngroups, "sliced")
+        ours, inputs = ssd, [t for t in drawn.values() if t is not None]
+    else:
+        model = random_model(shape, n_layer=1 if work == "layer" else c.n_layer).to(dtype).eval()
+        ours = in_model(work, model, ids)
+        inputs = [randn(b, l, c.d_model).to(dtype) if work == "layer" else ids]
     sides = dict(ours=ours, plain=ours) if CUDA else dict(ours=ours)
     peers = dict(mamba_ssm=in_mamba_ssm, fla=in_fla) if CUDA else dict(transformers=in_transformers)
     for package, peer in peers.items():
         with reported(f"without {package}"):
-            sides[package] = peer(work, ours, inputs)
+            sides[package] = peer(work, model, ids)
     if work == "token":
         sides["compiled"] = functools.partial(torch.compile(ours.func), **ours.keywords)
     first = {}
@@ -4043,8 +4038,7 @@ def benchmark_errors():
     forms = {form.__name__: functools.partial(without_kernels, form) for form in FORMS}
     others = {"kernels.ssd": mamba2.kernels.ssd} if CUDA and RUNS else {}
     if CUDA and importlib.util.find_spec("mamba_ssm"):
-        scan = in_mamba_ssm("ssd", None, None)
-        others["mamba_ssm"] = functools.partial(scan, return_final_states=True)
+        others["mamba_ssm"] = functools.partial(in_mamba_ssm("ssd"), return_final_states=True)
     print(f"{where()}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are")
     print("norms of differences over norms; state and sums are float32 at least in every form")
     print(" " * 27, *(f"{name:>8}" for name in ("y", "state", *(f"d {name}" for name in inputs))))
@@ -4157,7 +4151,7 @@ def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, ne
         "model.generate": lambda count: model.generate(ids, **greedy(count)),
     }
     if CUDA and importlib.util.find_spec("mamba_ssm"):
-        theirs = in_mamba_ssm("prefill", functools.partial(model), None).func
+        theirs = in_mamba_ssm("prefill", model).func
         ways["mamba_ssm, cg=True"] = lambda count: theirs.generate(ids, prompt + 1 + count, cg=True)
     print(f"{where()}, {name}, {dtype}, batch {batch}")
     print("                       context   prefill s   ms a token   MB of state")
