@@ -3443,10 +3443,9 @@ def counted():
         ran.append(name if result is not None else "refused")
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [*KERNELS, "layer_step"]:
-            operation = getattr(mamba2.kernels, name)
-            patch.setattr(mamba2.kernels, name, functools.partial(count, name, operation))
+    operations = {name: getattr(mamba2.kernels, name) for name in [*KERNELS, "layer_step"]}
+    counting = {name: functools.partial(count, name, o) for name, o in operations.items()}
+    with mock.patch.multiple(mamba2.kernels, **counting):
         yield ran
 
 
