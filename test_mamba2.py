@@ -2506,13 +2506,12 @@ def test_the_commands_in_the_readme_are_understood(capsys):
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_readme_block_runs(number, tmp_path, monkeypatch):
-    first = BLOCKS[number].splitlines()[0]
+    code, namespace = BLOCKS[number], {"__name__": "readme"}
     for need, met in {"# needs a hub": False, "# needs torch 2.11": FSDP2_RUNS}.items():
-        if first.startswith(need) and not met:
+        if code.startswith(need) and not met:
             pytest.skip(f"block {number + 1} of README.md {need[2:]}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    namespace, code = {"__name__": "readme"}, BLOCKS[number]
     of_torchrun = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     with mock.patch.dict(os.environ, of_torchrun):
         exec(compile(code, f"README.md, block {number + 1}", "exec"), namespace)
