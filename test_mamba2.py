@@ -2184,6 +2184,64 @@ README_TEXT = README.read_text() if README.exists() else ""
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README_TEXT, re.M | re.S)
 
 
+def figure_rows():
+    """What README's figure shows: times of this and of mamba_ssm by label, from the tables; the
+    measured time of a token by length of the context; bytes of the state, and of keys and values.
+    """
+    text = README.read_text()
+
+    def times(begin, mine, other, part=0):
+        """Two columns of a row that begins like this; of the second, if there are two."""
+        row = re.search(rf"^\| {begin}.*$", text, re.M)[0].splitlines()[-1].split("|")
+        return tuple(float(row[column].split("/")[part]) for column in (mine, other))
+
+    bars = {
+        "SSD, 2.7b: forward": times("SSD, batch 8", 2, 3),
+        "SSD, 2.7b: backward": times("SSD, batch 8", 2, 3, part=1),
+        "a layer's training step": times("in a CUDA graph", 2, 3),
+        "a prompt of 8,192 tokens": times("in a CUDA graph", 2, 3, part=1),
+        "a token": times(r"mamba2-130m \| 1 ", 4, 6),
+        "a token, 2.7b, batch 64": times(r"mamba2-2.7b \| 1 .*\n\| \| 64 ", 4, 6),
+    }
+    number = r"([\d.,\sand]+)"
+    flat = re.search(rf"mamba2-130m\stakes{number}ms\sper\stoken\safter{number}tokens", text)
+    flat = [re.findall(r"[\d.,]*\d", part.replace(",", "")) for part in flat.groups()]
+    flat = {float(context): float(ms) for ms, context in zip(*flat, strict=True)}
+    c = Mamba2Config()  # mamba2-130m
+    conv, ssm = Mamba2(c).initial_state(1)
+    state = c.n_layer * (2 * conv.numel() + 4 * ssm.numel())  # in bfloat16 and in float32
+    keys_and_values = 2 * c.n_layer * c.d_model * 2  # bytes per token, in bfloat16
+    return bars, flat, state, keys_and_values
+
+
+def draw_figure():
+    """the README's figure from its tables"""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    blue, red = dict(color="#0072B2"), dict(color="#D55E00")
+    bars, flat, state, keys_and_values = figure_rows()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1.1, 1))
+    ratios = [theirs / mine for mine, theirs in bars.values()]
+    left.bar_label(left.barh([*bars], ratios, **blue), fmt="%.1f×", padding=3)
+    left.axvline(1, color="black", linestyle="--", linewidth=1)
+    left.set(title="Speed relative to mamba_ssm", xlim=(0, max(ratios) + 0.8))
+    left.invert_yaxis()
+    mb, text = state / 1e6, f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
+    right.loglog([*flat], [keys_and_values * context / 1e6 for context in flat], "s-", **red)
+    right.loglog([*flat], [mb] * len(flat), "o-", **blue)
+    right.text(1.5e4, 1843.2, "Transformer", ha="right", **red)
+    right.text(1e6, 1.6 * mb, f"Mamba-2: {mb:.1f} MB", ha="right", **blue)
+    right.text(1e6, 0.32 * mb, text, ha="right", size=9, **blue)
+    right.set(title="Memory of one sequence", xlabel="context, tokens", ylim=(2, 2e5))
+    right.set_xticks([100, 10_000, 1_000_000], ["100", "10,000", "1,000,000"])
+    right.set_yticks([10, 1000, 100_000], ["10 MB", "1 GB", "100 GB"])
+    right.minorticks_off()
+    figure.tight_layout()
+    figure.savefig(FIGURE, metadata=dict(Date=None))
+
+
 def test_the_readme_s_figure_shows_the_numbers_of_its_tables():
     bars, flat, state, keys_and_values = figure_rows()
     figure, text = FIGURE.read_text(), " ".join(README.read_text().split())
@@ -2215,15 +2273,12 @@ def test_the_commands_in_the_readme_are_understood(capsys):
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_readme_block_runs(number, tmp_path, monkeypatch):
-    first = BLOCKS[number].splitlines()[0]
-    needs = {"needs a hub": False, "needs a GPU": torch.cuda.is_available()}
-    needs["needs torch 2.11"] = FSDP2_RUNS
-    for need, met in needs.items():
-        if first.startswith("#") and need in first and not met:
-            pytest.skip(f"block {number + 1} of README.md {need}")
+    code, namespace = BLOCKS[number], {"__name__": "readme"}
+    for need, met in {"# needs a hub": False, "# needs torch 2.11": FSDP2_RUNS}.items():
+        if code.startswith(need) and not met:
+            pytest.skip(f"block {number + 1} of README.md {need[2:]}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    namespace, code = {"__name__": "readme"}, BLOCKS[number]
     of_torchrun = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     with mock.patch.dict(os.environ, of_torchrun):
         exec(compile(code, f"README.md, block {number + 1}", "exec"), namespace)
@@ -2488,10 +2543,9 @@ def test_a_sharded_model_is_saved_resumed_and_loaded_on_one_device(rank, world):
 
 @on_ranks(2)
 def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
-    (data, collators), options = byte_data(), dict(max_grad_norm=0.0, max_steps=3)
+    (data, collators), batches = byte_data(), tokens(16, 24).split(4)
+    options = dict(max_grad_norm=0.0, max_steps=3, gradient_accumulation_steps=2)
     given = FOLDER, data, collators[0]
-    options |= dict(gradient_accumulation_steps=2)
-    batches = tokens(16, 24).split(4)
     model = tiny(dtype=torch.float64).train()
     optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
     of_bytes = tiny(vocab_size=384, dtype=torch.float64)
@@ -2552,7 +2606,7 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     def call(model=model, **changes):
         model(**dict(input_ids=ids, labels=ids, group=group) | changes)
 
-    for name, odd in (
+    for name, odd, *usual in (
         ("batch", lambda: call(input_ids=ids[:1], labels=ids[:1])),
         ("arguments", lambda: call(labels=None)),
         ("segments", lambda: call(segment_length=4)),
@@ -2567,17 +2621,13 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
         ("cache", lambda: call(use_cache=True)),
         ("training", lambda: call(tiny())),
         ("items", step),  # one rank in a layer, others in a model
+        ("arguments", lambda: step(seq_idx=ids), step),  # all of them in a layer
+        ("batch", lambda: step(u[:1]), step),
+        ("gradients", torch.no_grad()(step), step),
+        ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(step), step),
     ):
         with pytest.raises(ValueError, match=f"{name} = .*: one per rank, make them"):
-            (odd if rank == world - 1 else call)()
-    for name, odd in (
-        ("arguments", lambda: step(seq_idx=ids)),
-        ("batch", lambda: step(u[:1])),
-        ("gradients", torch.no_grad()(step)),
-        ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(step)),
-    ):
-        with pytest.raises(ValueError, match=f"{name} = .*: one per rank, make them"):
-            (odd if rank == world - 1 else step)()
+            (odd if rank == world - 1 else [call, *usual][-1])()
     call()  # nobody is out of step
     step()
 
@@ -2636,7 +2686,6 @@ def without_kernels(form, *args, **options):
 def poisoned():
     """Memory allocated in here holds NaN, so that what a kernel does not write is noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(5, device=DEVICE).isnan().all()
     try:
         yield
@@ -2676,7 +2725,7 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, features=""):
     l: a number, or (m, a) for m Q + a, where Q is the kernels' own chunk: 64 in bfloat16, else 32.
     features: state, seq: there is an initial state, there are sequences; sliced, odd: x, B and C
     are slices of one tensor, odd: whose rows begin at odd addresses; extreme, zero, growing:
-    of steps; low: all is in dtype; no_D.
+    of steps; low: all is in dtype; mixed: B alone is not; no_D; wide_D: (h, p).
     """
     if isinstance(l, tuple):
         l = l[0] * (64 if dtype == torch.bfloat16 and n != 256 else 32) + l[1]
@@ -2694,11 +2743,12 @@ def kernel_ssd_inputs(dtype, l, b=2, h=3, p=P, n=N, g=1, features=""):
         dt = dt * (rand(b, l, 1) < 0.5)
     elif "growing" in features:  # the first head's state, by some 4 % per step; others decay
         dt, A = 0.05 + dt / 2, torch.where(torch.arange(h, device=DEVICE) == 0, 0.7, A)
-    D = None if "no_D" in features else randn(h)
+    D = None if "no_D" in features else randn(h, *[p] * ("wide_D" in features))
+    B = B.to(HALF) if "mixed" in features else B
     state = randn(b, h, p, n) if "state" in features else None
     if "low" in features:
         dt, A, D, state = (t.to(dtype) for t in (dt, A, D, state))
-    ids = (rand(b, l) < max(1.5 / l, 0.03)).cumsum(1) % 3
+    ids = (rand(b, l) < max(1.5 / max(l, 1), 0.03)).cumsum(1) % 3
     seq_idx = ids.short() if "seq" in features else None
     return dict(x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=state, seq_idx=seq_idx)
 
@@ -2853,6 +2903,10 @@ def assert_kernel_right(operation, inputs, graded=True, only=None, tolerance=Non
             limit = 0
         error = relative_error(found[key], exact[key])
         assert error <= (tolerance or limit), f"{key}: {error:.1e}"  # also if it is NaN
+    if step:
+        again = kernel(**inputs, in_place=True)
+        assert again[2] is inputs["ssm"] and identical(list(again), list(found.values()))
+        assert torch.equal(inputs["conv"], before["conv"])
 
 
 KERNEL_CASES = {operation: {} for operation in KERNELS}
@@ -2952,7 +3006,7 @@ KERNEL_CASES["rms_norm"] = {
 
 
 @in_each_dtype([f"{name}: {case}" for name, cases in KERNEL_CASES.items() for case in cases])
-def test_kernel_is_its_twin_in_values_and_gradients(case, dtype, monkeypatch):
+def test_kernel_is_its_twin_in_values_gradients_and_steps_in_place(case, dtype, monkeypatch):
     operation, case = case.split(": ")
     if operation == "ssd" and "d_state 256" in case and dtype != torch.bfloat16:
         pytest.skip("there are no settings for a d_state of 256 in 4 bytes")
@@ -3071,90 +3125,61 @@ def test_kernel_is_nan_where_its_twin_is_and_nowhere_else(case, dtype):
                 assert not (f.isnan() & ~a.isnan()).any(), f"output {i} has more NaN"
 
 
-KERNEL_SMALLEST = {
-    "ssd": dict(l=5, p=16, n=16, features="state seq"),
-    "causal_conv1d": dict(b=2, l=5, d=8, features="bias state seq"),
-    "rms_norm": dict(rows=2, d=8),
-    "layer_middle": dict(l=5, features="state seq"),
-    "layer_middle, a step": dict(l=1, features="state"),
-    "norm_linear": dict(rows=2, d=8, outputs=6, features="gate bias residual"),
-}
-# What does not fit together although each tensor could be right.
+# Sizes that do not fit together, although each tensor could be right.
 KERNEL_SILENT = {
-    "ssd": [
-        lambda i: {k: i[k][:, :0] for k in ("x", "dt", "B", "C", "seq_idx")},
-        lambda i: {k: i[k][:0] for k in ("x", "dt", "B", "C", "initial_state", "seq_idx")},
-        lambda i: {k: i[k].repeat(1, 1, 2, 1) for k in "BC"},  # groups that do not divide the heads
-        lambda i: {k: i[k][:, :, :0] for k in "BC"},
-    ],
-    "causal_conv1d": [lambda i: {k: i[k][:, :0] for k in ("x", "seq_idx")}],
-    "rms_norm": [
-        lambda i: dict(groups=3),
-        lambda i: dict(groups=0),
-        lambda i: {k: i[k][:, :0] for k in ("x", "gate")},
-        lambda i: dict(x=i["weight"][0], gate=i["weight"][0]),
-    ],
-    "layer_middle": [
-        lambda i: {k: i[k][:0] for k in ("zxbcdt", "conv", "ssm", "seq_idx")},
-        lambda i: dict(zxbcdt=i["zxbcdt"][:, :1], conv=None, ssm=None, seq_idx=None),
-        lambda i: dict(weight=i["weight"].repeat(1, 1, 2)[..., :5], conv=None),  # five taps
-        lambda i: dict(seq_idx=i["seq_idx"].double()),
-    ],
-    "layer_middle, a step": [lambda i: dict(zxbcdt=i["zxbcdt"].repeat(1, 1, 2))],
-    "norm_linear": [
-        lambda i: {k: i[k].repeat(2, 1, 1)[:3] for k in ("x", "gate", "residual")},  # three rows
-        lambda i: {k: i[k][:0] for k in ("x", "gate", "residual")},
-    ],
+    "ssd: 3 Q + 7, sequences": [dict(l=0), dict(b=0), dict(n=0), dict(g=3)],
+    "causal_conv1d: 65 positions, 4 taps": [dict(l=0)],
+    "rms_norm: (3, 64), 1 groups, gate": [dict(rows=0), dict(groups=0), dict(groups=3)],
+    "layer_middle: 70 positions, groups": [dict(b=0), dict(l=1, features="seq"), dict(k=5)],
+    "layer_middle: a step": [],
+    "norm_linear: all else": [dict(rows=0), dict(rows=3)],
 }
-
-
 # Calls that a kernel could be expected to take: a user is told of them, because they cost time.
 KERNEL_LOUD = {
     "ssd": {
-        "headdim is 12": lambda i: dict(x=i["x"][..., :12], initial_state=None),
-        "d_state is 10": lambda i: {k: i[k][..., :10] for k in ("B", "C", "initial_state")},
-        "one dtype": lambda i: dict(B=i["B"].to(HALF)),
-        "D is .h, p.": lambda i: dict(D=i["D"][:, None].expand(-1, 16)),
+        "headdim is 12": dict(p=12),
+        "d_state is 10": dict(n=10),
+        "one dtype": dict(features="mixed"),
+        "D is .h, p.": dict(features="wide_D"),
     },
-    "causal_conv1d": {
-        "5 taps": lambda i: dict(weight=i["x"][0].mT, initial_state=None),
-    },
-    "rms_norm": {
-        "8200 channels": lambda i: {
-            k: i[k].repeat_interleave(1025, -1) for k in ("x", "weight", "gate")
-        }
-    },
+    "causal_conv1d": {"5 taps": dict(k=5)},
+    "rms_norm": {"8200 channels": dict(d=8200)},
 }
 
 
 @pytest.mark.parametrize("case", KERNEL_SILENT)
 def test_kernel_leaves_other_tensors_to_its_twin_silently_or_warns_once(case, monkeypatch):
-    operation = case.split(",")[0]
-    given, graded = kernel_inputs(operation, torch.float32, **KERNEL_SMALLEST[case])
-    kernel = getattr(mamba2.kernels, operation)
+    operation, name = case.split(": ")
+    kernel, twin = getattr(mamba2.kernels, operation), KERNELS[operation][1]
+
+    def draw(**changes):
+        return kernel_inputs(operation, torch.float32, **KERNEL_CASES[operation][name] | changes)
+
+    given, graded = draw()
     assert kernel(**given) is not None
-    changes = [lambda i: tree_map_only(torch.Tensor, lambda t: t.to("meta"), i)]
-    for name, tensor in given.items():
+    changes = [tree_map_only(torch.Tensor, lambda t: t.to("meta"), given)]
+    changes += [draw(**sizes)[0] for sizes in KERNEL_SILENT[case]]
+    for argument, tensor in given.items():
         if not torch.is_tensor(tensor):
             continue
-        others = [tensor[None], tensor[..., 1:], tensor[:0]]
-        others += [] if operation == "layer_middle" else [1.0]  # whose arguments are a layer's
+        others = [tensor[None], tensor[..., 1:], tensor[:0], tensor.repeat_interleave(2, -1)]
+        if operation != "layer_middle":  # whose arguments are a layer's
+            others += [1.0, tensor.flatten()[0]]
         if tensor.is_floating_point():
             others += [tensor.double(), tensor.int(), TwoTensor(tensor, tensor)]
             others.append(torch.complex(tensor, -tensor).conj().imag)  # negated when it is read
             others += [tensor.bfloat16()] if INTERPRETED else []  # which it gets wrong
-            if not graded and case[-4:] + name != "stepnorm_weight":  # the norm has gradients
+            if not graded and name + argument != "a stepnorm_weight":  # the norm has gradients
                 others.append(tensor.clone().requires_grad_())
         else:
             others.append(tensor.float())
-        changes += [lambda i, name=name, other=other: {name: other} for other in others]
-    for i, change in enumerate(changes + KERNEL_SILENT[case]):
-        changed = given | change(given)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert kernel(**changed) is None, f"change {i}: {change(given)}"
-    for message, change in KERNEL_LOUD.get(case, {}).items():
-        changed, twin = given | change(given), getattr(mamba2, operation)
+        changes += [{argument: other} for other in others]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i, change in enumerate(changes):
+            assert kernel(**given | change) is None, f"change {i}: {change}"
+    for message, sizes in KERNEL_LOUD.get(operation, {}).items():
+        changed, _ = draw(**sizes)
         monkeypatch.setattr(mamba2.kernels, "_said", set())
         with pytest.warns(match=f"plain PyTorch runs .*{message}"):
             found = twin(**changed)
@@ -3184,10 +3209,9 @@ def counted():
         ran.append(name if result is not None else "refused")
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [*KERNELS, "layer_step"]:
-            operation = getattr(mamba2.kernels, name)
-            patch.setattr(mamba2.kernels, name, functools.partial(count, name, operation))
+    operations = {name: getattr(mamba2.kernels, name) for name in [*KERNELS, "layer_step"]}
+    counting = {name: functools.partial(count, name, o) for name, o in operations.items()}
+    with mock.patch.multiple(mamba2.kernels, **counting):
         yield ran
 
 
@@ -3198,30 +3222,33 @@ def layer_with_gradients(layer, step, u, mask=None, seq_idx=None, cuts=()):
     return [y, *state, *torch.autograd.grad(loss, [given["u"], *layer.parameters()])]
 
 
-@in_each_dtype(["alone", "with a hook", "with a mask"])
-def test_kernel_layer_is_the_layer_in_float64_whole_and_in_pieces(case, dtype):
-    layer, exact = kernel_layer(dtype)
+@in_each_dtype(["alone", "with a hook", "with a mask", "in autocast"])
+def test_kernel_layer_is_the_layer_in_float64_whole_in_pieces_and_in_autocast(case, dtype):
+    layer, exact = kernel_layer(torch.float32 if case == "in autocast" else dtype)
     if case == "with a hook":  # its module is called, so convolution, SSD and norm stay apart
         layer.norm.register_forward_hook(lambda module, args, y: y)
     b, l = (2, 300) if CUDA else (1, 36)
-    u = torch.randn(b, l, layer.config.d_model, device=DEVICE).to(dtype)
+    u = torch.randn(b, l, layer.config.d_model, device=DEVICE).to(layer.D.dtype)
     mask = torch.rand(b, l, device=DEVICE) < 0.7 if case == "with a mask" else None
     seq_idx = (torch.arange(l, device=DEVICE) >= 2 * l // 3).int().expand(b, l)
     sequences = mask, seq_idx
+    step = torch.autocast(DEVICE.type, dtype, case == "in autocast")(layer.step)
     want = layer_with_gradients(exact, exact.step, u.double(), *sequences)
-    plain = without_kernels(layer_with_gradients, layer, layer.step, u, *sequences)
+    plain = without_kernels(layer_with_gradients, layer, step, u, *sequences)
     for cuts in ([], [l // 3, l // 3 + 1, l - 1]):
         with counted() as ran, poisoned():
-            found = layer_with_gradients(layer, layer.step, u, *sequences, cuts)
+            found = layer_with_gradients(layer, step, u, *sequences, cuts)
         apart = ["causal_conv1d", "ssd", "rms_norm"]
         pieces = [b - a for a, b in itertools.pairwise([0, *cuts, l])]
-        want_ran = [["layer_middle"] if n > 1 and case == "alone" else apart for n in pieces]
+        fused = case in ("alone", "in autocast")
+        want_ran = [["layer_middle"] if n > 1 and fused else apart for n in pieces]
         assert [name for name in ran if name != "refused"] == sum(want_ran, [])
+        assert found[0].dtype == dtype
         for i, (f, p, w) in enumerate(zip(found, plain, want, strict=True)):
             assert f.dtype == p.dtype
             limit = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
             assert relative_error(f, w) <= 3 * relative_error(p, w) + limit, f"{cuts} [{i}]"
-    step = functools.partial(torch.utils.checkpoint.checkpoint, layer.step, use_reentrant=False)
+    step = functools.partial(torch.utils.checkpoint.checkpoint, step, use_reentrant=False)
     assert identical(layer_with_gradients(layer, step, u, *sequences, cuts), found)
 
 
@@ -3296,19 +3323,6 @@ def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypat
     assert all(called.count(module) == 2 for module in block.modules())
 
 
-@torch.no_grad()
-def test_kernel_step_writes_a_new_state_or_over_the_last_one():
-    layer, _ = kernel_layer(HALF)
-    draw = lambda *shape: torch.randn(2, *shape, device=DEVICE).to(HALF)
-    _, (conv, ssm) = layer.step(draw(3, layer.config.d_model))
-    _, xBC, dt = draw(1, sum(layer.widths)).split(layer.widths, 2)
-    weights = layer.conv1d.weight, layer.conv1d.bias, layer.dt_bias, layer.A_log, layer.D
-    step = functools.partial(mamba2.kernels.layer_step, xBC, dt, conv, ssm, *weights)
-    expected, before = step(), conv.clone()
-    y, new, same = step(in_place=True)
-    assert same is ssm and identical((y, new, ssm), expected) and torch.equal(conv, before)
-
-
 @pytest.mark.parametrize("options", [{}, dict(ngroups=2, bias=True, dt_limit=(0.01, 0.05))])
 @torch.no_grad()
 def test_kernel_block_decodes_a_token_of_few_rows_in_three_kernels(options):
@@ -3371,16 +3385,13 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
             assert relative_error(found, without_kernels(transform, call, x)) <= 1e-5
 
 
-def test_kernels_run_whichever_switch_of_tf32_is_set():
-    if Version(torch.__version__) < Version("2.9"):
-        pytest.skip("PyTorch before 2.9")
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="PyTorch before 2.9")
+def test_kernels_run_whichever_switch_of_tf32_is_set(request):
     inputs, switch = kernel_ssd_inputs(torch.float32, 40, p=16, n=16), torch.backends.cuda.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "tf32"  # allow_tf32 raises now
-    try:
-        y, _ = mamba2.kernels.ssd(**inputs)
-    finally:
-        switch.fp32_precision = before
-    assert relative_error(y, mamba2.ssd_recurrent(**inputs)[0]) <= 1e-2
+    name, expected = "fp32_precision", mamba2.ssd_recurrent(**inputs)[0]
+    request.addfinalizer(functools.partial(setattr, switch, name, getattr(switch, name)))
+    setattr(switch, name, "tf32")  # allow_tf32 raises now
+    assert relative_error(mamba2.kernels.ssd(**inputs)[0], expected) <= 1e-2
 
 
 def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
@@ -3388,12 +3399,11 @@ def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
     graphs = []
 
     def backend(graph, example_inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes])
+        graphs.append(graph.code)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
     def count(operation):
-        name = f"{mamba2.kernels.NAMESPACE}.{operation}"
-        return [sum(name in target for target in graph) for graph in graphs]
+        return [code.count(f"{mamba2.kernels.NAMESPACE}.{operation}") for code in graphs]
 
     torch._dynamo.reset()
     l = 200 if CUDA else 9
@@ -3454,19 +3464,6 @@ def test_kernel_layer_compiled_with_reduce_overhead_is_the_layer():
         assert relative_error(compiled, eager) <= 1e-5
 
 
-@needs_cuda
-def test_kernel_layer_in_autocast_is_the_layer_in_float64():
-    layer, exact = kernel_layer(torch.float32)
-    u = torch.randn(2, 300, layer.config.d_model, device=DEVICE)
-    with counted() as ran, torch.autocast("cuda", torch.bfloat16):
-        y = layer(u)
-    assert ran == ["layer_middle"] and y.dtype == torch.bfloat16
-    gradient = torch.autograd.grad(y.float().square().sum(), layer.in_proj.weight)[0]
-    want = exact(u.double())
-    want_gradient = torch.autograd.grad(want.square().sum(), exact.in_proj.weight)[0]
-    assert relative_error(y, want) <= 2e-2 and relative_error(gradient, want_gradient) <= 4e-2
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernel_runs_on_the_gpu_of_its_tensors():
     inputs = kernel_ssd_inputs(torch.bfloat16, 200, features="state seq")
@@ -3522,6 +3519,79 @@ def test_the_kernels_pass_in_the_interpreter(settings, names, interpreters):
     assert passed == PASSED_IN_THE_INTERPRETER[settings, names], said[-500:]
 
 
+# For Triton; and the kind of our settings.
+TARGETS = {"sm_80": "portable", "sm_86": "portable", "sm_89": "portable", "sm_90": "tma"}
+TARGETS |= {"sm_90 portable": "portable", "sm_100": "portable", "sm_120": "portable"}
+TARGETS["gfx942"] = "cdna"
+
+
+def kernels_of_ssd(kind, dtype, n):
+    """What compiles the kernels of SSD, by name: those of a layer of 2.7b on this kind of GPU."""
+    kernels, found = mamba2.kernels, {}
+    drawn = kernel_ssd_inputs(dtype, 4096, 8, 80, 64, n, features="sliced")
+    drawn["dt"] = drawn["dt"].to(dtype)
+    x, dt, A, B, C, *_ = inputs = drawn.values()
+    raw = A, 0.0, math.inf
+
+    def record(plan, **tensors):
+        tensors |= plan.descriptors(tensors)
+        for kernel, grid, numbers, options in plan.calls:
+            names = kernels._tensors(kernel)
+            given = numbers | {name: tensors[numbers.get(name, name)] for name in names}
+            values = [given[name] for name in kernel.arg_names]
+            compiling = functools.partial(kernel.warmup, *values, grid=grid, **options)
+            found[kernel.fn.__name__.removesuffix("_kernel")] = compiling
+
+    changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
+    instead = mock.patch.object(kernels._Plan, "__call__", record)
+    with mock.patch.multiple(kernels, **changes), instead:
+        kernels._ssd_forward(*kernels._ssd_new(*inputs), *inputs, *raw)
+        kernels._ssd_backward(x, None, *inputs, *raw, (x, dt, B, C))
+    return found
+
+
+def registers_and_spills(compiled, arch):
+    """Registers for each thread, and bytes of them that are spilled to memory."""
+    if "amdgcn" in compiled.asm:
+        found = re.findall(r"vgpr_(?:spill_)?count:\s*(\d+)", compiled.asm["amdgcn"])
+        return int(found[-2]), 4 * int(found[-1])
+    folder = Path(mamba2.kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
+    names = ["ptxas-blackwell", "ptxas"] if arch >= 100 else ["ptxas"]
+    assembler = next(folder / name for name in names if (folder / name).exists())
+    chip = f"--gpu-name=sm_{arch}" + "a" * (arch >= 90)
+    command = [assembler, "-v", chip, "/dev/stdin", "-o", "/dev/null"]
+    options = dict(capture_output=True, text=True, check=True)
+    said = subprocess.run(command, input=compiled.asm["ptx"], **options).stderr
+    spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
+    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
+
+
+def print_targets(*words):
+    """WORDS: what the kernels need on other GPUs, in lines with all of these words"""
+    from triton.backends.compiler import GPUTarget
+
+    global DEVICE
+    DEVICE, triton = torch.device("meta"), mamba2.kernels.triton
+    print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
+    print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
+    dtypes = torch.bfloat16, torch.float16, torch.float32
+    for target, dtype, n in itertools.product(TARGETS, dtypes, (128, 256)):
+        kind, number = TARGETS[target], re.search("[0-9]+", target)[0]
+        gpu = ("hip", target, 64) if kind == "cdna" else ("cuda", int(number), 32)
+        if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in mamba2.kernels.SETTINGS:
+            continue
+        at_hand = mock.Mock()  # what Triton asks for the GPU at hand
+        at_hand.get_current_target.return_value = GPUTarget(*gpu)
+        at_hand.get_current_device.return_value = target
+        triton.runtime.driver.set_active(at_hand)
+        for name, compiling in kernels_of_ssd(kind, dtype, n).items():
+            line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name:10}"
+            if all(word in line for word in words):
+                compiled = compiling()
+                registers, spilled = registers_and_spills(compiled, gpu[1])
+                print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels")
 @pytest.mark.parametrize("target", ["sm_86", "sm_120"])  # which have 99 KB of shared memory
 def test_the_largest_kernels_compile_for_other_gpus_and_fit(target):
@@ -3572,53 +3642,54 @@ def milliseconds(call, seconds=2.0):
     return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
 
 
-def random_model(shape):
+def random_model(shape, **changes):
     torch.manual_seed(0)
     with DEVICE:
-        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape]))
+        return Mamba2ForCausalLM(Mamba2Config(**SHAPES[shape] | changes))
 
 
-def piece_of_work(work, shape, b, l):
-    """What is called here, and the arguments."""
-    torch.manual_seed(0)
-    config, dtype = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32
-    if work == "ssd":
-        h, p, g, n = config.num_heads, config.head_dim, config.n_groups, config.state_size
-        inputs = kernel_ssd_inputs(dtype, l, b, h, p, n, g, features="sliced")
-        return ssd, [t for t in inputs.values() if t is not None]
+@torch.no_grad()
+def in_model(work, model, ids, cache="cache"):
+    """What does a piece of work in a model of ours or of transformers, which name its cache."""
     if work == "layer":
-        return Mamba2(config).to(DEVICE, dtype), [randn(b, l, config.hidden_size).to(dtype)]
-    model, ids = random_model(shape).to(dtype).eval(), tokens(b, l, vocabulary=config.vocab_size)
+        return model.backbone.layers[0].mixer
     if work == "prefill":
-        return functools.partial(model, logits_to_keep=1), [ids]
-    return functools.partial(model, cache=model.prefill(ids[:, :1])), [ids[:, :1]]
+        return functools.partial(model, logits_to_keep=1)
+    return functools.partial(model, **{cache: getattr(model(ids, use_cache=True), cache)})
 
 
-def in_mamba_ssm(work, ours, inputs):
-    """The same piece of work in the authors' package."""
+def in_transformers(work, ours, ids):
+    if work == "ssd":
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+        scan = functools.partial(mamba2_chunk_scan, chunk_size=256, return_final_states=True)
+        return lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, D=D)
+    peer = THEIRS(transformers.Mamba2Config(**ours.config.to_dict()))
+    peer.load_state_dict(ours.state_dict())
+    return in_model(work, peer, ids, THEIR_CACHE)
+
+
+def in_mamba_ssm(work, ours=None, ids=None):
+    """The same piece of work in the authors' package, with the weights of our model."""
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-    from mamba_ssm.modules import mamba2 as layers
+    from mamba_ssm.modules.mamba2 import causal_conv1d_fn
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
 
-    built = layers.causal_conv1d_fn is not None  # which its one operation for a whole layer needs
-    draw = dict(device=DEVICE, dtype=torch.bfloat16)
     if work == "ssd":
         return lambda x, dt, A, B, C, D, **given: scan(x, dt, A, B, C, 256, D=D, **given)
-    config = (ours if work == "layer" else ours.func).config
-    options = dict(headdim=config.headdim, d_state=config.d_state, use_mem_eff_path=built)
-    if work == "layer":
-        peer = layers.Mamba2(config.d_model, **options, **draw)
-        peer.load_state_dict(ours.state_dict())
-        return peer
-    sizes = {k: getattr(config, k) for k in ("d_model", "n_layer", "vocab_size")}
+    options = {k: getattr(ours.config, k) for k in ("headdim", "d_state")}
+    options["use_mem_eff_path"] = causal_conv1d_fn is not None  # which one operation needs
+    sizes = {k: getattr(ours.config, k) for k in ("d_model", "n_layer", "vocab_size")}
     config = MambaConfig(**sizes, ssm_cfg=dict(layer="Mamba2", **options))
-    peer, weights = MambaLMHeadModel(config, **draw).eval(), ours.func.state_dict().items()
+    peer = MambaLMHeadModel(config, device=DEVICE, dtype=torch.bfloat16).eval()
+    weights = ours.state_dict().items()
     peer.load_state_dict({k.replace("embeddings", "embedding"): w for k, w in weights})
-    return functools.partial(peer, num_last_tokens=1)
+    layer = peer.backbone.layers[0].mixer
+    return layer if work == "layer" else functools.partial(peer, num_last_tokens=1)
 
 
-def in_fla(work, ours, inputs):
+def in_fla(work, ours, ids):
     """SSD in flash-linear-attention, where C, B and dt x are queries, keys and values."""
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -3628,21 +3699,6 @@ def in_fla(work, ours, inputs):
         return y + (D[:, None] * x).to(y.dtype)
 
     return call if work == "ssd" else None
-
-
-def in_transformers(work, ours, inputs):
-    from transformers.models.mamba2 import modeling_mamba2 as their
-
-    if work == "ssd":
-        scan = functools.partial(their.mamba2_chunk_scan, chunk_size=256, return_final_states=True)
-        return lambda x, dt, A, B, C, D: scan(x, dt, A, B, C, D=D)
-    module = ours if work == "layer" else ours.func
-    config = transformers.Mamba2Config(**module.config.to_dict())
-    peer = their.Mamba2Mixer(config, 0) if work == "layer" else their.Mamba2ForCausalLM(config)
-    peer.load_state_dict(module.state_dict())
-    if work == "token":
-        return functools.partial(peer, **{THEIR_CACHE: peer(*inputs, use_cache=True)[THEIR_CACHE]})
-    return peer if work == "layer" else functools.partial(peer, logits_to_keep=1)
 
 
 def measure(call, part, inputs):
@@ -3671,12 +3727,21 @@ def measure(call, part, inputs):
 
 
 def print_row(work, shape, b, l):
-    ours, inputs = piece_of_work(work, shape, b, l)
+    c, dtype, model = Mamba2Config(**SHAPES[shape]), torch.bfloat16 if CUDA else torch.float32, None
+    ids = tokens(b, 1 if work == "token" else l, vocabulary=c.vocab_size)
+    if work == "ssd":
+        torch.manual_seed(0)
+        drawn = kernel_ssd_inputs(dtype, l, b, c.nheads, c.headdim, c.d_state, c.ngroups, "sliced")
+        ours, inputs = ssd, [t for t in drawn.values() if t is not None]
+    else:
+        model = random_model(shape, n_layer=1 if work == "layer" else c.n_layer).to(dtype).eval()
+        ours = in_model(work, model, ids)
+        inputs = [randn(b, l, c.d_model).to(dtype) if work == "layer" else ids]
     sides = dict(ours=ours, plain=ours) if CUDA else dict(ours=ours)
     peers = dict(mamba_ssm=in_mamba_ssm, fla=in_fla) if CUDA else dict(transformers=in_transformers)
     for package, peer in peers.items():
         with reported(f"without {package}"):
-            sides[package] = peer(work, ours, inputs)
+            sides[package] = peer(work, model, ids)
     if work == "token":
         sides["compiled"] = functools.partial(torch.compile(ours.func), **ours.keywords)
     first = {}
@@ -3723,8 +3788,7 @@ def benchmark_errors():
     forms = {form.__name__: functools.partial(without_kernels, form) for form in FORMS}
     others = {"kernels.ssd": mamba2.kernels.ssd} if CUDA and RUNS else {}
     if CUDA and importlib.util.find_spec("mamba_ssm"):
-        scan = in_mamba_ssm("ssd", None, None)
-        others["mamba_ssm"] = functools.partial(scan, return_final_states=True)
+        others["mamba_ssm"] = functools.partial(in_mamba_ssm("ssd"), return_final_states=True)
     print(f"{where()}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are")
     print("norms of differences over norms; state and sums are float32 at least in every form")
     print(" " * 27, *(f"{name:>8}" for name in ("y", "state", *(f"d {name}" for name in inputs))))
@@ -3824,81 +3888,6 @@ def benchmark_parallel():
     dist.destroy_process_group()
 
 
-# For Triton; and the kind of our settings.
-TARGETS = {"sm_80": "portable", "sm_86": "portable", "sm_89": "portable", "sm_90": "tma"}
-TARGETS |= {"sm_90 portable": "portable", "sm_100": "portable", "sm_120": "portable"}
-TARGETS["gfx942"] = "cdna"
-
-
-def kernels_of_ssd(kind, dtype, n):
-    """What compiles the kernels of SSD, by name: those of a layer of 2.7b on this kind of GPU."""
-    b, l, h, p, g, kernels, found = 8, 4096, 80, 64, 1, mamba2.kernels, {}
-    empty = functools.partial(torch.empty, device="meta")
-    x, B, C = empty(b, l, h * p + 2 * g * n, dtype=dtype).split([h * p, g * n, g * n], 2)
-    x, B, C = x.view(b, l, h, p), B.view(b, l, g, n), C.view(b, l, g, n)
-    dt, per_head = empty(b, l, h, dtype=dtype), empty(h)
-    raw, inputs = (per_head, 0.0, math.inf), (x, dt, per_head, B, C, per_head, None, None)
-
-    def record(plan, **tensors):
-        tensors |= plan.descriptors(tensors)
-        for kernel, grid, numbers, options in plan.calls:
-            names = kernels._tensors(kernel)
-            given = numbers | {name: tensors[numbers.get(name, name)] for name in names}
-            values = [given[name] for name in kernel.arg_names]
-            compiling = functools.partial(kernel.warmup, *values, grid=grid, **options)
-            found[kernel.fn.__name__.removesuffix("_kernel")] = compiling
-
-    changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
-    with (
-        mock.patch.multiple(kernels, **changes),
-        mock.patch.object(kernels._Plan, "__call__", record),
-    ):
-        kernels._ssd_forward(*kernels._ssd_new(*inputs), *inputs, *raw)
-        kernels._ssd_backward(x, None, *inputs, *raw, (x, dt, B, C))
-    return found
-
-
-def registers_and_spills(compiled, arch):
-    """Registers for each thread, and bytes of them that are spilled to memory."""
-    if "amdgcn" in compiled.asm:
-        found = re.findall(r"vgpr_(?:spill_)?count:\s*(\d+)", compiled.asm["amdgcn"])
-        return int(found[-2]), 4 * int(found[-1])
-    folder = Path(mamba2.kernels.triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = ["ptxas-blackwell", "ptxas"] if arch >= 100 else ["ptxas"]
-    assembler = next(folder / name for name in names if (folder / name).exists())
-    chip = f"--gpu-name=sm_{arch}" + "a" * (arch >= 90)
-    command = [assembler, "-v", chip, "/dev/stdin", "-o", "/dev/null"]
-    options = dict(capture_output=True, text=True, check=True)
-    said = subprocess.run(command, input=compiled.asm["ptx"], **options).stderr
-    spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said)))
-    return int(re.search(r"Used (\d+) registers", said)[1]), spilled
-
-
-def print_targets(*words):
-    """WORDS: what the kernels need on other GPUs, in lines with all of these words"""
-    from triton.backends.compiler import GPUTarget
-
-    triton = mamba2.kernels.triton
-    print(f"Triton {triton.__version__}, headdim 64. shared: a program's bytes of shared memory")
-    print(f"{'target':16}{'dtype':10}{'d_state':>8}  {'kernel':10}  shared  registers  spilled")
-    dtypes = torch.bfloat16, torch.float16, torch.float32
-    for target, dtype, n in itertools.product(TARGETS, dtypes, (128, 256)):
-        kind, number = TARGETS[target], re.search("[0-9]+", target)[0]
-        gpu = ("hip", target, 64) if kind == "cdna" else ("cuda", int(number), 32)
-        if (kind, 2 if dtype == torch.bfloat16 else 4, n == 256) not in mamba2.kernels.SETTINGS:
-            continue
-        at_hand = mock.Mock()  # what Triton asks for the GPU at hand
-        at_hand.get_current_target.return_value = GPUTarget(*gpu)
-        at_hand.get_current_device.return_value = target
-        triton.runtime.driver.set_active(at_hand)
-        for name, compiling in kernels_of_ssd(kind, dtype, n).items():
-            line = f"{target:16}{str(dtype)[6:]:10}{n:8}  {name:10}"
-            if all(word in line for word in words):
-                compiled = compiling()
-                registers, spilled = registers_and_spills(compiled, gpu[1])
-                print(f"{line}{compiled.metadata.shared:8}{registers:11}{spilled:9}", flush=True)
-
-
 @torch.no_grad()
 def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, new=256, seconds=2.0):
     """NAME [--batch, --contexts 100,1000, --state-dtype]: time of a prompt, and of a token"""
@@ -3912,7 +3901,7 @@ def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, ne
         "model.generate": lambda count: model.generate(ids, **greedy(count)),
     }
     if CUDA and importlib.util.find_spec("mamba_ssm"):
-        theirs = in_mamba_ssm("prefill", functools.partial(model), None).func
+        theirs = in_mamba_ssm("prefill", model).func
         ways["mamba_ssm, cg=True"] = lambda count: theirs.generate(ids, prompt + 1 + count, cg=True)
     print(f"{where()}, {name}, {dtype}, batch {batch}")
     print("                       context   prefill s   ms a token   MB of state")
@@ -3932,64 +3921,6 @@ def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, ne
     a_byte = milliseconds(lambda: target.copy_(source), seconds) / (2 * source.nbytes)
     print(f"floor: {(weights + 2 * states) * a_byte:.3f} ms a token, to read the weights, and to")
     print("read and write the states, at the speed of a copy")
-
-
-def figure_rows():
-    """What README's figure shows: times of this and of mamba_ssm by label, from the tables; the
-    measured time of a token by length of the context; bytes of the state, and of keys and values.
-    """
-    text = README.read_text()
-
-    def times(begin, mine, other, part=0):
-        """Two columns of a row that begins like this; of the second, if there are two."""
-        row = re.search(rf"^\| {begin}.*$", text, re.M)[0].splitlines()[-1].split("|")
-        return tuple(float(row[column].split("/")[part]) for column in (mine, other))
-
-    bars = {
-        "SSD, 2.7b: forward": times("SSD, batch 8", 2, 3),
-        "SSD, 2.7b: backward": times("SSD, batch 8", 2, 3, part=1),
-        "a layer's training step": times("in a CUDA graph", 2, 3),
-        "a prompt of 8,192 tokens": times("in a CUDA graph", 2, 3, part=1),
-        "a token": times(r"mamba2-130m \| 1 ", 4, 6),
-        "a token, 2.7b, batch 64": times(r"mamba2-2.7b \| 1 .*\n\| \| 64 ", 4, 6),
-    }
-    number = r"([\d.,\sand]+)"
-    flat = re.search(rf"mamba2-130m\stakes{number}ms\sper\stoken\safter{number}tokens", text)
-    flat = [re.findall(r"[\d.,]*\d", part.replace(",", "")) for part in flat.groups()]
-    flat = {float(context): float(ms) for ms, context in zip(*flat, strict=True)}
-    c = Mamba2Config()  # mamba2-130m
-    conv, ssm = Mamba2(c).initial_state(1)
-    state = c.n_layer * (2 * conv.numel() + 4 * ssm.numel())  # in bfloat16 and in float32
-    keys_and_values = 2 * c.n_layer * c.d_model * 2  # bytes per token, in bfloat16
-    return bars, flat, state, keys_and_values
-
-
-def draw_figure():
-    """the README's figure from its tables"""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mamba2", "font.size": 11})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    blue, red = dict(color="#0072B2"), dict(color="#D55E00")
-    bars, flat, state, keys_and_values = figure_rows()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=(1.1, 1))
-    ratios = [theirs / mine for mine, theirs in bars.values()]
-    left.bar_label(left.barh([*bars], ratios, **blue), fmt="%.1f×", padding=3)
-    left.axvline(1, color="black", linestyle="--", linewidth=1)
-    left.set(title="Speed relative to mamba_ssm", xlim=(0, max(ratios) + 0.8))
-    left.invert_yaxis()
-    mb, text = state / 1e6, f"{min(flat.values()):.3f} to {max(flat.values()):.3f} ms per token"
-    right.loglog([*flat], [keys_and_values * context / 1e6 for context in flat], "s-", **red)
-    right.loglog([*flat], [mb] * len(flat), "o-", **blue)
-    right.text(1.5e4, 1843.2, "Transformer", ha="right", **red)
-    right.text(1e6, 1.6 * mb, f"Mamba-2: {mb:.1f} MB", ha="right", **blue)
-    right.text(1e6, 0.32 * mb, text, ha="right", size=9, **blue)
-    right.set(title="Memory of one sequence", xlabel="context, tokens", ylim=(2, 2e5))
-    right.set_xticks([100, 10_000, 1_000_000], ["100", "10,000", "1,000,000"])
-    right.set_yticks([10, 1000, 100_000], ["10 MB", "1 GB", "100 GB"])
-    right.minorticks_off()
-    figure.tight_layout()
-    figure.savefig(FIGURE, metadata=dict(Date=None))
 
 
 COMMANDS = dict(cpu=benchmark_cpu, errors=benchmark_errors, figure=draw_figure)
