@@ -40,7 +40,7 @@ of size n·p per chunk ever goes to memory.
 
     dt, A ──prep──> a, e; end              (b·h, l) fp32 each, "series"; one number per chunk
                        │
-    x, B ──[segment]───┤                   only if b·h is too small to fill the GPU: the state that
+    x, B ──[walk]──────┤                   only if b·h is too small to fill the GPU: the state that
                        │                   each segment of the sequence adds, (b, segments, h, p, n)
     x, B, C ─────────scan──> y, final      y: x's dtype; final: (b, h, p, n) fp32
 
@@ -49,7 +49,7 @@ then everything is parallel over chunks. A program loops over the heads that sha
 dB and dC are summed on chip; no atomics anywhere, hence the same bits every time.
 
     dt, A ─────────prep────> a, dt; end
-    x, B, dy, C ───border──> H, dH         (b·h·c, p, n) in x's dtype: the state at every chunk's
+    x, B, dy, C ─────walk──> H, dH         (b·h·c, p, n) in x's dtype: the state at every chunk's
                       │                    start, and its gradient at every chunk's end
     x, dy, H, dH, B, C ┬ dx > dx, W        W: (b·c·g·shares, s, t) in x's dtype, see `dx_part`
            two parts,  │                   and four series, sums over p, n and a chunk
@@ -677,30 +677,65 @@ def prep_kernel(
             tl.store(run_ptr + b * (NC * Q) + pos, tl.cumsum(change_q.to(tl.int32), axis=0))
 
 
-@triton.jit
-def walk(
-    v_mem, v_row, K_mem, K_row, series_mem, borders_mem, borders_row, end_ptr, run_ptr, state_pn,
-    first, last, reverse, b, h, g, pb, nb, bh, BH, NC, L, P, N,
-    KEEP: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
-    NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+@jit
+def walk_kernel(
+    x_mem, B_mem, dy_mem, C_mem, series_mem, borders_mem,
+    end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr, seg_ptr, decay_ptr,
+    x_row, B_row, dy_row, C_row, borders_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
+    L, NC, H, BH, HPG, NPB, P, N, NSEG, WALKS, CPS,
+    BORDERS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """The state alone, chunk after chunk: state <- 2^a_end state + (v · weight)^T K.
 
-    Forward in time v, K = x, B and the weight is 2^(a_end - e_q); in reverse v, K = dy, C and the
-    weight is 2^a_q, which is the same recurrence for the gradient of the state. Returns the last
-    state and the sum of a_end (-inf past a reset). KEEP: the state before each chunk goes to
-    borders_mem, in the second half of it if reverse.
+    Forward in time v, K = x, B and the weight is 2^(a_end - e_q). In reverse v, K = dy, C and the
+    weight is 2^a_q, which is the same recurrence for the gradient of the state:
+
+        dH_{c-1} = 2^a_end dH_c + sum_t 2^a_t dy_t C_t^T        (dH_c: where chunk c ends)
+
+    BORDERS: H at every chunk's start, from the initial state on, and dH at every chunk's end, from
+    the gradient of the final state on, down to that of the initial state. The two directions, in
+    one launch, fill the GPU together. Otherwise, forward in time: what each segment of CPS chunks
+    but the last adds to the state, and the decay over the whole segment, 0 past a reset.
+
+    Grid (b · walks · h · p/PB, n/NB, directions). WALKS, for each batch element: segments, or 1.
 
         |  v^T (p, q)  |  x  |  K (q, n)  |  ->  state (p, n) in registers
 
     Masked: positions past l, rows past p, columns past n, which read as zero.
     """
+    pid = tl.program_id(0)
+    nb = tl.program_id(1)
+    reverse = BORDERS and tl.program_id(2) == 1
+    pb = pid % NPB
+    h = (pid // NPB) % H
+    s = (pid // NPB // H) % WALKS
+    b = pid // NPB // H // WALKS
+    b64 = b.to(tl.int64)
+    bh = b * H + h
+    end_ptr += (b64 * H + h) * NC
+    run_ptr += b64 * (NC * Q)
     q = tl.arange(0, Q)
+    p = pb * PB + tl.arange(0, PB)
+    n = nb * NB + tl.arange(0, NB)
+    mask_pn = (p < P)[:, None] & (n < N)[None, :]
+    state_pn = tl.zeros((PB, NB), tl.float32)
+    if reverse:
+        v_mem, K_mem = dy_mem, C_mem
+        if HAS_DFINAL:
+            state_pn += load_state(dfinal_ptr + b64 * f_sb + h * f_sh, f_sp, f_sn, p, n, mask_pn)
+    else:
+        v_mem, K_mem = x_mem, B_mem
+        if BORDERS and HAS_INIT:
+            state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
+    v_row = tl.where(reverse, dy_row, x_row)
+    K_row = tl.where(reverse, C_row, B_row)
     total = 0.0
-    for i in tl.range(first, last, num_stages=STAGES):
+    for i in tl.range(s * CPS, tl.minimum(s * CPS + CPS, NC), num_stages=STAGES):
         c = tl.where(reverse, NC - 1 - i, i)
         # load
-        K_qn = load_rows(K_mem, K_row, b, g, c * Q, nb * NB, L, N, Q, NB, TMA)
+        K_qn = load_rows(K_mem, K_row, b, h // HPG, c * Q, nb * NB, L, N, Q, NB, TMA)
         v_pq = tl.trans(load_rows(v_mem, v_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA))
         which = tl.where(reverse, SERIES_A, SERIES_E)
         w_q = load_series(series_mem, which, bh, c, BH, NC, Q, TMA)
@@ -716,7 +751,7 @@ def walk(
             gamma = tl.where(run_end == 0, gamma, 0.0)
             total = tl.where(run_end == 0, total, float("-inf"))
         # store
-        if KEEP:
+        if BORDERS:
             border = tl.where(reverse, BH + bh, bh) * NC + c
             tile = operand(state_pn, v_pq.dtype, PREC)
             store_rows(
@@ -726,48 +761,18 @@ def walk(
         vw_pq = operand(v_pq * w_q[None, :], v_pq.dtype, PREC)
         state_pn *= gamma
         state_pn = tl.dot(vw_pq, K_qn, state_pn, input_precision=PREC)
-    return state_pn, total
+    # store
+    row = (b64 * NSEG + s) * H + h
+    at_pn = (row * P + p[:, None]) * N + n[None, :]
+    if not BORDERS:
+        tl.store(seg_ptr + at_pn, state_pn, mask=mask_pn)
+        tl.store(decay_ptr + row, tl.exp2(total))
+    elif HAS_INIT:
+        if reverse:
+            tl.store(dinit_ptr + at_pn, state_pn.to(dinit_ptr.dtype.element_ty), mask=mask_pn)
 
 
 # SSD: forward -------------------------------------------------------------------------------------
-
-
-@jit
-def segment_kernel(
-    x_mem, B_mem, series_mem, end_ptr, run_ptr, seg_ptr, decay_ptr,
-    NC, H, BH, HPG, NPB, P, N, NSEG, CPS, L, x_row, B_row,
-    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
-    PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """What a segment of CPS chunks adds to the state, and the decay over the whole segment.
-
-    Grid (b · (segments - 1) · h · p/PB, n/NB): nobody needs the last segment's. Tile (PB, NB) of
-    the state.
-
-        state <- 0;  state, total <- walk(the segment's chunks)
-        store state, 2^total
-    """
-    pid = tl.program_id(0)
-    pb = pid % NPB
-    h = (pid // NPB) % H
-    s = (pid // NPB // H) % (NSEG - 1)
-    b = pid // NPB // H // (NSEG - 1)
-    nb = tl.program_id(1)
-    b64 = b.to(tl.int64)
-    state_pn, total = walk(
-        x_mem, x_row, B_mem, B_row, series_mem, x_mem, 0,
-        end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
-        tl.zeros((PB, NB), tl.float32), s * CPS, tl.minimum(s * CPS + CPS, NC), False,
-        b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
-        False, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
-    )  # fmt: skip
-    # store
-    row = (b64 * NSEG + s) * H + h
-    p = pb * PB + tl.arange(0, PB)
-    n = nb * NB + tl.arange(0, NB)
-    mask_pn = (p < P)[:, None] & (n < N)[None, :]
-    tl.store(seg_ptr + (row * P + p[:, None]) * N + n[None, :], state_pn, mask=mask_pn)
-    tl.store(decay_ptr + row, tl.exp2(total))
 
 
 @jit
@@ -864,60 +869,6 @@ def scan_kernel(
 
 
 # SSD: backward ------------------------------------------------------------------------------------
-
-
-@jit
-def border_kernel(
-    x_mem, B_mem, dy_mem, C_mem, series_mem, borders_mem,
-    end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
-    x_row, B_row, dy_row, C_row, borders_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
-    L, NC, H, BH, HPG, NPB, P, N,
-    HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """The state H at every chunk's start, and the gradient dH of the state at every chunk's end:
-
-        dH_{c-1} = 2^a_end dH_c + sum_t 2^a_t dy_t C_t^T        (dH_c: where chunk c ends)
-
-    Grid (b · h · p/PB, n/NB, 2): the two directions in one launch, so that they fill the GPU
-    together. They differ in their descriptors only, not in their code.
-
-        state <- initial state            |  state <- gradient of the final state
-        walk forward over (x, B) -> H     |  walk backward over (dy, C) -> dH
-                                          |  store state as the gradient of the initial state
-    """
-    pid = tl.program_id(0)
-    nb = tl.program_id(1)
-    reverse = tl.program_id(2) == 1
-    pb = pid % NPB
-    h = (pid // NPB) % H
-    b = pid // NPB // H
-    b64 = b.to(tl.int64)
-    p = pb * PB + tl.arange(0, PB)
-    n = nb * NB + tl.arange(0, NB)
-    mask_pn = (p < P)[:, None] & (n < N)[None, :]
-    state_pn = tl.zeros((PB, NB), tl.float32)
-    if reverse:
-        v_mem, K_mem = dy_mem, C_mem
-        if HAS_DFINAL:
-            state_pn += load_state(dfinal_ptr + b64 * f_sb + h * f_sh, f_sp, f_sn, p, n, mask_pn)
-    else:
-        v_mem, K_mem = x_mem, B_mem
-        if HAS_INIT:
-            state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
-    state_pn, _ = walk(
-        v_mem, tl.where(reverse, dy_row, x_row), K_mem, tl.where(reverse, C_row, B_row),
-        series_mem, borders_mem, borders_row, end_ptr + (b64 * H + h) * NC,
-        run_ptr + b64 * (NC * Q),
-        state_pn, 0, NC, reverse, b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
-        True, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
-    )  # fmt: skip
-    if HAS_INIT:
-        if reverse:
-            dinit_ptr += (b64 * H + h) * P * N
-            tile = state_pn.to(dinit_ptr.dtype.element_ty)
-            tl.store(dinit_ptr + p[:, None] * N + n[None, :], tile, mask=mask_pn)
 
 
 @triton.jit
@@ -1295,7 +1246,7 @@ class _Settings(NamedTuple):
 #
 # "portable" is for all others from compute capability 8.0 on, with 99 KB: one program of 8 warps,
 # for 4 spill registers, and tiles one iteration ahead, for which there is room. (Blackwell has a
-# tensor memory accelerator, but with one Triton 3.6 cannot compile border_kernel for data centers'
+# tensor memory accelerator, but with one Triton 3.6 cannot compile walk_kernel for data centers'
 # GPUs, and spills 3 KB in chunk_kernel for others.) "cdna" is AMD's MI300, where a warp is twice as
 # wide and a program has 64 KB. Rows that are missing do not fit.
 _IN_4_BYTES = _Settings("portable", 32, 32, 8, 2, 1, 8)
@@ -1435,9 +1386,9 @@ def _ssd_plan(
         dx_row=_row(dx, TMA), borders_row=n * x.element_size() // 16,
         **_strides("dt", dt, "blh"), **_strides("i", init, "bhpn"), **_strides("ddt", ddt, "bl"),
         **_strides("seq", seq_idx, "bl"), **_strides("f", dfinal, "bhpn"),
-        **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc,
-        H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n, NPB=npb, NSEG=nseg, CPS=cps, NSPLIT=nsplit,
-        HPS=hps, PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
+        **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g,
+        P=p, N=n, NPB=npb, NSEG=nseg, WALKS=nseg - 1, CPS=cps, NSPLIT=nsplit, HPS=hps,
+        PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
         HAS_INIT=init is not None, HAS_D=D is not None, HAS_DFINAL=dfinal is not None,
         SEGMENTS=nseg > 1, Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages,
         TMA=TMA, PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
@@ -1454,13 +1405,15 @@ def _ssd_plan(
     if dy is None:
         if nseg > 1:
             grid = b * (nseg - 1) * h * npb, triton.cdiv(n, 64), 1
-            calls.append((segment_kernel, grid, narrow, dict(num_warps=4, **pipeline)))
+            segments = narrow | dict(dy_mem="x_mem", BORDERS=False)
+            calls.append((walk_kernel, grid, segments, dict(num_warps=4, **pipeline)))
         calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
     else:
-        borders = [2 * b * h * nc, 1, p, n], [p * n, 16, n, 1], [1, 1, PB, NB]
-        tiles.update(dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB), borders_mem=borders)
+        of_borders = [2 * b * h * nc, 1, p, n], [p * n, 16, n, 1], [1, 1, PB, NB]
+        tiles.update(dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB), borders_mem=of_borders)
+        borders = numbers | dict(BORDERS=True, NSEG=1, WALKS=1, CPS=nc)
         calls += [
-            (border_kernel, (b * h * npb, 1, 2), numbers, options),
+            (walk_kernel, (b * h * npb, 1, 2), borders, options),
             (chunk_kernel, (2 * programs, 1, 1), numbers, options),
             (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), narrow, finish),
             (chain_kernel, (b * nc, blocks_h, 1), numbers, finish),
@@ -1499,11 +1452,12 @@ def _ssd_forward(
         initial_state = torch.zeros_like(final)
     known = settings, settings.Q, precision, bias, low, high
     plan, numbers = _ssd_plan(*known, x, dt, B, C, D, initial_state, seq_idx)
-    seg, decay, (b, h, p, n), nseg = None, None, final.shape, numbers["NSEG"]
-    if nseg > 1:
-        seg, decay = final.new_empty(b, nseg, h, p, n), final.new_empty(b, nseg, h)
-    tensors = _ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx)
-    plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
+    (b, h, p, n), nseg = final.shape, numbers["NSEG"]
+    plan(
+        **_ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx),
+        y_ptr=y, final_ptr=final, seg_ptr=final.new_empty(b, nseg, h, p, n),
+        decay_ptr=final.new_empty(b, nseg, h), borders_mem=None, dfinal_ptr=None, dinit_ptr=None,
+    )  # fmt: skip
 
 
 def _ssd_backward(
@@ -1535,7 +1489,8 @@ def _ssd_backward(
     plan(
         **_ssd_tensors(3 + 5 * npb, numbers, bias, *inputs),
         dy_mem=dy, dx_mem=dx, borders_mem=x.new_empty(2 * b * h * nc, p, n),
-        dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=x.new_empty(programs, Q, Q),
+        dfinal_ptr=dfinal, dinit_ptr=dinit, seg_ptr=None, decay_ptr=None,
+        W_ptr=x.new_empty(programs, Q, Q),
         parts_ptr=torch.empty(2 * programs, Q, n, **f32),
         cross_ptr=torch.empty(npb * b * h, nc, settings.PB, **f32), sums_ptr=sums, dB_ptr=dB,
         dC_ptr=dC, ddt_ptr=ddt,

@@ -4077,7 +4077,10 @@ def kernels_of_ssd(kind, dtype, n):
             given = numbers | {name: tensors[numbers.get(name, name)] for name in names}
             values = [given[name] for name in kernel.arg_names]
             compiling = functools.partial(kernel.warmup, *values, grid=grid, **options)
-            found[kernel.fn.__name__.removesuffix("_kernel")] = compiling
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            if name == "walk":
+                name = "border" if numbers["BORDERS"] else "segment"
+            found[name] = compiling
 
     changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
     with (
