@@ -671,9 +671,8 @@ def prep_kernel(
         if tl.program_id(1) == 0:
             seq = seq_ptr + b * seq_sb + pos * seq_sl
             mask_q = mask_q & (pos > 0)
-            change_q = tl.load(seq, mask=mask_q, other=0) != tl.load(
-                seq - seq_sl, mask=mask_q, other=0
-            )
+            before_q = tl.load(seq - seq_sl, mask=mask_q, other=0)
+            change_q = tl.load(seq, mask=mask_q, other=0) != before_q
             tl.store(run_ptr + b * (NC * Q) + pos, tl.cumsum(change_q.to(tl.int32), axis=0))
 
 
@@ -823,10 +822,7 @@ def scan_kernel(
             state_pn *= tl.load(decay_ptr + row)
             state_pn += load_state(seg_ptr + row * P * N, N, 1, p, n, mask_pn)
     end_ptr += (b64 * H + h) * NC
-    if TMA:
-        half_pn = operand(state_pn, x_mem.dtype, PREC)
-    else:
-        half_pn = operand(state_pn, x_mem.dtype.element_ty, PREC)
+    half_pn = operand(state_pn, x_mem.dtype if TMA else x_mem.dtype.element_ty, PREC)
     for c in tl.range(seg * CPS, tl.minimum(seg * CPS + CPS, NC), num_stages=STAGES):
         # load
         B_qn = load_rows(B_mem, B_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
