@@ -366,9 +366,9 @@ def _allows_tf32() -> bool:
 class _Plan:
     """Launches without their tensors, in turn: (kernel, grid, numbers, options).
 
-    A kernel takes the tensors and numbers that it names. If there is a number for the name of a
-    tensor, it is the name of the tensor to take instead. `tiles` are the shape, strides and block
-    of tensors that kernels get as descriptors, if they take them.
+    A kernel takes the tensors and numbers that it names; tensors that are not passed are None. If
+    there is a number for the name of a tensor, it is the name of the tensor to take instead.
+    `tiles` are the shape, strides and block of tensors that kernels get as descriptors.
 
     To find the compiled kernel for some arguments takes Triton longer than to launch it, and so do
     the checks of a descriptor. So a plan keeps what it launches, and checked descriptors without
@@ -377,14 +377,16 @@ class _Plan:
     """
 
     def __init__(self, *calls, tiles=()):
-        self.calls, self.ready, taken = calls, {}, set()
+        self.calls, self.ready, self.taken = calls, {}, {}
         for kernel, _, numbers, _ in calls:
-            taken |= {numbers.get(name, name) for name in _tensors(kernel)}
-        self.tiles = {name: tile for name, tile in dict(tiles).items() if name in taken}
+            self.taken.update((numbers.get(name, name), None) for name in _tensors(kernel))
+        self.tiles = {name: tile for name, tile in dict(tiles).items() if name in self.taken}
 
     def __call__(self, **tensors):
+        device = torch.cuda.device_of(next(iter(tensors.values())))
+        tensors = self.taken | tensors
         kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
-        with torch.cuda.device_of(next(iter(tensors.values()))):
+        with device:
             if (key := tuple(kinds)) not in self.ready:
                 described = tensors | self.descriptors(tensors)
                 checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
@@ -1448,12 +1450,12 @@ def _ssd_forward(
         initial_state = torch.zeros_like(final)
     known = settings, settings.Q, precision, bias, low, high
     plan, numbers = _ssd_plan(*known, x, dt, B, C, D, initial_state, seq_idx)
+    tensors = _ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx)
     (b, h, p, n), nseg = final.shape, numbers["NSEG"]
-    plan(
-        **_ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx),
-        y_ptr=y, final_ptr=final, seg_ptr=final.new_empty(b, nseg, h, p, n),
-        decay_ptr=final.new_empty(b, nseg, h), borders_mem=None, dfinal_ptr=None, dinit_ptr=None,
-    )  # fmt: skip
+    if nseg > 1:
+        tensors["seg_ptr"] = final.new_empty(b, nseg, h, p, n)
+        tensors["decay_ptr"] = final.new_empty(b, nseg, h)
+    plan(**tensors, y_ptr=y, final_ptr=final)
 
 
 def _ssd_backward(
@@ -1485,8 +1487,7 @@ def _ssd_backward(
     plan(
         **_ssd_tensors(3 + 5 * npb, numbers, bias, *inputs),
         dy_mem=dy, dx_mem=dx, borders_mem=x.new_empty(2 * b * h * nc, p, n),
-        dfinal_ptr=dfinal, dinit_ptr=dinit, seg_ptr=None, decay_ptr=None,
-        W_ptr=x.new_empty(programs, Q, Q),
+        dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=x.new_empty(programs, Q, Q),
         parts_ptr=torch.empty(2 * programs, Q, n, **f32),
         cross_ptr=torch.empty(npb * b * h, nc, settings.PB, **f32), sums_ptr=sums, dB_ptr=dB,
         dC_ptr=dC, ddt_ptr=ddt,
@@ -1816,8 +1817,7 @@ def _conv_forward(y, final, x, weight, bias, state, seq_idx):
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
     plan(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
-        final_ptr=final, dy_ptr=None, dfinal_ptr=None, dx_ptr=None, dstate_ptr=None,
-        partial_ptr=None,
+        final_ptr=final,
     )  # fmt: skip
 
 
@@ -1834,9 +1834,8 @@ def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
     plan, blocks = _conv_plan(x, weight, bias, state, seq_idx, dfinal, dx)
     partial = torch.empty(blocks, d * (k + 1), dtype=torch.float32, device=x.device)
     plan(
-        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=None,
-        final_ptr=None, dy_ptr=dy, dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate,
-        partial_ptr=partial,
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
+        dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
     dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
     return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
@@ -2030,10 +2029,7 @@ def _norm_new(y, z, weight, eps, groups):
 def _norm_forward(out, y, z, weight, eps, groups):
     y, z = _rows(y), None if z is None else _rows(z)
     plan, _ = _norm_plan(y, z, eps, groups)
-    plan(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out, dout_ptr=None, dy_ptr=None,
-        dz_ptr=None, partial_ptr=None,
-    )  # fmt: skip
+    plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
 
 
 def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
@@ -2045,8 +2041,8 @@ def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
     plan, slots = _norm_plan(y, z, eps, groups, _rows(dy), None if z is None else _rows(dz))
     partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
     plan(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=None,
-        dout_ptr=dout.contiguous(), dy_ptr=dy, dz_ptr=dz, partial_ptr=partial,
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
+        dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
     return [dy, dz, *_sums(partial, weight)]
 

@@ -4074,7 +4074,7 @@ def kernels_of_ssd(kind, dtype, n):
         tensors |= plan.descriptors(tensors)
         for kernel, grid, numbers, options in plan.calls:
             names = kernels._tensors(kernel)
-            given = numbers | {name: tensors[numbers.get(name, name)] for name in names}
+            given = numbers | {name: tensors.get(numbers.get(name, name)) for name in names}
             values = [given[name] for name in kernel.arg_names]
             compiling = functools.partial(kernel.warmup, *values, grid=grid, **options)
             name = kernel.fn.__name__.removesuffix("_kernel")
