@@ -1,12 +1,11 @@
 """Fused Triton kernels for mamba2.py: SSD, short convolution and norm, alone and as one operation,
 forward and backward, and one token of a layer.
 
-`mamba2.py` loads this file by its path. An operation here has the signature and the meaning of its
-namesake in mamba2.py (its twin, in plain PyTorch), but returns None where it cannot run on these
-tensors, as without Triton or a GPU. Then mamba2.py goes on in plain PyTorch; a warning says so
-once, if the tensors are on a GPU and looked like ones for a kernel. Triton compiles at the first
-call. `python test_mamba2.py ssd layer prefill` times all of it on a GPU; `python test_mamba2.py
-targets` compiles SSD's kernels for other GPUs, without one.
+An operation here has the signature and the meaning of its namesake in mamba2.py (its twin, in plain
+PyTorch), but returns None where it cannot run on these tensors, as without Triton or a GPU. Then
+mamba2.py goes on in plain PyTorch; a warning says so once, if the tensors are on a GPU and looked
+like ones for a kernel. Triton compiles at the first call. `python test_mamba2.py ssd layer prefill`
+times all of it on a GPU; `python test_mamba2.py targets` compiles SSD's kernels for other GPUs.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
@@ -77,9 +76,8 @@ their sums do. NaN in an input makes NaN of all that depends on it: no minimum s
 
 Convolution, norm and the step of a token
 -----------------------------------------
-Each is bound by memory: an element takes a few dozen instructions, so the time to aim for is the
-bytes that must move over the bandwidth of a device copy. Bytes per element of x, for 2-byte inputs
-(every input read once, every output written once):
+Each is bound by memory: the time to aim for is the bytes that must move over the bandwidth of a
+device copy. Bytes per element of x, of 2-byte inputs read once and outputs written once:
 
     operation        forward                backward
     causal_conv1d    x, y              4    x, dy, dx                 6
@@ -151,8 +149,8 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 if INTERPRET:
     DTYPES = DTYPES[:2]
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
-# numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
-# another length would wait for seconds. (NSEG, NSPLIT and HPS, of which there are few, are not.)
+# change with batch and length, and are exempt: nothing would be gained, and a prompt of another
+# length would wait for seconds. (NSEG, WALKS, NSPLIT and HPS, of which there are few, are not.)
 VARYING = "L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots".split()
 jit = functools.partial(triton.jit, do_not_specialize=VARYING)
 _said = set()
@@ -207,9 +205,8 @@ class _Operation:
               tensors but seq_idx, contiguous, and an empty tensor for an input that is None
 
     To torch.compile, forward and backward are two opaque operators. Eager calls enter through an
-    autograd.Function instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer
-    than the GPU needs. (So does that of a Function with a `setup_context`, in part: 0.1 ms, for
-    inspect.signature.)
+    autograd.Function: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the
+    GPU needs, and that of a `setup_context` 0.1 ms, for inspect.signature.
     """
 
     def __init__(self, name, schema, axes, limit, new, run, backward=None, kept=0):
@@ -370,10 +367,9 @@ class _Plan:
     there is a number for the name of a tensor, it is the name of the tensor to take instead.
     `tiles` are the shape, strides and block of tensors that kernels get as descriptors.
 
-    To find the compiled kernel for some arguments takes Triton longer than to launch it, and so do
-    the checks of a descriptor. So a plan keeps what it launches, and checked descriptors without
-    their tensors, by all else that these may depend on: the tensors' dtypes, and whether their
-    addresses are multiples of 16.
+    Triton takes longer to find the compiled kernel for some arguments, and to check descriptors,
+    than to launch. So a plan keeps what it launches, and checked descriptors without their tensors,
+    by all else that these depend on: dtypes, and whether addresses are multiples of 16.
     """
 
     def __init__(self, *calls, tiles=()):
@@ -558,16 +554,15 @@ def load_series(mem, which, bh, c, BH, NC, Q: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def pin(tile, PIN: tl.constexpr):
-    """The tile, unchanged, but as something the compiler takes for a computed value. The assembler
-    drops the move. It pays twice, for 2-byte inputs on a GPU (PIN):
+    """The tile, unchanged, but as something the compiler takes for a computed value; the assembler
+    drops the move. It pays for 2-byte inputs on a GPU (PIN):
 
-    Triton gives a loaded tile that only matrix products read, straight from shared memory, one more
-    buffer than the others. Passing it through registers saves that buffer, which lets two programs
-    share a multiprocessor in `scan_kernel`: 0.45 instead of 0.62 ms for 2.7b at b8 l4096 (H200).
-
-    A sum of products that nothing but the next iteration reads is still being computed when that
-    begins. If products start from zero there, as in `bc_part`, the assembler lets every single
-    matrix instruction wait for the one before. Using the sum ends the overlap, and with it that.
+    - Triton gives a loaded tile that only matrix products read one more buffer of shared memory.
+      Passing it through registers saves that, so that two programs of `scan_kernel` share a
+      multiprocessor: 0.45 instead of 0.62 ms for 2.7b at b8 l4096 (H200).
+    - A sum of products that only the next iteration reads is still being computed when that begins.
+      If products start from zero there, as in `bc_part`, the assembler lets every single matrix
+      instruction wait for the one before. Using the sum ends the overlap, and with it the waits.
     """
     if PIN:
         if tile.dtype == tl.float32:
@@ -1233,20 +1228,20 @@ class _Settings(NamedTuple):
         return self.kind == "tma" or INTERPRET and not PORTABLE
 
 
-# By (kind of GPU, bytes per number, whether d_state is 256). Rows of the kind "tma" are for Hopper,
-# which has a tensor memory accelerator and 227 KB of shared memory for one program. Q = 64 is the
-# narrowest tile that its matrix instruction takes, and work in a chunk grows with Q. PB is 64 even
-# when the headdim is less: a padded tile costs little, and narrower headdim tiles are where Triton
-# 3.4-3.7 has been seen to miscompile. Where tiles would be more than 16 KB each (d_state 256, or
-# fp32), Q is halved and twice the warps share the work. Two programs fill the registers. In 4 bytes
-# Hopper runs the portable kernels: its own spilled 3 KB in chunk_kernel, which took 7 to 20% longer
-# in fp32 (16% less in fp16); a d_state of 256 spilled 16 KB, and took 30 times as long as 128.
+# By (kind of GPU, bytes per number, whether d_state is 256). "tma" is Hopper, with a tensor memory
+# accelerator and 227 KB of shared memory for one program. Q = 64 is the narrowest tile that its
+# matrix instruction takes, and work in a chunk grows with Q. PB is 64 even when the headdim is
+# less: a padded tile costs little, and with narrower ones Triton 3.4-3.7 has been seen to
+# miscompile. Where tiles would be more than 16 KB each (d_state 256, or fp32), Q is halved and
+# twice the warps share the work. In 4 bytes Hopper runs the portable kernels: its own spilled 3 KB
+# in chunk_kernel, which took 7 to 20% longer in fp32 (16% less in fp16), and 16 KB for a d_state of
+# 256, which took 30 times as long as 128.
 #
-# "portable" is for all others from compute capability 8.0 on, with 99 KB: one program of 8 warps,
-# for 4 spill registers, and tiles one iteration ahead, for which there is room. (Blackwell has a
-# tensor memory accelerator, but with one Triton 3.6 cannot compile walk_kernel for data centers'
-# GPUs, and spills 3 KB in chunk_kernel for others.) "cdna" is AMD's MI300, where a warp is twice as
-# wide and a program has 64 KB. Rows that are missing do not fit.
+# "portable" is all others from compute capability 8.0 on, with 99 KB: one program of 8 warps, for 4
+# spill registers, and tiles one iteration ahead. (Blackwell has a tensor memory accelerator, but
+# with it Triton 3.6 cannot compile walk_kernel for data centers' GPUs, and spills 3 KB in
+# chunk_kernel for others.) "cdna" is AMD's MI300, where a warp is twice as wide and a program has
+# 64 KB. Rows that are missing do not fit.
 _IN_4_BYTES = _Settings("portable", 32, 32, 8, 2, 1, 8)
 SETTINGS = {
     ("tma", 2, False): _Settings("tma", 64, 64, 4, 3, 2, 4),
@@ -1257,7 +1252,7 @@ SETTINGS = {
     ("portable", 4, False): _IN_4_BYTES,
     ("cdna", 2, False): _Settings("cdna", 64, 64, 4, 2, 1, 4),
 }
-# The portable settings serve any GPU. MAMBA2_KERNELS=portable chooses them where others would be.
+# Choose the portable settings, which serve any NVIDIA GPU, where others would be.
 PORTABLE = os.environ.get("MAMBA2_KERNELS") == "portable"
 
 
@@ -1530,8 +1525,8 @@ def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
-    NaN, for results and gradients. (The twin computes with such a dt. Looking for one would
-    synchronise with the GPU, and applying its sign cost one more product per pair of positions.)
+    NaN. (The twin computes with such a dt; here its sign would cost one more product per pair of
+    positions, and an error a wait for the GPU.)
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
     16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range.
@@ -1548,16 +1543,14 @@ def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
 # With seq_idx a term counts only if no sequence begins in (t-i, t].
 #
 # Tiles, chosen by hand on an H200: D channels wide (128 and 256 divide the published widths, 1792 =
-# 7 · 256 and 5376 = 21 · 256), R rows loaded together, walked by one program for so many positions.
-# A thread has four channels. Forward: eight rows in flight cover the latency of memory; with four
-# it is 2 % slower, with one warp 9 %. k-1 rows in 64 are read twice.
-CONV_FORWARD = dict(R=8, D=256, num_warps=2)
-CONV_FORWARD_ROWS = (64,)
+# 7 · 256 and 5376 = 21 · 256), four to a thread; R rows loaded together; a program walks so many
+# positions. Forward: eight rows in flight cover the latency of memory; with four it is 2 % slower,
+# with one warp 9 %.
+CONV_FORWARD = dict(R=8, D=256, num_warps=2, walks=(64,))
 # Backward: 17 values a channel (window, unfinished dx, taps, their sums, bias and its sum) stay in
 # registers, so only four rows of x and dy are in flight. Long walks write fewer partial sums; short
 # ones are for inputs that long ones would cut in too few programs.
-CONV_BACKWARD = dict(R=4, D=128, num_warps=1)
-CONV_BACKWARD_ROWS = (256, 128)
+CONV_BACKWARD = dict(R=4, D=128, num_warps=1, walks=(256, 128))
 
 
 @triton.jit
@@ -1790,7 +1783,7 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     tiles = dict(CONV_BACKWARD if backward else CONV_FORWARD)
     options = dict(num_warps=tiles.pop("num_warps"))
     blocks_d = triton.cdiv(d, tiles["D"])
-    for q_rows in CONV_BACKWARD_ROWS if backward else CONV_FORWARD_ROWS:
+    for q_rows in tiles.pop("walks"):
         blocks = b * triton.cdiv(l, q_rows)
         if blocks * blocks_d >= 4096:
             break
@@ -1865,11 +1858,10 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 #     v   = y · silu(z), or y where there is no gate z
 #     out = weight · v · scale,   scale = 1 / sqrt(mean of v² over the slice + eps)
 #
-# A slice of `size` = d / groups channels is cut into TILES tiles of N channels: powers of two that
-# together are little wider than the slice (5,120 = 5 · 1,024; one tile would be 8,192 wide).
-# A thread has four channels of each tile. The backward runs 16 warps on each multiprocessor, which
-# fill it at 128 registers a thread; left alone, the compiler takes more for wide slices, and then
-# only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
+# A slice of `size` = d / groups channels is cut into TILES tiles of N channels, a power of two, 4
+# for each thread (5,120 = 5 · 1,024; one tile would be 8,192 wide). The backward runs 16 warps on
+# each multiprocessor, which fill it at 128 registers a thread; left alone, the compiler takes more
+# for wide slices, and then only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
 
 
 @jit
@@ -2197,11 +2189,10 @@ def layer_middle(
 #     ssm     = exp(-dt · exp(A_log)) · ssm + dt · x B^T   (p, n), for each head
 #     y       = ssm C + D · x
 #
-# Nearly all bytes are the state's, read once and written once. A program of one warp (more would
-# compute B and C, and what is one number per head, once more each) computes B and C of its group
-# once, and then walks over its share of the tiles of the group's state. STEP_PROGRAMS fit on a
-# multiprocessor at a time, by their registers. A tile has 8 KB; with few rows there are not enough
-# such tiles for the whole GPU to take part, and it has 2 KB.
+# Nearly all bytes are the state's, read once and written once. A program of one warp (each further
+# one would compute B and C again) computes B and C of its group once, and then walks over its share
+# of the tiles of the group's state. STEP_PROGRAMS fit on a multiprocessor, by their registers. A
+# tile has 8 KB, or 2 KB where there would be too few for the whole GPU to take part.
 STEP_PROGRAMS = 8
 STEP_BYTES = 8192, 2048
 
@@ -2603,11 +2594,11 @@ def block(block, h, state):
 
 class Text:
     """The cache of a text while `generate` decodes it: a Mamba2Cache, or, after a step of a CUDA
-    graph, the graph's buffers. `generate` passes one and the same from token to token.
+    graph, the graph's buffers. `generate` passes the same Text from token to token.
 
     The graph is the model's as it was at the text's first step: a module, weight, hook or option
-    that is replaced between two tokens takes effect in the next text. (New values in the same
-    memory take effect at once.) A token in another mode, as in autocast, is a step of the model.
+    that is replaced meanwhile takes effect in the next text, new values in the same memory at once.
+    A token in another mode, as in autocast, is a step of the model.
     """
 
     is_compileable, is_croppable, is_linear = False, False, (False,)  # as in Mamba2Cache
@@ -2662,10 +2653,9 @@ def _fingerprint(model) -> list | None:
     """What a step depends on, to be compared with == before each text (1 ms for 24 layers on a slow
     CPU); None if a graph would not do all of it.
 
-    None for a model in training mode; for a module of any class but the model's own (adapters and
-    other heads may depend on anything), or one that is compiled, or has hooks or buffers; for
-    weights that are sharded, quantised, or elsewhere. Values of weights are not named, because a
-    graph reads them where they lie.
+    None in training mode; for a module of any class but the model's own (adapters and other heads
+    may depend on anything), or one that is compiled, or has hooks or buffers; for weights that are
+    sharded, quantised, or elsewhere. Values of weights do not count: a graph reads them in place.
     """
     if model.training:
         return None
@@ -2706,9 +2696,8 @@ class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `copies` copies one out, so caches are never modified. Weights are read where they lie. A layer
-    writes ssm over the last one; its conv is new, as programs of all heads read the last one, and
-    copied into its buffer at the end.
+    `copies` copies one out, so caches are never modified. A layer writes ssm over the last one; its
+    conv is new, as programs of all heads read the last one, and copied into its buffer at the end.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`
