@@ -868,7 +868,7 @@ def scan_kernel(
 def dx_part(
     pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row, borders_row,
-    L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
+    b, c, g, first, last, L, NC, H, BH, NPB, P, N,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -898,10 +898,6 @@ def dx_part(
     does not matter as long as it is finite, so that S ∘ L is 0: its exponents are cut off at 127.
     Other exponents are that large only if A > 0 and the state grows by 2^127 within a chunk.
     """
-    k = pid % NSPLIT
-    g = (pid // NSPLIT) % G
-    c = (pid // NSPLIT // G) % NC
-    b = pid // NSPLIT // G // NC
     q = tl.arange(0, Q)
     B_sn = load_rows(B_mem, B_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
     C_tn = load_rows(C_mem, C_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
@@ -912,8 +908,6 @@ def dx_part(
         keep_st = keep_st & (run_q[:, None] == run_q[None, :])
     S_st = tl.where(keep_st, tl.dot(B_sn, tl.trans(C_tn), input_precision=PREC), 0.0)
     W_st = tl.zeros((Q, Q), tl.float32)
-    first = g * HPG + k * HPS
-    last = tl.minimum(first + HPS, g * HPG + HPG)
     for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
         h = i // NPB
         pb = i % NPB
@@ -963,7 +957,7 @@ def dx_part(
 def bc_part(
     pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
     series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
-    L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
+    b, c, g, first, last, L, NC, H, BH, NPB, P, N, PROGRAMS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -983,10 +977,6 @@ def bc_part(
     On Hopper the diagonal of a product stands in for the sums of an elementwise product: the tensor
     cores have time to spare here, the registers have no room. Masked: columns past n.
     """
-    k = pid % NSPLIT
-    g = (pid // NSPLIT) % G
-    c = (pid // NSPLIT // G) % NC
-    b = pid // NSPLIT // G // NC
     q = tl.arange(0, Q)
     n = tl.arange(0, NB)
     pp = tl.arange(0, PB)
@@ -996,8 +986,6 @@ def bc_part(
         run_end = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + Q - 1)
     dB_sn = tl.zeros((Q, NB), tl.float32)
     dC_tn = tl.zeros((Q, NB), tl.float32)
-    first = g * HPG + k * HPS
-    last = tl.minimum(first + HPS, g * HPG + HPG)
     for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
         h = i // NPB
         pb = i % NPB
@@ -1061,12 +1049,17 @@ def chunk_kernel(
     One program for both would need more registers than there are.
     """
     pid = tl.program_id(0) // 2
+    g = (pid // NSPLIT) % G
+    c = (pid // NSPLIT // G) % NC
+    b = pid // NSPLIT // G // NC
+    first = g * HPG + pid % NSPLIT * HPS  # of its heads
+    last = tl.minimum(first + HPS, g * HPG + HPG)
     if tl.program_id(0) % 2 == 0:
         dx_part(
             pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
             series_ptr, end_ptr, run_ptr, D_ptr, W_ptr,
             x_row, dy_row, B_row, C_row, dx_row, borders_row,
-            L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
+            b, c, g, first, last, L, NC, H, BH, NPB, P, N,
             HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
         )  # fmt: skip
     else:
@@ -1074,7 +1067,7 @@ def chunk_kernel(
         bc_part(
             pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
             series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
-            L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
+            b, c, g, first, last, L, NC, H, BH, NPB, P, N, PROGRAMS,
             HAS_SEQ, Q, PB, NB, PREC, PIN, 2, TMA,
         )  # fmt: skip
 
