@@ -695,7 +695,7 @@ def walk_kernel(
     one launch, fill the GPU together. Otherwise, forward in time: what each segment of CPS chunks
     but the last adds to the state, and the decay over the whole segment, 0 past a reset.
 
-    Grid (b · walks · h · p/PB, n/NB, directions). WALKS, for each batch element: segments, or 1.
+    Grid (b · WALKS · h · p/PB, n/NB, directions); WALKS = NSEG - 1, but with BORDERS both are 1.
 
         |  v^T (p, q)  |  x  |  K (q, n)  |  ->  state (p, n) in registers
 
