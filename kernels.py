@@ -1,12 +1,11 @@
 """Fused Triton kernels for mamba2.py: SSD, short convolution and norm, alone and as one operation,
 forward and backward, and one token of a layer.
 
-`mamba2.py` loads this file by its path. An operation here has the signature and the meaning of its
-namesake in mamba2.py (its twin, in plain PyTorch), but returns None where it cannot run on these
-tensors, as without Triton or a GPU. Then mamba2.py goes on in plain PyTorch; a warning says so
-once, if the tensors are on a GPU and looked like ones for a kernel. Triton compiles at the first
-call. `python test_mamba2.py ssd layer prefill` times all of it on a GPU; `python test_mamba2.py
-targets` compiles SSD's kernels for other GPUs, without one.
+An operation here has the signature and the meaning of its namesake in mamba2.py (its twin, in plain
+PyTorch), but returns None where it cannot run on these tensors, as without Triton or a GPU. Then
+mamba2.py goes on in plain PyTorch; a warning says so once, if the tensors are on a GPU and looked
+like ones for a kernel. Triton compiles at the first call. `python test_mamba2.py ssd layer prefill`
+times all of it on a GPU; `python test_mamba2.py targets` compiles SSD's kernels for other GPUs.
 
     projection ──> xBC ──> causal_conv1d ──> x, B, C ──┐
            ├─────> dt ─────────────────────────────────┴──> ssd ──> y ──┐
@@ -40,7 +39,7 @@ of size n·p per chunk ever goes to memory.
 
     dt, A ──prep──> a, e; end              (b·h, l) fp32 each, "series"; one number per chunk
                        │
-    x, B ──[segment]───┤                   only if b·h is too small to fill the GPU: the state that
+    x, B ──[walk]──────┤                   only if b·h is too small to fill the GPU: the state that
                        │                   each segment of the sequence adds, (b, segments, h, p, n)
     x, B, C ─────────scan──> y, final      y: x's dtype; final: (b, h, p, n) fp32
 
@@ -49,7 +48,7 @@ then everything is parallel over chunks. A program loops over the heads that sha
 dB and dC are summed on chip; no atomics anywhere, hence the same bits every time.
 
     dt, A ─────────prep────> a, dt; end
-    x, B, dy, C ───border──> H, dH         (b·h·c, p, n) in x's dtype: the state at every chunk's
+    x, B, dy, C ─────walk──> H, dH         (b·h·c, p, n) in x's dtype: the state at every chunk's
                       │                    start, and its gradient at every chunk's end
     x, dy, H, dH, B, C ┬ dx > dx, W        W: (b·c·g·shares, s, t) in x's dtype, see `dx_part`
            two parts,  │                   and four series, sums over p, n and a chunk
@@ -77,9 +76,8 @@ their sums do. NaN in an input makes NaN of all that depends on it: no minimum s
 
 Convolution, norm and the step of a token
 -----------------------------------------
-Each is bound by memory: an element takes a few dozen instructions, so the time to aim for is the
-bytes that must move over the bandwidth of a device copy. Bytes per element of x, for 2-byte inputs
-(every input read once, every output written once):
+Each is bound by memory: the time to aim for is the bytes that must move over the bandwidth of a
+device copy. Bytes per element of x, of 2-byte inputs read once and outputs written once:
 
     operation        forward                backward
     causal_conv1d    x, y              4    x, dy, dx                 6
@@ -151,8 +149,8 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 if INTERPRET:
     DTYPES = DTYPES[:2]
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
-# numbers change with batch and length, and are exempt: nothing would be gained, and a prompt of
-# another length would wait for seconds. (NSEG, NSPLIT and HPS, of which there are few, are not.)
+# change with batch and length, and are exempt: nothing would be gained, and a prompt of another
+# length would wait for seconds. (NSEG, WALKS, NSPLIT and HPS, of which there are few, are not.)
 VARYING = "L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots".split()
 jit = functools.partial(triton.jit, do_not_specialize=VARYING)
 _said = set()
@@ -207,9 +205,8 @@ class _Operation:
               tensors but seq_idx, contiguous, and an empty tensor for an input that is None
 
     To torch.compile, forward and backward are two opaque operators. Eager calls enter through an
-    autograd.Function instead: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer
-    than the GPU needs. (So does that of a Function with a `setup_context`, in part: 0.1 ms, for
-    inspect.signature.)
+    autograd.Function: the bookkeeping of an operator takes the CPU up to 0.5 ms, longer than the
+    GPU needs, and that of a `setup_context` 0.1 ms, for inspect.signature.
     """
 
     def __init__(self, name, schema, axes, limit, new, run, backward=None, kept=0):
@@ -366,25 +363,26 @@ def _allows_tf32() -> bool:
 class _Plan:
     """Launches without their tensors, in turn: (kernel, grid, numbers, options).
 
-    A kernel takes the tensors and numbers that it names. If there is a number for the name of a
-    tensor, it is the name of the tensor to take instead. `tiles` are the shape, strides and block
-    of tensors that kernels get as descriptors, if they take them.
+    A kernel takes the tensors and numbers that it names; tensors that are not passed are None. If
+    there is a number for the name of a tensor, it is the name of the tensor to take instead.
+    `tiles` are the shape, strides and block of tensors that kernels get as descriptors.
 
-    To find the compiled kernel for some arguments takes Triton longer than to launch it, and so do
-    the checks of a descriptor. So a plan keeps what it launches, and checked descriptors without
-    their tensors, by all else that these may depend on: the tensors' dtypes, and whether their
-    addresses are multiples of 16.
+    Triton takes longer to find the compiled kernel for some arguments, and to check descriptors,
+    than to launch. So a plan keeps what it launches, and checked descriptors without their tensors,
+    by all else that these depend on: dtypes, and whether addresses are multiples of 16.
     """
 
     def __init__(self, *calls, tiles=()):
-        self.calls, self.ready, taken = calls, {}, set()
+        self.calls, self.ready, self.taken = calls, {}, {}
         for kernel, _, numbers, _ in calls:
-            taken |= {numbers.get(name, name) for name in _tensors(kernel)}
-        self.tiles = {name: tile for name, tile in dict(tiles).items() if name in taken}
+            self.taken.update((numbers.get(name, name), None) for name in _tensors(kernel))
+        self.tiles = {name: tile for name, tile in dict(tiles).items() if name in self.taken}
 
     def __call__(self, **tensors):
+        device = torch.cuda.device_of(next(iter(tensors.values())))
+        tensors = self.taken | tensors
         kinds = [t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors.values()]
-        with torch.cuda.device_of(next(iter(tensors.values()))):
+        with device:
             if (key := tuple(kinds)) not in self.ready:
                 described = tensors | self.descriptors(tensors)
                 checked = [(name, vars(described[name]) | dict(base=None)) for name in self.tiles]
@@ -556,16 +554,15 @@ def load_series(mem, which, bh, c, BH, NC, Q: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def pin(tile, PIN: tl.constexpr):
-    """The tile, unchanged, but as something the compiler takes for a computed value. The assembler
-    drops the move. It pays twice, for 2-byte inputs on a GPU (PIN):
+    """The tile, unchanged, but as something the compiler takes for a computed value; the assembler
+    drops the move. It pays for 2-byte inputs on a GPU (PIN):
 
-    Triton gives a loaded tile that only matrix products read, straight from shared memory, one more
-    buffer than the others. Passing it through registers saves that buffer, which lets two programs
-    share a multiprocessor in `scan_kernel`: 0.45 instead of 0.62 ms for 2.7b at b8 l4096 (H200).
-
-    A sum of products that nothing but the next iteration reads is still being computed when that
-    begins. If products start from zero there, as in `bc_part`, the assembler lets every single
-    matrix instruction wait for the one before. Using the sum ends the overlap, and with it that.
+    - Triton gives a loaded tile that only matrix products read one more buffer of shared memory.
+      Passing it through registers saves that, so that two programs of `scan_kernel` share a
+      multiprocessor: 0.45 instead of 0.62 ms for 2.7b at b8 l4096 (H200).
+    - A sum of products that only the next iteration reads is still being computed when that begins.
+      If products start from zero there, as in `bc_part`, the assembler lets every single matrix
+      instruction wait for the one before. Using the sum ends the overlap, and with it the waits.
     """
     if PIN:
         if tile.dtype == tl.float32:
@@ -671,36 +668,70 @@ def prep_kernel(
         if tl.program_id(1) == 0:
             seq = seq_ptr + b * seq_sb + pos * seq_sl
             mask_q = mask_q & (pos > 0)
-            change_q = tl.load(seq, mask=mask_q, other=0) != tl.load(
-                seq - seq_sl, mask=mask_q, other=0
-            )
+            before_q = tl.load(seq - seq_sl, mask=mask_q, other=0)
+            change_q = tl.load(seq, mask=mask_q, other=0) != before_q
             tl.store(run_ptr + b * (NC * Q) + pos, tl.cumsum(change_q.to(tl.int32), axis=0))
 
 
-@triton.jit
-def walk(
-    v_mem, v_row, K_mem, K_row, series_mem, borders_mem, borders_row, end_ptr, run_ptr, state_pn,
-    first, last, reverse, b, h, g, pb, nb, bh, BH, NC, L, P, N,
-    KEEP: tl.constexpr, HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
-    NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+@jit
+def walk_kernel(
+    x_mem, B_mem, dy_mem, C_mem, series_mem, borders_mem,
+    end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr, seg_ptr, decay_ptr,
+    x_row, B_row, dy_row, C_row, borders_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
+    L, NC, H, BH, HPG, NPB, P, N, NSEG, WALKS, CPS,
+    BORDERS: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """The state alone, chunk after chunk: state <- 2^a_end state + (v · weight)^T K.
 
-    Forward in time v, K = x, B and the weight is 2^(a_end - e_q); in reverse v, K = dy, C and the
-    weight is 2^a_q, which is the same recurrence for the gradient of the state. Returns the last
-    state and the sum of a_end (-inf past a reset). KEEP: the state before each chunk goes to
-    borders_mem, in the second half of it if reverse.
+    Forward in time v, K = x, B and the weight is 2^(a_end - e_q). In reverse v, K = dy, C and the
+    weight is 2^a_q, which is the same recurrence for the gradient of the state:
+
+        dH_{c-1} = 2^a_end dH_c + sum_t 2^a_t dy_t C_t^T        (dH_c: where chunk c ends)
+
+    BORDERS: H at every chunk's start, from the initial state on, and dH at every chunk's end, from
+    the gradient of the final state on, down to that of the initial state. The two directions, in
+    one launch, fill the GPU together. Otherwise, forward in time: what each segment of CPS chunks
+    but the last adds to the state, and the decay over the whole segment, 0 past a reset.
+
+    Grid (b · WALKS · h · p/PB, n/NB, directions); WALKS = NSEG - 1, but with BORDERS both are 1.
 
         |  v^T (p, q)  |  x  |  K (q, n)  |  ->  state (p, n) in registers
 
     Masked: positions past l, rows past p, columns past n, which read as zero.
     """
+    pid = tl.program_id(0)
+    nb = tl.program_id(1)
+    reverse = BORDERS and tl.program_id(2) == 1
+    pb = pid % NPB
+    h = (pid // NPB) % H
+    s = (pid // NPB // H) % WALKS
+    b = pid // NPB // H // WALKS
+    b64 = b.to(tl.int64)
+    bh = b * H + h
+    end_ptr += (b64 * H + h) * NC
+    run_ptr += b64 * (NC * Q)
     q = tl.arange(0, Q)
+    p = pb * PB + tl.arange(0, PB)
+    n = nb * NB + tl.arange(0, NB)
+    mask_pn = (p < P)[:, None] & (n < N)[None, :]
+    state_pn = tl.zeros((PB, NB), tl.float32)
+    if reverse:
+        v_mem, K_mem = dy_mem, C_mem
+        if HAS_DFINAL:
+            state_pn += load_state(dfinal_ptr + b64 * f_sb + h * f_sh, f_sp, f_sn, p, n, mask_pn)
+    else:
+        v_mem, K_mem = x_mem, B_mem
+        if BORDERS and HAS_INIT:
+            state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
+    v_row = tl.where(reverse, dy_row, x_row)
+    K_row = tl.where(reverse, C_row, B_row)
     total = 0.0
-    for i in tl.range(first, last, num_stages=STAGES):
+    for i in tl.range(s * CPS, tl.minimum(s * CPS + CPS, NC), num_stages=STAGES):
         c = tl.where(reverse, NC - 1 - i, i)
         # load
-        K_qn = load_rows(K_mem, K_row, b, g, c * Q, nb * NB, L, N, Q, NB, TMA)
+        K_qn = load_rows(K_mem, K_row, b, h // HPG, c * Q, nb * NB, L, N, Q, NB, TMA)
         v_pq = tl.trans(load_rows(v_mem, v_row, b, h, c * Q, pb * PB, L, P, Q, PB, TMA))
         which = tl.where(reverse, SERIES_A, SERIES_E)
         w_q = load_series(series_mem, which, bh, c, BH, NC, Q, TMA)
@@ -716,7 +747,7 @@ def walk(
             gamma = tl.where(run_end == 0, gamma, 0.0)
             total = tl.where(run_end == 0, total, float("-inf"))
         # store
-        if KEEP:
+        if BORDERS:
             border = tl.where(reverse, BH + bh, bh) * NC + c
             tile = operand(state_pn, v_pq.dtype, PREC)
             store_rows(
@@ -726,48 +757,18 @@ def walk(
         vw_pq = operand(v_pq * w_q[None, :], v_pq.dtype, PREC)
         state_pn *= gamma
         state_pn = tl.dot(vw_pq, K_qn, state_pn, input_precision=PREC)
-    return state_pn, total
+    # store
+    row = (b64 * NSEG + s) * H + h
+    at_pn = (row * P + p[:, None]) * N + n[None, :]
+    if not BORDERS:
+        tl.store(seg_ptr + at_pn, state_pn, mask=mask_pn)
+        tl.store(decay_ptr + row, tl.exp2(total))
+    elif HAS_INIT:
+        if reverse:
+            tl.store(dinit_ptr + at_pn, state_pn.to(dinit_ptr.dtype.element_ty), mask=mask_pn)
 
 
 # SSD: forward -------------------------------------------------------------------------------------
-
-
-@jit
-def segment_kernel(
-    x_mem, B_mem, series_mem, end_ptr, run_ptr, seg_ptr, decay_ptr,
-    NC, H, BH, HPG, NPB, P, N, NSEG, CPS, L, x_row, B_row,
-    HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
-    PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """What a segment of CPS chunks adds to the state, and the decay over the whole segment.
-
-    Grid (b · (segments - 1) · h · p/PB, n/NB): nobody needs the last segment's. Tile (PB, NB) of
-    the state.
-
-        state <- 0;  state, total <- walk(the segment's chunks)
-        store state, 2^total
-    """
-    pid = tl.program_id(0)
-    pb = pid % NPB
-    h = (pid // NPB) % H
-    s = (pid // NPB // H) % (NSEG - 1)
-    b = pid // NPB // H // (NSEG - 1)
-    nb = tl.program_id(1)
-    b64 = b.to(tl.int64)
-    state_pn, total = walk(
-        x_mem, x_row, B_mem, B_row, series_mem, x_mem, 0,
-        end_ptr + (b64 * H + h) * NC, run_ptr + b64 * (NC * Q),
-        tl.zeros((PB, NB), tl.float32), s * CPS, tl.minimum(s * CPS + CPS, NC), False,
-        b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
-        False, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
-    )  # fmt: skip
-    # store
-    row = (b64 * NSEG + s) * H + h
-    p = pb * PB + tl.arange(0, PB)
-    n = nb * NB + tl.arange(0, NB)
-    mask_pn = (p < P)[:, None] & (n < N)[None, :]
-    tl.store(seg_ptr + (row * P + p[:, None]) * N + n[None, :], state_pn, mask=mask_pn)
-    tl.store(decay_ptr + row, tl.exp2(total))
 
 
 @jit
@@ -818,10 +819,7 @@ def scan_kernel(
             state_pn *= tl.load(decay_ptr + row)
             state_pn += load_state(seg_ptr + row * P * N, N, 1, p, n, mask_pn)
     end_ptr += (b64 * H + h) * NC
-    if TMA:
-        half_pn = operand(state_pn, x_mem.dtype, PREC)
-    else:
-        half_pn = operand(state_pn, x_mem.dtype.element_ty, PREC)
+    half_pn = operand(state_pn, x_mem.dtype if TMA else x_mem.dtype.element_ty, PREC)
     for c in tl.range(seg * CPS, tl.minimum(seg * CPS + CPS, NC), num_stages=STAGES):
         # load
         B_qn = load_rows(B_mem, B_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
@@ -866,65 +864,11 @@ def scan_kernel(
 # SSD: backward ------------------------------------------------------------------------------------
 
 
-@jit
-def border_kernel(
-    x_mem, B_mem, dy_mem, C_mem, series_mem, borders_mem,
-    end_ptr, run_ptr, init_ptr, dfinal_ptr, dinit_ptr,
-    x_row, B_row, dy_row, C_row, borders_row, i_sb, i_sh, i_sp, i_sn, f_sb, f_sh, f_sp, f_sn,
-    L, NC, H, BH, HPG, NPB, P, N,
-    HAS_SEQ: tl.constexpr, HAS_INIT: tl.constexpr, HAS_DFINAL: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """The state H at every chunk's start, and the gradient dH of the state at every chunk's end:
-
-        dH_{c-1} = 2^a_end dH_c + sum_t 2^a_t dy_t C_t^T        (dH_c: where chunk c ends)
-
-    Grid (b · h · p/PB, n/NB, 2): the two directions in one launch, so that they fill the GPU
-    together. They differ in their descriptors only, not in their code.
-
-        state <- initial state            |  state <- gradient of the final state
-        walk forward over (x, B) -> H     |  walk backward over (dy, C) -> dH
-                                          |  store state as the gradient of the initial state
-    """
-    pid = tl.program_id(0)
-    nb = tl.program_id(1)
-    reverse = tl.program_id(2) == 1
-    pb = pid % NPB
-    h = (pid // NPB) % H
-    b = pid // NPB // H
-    b64 = b.to(tl.int64)
-    p = pb * PB + tl.arange(0, PB)
-    n = nb * NB + tl.arange(0, NB)
-    mask_pn = (p < P)[:, None] & (n < N)[None, :]
-    state_pn = tl.zeros((PB, NB), tl.float32)
-    if reverse:
-        v_mem, K_mem = dy_mem, C_mem
-        if HAS_DFINAL:
-            state_pn += load_state(dfinal_ptr + b64 * f_sb + h * f_sh, f_sp, f_sn, p, n, mask_pn)
-    else:
-        v_mem, K_mem = x_mem, B_mem
-        if HAS_INIT:
-            state_pn += load_state(init_ptr + b64 * i_sb + h * i_sh, i_sp, i_sn, p, n, mask_pn)
-    state_pn, _ = walk(
-        v_mem, tl.where(reverse, dy_row, x_row), K_mem, tl.where(reverse, C_row, B_row),
-        series_mem, borders_mem, borders_row, end_ptr + (b64 * H + h) * NC,
-        run_ptr + b64 * (NC * Q),
-        state_pn, 0, NC, reverse, b, h, h // HPG, pb, nb, b * H + h, BH, NC, L, P, N,
-        True, HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
-    )  # fmt: skip
-    if HAS_INIT:
-        if reverse:
-            dinit_ptr += (b64 * H + h) * P * N
-            tile = state_pn.to(dinit_ptr.dtype.element_ty)
-            tl.store(dinit_ptr + p[:, None] * N + n[None, :], tile, mask=mask_pn)
-
-
 @triton.jit
 def dx_part(
     pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
     series_ptr, end_ptr, run_ptr, D_ptr, W_ptr, x_row, dy_row, B_row, C_row, dx_row, borders_row,
-    L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
+    b, c, g, first, last, L, NC, H, BH, NPB, P, N,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -954,10 +898,6 @@ def dx_part(
     does not matter as long as it is finite, so that S ∘ L is 0: its exponents are cut off at 127.
     Other exponents are that large only if A > 0 and the state grows by 2^127 within a chunk.
     """
-    k = pid % NSPLIT
-    g = (pid // NSPLIT) % G
-    c = (pid // NSPLIT // G) % NC
-    b = pid // NSPLIT // G // NC
     q = tl.arange(0, Q)
     B_sn = load_rows(B_mem, B_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
     C_tn = load_rows(C_mem, C_row, b, g, c * Q, 0, L, N, Q, NB, TMA)
@@ -968,8 +908,6 @@ def dx_part(
         keep_st = keep_st & (run_q[:, None] == run_q[None, :])
     S_st = tl.where(keep_st, tl.dot(B_sn, tl.trans(C_tn), input_precision=PREC), 0.0)
     W_st = tl.zeros((Q, Q), tl.float32)
-    first = g * HPG + k * HPS
-    last = tl.minimum(first + HPS, g * HPG + HPG)
     for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
         h = i // NPB
         pb = i % NPB
@@ -1019,7 +957,7 @@ def dx_part(
 def bc_part(
     pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
     series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
-    L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
+    b, c, g, first, last, L, NC, H, BH, NPB, P, N, PROGRAMS,
     HAS_SEQ: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     PREC: tl.constexpr, PIN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -1039,10 +977,6 @@ def bc_part(
     On Hopper the diagonal of a product stands in for the sums of an elementwise product: the tensor
     cores have time to spare here, the registers have no room. Masked: columns past n.
     """
-    k = pid % NSPLIT
-    g = (pid // NSPLIT) % G
-    c = (pid // NSPLIT // G) % NC
-    b = pid // NSPLIT // G // NC
     q = tl.arange(0, Q)
     n = tl.arange(0, NB)
     pp = tl.arange(0, PB)
@@ -1052,8 +986,6 @@ def bc_part(
         run_end = tl.load(run_ptr + b.to(tl.int64) * (NC * Q) + c * Q + Q - 1)
     dB_sn = tl.zeros((Q, NB), tl.float32)
     dC_tn = tl.zeros((Q, NB), tl.float32)
-    first = g * HPG + k * HPS
-    last = tl.minimum(first + HPS, g * HPG + HPG)
     for i in tl.range(first * NPB, last * NPB, num_stages=STAGES):
         h = i // NPB
         pb = i % NPB
@@ -1117,12 +1049,17 @@ def chunk_kernel(
     One program for both would need more registers than there are.
     """
     pid = tl.program_id(0) // 2
+    g = (pid // NSPLIT) % G
+    c = (pid // NSPLIT // G) % NC
+    b = pid // NSPLIT // G // NC
+    first = g * HPG + pid % NSPLIT * HPS  # of its heads
+    last = tl.minimum(first + HPS, g * HPG + HPG)
     if tl.program_id(0) % 2 == 0:
         dx_part(
             pid, x_mem, dy_mem, B_mem, C_mem, series_mem, borders_mem, dx_mem,
             series_ptr, end_ptr, run_ptr, D_ptr, W_ptr,
             x_row, dy_row, B_row, C_row, dx_row, borders_row,
-            L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS,
+            b, c, g, first, last, L, NC, H, BH, NPB, P, N,
             HAS_SEQ, Q, PB, NB, PREC, STAGES, TMA,
         )  # fmt: skip
     else:
@@ -1130,7 +1067,7 @@ def chunk_kernel(
         bc_part(
             pid, x_mem, dy_mem, C_mem, series_mem, borders_mem,
             series_ptr, end_ptr, run_ptr, parts_ptr, cross_ptr, x_row, dy_row, C_row, borders_row,
-            L, NC, H, BH, G, HPG, NPB, P, N, NSPLIT, HPS, PROGRAMS,
+            b, c, g, first, last, L, NC, H, BH, NPB, P, N, PROGRAMS,
             HAS_SEQ, Q, PB, NB, PREC, PIN, 2, TMA,
         )  # fmt: skip
 
@@ -1284,20 +1221,20 @@ class _Settings(NamedTuple):
         return self.kind == "tma" or INTERPRET and not PORTABLE
 
 
-# By (kind of GPU, bytes per number, whether d_state is 256). Rows of the kind "tma" are for Hopper,
-# which has a tensor memory accelerator and 227 KB of shared memory for one program. Q = 64 is the
-# narrowest tile that its matrix instruction takes, and work in a chunk grows with Q. PB is 64 even
-# when the headdim is less: a padded tile costs little, and narrower headdim tiles are where Triton
-# 3.4-3.7 has been seen to miscompile. Where tiles would be more than 16 KB each (d_state 256, or
-# fp32), Q is halved and twice the warps share the work. Two programs fill the registers. In 4 bytes
-# Hopper runs the portable kernels: its own spilled 3 KB in chunk_kernel, which took 7 to 20% longer
-# in fp32 (16% less in fp16); a d_state of 256 spilled 16 KB, and took 30 times as long as 128.
+# By (kind of GPU, bytes per number, whether d_state is 256). "tma" is Hopper, with a tensor memory
+# accelerator and 227 KB of shared memory for one program. Q = 64 is the narrowest tile that its
+# matrix instruction takes, and work in a chunk grows with Q. PB is 64 even when the headdim is
+# less: a padded tile costs little, and with narrower ones Triton 3.4-3.7 has been seen to
+# miscompile. Where tiles would be more than 16 KB each (d_state 256, or fp32), Q is halved and
+# twice the warps share the work. In 4 bytes Hopper runs the portable kernels: its own spilled 3 KB
+# in chunk_kernel, which took 7 to 20% longer in fp32 (16% less in fp16), and 16 KB for a d_state of
+# 256, which took 30 times as long as 128.
 #
-# "portable" is for all others from compute capability 8.0 on, with 99 KB: one program of 8 warps,
-# for 4 spill registers, and tiles one iteration ahead, for which there is room. (Blackwell has a
-# tensor memory accelerator, but with one Triton 3.6 cannot compile border_kernel for data centers'
-# GPUs, and spills 3 KB in chunk_kernel for others.) "cdna" is AMD's MI300, where a warp is twice as
-# wide and a program has 64 KB. Rows that are missing do not fit.
+# "portable" is all others from compute capability 8.0 on, with 99 KB: one program of 8 warps, for 4
+# spill registers, and tiles one iteration ahead. (Blackwell has a tensor memory accelerator, but
+# with it Triton 3.6 cannot compile walk_kernel for data centers' GPUs, and spills 3 KB in
+# chunk_kernel for others.) "cdna" is AMD's MI300, where a warp is twice as wide and a program has
+# 64 KB. Rows that are missing do not fit.
 _IN_4_BYTES = _Settings("portable", 32, 32, 8, 2, 1, 8)
 SETTINGS = {
     ("tma", 2, False): _Settings("tma", 64, 64, 4, 3, 2, 4),
@@ -1308,7 +1245,7 @@ SETTINGS = {
     ("portable", 4, False): _IN_4_BYTES,
     ("cdna", 2, False): _Settings("cdna", 64, 64, 4, 2, 1, 4),
 }
-# The portable settings serve any GPU. MAMBA2_KERNELS=portable chooses them where others would be.
+# Choose the portable settings, which serve any NVIDIA GPU, where others would be.
 PORTABLE = os.environ.get("MAMBA2_KERNELS") == "portable"
 
 
@@ -1435,9 +1372,9 @@ def _ssd_plan(
         dx_row=_row(dx, TMA), borders_row=n * x.element_size() // 16,
         **_strides("dt", dt, "blh"), **_strides("i", init, "bhpn"), **_strides("ddt", ddt, "bl"),
         **_strides("seq", seq_idx, "bl"), **_strides("f", dfinal, "bhpn"),
-        **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc,
-        H=h, BH=b * h, G=g, HPG=h // g, P=p, N=n, NPB=npb, NSEG=nseg, CPS=cps, NSPLIT=nsplit,
-        HPS=hps, PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
+        **_strides("dB", dB, "bl"), low=low, high=high, L=l, NC=nc, H=h, BH=b * h, G=g, HPG=h // g,
+        P=p, N=n, NPB=npb, NSEG=nseg, WALKS=nseg - 1, CPS=cps, NSPLIT=nsplit, HPS=hps,
+        PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
         HAS_INIT=init is not None, HAS_D=D is not None, HAS_DFINAL=dfinal is not None,
         SEGMENTS=nseg > 1, Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages,
         TMA=TMA, PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
@@ -1454,13 +1391,15 @@ def _ssd_plan(
     if dy is None:
         if nseg > 1:
             grid = b * (nseg - 1) * h * npb, triton.cdiv(n, 64), 1
-            calls.append((segment_kernel, grid, narrow, dict(num_warps=4, **pipeline)))
+            segments = narrow | dict(dy_mem="x_mem", BORDERS=False)
+            calls.append((walk_kernel, grid, segments, dict(num_warps=4, **pipeline)))
         calls.append((scan_kernel, (b * nseg * h * npb, 1, 1), numbers, options))
     else:
-        borders = [2 * b * h * nc, 1, p, n], [p * n, 16, n, 1], [1, 1, PB, NB]
-        tiles.update(dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB), borders_mem=borders)
+        of_borders = [2 * b * h * nc, 1, p, n], [p * n, 16, n, 1], [1, 1, PB, NB]
+        tiles.update(dy_mem=_tiling(dy, Q, PB), dx_mem=_tiling(dx, Q, PB), borders_mem=of_borders)
+        borders = numbers | dict(BORDERS=True, NSEG=1, WALKS=1, CPS=nc)
         calls += [
-            (border_kernel, (b * h * npb, 1, 2), numbers, options),
+            (walk_kernel, (b * h * npb, 1, 2), borders, options),
             (chunk_kernel, (2 * programs, 1, 1), numbers, options),
             (total_kernel, (b * nc * g, triton.cdiv(n, 64), 1), narrow, finish),
             (chain_kernel, (b * nc, blocks_h, 1), numbers, finish),
@@ -1499,11 +1438,12 @@ def _ssd_forward(
         initial_state = torch.zeros_like(final)
     known = settings, settings.Q, precision, bias, low, high
     plan, numbers = _ssd_plan(*known, x, dt, B, C, D, initial_state, seq_idx)
-    seg, decay, (b, h, p, n), nseg = None, None, final.shape, numbers["NSEG"]
-    if nseg > 1:
-        seg, decay = final.new_empty(b, nseg, h, p, n), final.new_empty(b, nseg, h)
     tensors = _ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx)
-    plan(**tensors, y_ptr=y, final_ptr=final, seg_ptr=seg, decay_ptr=decay)
+    (b, h, p, n), nseg = final.shape, numbers["NSEG"]
+    if nseg > 1:
+        tensors["seg_ptr"] = final.new_empty(b, nseg, h, p, n)
+        tensors["decay_ptr"] = final.new_empty(b, nseg, h)
+    plan(**tensors, y_ptr=y, final_ptr=final)
 
 
 def _ssd_backward(
@@ -1578,8 +1518,8 @@ def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
 
     A may be positive: results and gradients are right unless a state grows by 2^127 or more within
     64 positions, which is where fp32 ends. A dt below 0, which softplus never returns, counts as
-    NaN, for results and gradients. (The twin computes with such a dt. Looking for one would
-    synchronise with the GPU, and applying its sign cost one more product per pair of positions.)
+    NaN. (The twin computes with such a dt; here its sign would cost one more product per pair of
+    positions, and an error a wait for the GPU.)
 
     x, B and C may be slices of one larger tensor: they are read where they lie if their rows are
     16-byte aligned, and copied otherwise, as float16 always is: to float32, for its range.
@@ -1596,16 +1536,14 @@ def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
 # With seq_idx a term counts only if no sequence begins in (t-i, t].
 #
 # Tiles, chosen by hand on an H200: D channels wide (128 and 256 divide the published widths, 1792 =
-# 7 · 256 and 5376 = 21 · 256), R rows loaded together, walked by one program for so many positions.
-# A thread has four channels. Forward: eight rows in flight cover the latency of memory; with four
-# it is 2 % slower, with one warp 9 %. k-1 rows in 64 are read twice.
-CONV_FORWARD = dict(R=8, D=256, num_warps=2)
-CONV_FORWARD_ROWS = (64,)
+# 7 · 256 and 5376 = 21 · 256), four to a thread; R rows loaded together; a program walks so many
+# positions. Forward: eight rows in flight cover the latency of memory; with four it is 2 % slower,
+# with one warp 9 %.
+CONV_FORWARD = dict(R=8, D=256, num_warps=2, walks=(64,))
 # Backward: 17 values a channel (window, unfinished dx, taps, their sums, bias and its sum) stay in
 # registers, so only four rows of x and dy are in flight. Long walks write fewer partial sums; short
 # ones are for inputs that long ones would cut in too few programs.
-CONV_BACKWARD = dict(R=4, D=128, num_warps=1)
-CONV_BACKWARD_ROWS = (256, 128)
+CONV_BACKWARD = dict(R=4, D=128, num_warps=1, walks=(256, 128))
 
 
 @triton.jit
@@ -1838,7 +1776,7 @@ def _conv_plan(x, weight, bias, state, seq_idx, dfinal=None, dx=None):
     tiles = dict(CONV_BACKWARD if backward else CONV_FORWARD)
     options = dict(num_warps=tiles.pop("num_warps"))
     blocks_d = triton.cdiv(d, tiles["D"])
-    for q_rows in CONV_BACKWARD_ROWS if backward else CONV_FORWARD_ROWS:
+    for q_rows in tiles.pop("walks"):
         blocks = b * triton.cdiv(l, q_rows)
         if blocks * blocks_d >= 4096:
             break
@@ -1865,8 +1803,7 @@ def _conv_forward(y, final, x, weight, bias, state, seq_idx):
     plan, _ = _conv_plan(x, weight, bias, state, seq_idx)
     plan(
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=y,
-        final_ptr=final, dy_ptr=None, dfinal_ptr=None, dx_ptr=None, dstate_ptr=None,
-        partial_ptr=None,
+        final_ptr=final,
     )  # fmt: skip
 
 
@@ -1883,9 +1820,8 @@ def _conv_backward(dy, dfinal, x, weight, bias, state, seq_idx, dx=None):
     plan, blocks = _conv_plan(x, weight, bias, state, seq_idx, dfinal, dx)
     partial = torch.empty(blocks, d * (k + 1), dtype=torch.float32, device=x.device)
     plan(
-        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, y_ptr=None,
-        final_ptr=None, dy_ptr=dy, dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate,
-        partial_ptr=partial,
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state, seq_ptr=seq_idx, dy_ptr=dy,
+        dfinal_ptr=dfinal, dx_ptr=dx, dstate_ptr=dstate, partial_ptr=partial,
     )  # fmt: skip
     dweight, dbias = _sums(partial, weight, weight[..., 0] if bias is None else bias)
     return [dx, dweight, x.new_empty(0) if bias is None else dbias, dstate]
@@ -1915,11 +1851,10 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 #     v   = y · silu(z), or y where there is no gate z
 #     out = weight · v · scale,   scale = 1 / sqrt(mean of v² over the slice + eps)
 #
-# A slice of `size` = d / groups channels is cut into TILES tiles of N channels: powers of two that
-# together are little wider than the slice (5,120 = 5 · 1,024; one tile would be 8,192 wide).
-# A thread has four channels of each tile. The backward runs 16 warps on each multiprocessor, which
-# fill it at 128 registers a thread; left alone, the compiler takes more for wide slices, and then
-# only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
+# A slice of `size` = d / groups channels is cut into TILES tiles of N channels, a power of two, 4
+# for each thread (5,120 = 5 · 1,024; one tile would be 8,192 wide). The backward runs 16 warps on
+# each multiprocessor, which fill it at 128 registers a thread; left alone, the compiler takes more
+# for wide slices, and then only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
 
 
 @jit
@@ -2079,10 +2014,7 @@ def _norm_new(y, z, weight, eps, groups):
 def _norm_forward(out, y, z, weight, eps, groups):
     y, z = _rows(y), None if z is None else _rows(z)
     plan, _ = _norm_plan(y, z, eps, groups)
-    plan(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out, dout_ptr=None, dy_ptr=None,
-        dz_ptr=None, partial_ptr=None,
-    )  # fmt: skip
+    plan(y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=out)
 
 
 def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
@@ -2094,8 +2026,8 @@ def _norm_backward(dout, y, z, weight, eps, groups, dy=None, dz=None):
     plan, slots = _norm_plan(y, z, eps, groups, _rows(dy), None if z is None else _rows(dz))
     partial = torch.empty(slots, y.shape[-1], dtype=torch.float32, device=y.device)
     plan(
-        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), out_ptr=None,
-        dout_ptr=dout.contiguous(), dy_ptr=dy, dz_ptr=dz, partial_ptr=partial,
+        y_ptr=y, z_ptr=z, weight_ptr=weight.contiguous(), dout_ptr=dout.contiguous(), dy_ptr=dy,
+        dz_ptr=dz, partial_ptr=partial,
     )  # fmt: skip
     return [dy, dz, *_sums(partial, weight)]
 
@@ -2250,11 +2182,10 @@ def layer_middle(
 #     ssm     = exp(-dt · exp(A_log)) · ssm + dt · x B^T   (p, n), for each head
 #     y       = ssm C + D · x
 #
-# Nearly all bytes are the state's, read once and written once. A program of one warp (more would
-# compute B and C, and what is one number per head, once more each) computes B and C of its group
-# once, and then walks over its share of the tiles of the group's state. STEP_PROGRAMS fit on a
-# multiprocessor at a time, by their registers. A tile has 8 KB; with few rows there are not enough
-# such tiles for the whole GPU to take part, and it has 2 KB.
+# Nearly all bytes are the state's, read once and written once. A program of one warp (each further
+# one would compute B and C again) computes B and C of its group once, and then walks over its share
+# of the tiles of the group's state. STEP_PROGRAMS fit on a multiprocessor, by their registers. A
+# tile has 8 KB, or 2 KB where there would be too few for the whole GPU to take part.
 STEP_PROGRAMS = 8
 STEP_BYTES = 8192, 2048
 
@@ -2656,11 +2587,11 @@ def block(block, h, state):
 
 class Text:
     """The cache of a text while `generate` decodes it: a Mamba2Cache, or, after a step of a CUDA
-    graph, the graph's buffers. `generate` passes one and the same from token to token.
+    graph, the graph's buffers. `generate` passes the same Text from token to token.
 
     The graph is the model's as it was at the text's first step: a module, weight, hook or option
-    that is replaced between two tokens takes effect in the next text. (New values in the same
-    memory take effect at once.) A token in another mode, as in autocast, is a step of the model.
+    that is replaced meanwhile takes effect in the next text, new values in the same memory at once.
+    A token in another mode, as in autocast, is a step of the model.
     """
 
     is_compileable, is_croppable, is_linear = False, False, (False,)  # as in Mamba2Cache
@@ -2716,10 +2647,9 @@ def _fingerprint(model) -> list | None:
     """What a step depends on, to be compared with == before each text (1 ms for 24 layers on a slow
     CPU); None if a graph would not do all of it.
 
-    None for a model in training mode; for a module of any class but the model's own (adapters and
-    other heads may depend on anything), or one that is compiled, or has hooks or buffers; for
-    weights that are sharded, quantised, or elsewhere. Values of weights are not named, because a
-    graph reads them where they lie.
+    None in training mode; for a module of any class but the model's own (adapters and other heads
+    may depend on anything), or one that is compiled, or has hooks or buffers; for weights that are
+    sharded, quantised, or elsewhere. Values of weights do not count: a graph reads them in place.
     """
     if model.training:
         return None
@@ -2760,9 +2690,8 @@ class DecodingGraph:
     """A model's step by one token, captured as a CUDA graph: one launch instead of hundreds.
 
     The state lives in buffers that the graph reads and writes; `load` copies a cache into them and
-    `copies` copies one out, so caches are never modified. Weights are read where they lie. A layer
-    writes ssm over the last one; its conv is new, as programs of all heads read the last one, and
-    copied into its buffer at the end.
+    `copies` copies one out, so caches are never modified. A layer writes ssm over the last one; its
+    conv is new, as programs of all heads read the last one, and copied into its buffer at the end.
 
     A model's last graph is kept, with buffers as large as the cache, for the next text of the same
     batch size: `DecodingGraph.idle.pop(model, None)` frees them. `DecodingGraph.enabled = False`

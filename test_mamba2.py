@@ -3537,10 +3537,13 @@ def kernels_of_ssd(kind, dtype, n):
         tensors |= plan.descriptors(tensors)
         for kernel, grid, numbers, options in plan.calls:
             names = kernels._tensors(kernel)
-            given = numbers | {name: tensors[numbers.get(name, name)] for name in names}
+            given = numbers | {name: tensors.get(numbers.get(name, name)) for name in names}
             values = [given[name] for name in kernel.arg_names]
             compiling = functools.partial(kernel.warmup, *values, grid=grid, **options)
-            found[kernel.fn.__name__.removesuffix("_kernel")] = compiling
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            if name == "walk":
+                name = "border" if numbers["BORDERS"] else "segment"
+            found[name] = compiling
 
     changes = dict(_kind=lambda device: kind, _segments=lambda *sizes: 2, _plans={})
     instead = mock.patch.object(kernels._Plan, "__call__", record)
