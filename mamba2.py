@@ -1009,7 +1009,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
-        call = functools.partial(checkpoint, run, use_reentrant=False) if count > 1 else run
+        again = count > 1 and torch.is_grad_enabled()  # to compute each segment again
+        call = functools.partial(checkpoint, run, use_reentrant=False) if again else run
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
