@@ -858,10 +858,10 @@ class Mamba2Config(PreTrainedConfig):
             value = options.pop(name, only)
             if value != only and (value or only):  # None means False, 0 or []
                 raise ValueError(f"{name} = {value!r}: only {only!r} is implemented")
-        options = {cls.attribute_map.get(name, name): value for name, value in options.items()}
-        options = {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys()} | options
-        # What else is in the file is kept as an attribute, and means nothing here.
-        extra = {name: options.pop(name) for name in options.keys() - _DEFAULTS.keys() - _COMMON}
+        there = {cls.attribute_map.get(name, name) for name in options}
+        options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
+        others = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
+        extra = {name: options.pop(name) for name in others}  # attributes that mean nothing here
         config = super().from_dict(options, **kwargs)
         vars(config[0] if isinstance(config, tuple) else config).update(extra)
         return config
