@@ -3850,7 +3850,7 @@ def benchmark_training(shape, lengths, methods="plain,layers,segments,both"):
         with reported(f"{l:9,} {method:>8}"):
             given = dict(again=again, segment_length=segment_length)
             length, speed, peak = training_speed(shape, 1, l, **given)
-            print(f"{l:9,} {method:>8} {length:8,}{peak:12.1f} {speed:11,.0f}", flush=True)
+            print(f"{l:9,} {method:>8} {min(l, length):8,}{peak:12.1f} {speed:11,.0f}", flush=True)
 
 
 PARALLEL = [  # engine, shape, rows of a rank, length, segment_length; all ranks share the slices
