@@ -1117,6 +1117,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads
         pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        waits = len(stopping_criteria) > 1  # else it is the length alone that ends a text
         output, running = None, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         while True:
             tokens, alive = [], []
@@ -1132,12 +1133,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                     token = scores.argmax(-1)
                 token = token.masked_fill(~running, pad) if pads_rows else token
                 ids = torch.cat([ids, token[:, None]], dim=1)
-                running = running & ~stopping_criteria(ids, scores)
+                running = running & ~stopping_criteria(ids, scores) if waits else running
                 tokens.append(token)
                 alive.append(running)
                 if ids.shape[1] >= stopping_criteria.max_length:
                     break
-            waits = len(stopping_criteria) > 1  # else it is the length alone that ends a text
             alive = torch.stack(alive).any(1).tolist() if waits else [True] * len(tokens)
             for token, goes_on in zip(tokens, alive, strict=True):
                 yield token
