@@ -426,6 +426,7 @@ class Mamba2(nn.Module):
         if group is None:
             _, starts = targets_and_starts(mask=mask, **rows)
         else:
+            _check("group", isinstance(self, Attention), *NO_SLICES)
             _, starts = Slices(group).gather(u, max(1, u.shape[1]), mask, **rows)
         layout = Layout.of(u, mask, group, starts)
         return layout, layout.sort(u)
@@ -626,8 +627,7 @@ class Layout(NamedTuple):
         """The state before the first position: erased where that begins another sequence."""
         if state is None or self.seq_idx is None:
             return state
-        begins = self.seq_idx[:, :1].any(1)
-        return state.map(lambda tensor: _erase(tensor, begins))
+        return state.map(lambda tensor: _erase(tensor, self.seq_idx[:, :1].any(1)))
 
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:

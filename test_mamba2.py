@@ -2115,13 +2115,14 @@ def test_attention_is_decoded_by_plain_steps_and_has_no_slices(monkeypatch):
         model(ids[:, :1], cache=model.prefill(ids))
     slices = mock.Mock(gather=mock.Mock(return_value=(None, None)))
     monkeypatch.setattr(mamba2, "Slices", mock.Mock(return_value=slices))
-    with pytest.raises(ValueError, match="attn_layer_idx = .*: attention has no slices"):
-        model(ids, group=object())
-    assert not slices.mock_calls  # nothing is sent
     (layer,) = (part for part in model.modules() if isinstance(part, mamba2.Attention))
-    with pytest.raises(ValueError, match="group = .* attention has no slices"):
-        layer.step(torch.randn(1, 2, 32), group=object())
-    assert not slices.hand_over.called
+    u, of_backbone = torch.randn(1, 2, 32), dict(layout=mamba2.Layout(slices=slices))
+    group = dict(group=object())
+    calls = (model, ids, group), (layer.step, u, group), (layer, u, group), (layer, u, of_backbone)
+    for call, given, options in calls:
+        with pytest.raises(ValueError, match="attention has no slices: leave out group"):
+            call(given, **options)
+    assert not slices.mock_calls  # nothing is sent
 
 
 @EITHER
