@@ -423,7 +423,7 @@ LAYERS = [
     dict(d_model=14, headdim=3, expand=1.5, ngroups=7, d_state=3, d_conv=3),
     dict(d_model=1, headdim=1, expand=1, ngroups=1, d_state=1, dt_limit=(0.05, 0.2)),
     dict(d_conv=1, bias=True, conv_bias=True, layer_idx=3),
-    dict(rmsnorm=False),
+    dict(rmsnorm=False, headdim=24, expand=4.8),
     dict(attention=dict(num_heads=2, causal=True, out_proj_bias=False)),
     dict(attention=ROTARY),
     dict(attention=SCALED | dict(d_conv=1, qkv_proj_bias=False)),
