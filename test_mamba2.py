@@ -887,9 +887,8 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
     assert_close(model_gradients(model, output.loss), model_gradients(model, loss))
     if apart:  # the same in other words
         assert_close(model(ids, position_ids=positions, **given).loss, loss)
-        # Masked ones too.
         whole = torch.stack([torch.cat([*map(torch.arange, row)]) for row in lengths]).to(DEVICE)
-        assert_close(model(ids, position_ids=whole, **given).loss, loss)
+        assert_close(model(ids, position_ids=whole, **given).loss, loss)  # masked ones count too
         for dtype in (torch.uint16, torch.uint8, torch.int8, torch.int16, torch.int32):
             assert_close(model(ids, seq_idx=seq_idx.to(dtype), **given).loss, loss)
 
@@ -1404,7 +1403,6 @@ DEPENDS = {
     "an option": ("config.time_step_limit", lambda _: (0.3, 0.4)),
     "a layer's option": ("backbone.layers.1.mixer.config", lambda _: tiny(dt_limit=(1, 2)).config),
     "eps of a layer's norm": ("backbone.layers.0.mixer.norm.eps", lambda _: 3.0),
-    "groups": ("backbone.layers.0.mixer.norm.groups", lambda _: 4),
     "a layer twice": ("backbone.layers", lambda layers: nn.ModuleList([layers[0]] * 2)),
     "a layout": (  # the same memory, read as (d, 1, k) of which d is the innermost
         "backbone.layers.0.mixer.conv1d.weight.data",
@@ -1950,13 +1948,16 @@ def test_the_auto_classes_find_this_file_on_request_and_not_before(tmp_path, mon
     assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) is Mamba2ForCausalLM
 
 
-def test_embedding_and_head_can_be_resized():
+def test_embedding_and_head_can_be_resized_and_replaced():
     for tied in (True, False):
         model, ids = tiny(tie_word_embeddings=tied), tokens(2, 9)
         before = model(ids).logits
         model.resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
         assert_close(model(ids).logits[..., :VOCABULARY], before, F32)
         assert model(ids + 8).logits.shape == (2, 9, VOCABULARY + 8)
+    model.set_input_embeddings(nn.Embedding(100, 32).to(DEVICE))
+    model.lm_head = nn.Linear(32, 100).to(DEVICE)
+    assert model(ids + 36, labels=ids + 36).loss.isfinite()
 
 
 def test_a_model_with_a_head_of_its_own_begins_with_weights_drawn_for_it(tmp_path):
