@@ -329,9 +329,9 @@ class Mamba2State(NamedTuple):
         """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
         Each step returns ssm in the dtype that it was passed in: bfloat16 takes half the memory,
         and on a GPU less time, but rounds small contributions away. All else keeps its dtype."""
-        moved = self.map(lambda tensor: tensor.to(self.conv.to(*args, **kwargs).device))
-        has_ssm = isinstance(self, Mamba2State)
-        return moved._replace(ssm=self.ssm.to(*args, **kwargs)) if has_ssm else moved
+        device, has_ssm = self.conv.to(*args, **kwargs).device, isinstance(self, Mamba2State)
+        moved = self.map(lambda tensor: tensor.to(device))
+        return moved._replace(ssm=moved.ssm.to(*args, **kwargs)) if has_ssm else moved
 
 
 class Mamba2(nn.Module):
@@ -422,11 +422,11 @@ class Mamba2(nn.Module):
         """The Layout for these arguments of `step`, and u sorted by it."""
         sizes = _require({}, "b l d", u=u)
         _require(sizes, "b l", "integers", **rows)
-        _require(sizes, "b l", "a mask", mask=mask)
         if group is None:
             _, starts = targets_and_starts(mask=mask, **rows)
         else:
             _check("group", isinstance(self, Attention), *NO_SLICES)
+            _require(sizes, "b l", "a mask", mask=mask)  # `Layout.of` would check it too late
             _, starts = Slices(group).gather(u, max(1, u.shape[1]), mask, **rows)
         layout = Layout.of(u, mask, group, starts)
         return layout, layout.sort(u)
@@ -627,7 +627,8 @@ class Layout(NamedTuple):
         """The state before the first position: erased where that begins another sequence."""
         if state is None or self.seq_idx is None:
             return state
-        return state.map(lambda tensor: _erase(tensor, self.seq_idx[:, :1].any(1)))
+        begins = self.seq_idx[:, :1].any(1)
+        return state.map(lambda tensor: _erase(tensor, begins))
 
 
 def _erase(x: Tensor, where: Tensor) -> Tensor:
@@ -1060,7 +1061,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             length = math.ceil(math.sqrt(l * state / position))
             if self.device.type == "cuda":  # longer, where launching kernels would take longest
                 length = max(length, 2**34 // max(1, b * config.hidden_size**2))
-        return length or max(1, l)
+        return max(1, min(length or l, l))
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
@@ -1119,7 +1120,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         waits = len(stopping_criteria) > 1  # else it is the length alone that ends a text
         output, running = None, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-        while True:
+        while output is None or ids.shape[1] < stopping_criteria.max_length:
             tokens, alive = [], []
             for _ in range(8 if ids.is_cuda else 1):
                 if output is None:
@@ -1143,8 +1144,6 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
                 yield token
                 if not goes_on:
                     return
-            if ids.shape[1] >= stopping_criteria.max_length:
-                return
 
 
 class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
