@@ -4,10 +4,10 @@
     Algorithms Through Structured State Space Duality", ICML 2024, https://arxiv.org/abs/2405.21060.
 
 One idea carries all of it: a layer is a pure function, y, state = layer.step(u, state), for any
-number of positions. One call prefills, resumes, decodes one token in constant time, or forks a
-prompt. Its inputs are never modified, and any split of a sequence into calls gives, up to rounding,
-the result of one call. First come three forms of SSD, the layer and the language model; then masks
-and checks, configuration, the model in transformers, several GPUs, and hybrids with attention.
+number of positions. One call prefills, resumes, decodes a token in constant time, or forks a
+prompt, and any split of a sequence into calls gives, up to rounding, the result of one call. First
+come three forms of SSD, the layer and the language model; then masks and checks, configuration,
+transformers, several GPUs, and hybrids with attention.
 
     code   paper    meaning
     b               batch
@@ -19,20 +19,19 @@ and checks, configuration, the model in transformers, several GPUs, and hybrids 
     n      N        size of the state of one channel, d_state
     g      G        groups of heads that share B and C;  r = h / g heads per group
     k               taps of the short convolution, d_conv
-    x      X        input of SSD, "values" in the language of attention
+    x      X        input of SSD, the "values" of attention
     dt     Δ        step size, one per head and position
     A               decay rate, one negative number per head; the paper's A_t is exp(dt A)
-    B, C   B, C     "keys" and "queries": what is written to the state and read from it
+    B, C   B, C     "keys" and "queries": where the state is written and read
     D      D        skip connection
     state  h_t      the state of a head, (p, n) numbers
     L      L        the decays between positions, a 1-semiseparable matrix
 
-Sequences are "packed" if several lie one after another in the same row; masked positions are
-skipped, wherever they occur. "Differs:" marks where this file departs on purpose from the paper,
-from transformers' Mamba-2 or from "the original", the authors' package mamba_ssm.
+"Packed" sequences lie one after another in the same row. "Differs:" marks what differs on purpose
+from the paper, from transformers' Mamba-2 or from "the original", the authors' package mamba_ssm.
 
 Section 6 and config.json files need transformers, all else torch and einops. On CUDA, `kernels.py`
-takes over where `kernels` is mentioned: to change the mathematics, set it to None. MIT licence.
+replaces parts of this file: to change the mathematics, set `kernels` to None. MIT licence.
 """
 
 from __future__ import annotations
@@ -59,13 +58,12 @@ try:
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
     from transformers.utils import can_return_tuple
 except ImportError as error:
-    if error.name != "transformers":  # neither missing nor too old, but broken: show that
+    if error.name != "transformers":  # transformers is there, but broken
         raise
     transformers, can_return_tuple = None, lambda function: function
     GenerationMixin, PreTrainedConfig, PreTrainedModel = object, object, nn.Module
 
-# `kernels.py` beside this file, or None. It is loaded by path and under a name of its own, because
-# `import kernels` may find Hugging Face's package, and transformers must go on finding that.
+# `kernels.py` next to this file, or None: not imported, as Hugging Face has a package `kernels`.
 kernels = None
 if (_path := Path(__file__).with_name("kernels.py")).is_file():
     _spec = importlib.util.spec_from_file_location(f"{__name__}_kernels", _path)
@@ -74,13 +72,12 @@ if (_path := Path(__file__).with_name("kernels.py")).is_file():
 
 
 # ---- 1. SSD, the state space dual form of a selective state space model, in three forms ----------
-# All three compute, for each head, the selective state space model of the paper's equation (2),
+# Each form computes, per head, the selective state space model of equation (2),
 #
 #     state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        (p, n)
 #     y_t     = state_t C_t + D x_t                             (p)
 #
-# where the paper's A_t is exp(dt_t A), and its B_t is dt_t B_t (Listing 1: X is dt x, A is dt A).
-# Arguments and results, y and final_state, are the same:
+# where dt_t B_t is the paper's B_t (in Listing 1, X is dt x and A is dt A). All take and return:
 #
 #     x               (b, l, h, p)       input; l may be 0
 #     dt              (b, l, h)          step sizes, after softplus: at least 0
@@ -89,18 +86,17 @@ if (_path := Path(__file__).with_name("kernels.py")).is_file():
 #     D               (h), (h, p), None  skip connection
 #     chunk_size      integer            only `ssd` uses it: it changes speed, not results
 #     initial_state   (b, h, p, n)       the state before the first position; None is zero
-#     seq_idx         (b, l) integers    labels of packed sequences, or None. Where the label
-#                                        changes, another sequence begins, from a zero state. The
-#                                        initial state belongs to the first position's sequence.
+#     seq_idx         (b, l) integers    labels of packed sequences, or None. Where they change, a
+#                                        zero state begins; initial_state is the first sequence's.
 #     y               (b, l, h, p)       in x's dtype
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
-# Inside, everything is float32 at least, autocast or not, because states and sums of decays add up
-# many steps. (The kernels round factors of products.) Every floating-point input gets a gradient.
+# All is computed in float32 at least, also under autocast: states and sums of decays add up many
+# steps. (The kernels round factors of products.) Every floating-point input has a gradient.
 
 
 def _without_autocast(function):
-    """Run `function(x, ...)` in the dtypes of its arguments, inside torch.autocast too."""
+    """`function(x, ...)`, run without autocast."""
 
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
@@ -113,8 +109,8 @@ def _without_autocast(function):
 
 @_without_autocast
 def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None, seq_idx=None):
-    """SSD step by step: equation (2) as it stands, the linear mode of Section 3.4.1. Per head: time
-    O(l p n), memory O(l (p + n) + p n), or O(l p n) if gradients are wanted."""
+    """SSD step by step: equation (2), the linear mode of Section 3.4.1. Per head: time O(l p n),
+    memory O(l (p + n) + p n), or O(l p n) with gradients."""
     # dt A (b, l, h), -inf where a packed sequence begins; D (h, 1) or (h, p); state (b, h, p, n)
     log_decay, D, state = _prepare(x, dt, A, B, C, D, initial_state, seq_idx)
     dtype, r = x.dtype, x.shape[2] // B.shape[2]
@@ -135,7 +131,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, *, chunk_size=None, initial_state=None
 def segsum(log_decay: Tensor) -> Tensor:
     """Sums over segments, (..., q) to (..., q, s): log_decay_(s+1) + ... + log_decay_q; 0 on the
     diagonal, -inf above it. The exponential of the result is L. Differs: Listing 1 subtracts two
-    prefix sums, which leaves few digits after a large sum, and NaN after an infinite one."""
+    prefix sums, which loses digits if they are large, and gives NaN if infinite."""
     q = log_decay.shape[-1]
     lower = torch.ones(q, q, dtype=torch.bool, device=log_decay.device).tril()
     terms = log_decay[..., None].expand(*log_decay.shape, q)  # (..., q, s)
@@ -159,10 +155,10 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     """SSD in chunks (Section 6, Listing 1): quadratic inside a chunk, recurrent between chunks.
 
     With q = chunk_size: time O(l (q n / r + q p + p n)) per head, nearly all of it in matrix
-    products; memory O(l p + p n), or O(l (p + q + p n / q)) if gradients are wanted.
+    products; memory O(l p + p n), or O(l (p + q + p n / q)) with gradients.
 
     Differs: Listing 1 takes all chunks at once, and makes the recurrence between them a matrix
-    product. Here it is a loop over chunks, inside one over slabs of a few, which bounds memory.
+    product. Here a loop over slabs of chunks bounds memory, and the recurrence is a loop.
     """
     _check("chunk_size", chunk_size, *COUNT)
     options = dict(initial_state=initial_state, seq_idx=seq_idx)
@@ -184,18 +180,18 @@ def ssd(x, dt, A, B, C, D=None, *, chunk_size=64, initial_state=None, seq_idx=No
     return torch.cat(ys, dim=1), state  # (b, l, h, p), (b, h, p, n)
 
 
-# Numbers in the matrices L of a slab: enough for large operations; few enough for a CPU's cache.
+# Numbers in the matrices L of a slab: many, for large operations; few, for a CPU's cache.
 SLAB, SLAB_ON_GPU = 2**19, 2**24
 
 
 def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
-    """The steps of Listing 1 for `chunks` equal chunks: y of each, a list of (b, q, h, p), and the
-    state. log_decay, D and state are `_prepare`'s. B and C are multiplied once per group."""
+    """Listing 1 for `chunks` equal chunks: a list of their y (b, q, h, p), and the new state.
+    log_decay, D, state: see `_prepare`. C B^T is computed once per group."""
     dtype, axes = x.dtype, dict(c=chunks, g=B.shape[2])
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     xdt = x * dt[..., None]
     x, xdt = (rearrange(t, "b (c q) (g r) p -> b c g r q p", **axes) for t in (x, xdt))
-    xdt = xdt.contiguous()  # else each product would copy it, and keep the copy for its gradient
+    xdt = xdt.contiguous()  # else each product copies it, and keeps the copy
     log_decay = rearrange(log_decay, "b (c q) (g r) -> b c g r q", **axes)
     B, C = (rearrange(t, "b (c q) g n -> b c g q n", **axes) for t in (B, C))
 
@@ -210,8 +206,8 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     # 2. From the inputs of a chunk to what it adds to the state.
     written = rearrange(xdt * to_end, "b c g r s p -> b c g (r p) s") @ B
     written = rearrange(written, "b c g (r p) n -> b c (g r) p n", p=x.shape[-1])
-    # A loop over the chunks: step 4, from the state before a chunk to its outputs, and then step 3,
-    # the state after the chunk; from_start at the last position is the decay of the whole chunk.
+    # 4. and 3., chunk by chunk: from the state before to the outputs, and to the state after.
+    # from_start at the last position is the decay of the whole chunk.
     decay, ys = from_start[..., -1:, :].flatten(2, 3), []  # (b, c, h, 1, 1)
     each = zip(*(t.unbind(1) for t in (C, inside, from_start, written, decay)), strict=True)
     for C_c, inside_c, from_start_c, written_c, decay_c in each:
@@ -231,11 +227,10 @@ def causal_conv1d(
 ):
     """Causal depthwise convolution and SiLU: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
 
-    x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before the
-    first position, None is zeros; seq_idx as in `ssd`: no tap reaches over a border. Returns y
-    (b, l, d) and final_state (b, k-1, d), the last inputs, zero if of an earlier sequence; both in
-    x's dtype, computed in float32 at least. length (b, 1): how many inputs of a row count, None is
-    all; final_state holds the last of these. With silu=False there is no SiLU.
+    x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before x,
+    None is zeros; seq_idx as in `ssd`: no tap crosses a border; length (b, 1), how many inputs of a
+    row count, None is all. Returns y (b, l, d) and final_state (b, k-1, d), the last inputs that
+    count, zero if of an earlier sequence; both in x's dtype, computed in float32 at least.
     """
     options, fused = dict(initial_state=initial_state, seq_idx=seq_idx), None
     if kernels and silu:
@@ -250,12 +245,12 @@ def causal_conv1d(
     _require(sizes, "b l", "integers", seq_idx=seq_idx)
     if initial_state is None:
         initial_state = x.new_zeros(b, k - 1, d)
-    # The number of the packed sequence of each input in the window; the state's inputs have 0.
+    # For each input in the window, the number of its sequence: 0 for the state's.
     number = None if seq_idx is None else F.pad(_borders(seq_idx).cumsum(1), (k - 1, 0))
-    # 1 * copies: else the state's gradient would be a view of the window's, and keep it alive.
+    # 1 * copies: else the state's gradient would keep the window's alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     last = (l if length is None else length) + torch.arange(k - 1, device=x.device)
-    final_state = _take(window, last)  # a copy, which does not keep the window alive
+    final_state = _take(window, last)  # a copy as well
     if number is not None:
         of_last = _take(number, last)  # (b, k-1)
         final_state = _erase(final_state, of_last != of_last[:, -1:])
@@ -273,9 +268,9 @@ def causal_conv1d(
 
 
 def rms_norm(x, weight, eps, *, gate=None, groups=1):
-    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, of x * silu(gate) if there is a gate.
-    x, gate and result (..., d), weight (d). The mean is over each of `groups` equal parts of the
-    last axis (Section 8.1). The result has the dtype of the gate, or without one of weight."""
+    """RMSNorm of x, or of x * silu(gate): x / sqrt(mean(x^2) + eps) * weight. x, gate, result
+    (..., d), weight (d). The mean is over each of `groups` equal parts of the last axis (Section
+    8.1). The result has the gate's dtype, or if there is no gate, the weight's."""
     fused = kernels and kernels.rms_norm(x, weight, eps, gate=gate, groups=groups)
     if fused is not None:
         return fused
@@ -311,25 +306,23 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Mamba2State(NamedTuple):
-    """The state of one layer, immutable: all that the layer remembers. Differs: the original keeps
-    one input more, channels first, and ssm in the weights' dtype."""
+    """The state of a layer, immutable. Differs: the original keeps one input more, channels first,
+    and ssm in the weights' dtype."""
 
     conv: Tensor  # (b, k-1, h p + 2 g n), the convolution's last inputs, in the dtype of in_proj(u)
     ssm: Tensor  # (b, h, p, n), the state of SSD: float32 at least, or the dtype it is passed in
 
     def map(self, function, *others: Mamba2State) -> Mamba2State:
-        """A state of function(tensor, *tensors of the others), for each of its tensors."""
+        """The state of function(tensor, *tensors of the others) for each tensor."""
         return type(self)(*map(function, self, *others))
 
     def detach(self) -> Mamba2State:
-        """The state without its history of gradients."""
         return self.map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> Mamba2State:
-        """The state on another device, or with ssm in another dtype; arguments as for Tensor.to.
-        Each step returns ssm in the dtype that it was passed in: bfloat16 takes half the memory,
-        and on a GPU less time, but rounds small contributions away. All else keeps its dtype."""
-        device, has_ssm = self.conv.to(*args, **kwargs).device, isinstance(self, Mamba2State)
+        """The state on another device, or with ssm in another dtype, which steps keep: bfloat16
+        takes half the memory, and on a GPU less time, but rounds small contributions away."""
+        device, has_ssm = self.conv[:0].to(*args, **kwargs).device, isinstance(self, Mamba2State)
         moved = self.map(lambda tensor: tensor.to(device))
         return moved._replace(ssm=moved.ssm.to(*args, **kwargs)) if has_ssm else moved
 
@@ -343,21 +336,21 @@ class Mamba2(nn.Module):
 
     with A = -exp(A_log) and dt = softplus(dt + dt_bias), as in Mamba-1, clamped to time_step_limit.
 
-        layer = Mamba2(256)                  # d_model and options of Mamba2Config, or one of these
+        layer = Mamba2(256)                  # d_model and Mamba2Config's options, or a config
         y = layer(u)                         # (b, l, d) in, (b, l, d) out
         y, state = layer.step(u)             # the same, and the state after the last position
-        y, state = layer.step(v, state)      # resumes there, with any number of positions
+        y, state = layer.step(v, state)      # resumes there
 
-    Initialisation is the original's; parameters have the names and shapes of published checkpoints.
+    Parameters have the names and shapes of published checkpoints.
     """
 
     def __init__(self, d_model, *, depth=1, layer_idx=None, device=None, dtype=None, **options):
-        super().__init__()  # layer_idx is ignored: the original's layer finds its state by it
+        super().__init__()  # layer_idx: as in the original, not used
         config = d_model
         if options or not isinstance(config, Mamba2Config):
             config = Mamba2Config(d_model=d_model, **options)
         config.validate_architecture()
-        self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
+        self.config, self.depth = config, depth
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
         h, p, g, n = self.sizes
         self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
@@ -381,7 +374,6 @@ class Mamba2(nn.Module):
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
         nn.init.ones_(self.D)
-        # -A is uniform in [1, 16]; dt log-uniform in [time_step_min, time_step_max].
         A = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16)
         self.A_log.copy_(A.log())
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
@@ -396,14 +388,14 @@ class Mamba2(nn.Module):
         return Mamba2State(conv, torch.zeros(batch, h, p, n, **options))
 
     def step(self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None):
-        """y (b, l, d) and the Mamba2State after u (b, l, d): prefill, resume and decode by this.
-        state: the Mamba2State of an earlier call, which this one resumes; None is all zeros.
-        mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur: other
-            outputs and the state are as if they had been left out. Their own outputs are 0.
+        """y (b, l, d) and the Mamba2State after u (b, l, d), for prefill and for decoding.
+        state: the Mamba2State of an earlier call, or None: zeros.
+        mask: (b, l), bool or 0/1, or None. Masked positions are skipped, wherever they occur, as if
+            they had been left out; their own outputs are 0.
         seq_idx: (b, l) integers or None: labels of packed sequences, as in `ssd`.
-        group: a process group, if each of its ranks has a slice of the sequence: see `Slices`. The
-            new state is then that after this rank's slice.
-        starts: (b, l) bool, instead of seq_idx: where sequences begin, also at the first position.
+        group: a process group, if each rank has a slice of the sequence, see `Slices`. The new
+            state is then that after this rank's slice.
+        starts: (b, l) bool, instead of seq_idx: where sequences begin, at the first position too.
         """
         layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
         y, state = self(u, state, layout=layout)  # not forward, so that hooks run
@@ -412,7 +404,7 @@ class Mamba2(nn.Module):
     def forward(
         self, u, state=None, mask=None, seq_idx=None, group=None, *, starts=None, layout=None
     ):
-        """y of `step`, with its arguments. With u sorted by a `layout`: sorted y and the state."""
+        """y of `step`. With a `layout`, u is sorted by it: then y, sorted too, and the state."""
         if layout is not None:
             return self._run(u, state, layout)
         layout, u = self._sorted(u, mask, group, seq_idx=seq_idx, starts=starts)
@@ -425,14 +417,14 @@ class Mamba2(nn.Module):
         if group is None:
             _, starts = targets_and_starts(mask=mask, **rows)
         else:
-            _check("group", isinstance(self, Attention), *NO_SLICES)
-            _require(sizes, "b l", "a mask", mask=mask)  # `Layout.of` would check it too late
+            _check("group", isinstance(self, Attention) and group, *NO_SLICES)
+            _require(sizes, "b l", "a mask", mask=mask)  # before ranks communicate
             _, starts = Slices(group).gather(u, max(1, u.shape[1]), mask, **rows)
         layout = Layout.of(u, mask, group, starts)
         return layout, layout.sort(u)
 
     def _run(self, u, state, layout):
-        """The layer itself: y and the new state, of sorted u and the state before."""
+        """The layer itself: y and the new state; u and y are sorted."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
         zxbcdt = self.in_proj(u)
         if layout.slices:
@@ -476,8 +468,8 @@ class Mamba2(nn.Module):
 
 
 class Mamba2Block(nn.Module):
-    """A residual block: hidden + mixer(norm(hidden)), which are (b, l, d), and the new state. In a
-    hybrid the mixer may be attention, and hidden + mlp(norm2(hidden)) may follow."""
+    """A residual block: hidden + mixer(norm(hidden)), (b, l, d), and the new state. In a hybrid
+    the mixer may be attention, and hidden + mlp(norm2(hidden)) may follow."""
 
     def __init__(self, config: Mamba2Config, attends: bool = False):
         super().__init__()
@@ -502,9 +494,9 @@ class Mamba2Block(nn.Module):
 
 class Mamba2Backbone(nn.Module):
     """Embedding, residual blocks, final norm: from ids (b, l) or embeddings (b, l, d), and the
-    Mamba2Cache of the tokens before, to hidden (b, l, d) and the new cache. mask and group as in
-    `Mamba2.step`, but the cache is that of the whole sequence on every rank; starts (b, l) bool:
-    where another one begins. The list hidden_states gets the input of each block, and hidden."""
+    Mamba2Cache of the tokens before, to hidden (b, l, d) and the new cache. mask, starts and group
+    as in `Mamba2.step`, but the new cache is that of the whole sequence on every rank. To the list
+    hidden_states it appends the input of each block, and hidden."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -519,7 +511,7 @@ class Mamba2Backbone(nn.Module):
         self, x, cache=None, mask=None, starts=None, group=None, hidden_states=None, use_cache=True
     ):
         hidden = x if x.is_floating_point() else self.embeddings(x.long())  # (b, l, d)
-        if self.config.residual_in_fp32:  # also with half-precision weights
+        if self.config.residual_in_fp32:
             hidden = hidden.to(_at_least_float32(hidden.dtype))
         cache = Mamba2Cache(()) if cache is None else cache
         layout = Layout.of(hidden, mask, group, starts)
@@ -538,7 +530,7 @@ class Mamba2Backbone(nn.Module):
             hidden_states.append(hidden)
         if not use_cache:
             return hidden, None
-        # A tensor, because torch.compile would make another graph for each int.
+        # A tensor: torch.compile would make a graph for each int.
         length = torch.full((), hidden.shape[1], device=hidden.device)
         if group is not None:
             dist.all_reduce(length, group=group)
@@ -547,8 +539,8 @@ class Mamba2Backbone(nn.Module):
 
 
 class Mamba2LM(nn.Module):
-    """The language model (Section 9.2), and nothing else: from ids (b, l), and the Mamba2Cache that
-    an earlier call returned, to logits (b, l, vocabulary) and the new cache."""
+    """The bare language model (Section 9.2): from ids (b, l), and the Mamba2Cache of an earlier
+    call, to logits (b, l, vocabulary) and the new cache."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -567,9 +559,8 @@ class Mamba2LM(nn.Module):
 
 
 def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
-    """Check the arguments of SSD, and return in float32 at least: the logarithm of each step's
-    decay (b, l, h); D as (h, 1) or (h, p), or None; the state (b, h, p, n). The first decay of a
-    packed sequence is exp(-inf) = 0, which erases the state of the one before (Section 8.3)."""
+    """Check the arguments of SSD; return log_decay, D and state, as in `ssd_recurrent`, in float32
+    at least. -inf, where a packed sequence begins, erases the state (Section 8.3)."""
     sizes = _require({}, "b l h p", x=x)
     _require(sizes, "b l h", dt=dt)
     _require(sizes, "h", A=A)
@@ -585,25 +576,25 @@ def _prepare(x, dt, A, B, C, D, initial_state, seq_idx):
         log_decay = log_decay.masked_fill(_borders(seq_idx)[..., None], -torch.inf)
     D = None if D is None else D.reshape(sizes["h"], -1).to(dtype)
     state = x.new_zeros([sizes[a] for a in "bhpn"]) if initial_state is None else initial_state
-    if x.shape[1] == 0:  # times exp of an empty sum, 1, so that dt and A have gradients: zeros
+    if x.shape[1] == 0:  # times 1, so that dt and A have gradients
         state = state * log_decay.sum(1).exp()[..., None, None]
     return log_decay, D, state.to(dtype)
 
 
 class Layout(NamedTuple):
-    """Which positions count, and where sequences begin: worked out once, for all layers. Masked
-    positions go to the end of each row, a b c d e with mask 1 0 0 1 1 to a d e b c: so the
-    convolution meets only positions that count, and SSD skips the others with dt = 0."""
+    """Which positions count, and where sequences begin, computed once for all layers. It sorts
+    masked positions to the end of a row, a b c d e with mask 1 0 0 1 1 to a d e b c: the
+    convolution then sees only positions that count, and SSD skips the rest with dt = 0."""
 
     length: Tensor | None = None  # (b, 1), with a mask: how many positions of a row count
     skipped: Tensor | None = None  # (b, l) bool, after sorting: the positions that do not count
     source: Tensor | None = None  # (b, l), where sorted positions come from
     slices: Slices | None = None
-    seq_idx: Tensor | None = None  # (b, l), after sorting, of packed sequences: 0 is the state's
+    seq_idx: Tensor | None = None  # (b, l), sorted: number of its sequence, 0 is the state's
 
     @classmethod
     def of(cls, x, mask=None, group=None, starts=None):
-        """The layout of x (b, l, ...); mask (b, l); starts (b, l) bool, where sequences begin."""
+        """The layout of x (b, l, ...), with arguments as in `Mamba2.step`."""
         _require(dict(b=x.shape[0], l=x.shape[1]), "b l", "a mask", mask=mask)
         length = skipped = source = number = None
         if mask is not None:
@@ -624,15 +615,41 @@ class Layout(NamedTuple):
         return _take(_erase(x, self.skipped), self.source.argsort(dim=1))
 
     def begin(self, state):
-        """The state before the first position: erased where that begins another sequence."""
+        """The state before; erased where the first position begins another sequence."""
         if state is None or self.seq_idx is None:
             return state
         begins = self.seq_idx[:, :1].any(1)
         return state.map(lambda tensor: _erase(tensor, begins))
 
 
+def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, starts=None):
+    """targets (b, l): the label of the next unmasked position; -100 at masked positions, and at the
+    last one of a sequence. starts (b, l) bool: where sequences start: where seq_idx changes; at
+    `starts`, moved to the next unmasked position; or where position_ids are 0 or do not grow. Each
+    is None if no argument says what it is."""
+    if seq_idx is not None and starts is not None:
+        raise ValueError("seq_idx and starts both say where sequences begin: pass one of them")
+    targets, given = None, [t for t in (labels, seq_idx, position_ids, starts) if t is not None]
+    layout = Layout.of(given[0], mask) if given else None
+    if seq_idx is not None:
+        starts = layout.restore(_borders(layout.sort(seq_idx.long())))
+    elif starts is not None:
+        number = layout.sort(starts.bool().cumsum(1))
+        starts = layout.restore(number > F.pad(number, (1, 0))[:, :-1])
+    elif position_ids is not None:
+        position = layout.sort(position_ids.long())
+        before = F.pad(position, (1, 0), value=-1)[:, :-1]
+        starts = layout.restore((position == 0) | (position <= before))
+    if labels is not None:
+        targets = labels.long() + 100  # the 0 of sort and restore is then -100
+        if starts is not None:
+            targets = targets.masked_fill(starts, 0)
+        targets = layout.restore(F.pad(layout.sort(targets), (0, 1))[:, 1:]) - 100
+    return targets, starts
+
+
 def _erase(x: Tensor, where: Tensor) -> Tensor:
-    """x with 0 where `where` is True, a bool tensor that has x's first axes."""
+    """x with 0 where `where` is True; `where` has x's first axes."""
     if x.shape[: where.dim()] != where.shape:  # PyTorch would broadcast it
         raise ValueError(f"a state has shape {tuple(x.shape)}: it must be for {len(where)} rows")
     return x.masked_fill(where[(..., *[None] * (x.dim() - where.dim()))], 0)
@@ -640,20 +657,20 @@ def _erase(x: Tensor, where: Tensor) -> Tensor:
 
 @dataclass(eq=False, repr=False)
 class Mamba2Cache:
-    """The states of all layers after some tokens, of constant size unless a layer is attention. It
-    is immutable: a forward pass returns a new one. torch.save and torch.load keep it in a file."""
+    """The states of all layers after some tokens, immutable, of constant size unless a layer is
+    attention. torch.save and torch.load keep it in a file."""
 
-    states: tuple[Mamba2State | AttentionState, ...]  # of each layer
+    states: tuple[Mamba2State | AttentionState, ...]
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
 
-    # For transformers' generate; not is_linear: it passes only tokens that are not read yet.
+    # For transformers' generate, which passes only unread tokens if is_linear is False.
     is_compileable, is_croppable, is_linear = False, False, (False,)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.length)
 
     def map(self, function, *others: Mamba2Cache) -> Mamba2Cache:
-        """A cache of function(tensor, *tensors of the others), for each tensor but length."""
+        """As `Mamba2State.map`, for all layers; length stays."""
         layers = zip(self.states, *(cache.states for cache in others), strict=True)
         states = tuple(state.map(function, *layer) for state, *layer in layers)
         return Mamba2Cache(states, self.length)
@@ -661,24 +678,24 @@ class Mamba2Cache:
     detach = Mamba2State.detach
 
     def select(self, rows) -> Mamba2Cache:
-        """Rows of the batch in a new order: integers, or a bool mask."""
+        """Rows of the batch: integers, or a bool mask."""
         return self.map(lambda tensor: tensor[torch.as_tensor(rows, device=tensor.device)])
 
     def repeat(self, times: int) -> Mamba2Cache:
-        """Each row `times` times, one after another: (b) becomes (b times). This forks a prompt."""
+        """Each row `times` times in succession, (b) to (b times): this forks a prompt."""
         return self.map(lambda tensor: tensor.repeat_interleave(times, dim=0))
 
     @staticmethod
     def cat(caches) -> Mamba2Cache:
-        """One batch of the rows of several caches. Its length is the longest one: a later call with
-        whole sequences must pad them to it, on the left."""
+        """The rows of several caches in one batch, with the longest length: pad whole sequences
+        for a later call to it, on the left."""
         caches = [*caches]
         first, *others = caches
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
         return replace(joined, length=max(cache.get_seq_length() for cache in caches))
 
     def to(self, *args, **kwargs) -> Mamba2Cache:
-        """The cache on another device, or with ssm in another dtype: see `Mamba2State.to`."""
+        """As `Mamba2State.to`, for all layers."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
         return Mamba2Cache(states, self.get_seq_length())
 
@@ -689,7 +706,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _borders(seq_idx: Tensor) -> Tensor:
-    """(b, l) bool: whether another sequence begins at this position. The first is no border."""
+    """(b, l) bool: where another sequence begins; never the first position."""
     return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
 
 
@@ -698,7 +715,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether x's values can be read now: not on the meta device, nor while PyTorch traces."""
+    """Whether x's values are known: not on the meta device, nor while PyTorch traces."""
     return not (x.is_meta or torch.compiler.is_compiling())
 
 
@@ -708,8 +725,8 @@ def _check(name, value, rule, holds):
 
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
-    """Raise unless the tensors, or None, have axes as in "b l h", and numbers of that kind; "a
-    mask" of floats must hold 0 and 1. Returns sizes, known by letter, with the tensors' added."""
+    """Raise unless each tensor is None, or has axes as in "b l h" and numbers of that kind; "a
+    mask" of floats must hold 0 and 1. Add the tensors' sizes, by letter, to `sizes`; return it."""
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -731,8 +748,8 @@ def _require(sizes, axes, kind="floating-point numbers", **tensors):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """For `AdamW(parameter_groups(model, 0.1), lr=...)`: weights of projections, convolutions and
-    embeddings decay; A_log, D, dt_bias, norms and biases, which have one dimension, do not."""
+    """For `AdamW(parameter_groups(model, 0.1), lr=...)`: projections, convolutions and embeddings
+    decay; parameters of one dimension (A_log, D, dt_bias, norms, biases) do not."""
     trained = [t for t in model.parameters() if t.requires_grad]
     decays, others = [t for t in trained if t.dim() > 1], [t for t in trained if t.dim() <= 1]
     return [dict(params=decays, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
@@ -740,7 +757,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 # ---- 5. Configuration ----------------------------------------------------------------------------
 
-# What an option may be: a rule, and whether it holds. ANY: no rule, or one elsewhere.
+# What an option may be: a rule, and its test. ANY: no rule, or one elsewhere.
 ANY = "", lambda value: True
 COUNT = "must be an integer of at least 1", lambda v: type(v) is int and v >= 1
 WIDTH = "must be an integer of at least 0", lambda v: type(v) is int and v >= 0
@@ -767,8 +784,8 @@ OPTIONS = [  # name in transformers, in the paper's code, default, what it may b
     ("use_bias", "bias", False, SWITCH, "biases in in_proj and out_proj"),
     ("use_conv_bias", "conv_bias", True, SWITCH, "bias in the convolution"),
     ("time_step_limit", "dt_limit", (0.0, math.inf), LIMITS, "dt is always clamped to this"),
-    ("time_step_min", "dt_min", 0.001, ANY, "lower bound of the initial dt, log-uniform"),
-    ("time_step_max", "dt_max", 0.1, ANY, "upper bound of the initial dt"),
+    ("time_step_min", "dt_min", 0.001, POSITIVE, "lower bound of the initial dt, log-uniform"),
+    ("time_step_max", "dt_max", 0.1, POSITIVE, "upper bound of the initial dt"),
     ("time_step_floor", "dt_init_floor", 1e-4, ANY, "least value of the initial dt"),
     ("layer_norm_epsilon", "norm_epsilon", 1e-5, POSITIVE, "of every RMSNorm"),
     ("rmsnorm", None, True, SWITCH, "an RMSNorm in the layer, after the gate"),
@@ -787,15 +804,15 @@ _DEFAULTS = {name: default for name, _, default, *_ in OPTIONS}
 # Options of every transformers configuration, and those of its Mamba-2 that have no effect here.
 _COMMON = {*dir(PreTrainedConfig()), "attn_implementation", "experts_implementation"}
 _COMMON |= {"rescale_prenorm_residual", "time_step_rank"}
-# Options of other programs that change the results, with the only value that is implemented.
+# Options of other programs, with the only value that is implemented here.
 _OTHERS = dict(model_type="mamba2", layer="Mamba2", rms_norm=True, norm_before_gate=False)
 _OTHERS |= dict(D_has_hdim=False, d_inner=None, d_ssm=None, attn=None)
 
 
 class Mamba2Config(PreTrainedConfig):
-    """Sizes and options of a Mamba-2 model, listed in `OPTIONS`; the defaults are `mamba2-130m`'s.
-    Each can be passed, read and set under both of its names (without transformers, read and set
-    under the first). Options of all transformers configurations are accepted too."""
+    """The options of a Mamba-2 model, listed in `OPTIONS`; the defaults are `mamba2-130m`'s. Each
+    can be passed under both names, and with transformers also read and set under both. Options of
+    all transformers configurations are accepted too."""
 
     model_type = "mamba2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -811,15 +828,15 @@ class Mamba2Config(PreTrainedConfig):
         for name, default in _DEFAULTS.items():
             setattr(self, name, given.pop(name, default))
         super().__init__(**given)
-        # Saved for transformers' own Mamba-2, which would scale *loaded* weights once more.
+        # For transformers' own Mamba-2, which would scale loaded weights again.
         self.rescale_prenorm_residual = False
-        # Differs: PEFT refuses LoRA on out_proj for model_type "mamba2", because transformers reads
-        # that weight without calling its module. Ours always calls it. Files say "mamba2".
+        # Differs: PEFT refuses LoRA on out_proj for "mamba2", since transformers does not call that
+        # module. This file does. In saved files, model_type is "mamba2".
         self.model_type = "mamba2-single-file"
         self.validate_architecture()
 
     def validate_architecture(self):
-        """Compute num_heads if it is None, and check all options."""
+        """Compute num_heads, and check all options."""
         self.time_step_limit = tuple(self.time_step_limit)  # JSON has no tuples
         for name, alias, _, rule, _ in OPTIONS:
             _check(f"{name} ({alias})" if alias else name, getattr(self, name), *rule)
@@ -832,15 +849,15 @@ class Mamba2Config(PreTrainedConfig):
         _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
     def to_dict(self):
-        """As in transformers. Its own Mamba-2 would misread rmsnorm=False and hybrids: num_heads
-        None makes it refuse the file. Here None is computed."""
+        """As in transformers, but for rmsnorm=False and hybrids with num_heads = None, so that its
+        own Mamba-2, which would misread them, refuses the file."""
         theirs = self.rmsnorm and not (self.attn_layer_idx or self.d_intermediate)
         return super().to_dict() | ({} if theirs else {"num_heads": None})
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Read a `config.json`, in transformers' format (flash-linear-attention and mamba2-torch
-        write it too) or in the original one. What is not implemented is a ValueError."""
+        """Read a `config.json`, in transformers' format or in the original one. What is not
+        implemented is a ValueError."""
         options, theirs = dict(config_dict), {}
         if "ssm_cfg" in options:  # the original, such as state-spaces/mamba2-130m's
             ssm_cfg, multiple = options.pop("ssm_cfg"), options.pop("pad_vocab_size_multiple", 8)
@@ -849,11 +866,11 @@ class Mamba2Config(PreTrainedConfig):
             options = {"layer": layer, **options, **ssm_cfg, "model_type": "mamba2"}
             options["vocab_size"] += -options["vocab_size"] % multiple
         elif "model_type" in options:
-            if "norm_eps" not in options:  # transformers, which writes but never reads it; in
-                options.pop("norm_before_gate", None)  # flash-linear-attention it has a meaning
+            if "norm_eps" not in options:  # not flash-linear-attention's
+                options.pop("norm_before_gate", None)  # transformers writes it, and never reads it
             if "emb_initializer_range" in options:  # mamba2-torch, which computes the heads
                 options.pop("num_heads", None)
-            else:  # transformers has defaults of its own for options that are left out
+            else:  # transformers, with defaults of its own
                 theirs = transformers.Mamba2Config().to_dict()
         for name, only in _OTHERS.items():
             value = options.pop(name, only)
@@ -862,7 +879,7 @@ class Mamba2Config(PreTrainedConfig):
         there = {cls.attribute_map.get(name, name) for name in options}
         options |= {name: theirs[name] for name in _DEFAULTS.keys() & theirs.keys() - there}
         others = options.keys() - {*_DEFAULTS, *cls.attribute_map, *_COMMON}
-        extra = {name: options.pop(name) for name in others}  # attributes that mean nothing here
+        extra = {name: options.pop(name) for name in others}  # without meaning here
         config = super().from_dict(options, **kwargs)
         vars(config[0] if isinstance(config, tuple) else config).update(extra)
         return config
@@ -870,7 +887,7 @@ class Mamba2Config(PreTrainedConfig):
 
 # ---- 6. transformers: cache, loss, segments, loading, generation ---------------------------------
 
-# The name of the cache in transformers' outputs and calls. Callers of this file may use either.
+# The name of the cache in transformers' outputs and calls.
 CACHE = "cache"
 if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
     CACHE = "past_key_values"
@@ -880,7 +897,7 @@ if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
 
 
 class Mamba2PreTrainedModel(PreTrainedModel):
-    """A backbone, to which each model below adds a head; how weights are drawn, loaded, saved."""
+    """A backbone, and how weights are drawn, loaded and saved. Subclasses add a head."""
 
     config_class = Mamba2Config
     base_model_prefix = "backbone"
@@ -906,8 +923,8 @@ class Mamba2PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a model by its name on the hub or its folder, in mamba_ssm's, transformers' or
-        Codestral's format. Weights that are not exactly those of its config are a ValueError."""
+        """Load a hub name or folder in mamba_ssm's, transformers' or Codestral's format. Weights
+        that do not fit the config exactly are a ValueError."""
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
@@ -917,12 +934,12 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args, save_original_format=False, **kwargs):
-        """As in transformers, but with this file's names of weights, whatever names were loaded."""
+        """As in transformers, but always with this file's names of weights."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
 class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
-    """The Mamba-2 language model, for generate, Trainer, PEFT and pipelines of transformers."""
+    """The language model, for transformers' generate, Trainer, PEFT and pipelines."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
     _supports_default_dynamic_cache = classmethod(lambda cls: False)  # else 5.17 makes one
@@ -941,17 +958,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         num_items_in_batch=None, segment_length=None, past_key_values=None, **others,
     ):  # fmt: skip
         """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
-        attention_mask: (b, l), or longer on the left, for what the cache has seen; 0 where a
-            position is skipped, as in `Mamba2.step`.
-        cache, or past_key_values: the Mamba2Cache of an earlier call, or Mamba2Cache(any states).
+        attention_mask: `Mamba2.step`'s mask, or longer on the left, for what the cache has seen.
+        cache, or past_key_values: a Mamba2Cache, of an earlier call or of any states.
         labels: (b, l), the tokens, or -100: see `targets_and_starts`.
-        logits_to_keep: how many of the last positions get logits, or their indices; 0 for all. None
-            is all; but there are none if labels are given in training or in several segments.
-        seq_idx: (b, l), as in `Mamba2.step`. None: position_ids say it, see `targets_and_starts`.
-        group: a process group, if each of its ranks has a slice of the sequence, see `Slices`.
-            Tokens, masks and outputs are the slice's; caches and loss the whole sequence's.
-        segment_length: positions in a segment, see `_in_segments` (with a group, in this rank's
-            part of it); "auto" for about the least memory; 0 for all at once; None: the config's.
+        logits_to_keep: how many last positions get logits, or a tensor of indices; 0 is all. None
+            is all, but with labels no position at all in training and in several segments.
+        seq_idx: as in `Mamba2.step`; or None: position_ids, see `targets_and_starts`.
+        group: as in `Mamba2.step`. Tokens, masks and outputs are the slice's; caches and loss
+            those of the whole sequence.
+        segment_length: positions in a segment (of this rank, with a group), see `_in_segments`;
+            "auto" for about the least memory; 0 for all at once; None: the config's.
         """
         past = _one_cache(cache, past_key_values)
         text = past if kernels and isinstance(past, kernels.Text) else None  # generate on CUDA
@@ -970,7 +986,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             targets, starts = targets_and_starts(mask=mask, **rows)
         else:
             _check("attn_layer_idx", self.config.attn_layer_idx, *NO_SLICES)
-            # What must be equal on all ranks, or one would wait for what another never sends.
+            # These must be equal on all ranks, or a rank would wait forever.
             same = dict(items=num_items_in_batch is not None, states=len(past.states))
             same |= dict(segments=max(1, -(-l // length)), cache=use_cache, training=self.training)
             same["checkpoints"] = self.backbone.gradient_checkpointing
@@ -980,7 +996,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
         no_logits = logits_to_keep is None and labels is not None and (self.training or l > length)
-        first = l if no_logits else 0  # the first position whose logits are wanted
+        first = l if no_logits else 0  # first position with logits
         if isinstance(logits_to_keep, int) and logits_to_keep > 0:
             first = max(0, l - logits_to_keep)
         whole, options = (x, mask, starts, targets), (use_cache, group, hidden_states)
@@ -998,10 +1014,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
     def _in_segments(self, whole, cache, length, first, use_cache, group, hidden_states):
         """Backbone and loss over a sequence, in segments of `length` positions, each from the state
-        after the one before. For the backward pass only these states are kept, and a segment is
-        computed again when its turn comes: with a length s of segments, memory grows as s + l / s,
-        or as the square root of l with the best s.
-        whole: tokens (b, l) or embeddings (b, l, d); mask, starts and targets, (b, l) or None.
+        after the one before. Only these states are kept for the backward pass, which computes each
+        segment again: for length s, memory grows as s + l / s; for the best s, as sqrt(l).
+        whole: x (b, l) or (b, l, d); mask, starts and targets, (b, l) or None.
         Returns the summed loss or None; hidden from the position `first` on; the cache or None."""
 
         def run(x, mask, starts, targets, cache, keep_cache):
@@ -1010,12 +1025,12 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
-        again = count > 1 and torch.is_grad_enabled()  # to compute each segment again
+        again = count > 1 and torch.is_grad_enabled()
         call = functools.partial(checkpoint, run, use_reentrant=False) if again else run
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
-        # With autocast's cache, all segments would add their gradients of a weight in bfloat16.
+        # autocast's cache of a weight would sum its gradients of all segments in bfloat16.
         device = "cpu" if x.is_meta else x.device.type
         enabled = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=enabled, cache_enabled=False):
@@ -1028,16 +1043,15 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return loss, torch.cat(kept, dim=1), cache
 
     def summed_loss(self, hidden, targets):
-        """The summed cross entropy of logits of hidden (b, l, d); targets (b, l), -100 left out.
-        The logits of some positions at a time are made, used and freed, and made again for the
-        backward pass; if one part holds all positions, its logits are kept."""
+        """The summed cross entropy of hidden (b, l, d) and targets (b, l), -100 left out. Logits
+        are computed part by part, and again for the backward pass if there are several parts."""
 
         def loss_of(hidden, targets):
             logits = self.lm_head(hidden)  # (positions, vocabulary)
             logits = logits.to(_at_least_float32(logits.dtype))
             return F.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
-        # hidden_size positions have as many logits as the head weights; a GPU is slow with fewer.
+        # hidden_size positions: logits as large as the head's weight; a GPU is slow with fewer.
         size = max(self.config.hidden_size, 4096 if targets.is_cuda else 64)
         hidden, targets = hidden.flatten(0, 1).split(size), targets.flatten().split(size)
         parts = [*zip(hidden, targets, strict=True)]
@@ -1046,37 +1060,37 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts)
 
     def _segment_length(self, length, b, l, group):
-        """How many of l positions are in a segment; `length` is what the caller asked for."""
+        """How many of l positions are in a segment."""
         config = self.config
         length = config.segment_length if length is None else length
         _check("segment_length", length, *(LENGTH if group is None else WIDTH))
         if length == "auto":
-            # Kept for the backward pass, in numbers per layer and channel: a state for each
-            # segment, in a hybrid also keys and values, half of them on average; and `position` for
-            # each position of one segment. Their sum is least if both take the same.
+            # Kept for the backward pass, in numbers per layer and channel: `state` per segment (a
+            # hybrid adds half of all keys and values, on average), `position` per position of one
+            # segment. The sum is least if both parts are equal.
             attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
             state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
                 position = 1 / config.expand + 8 / config.num_hidden_layers
             length = math.ceil(math.sqrt(l * state / position))
-            if self.device.type == "cuda":  # longer, where launching kernels would take longest
+            if self.device.type == "cuda":  # launching kernels has a cost
                 length = max(length, 2**34 // max(1, b * config.hidden_size**2))
         return max(1, min(length or l, l))
 
     @torch.no_grad()
     def prefill(self, input_ids, attention_mask=None, cache=None, **options):
-        """The Mamba2Cache after a prompt, which is read in segments: see `forward`."""
+        """The Mamba2Cache after a prompt, read in segments: see `forward`."""
         fixed = dict(use_cache=True, return_dict=True, output_hidden_states=False, logits_to_keep=1)
         length = "auto" if options.get("group") is None else 0
         options = {"segment_length": length, **options, **fixed}
         return self(input_ids, attention_mask, cache, **options).cache
 
     def generate(self, inputs=None, generation_config=None, **options):
-        """As in all of transformers, always with a cache; on CUDA, a step is a CUDA graph. With
-        `cache`, ids are the whole sequence, or new tokens alone with an attention_mask of it all;
-        for n beams or samples of each row, pass `cache.repeat(n)`. The cache in the output of
-        `return_dict_in_generate=True` has seen all but the last token. It is None for beams and for
-        several texts, which may end one before another: read these with `prefill`."""
+        """As in transformers, always with a cache; on CUDA, a step is a CUDA graph. With `cache`,
+        ids are the whole sequence, or only new tokens with an attention_mask of it all; for n beams
+        or samples per row, pass `cache.repeat(n)`. With `return_dict_in_generate=True`, the cache
+        returned has seen all but the last token; for beams or several rows it is None (`prefill`
+        makes one)."""
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
             _check(name, options.get(name), rule, lambda value: value is None)
@@ -1090,7 +1104,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
             raise ValueError(f"{count} tokens, and the cache has seen {seen}: {rule}")
-        cache = Mamba2Cache(cache.states, cache.length)  # transformers marks the one that it gets
+        cache = Mamba2Cache(cache.states, cache.length)  # a copy, for transformers to mark
         cache = kernels.Text.of(self, cache) if kernels else cache
         options |= {CACHE: cache, "use_cache": True}
         output = super().generate(inputs, generation_config, **options)
@@ -1101,16 +1115,16 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return output
 
     def stream(self, input_ids, **options):
-        """Yield the tokens, (b) by (b), that `generate(input_ids, **options)` would append, but for
-        beams and several samples of a row. transformers prepares prompt, sampling and stopping. On
-        CUDA, where looking for the end waits for the GPU, eight tokens come at a time."""
+        """Yield the tokens (b) that `generate(input_ids, **options)` would append, one position at
+        a time; neither beams nor several samples of a row. On CUDA, eight positions come at once,
+        because looking for the end waits for the GPU."""
         rule = "stream takes none: it is an iterator, with a loop of its own"
         _check("streamer", options.get("streamer"), rule, lambda value: value is None)
         return self.generate(input_ids, custom_generate=type(self)._stream, **options)
 
     @torch.no_grad()
     def _stream(self, ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        """What transformers calls, all prepared: yield tokens (b) until all rows have ended."""
+        """`stream`, with all prepared by transformers, until all rows have ended."""
         config = generation_config
         mode = config.get_generation_mode().value
         if mode not in ("greedy_search", "sample") or config.num_return_sequences != 1:
@@ -1118,7 +1132,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         pads = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
         pad = pads[0] if isinstance(pads, list) else pads
         pads_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        waits = len(stopping_criteria) > 1  # else it is the length alone that ends a text
+        waits = len(stopping_criteria) > 1  # else only the length ends a text
         output, running = None, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         while output is None or ids.shape[1] < stopping_criteria.max_length:
             tokens, alive = [], []
@@ -1147,11 +1161,11 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
 
 class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
-    """The backbone, and config.num_labels scores for each text: those at its last token that
-    attention_mask does not mask, on whichever side the padding is."""
+    """The backbone, and config.num_labels scores for each text, read at its last unmasked token,
+    on whichever side the padding is."""
 
     accepts_loss_kwargs = False
-    _keys_to_ignore_on_load_missing = ["score.weight"]  # so that it can begin with a language model
+    _keys_to_ignore_on_load_missing = ["score.weight"]  # of a language model
     _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
 
     def __init__(self, config: Mamba2Config):
@@ -1172,7 +1186,7 @@ class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
 
 
 def _one_cache(cache, past_key_values):
-    """The cache, under whichever name it is passed; an empty one if there is none."""
+    """The cache, under either name, or an empty one."""
     given = [cache for cache in (cache, past_key_values) if cache is not None]
     kinds = (Mamba2Cache, kernels.Text) if kernels else Mamba2Cache
     fits = len(given) < 2 and all(isinstance(cache, kinds) for cache in given)
@@ -1181,8 +1195,8 @@ def _one_cache(cache, past_key_values):
 
 
 def _inputs(ids, embeds, mask, others, **rows):
-    """Checks, and returns ids (b, l) or embeddings (b, l, d), and the mask (b, l) of these, bool,
-    or None if nothing is masked. rows: (b, l) integers, or None. others: must be None or False."""
+    """Check, and return ids (b, l) or embeddings (b, l, d), and the mask, (b, l) bool, or None if
+    nothing is masked. rows: (b, l) integers or None. others must be None or False."""
     others = [name for name, value in others.items() if value is not None and value is not False]
     if others:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
@@ -1195,32 +1209,6 @@ def _inputs(ids, embeds, mask, others, **rows):
         _require(sizes, "b l", "a mask", attention_mask=mask)
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
     return embeds if ids is None else ids, mask
-
-
-def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, starts=None):
-    """targets (b, l): the label of the next position that is not masked; -100 at masked positions,
-    if another sequence starts there, or if there is none. starts (b, l) bool: where sequences
-    start: by a new label in seq_idx; by `starts`, of which a masked one is the next position's; or
-    by position_ids that are 0 or do not grow. Each is None if nothing says what it is."""
-    if seq_idx is not None and starts is not None:
-        raise ValueError("seq_idx and starts both say where sequences begin: pass one of them")
-    targets, given = None, [t for t in (labels, seq_idx, position_ids, starts) if t is not None]
-    layout = Layout.of(given[0], mask) if given else None
-    if seq_idx is not None:
-        starts = layout.restore(_borders(layout.sort(seq_idx.long())))
-    elif starts is not None:
-        number = layout.sort(starts.bool().cumsum(1))
-        starts = layout.restore(number > F.pad(number, (1, 0))[:, :-1])
-    elif position_ids is not None:
-        position = layout.sort(position_ids.long())
-        before = F.pad(position, (1, 0), value=-1)[:, :-1]
-        starts = layout.restore((position == 0) | (position <= before))
-    if labels is not None:
-        targets = labels.long() + 100  # so that 0 is -100, also where the layout has put 0
-        if starts is not None:
-            targets = targets.masked_fill(starts, 0)
-        targets = layout.restore(F.pad(layout.sort(targets), (0, 1))[:, 1:]) - 100
-    return targets, starts
 
 
 def register_with_transformers():
@@ -1238,13 +1226,12 @@ class Slices:
         model(ids, labels=ids, group=group).loss.backward()          # ids: (b, l of this rank)
         y, state = layer.step(u, state, mask, seq_idx, group)        # u: (b, l of this rank, d)
 
-    For each layer and segment, a rank receives the state from the rank before, runs the layer as
-    ever, and sends the new state to the next rank: at any length, 4 b (h p n + (k-1) (h p + 2 g n))
-    bytes (2.69 MB in mamba2-2.7b; twice that in float64). The backward pass goes the other way. The
-    model returns the loss of the whole sequence on each of R ranks, whose gradients are R times
-    what its slice adds to them: averaged, as in DDP and FSDP, they are those in one process. With
-    segment_length, each segment is cut in slices, and a rank has its slices of all segments one
-    after another: ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
+    For each layer and segment, a rank receives the state from the rank before, runs the layer, and
+    sends the new state to the next: 4 b (h p n + (k-1) (h p + 2 g n)) bytes, twice that in float64.
+    The backward pass goes the other way. Each of R ranks returns the loss of the whole sequence and
+    has R times its slice's part of the gradient: the average, as in DDP and FSDP, is the gradient
+    in one process. With segment_length, a rank has a slice of each segment:
+    ids.unflatten(1, (-1, R, segment_length))[:, :, rank].flatten(1).
     """
 
     def __init__(self, group):
@@ -1253,8 +1240,8 @@ class Slices:
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, x, length, mask=None, same=None, **text):
-        """`targets_and_starts` of the whole sequence, at the positions of x, this rank's part, read
-        `length` at a time. It raises on all ranks if their options `same` or arguments differ."""
+        """`targets_and_starts` of the whole sequence, at this rank's positions, those of x, in
+        slices of `length`. All ranks raise if their options `same` or their arguments differ."""
         text = {name: rows for name, rows in text.items() if rows is not None}
         same = dict(same or {}, batch=x.shape[0], dtype=x.dtype, arguments=[*text])
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -1274,9 +1261,9 @@ class Slices:
         return [None if t is None else t[rank == self.rank].view(x.shape[:2]) for t in found]
 
     def hand_over(self, x, state, *, sends):
-        """x, and the state, which is sent to the next rank; or else the state of the rank before,
-        like `state`, which the first rank keeps. The layer computes x before it needs the state."""
-        # What is received always requires gradients, or ranks would wait for some that never come.
+        """Send `state` to the next rank, or receive one like it from the rank before (the first
+        keeps its own). Returns x and the state; `_Handover` says why x passes through."""
+        # What is received always requires gradients, because the rank before waits for them.
         anchor = torch.zeros((), requires_grad=torch.is_grad_enabled() and not sends)
         peer = self.rank + (1 if sends else -1)
         x, conv, ssm = _Handover.apply(self.group, peer, sends, anchor, x, *state)
@@ -1291,8 +1278,8 @@ class Slices:
 
 
 class _Handover(torch.autograd.Function):
-    """`Slices.hand_over`. The state's gradient goes the other way; x passes through so that this
-    precedes the gradients of what computed x."""
+    """`Slices.hand_over`. The state's gradient goes the other way, and because x passes through,
+    before the gradients of what computed x."""
 
     @staticmethod
     def forward(ctx, group, peer, sends, anchor, x, *state):
@@ -1309,8 +1296,8 @@ class _Handover(torch.autograd.Function):
 
 
 def _move(tensors, group, peer, sends):
-    """The tensors, sent to the rank `peer`, or such tensors from there; the same ones if there is
-    no such rank. They travel in float32 at least: what waits for them may have another dtype."""
+    """Send the tensors to the rank `peer`, or receive such tensors; without such a rank, return
+    them. They travel in float32 at least: the receiver's may have another dtype."""
     if not 0 <= peer < dist.get_world_size(group):
         return tensors
     moved = [t.to(_at_least_float32(t.dtype)).contiguous() for t in tensors]
@@ -1323,7 +1310,7 @@ def _move(tensors, group, peer, sends):
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """The sum of x over all ranks, on each of them."""
+    """all_reduce, with a gradient."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -1341,7 +1328,7 @@ class _SumOfRanks(torch.autograd.Function):
 
 
 class AttentionState(NamedTuple):
-    """The state of an `Attention` layer, immutable. It grows with m, the positions before."""
+    """The state of an `Attention` layer, immutable, after m positions."""
 
     conv: Tensor  # (b, k-1, h p + 2 g p), the convolution's last inputs; k = 1 without one
     past: Tensor  # (b, m, 2 g, p), rotated keys, then values, in the dtype of in_proj(u)
@@ -1351,15 +1338,15 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal softmax attention, a layer with the interface and the promises of `Mamba2`, but for
-    slices, and with a state that grows. Differs: new weights are drawn alike at any depth.
+    """Causal softmax attention with the interface of `Mamba2`, without slices, and with a state
+    that grows. Differs: initialisation ignores the depth.
 
         u ── in_proj ── q, k, v ── conv1d ── rotate q and k ── softmax(q k^T) v ── out_proj ── out
 
         layer = Attention(256, num_heads=4, causal=True)  # the original's options and defaults
-        y, state = layer.step(u, state)  # takes longer with each position before
+        y, state = layer.step(u, state)
 
-    There are h = num_heads of p = head_dim channels, and g = num_heads_kv of keys and values.
+    h is num_heads, p is head_dim, and g is num_heads_kv.
     """
 
     step, forward, _sorted = Mamba2.step, Mamba2.forward, Mamba2._sorted
@@ -1382,14 +1369,13 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(self.widths[0], d_model, out_proj_bias)
 
     def initial_state(self, batch: int, like: Tensor | None = None) -> AttentionState:
-        """The state before the first position, without keys and values."""
+        """The state before the first position: m is 0."""
         zeros = (self.in_proj.weight if like is None else like).new_zeros
         k = self.conv1d.weight.shape[2] if self.conv1d else 1
         past = zeros(batch, 0, 2 * self.widths[1] // self.head_dim, self.head_dim)
         return AttentionState(zeros(batch, k - 1, sum(self.widths)), past, past[..., 0, 0].bool())
 
     def _run(self, u, state, layout):
-        """The layer itself, as in `Mamba2`."""
         _check("group", layout.slices, *NO_SLICES)
         qkv = self.in_proj(u)  # (b, l, h p + 2 g p)
         state = layout.begin(state or self.initial_state(len(u), qkv))
@@ -1400,11 +1386,11 @@ class Attention(nn.Module):
             qkv, conv = self.conv1d(qkv, initial_state=conv, **options)
         index = torch.arange(qkv.shape[1], device=qkv.device)
         position = counts.sum(1, keepdim=True) + index  # (b, l)
-        # Each packed sequence begins at 0, as it would alone.
+        # Each packed sequence begins at 0.
         position = position - (position * _borders(number)).cummax(1).values
         q, k, v = (t.unflatten(2, (-1, self.head_dim)) for t in qkv.split(self.widths, dim=-1))
         q, k = (rotate(t, position, *self.rotary) for t in (q, k))
-        options = dict(is_causal=True)  # faster than a mask, which old or packed positions need
+        options = dict(is_causal=True)  # faster than a mask
         if past.shape[1] > 0 or layout.seq_idx is not None:
             old = counts[:, None] & (number == 0)[..., None]  # (b, l, m)
             new = (number[..., None] == number[:, None]).tril()  # (b, l, l)
@@ -1421,7 +1407,7 @@ class Attention(nn.Module):
 
 def rotate(x, position, d, base):
     """Rotary embedding of x (b, l, h, p) at positions (b, l): of the first d channels, i and
-    i + d/2 turn together, by the angle base^(-2i/d) per position."""
+    i + d/2 are a pair, rotated by base^(-2i/d) per position."""
     exponent = torch.arange(0, d, 2, dtype=_at_least_float32(x.dtype), device=x.device) / d
     angle = position[..., None, None] * base**-exponent  # (b, l, 1, d/2)
     a, b, rest = x.to(angle.dtype).tensor_split([d // 2, d], dim=-1)
@@ -1430,7 +1416,7 @@ def rotate(x, position, d, base):
 
 
 class GatedMLP(nn.Module):
-    """fc2(y silu(gate)), with y, gate = fc1(x); the width is rounded up to a multiple of 128."""
+    """fc2(y silu(gate)), y, gate = fc1(x); width is rounded up to a multiple of 128."""
 
     def __init__(self, d_model: int, width: int):
         super().__init__()
