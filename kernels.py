@@ -149,8 +149,9 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
 if INTERPRET:
     DTYPES = DTYPES[:2]
 # Triton compiles a kernel anew where a number is 1, or a multiple of 16, and was not before. These
-# change with batch and length, and are exempt: nothing would be gained, and a prompt of another
-# length would wait for seconds. (NSEG, WALKS, NSPLIT and HPS, of which there are few, are not.)
+# change with batch and length, and are exempt, as any new such argument of a kernel must be:
+# nothing would be gained, and a prompt of another length would wait for seconds. (NSEG, WALKS,
+# NSPLIT and HPS, of which there are few, are not.)
 VARYING = "L NC BH CPS PROGRAMS dt_sb seq_sb l q_rows x_batch_units rows slots".split()
 jit = functools.partial(triton.jit, do_not_specialize=VARYING)
 _said = set()
@@ -212,11 +213,12 @@ class _Operation:
     def __init__(self, name, schema, axes, limit, new, run, backward=None, kept=0):
         inputs, made = schema.removeprefix("(").split(") -> ")
         kinds = [part.split() for part in inputs.split(", ")]
-        self.tensors = [(name, kind == "Tensor?") for kind, name in kinds if "Tensor" in kind]
+        self.tensors = {name: kind == "Tensor?" for kind, name in kinds if "Tensor" in kind}
         self.numbers = [name for kind, name in kinds if "Tensor" not in kind]
         self.name, self.results, self.kept = name, made.count("Tensor") - kept, kept
         self.new, self.run, self.backward = new, run, backward
-        self.axes, self.limit, self.known_reason = axes, limit, _planned(self.reason)
+        self.limit, self.known_reason = limit, _planned(self.reason)
+        self.axes = [pair[1] for pair in zip(self.tensors, axes.split(", "), strict=True)]
         if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
             return
         define = functools.partial(torch.library.custom_op, mutates_args=())
@@ -250,8 +252,8 @@ class _Operation:
         if not TRITON or not compiling and (transformed or forward_ad._current_level >= 0):
             return False  # a transform needs to see every operation
         wanted = self.backward is None and torch.is_grad_enabled()
-        for (_, optional), tensor in zip(self.tensors, inputs, strict=False):
-            if tensor is None and optional:
+        for name, tensor in zip(self.tensors, inputs, strict=False):
+            if tensor is None and self.tensors[name]:
                 continue
             if not isinstance(tensor, Tensor) or wanted and tensor.requires_grad:
                 return False
@@ -269,7 +271,7 @@ class _Operation:
         tensors, device = inputs[: len(self.tensors)], inputs[0].device
         if device.type != "cuda" and not (INTERPRET and device.type == "cpu"):
             return ""
-        for (name, _), tensor in zip(self.tensors, tensors, strict=True):
+        for name, tensor in zip(self.tensors, tensors, strict=True):
             if tensor is None:
                 continue
             fits = tensor.dtype in DTYPES
@@ -289,8 +291,8 @@ class _Operation:
         return _alone(made)
 
     def empty_gradients(self, *inputs):
-        x, count = inputs[0], sum(name != "seq_idx" for name, _ in self.tensors)
-        return [_gradient(tensor, x) for tensor in inputs[:count]]
+        given = dict(zip(self.tensors, inputs, strict=False))
+        return [_gradient(given[name], inputs[0]) for name in given if name != "seq_idx"]
 
     def save(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -301,9 +303,13 @@ class _Operation:
         count, given = len(self.tensors), given[: self.results]
         saved = ctx.saved_tensors  # read once, as checkpoints demand
         inputs, kept = (*saved[:count], *ctx.numbers), saved[count:]
-        found = run(*given, *kept, *inputs) if any(g is not None for g in given) else []
-        pairs = itertools.zip_longest(found, inputs)
-        return tuple(gradient if isinstance(i, Tensor) else None for gradient, i in pairs)
+        if all(gradient is None for gradient in given):
+            return (None,) * len(inputs)
+        names = [name for name in self.tensors if name != "seq_idx"]
+        found = dict(zip(names, run(*given, *kept, *inputs), strict=True))
+        pairs = zip(self.tensors, saved, strict=False)
+        found = [None if tensor is None else found.get(name) for name, tensor in pairs]
+        return *found, *(None for _ in ctx.numbers)
 
 
 class _Eager(torch.autograd.Function):
@@ -330,11 +336,11 @@ def _alone(made: tuple):
     return made[0] if len(made) == 1 else made
 
 
-def _sizes(axes: str, *tensors) -> dict | None:
+def _sizes(axes: list[str], *tensors) -> dict | None:
     """The size of each axis by its letter, or None if the tensors do not have these axes, or are
     empty. `k-1` is one less than k; `...`, at the beginning, the shape of any axes."""
     sizes = {"1": 1}
-    for letters, tensor in zip(axes.split(", "), tensors, strict=True):
+    for letters, tensor in zip(axes, tensors, strict=True):
         if tensor is None:
             continue
         letters, shape = letters.split(), tensor.shape
@@ -373,7 +379,9 @@ class _Plan:
     """
 
     def __init__(self, *calls, tiles=()):
-        self.calls, self.ready, self.taken = calls, {}, {}
+        fusion = dict(enable_fp_fusion=True)  # Triton 3.10 fuses a·b + c only if told so
+        self.calls = [(*call, options | fusion) for *call, options in calls]
+        self.ready, self.taken = {}, {}
         for kernel, _, numbers, _ in calls:
             self.taken.update((numbers.get(name, name), None) for name in _tensors(kernel))
         self.tiles = {name: tile for name, tile in dict(tiles).items() if name in self.taken}
@@ -781,6 +789,7 @@ def scan_kernel(
     STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """y_t = 2^a_t H C_t + sum_{s<=t} (B_s·C_t) 2^(a_t - e_s) x_s + D x_t, and H to the next chunk.
+    A change here that keeps results may cost time: compare `targets`, before and after, for spills.
 
     Grid b · segments · h · p/PB; neighbours share B and C through the L2 cache. The state's PB rows
     and all of n stay in registers. Everything is transposed, (p, q), so that the state and x are
@@ -1026,10 +1035,10 @@ def bc_part(
         tl.store(cross_ptr + row + pp, cross_p)
         tl.store(series_at(series_ptr, pb * SET + SERIES_IN, bh, c, BH, NC, Q) + q, in_t)
     at = (pid.to(tl.int64) * Q + q[:, None]) * N + n[None, :]
-    mask_qn = (q >= 0)[:, None] & (n < N)[None, :]
-    tl.store(parts_ptr + at, dB_sn, mask=mask_qn)
+    mask_1n = (n < N)[None, :]
+    tl.store(parts_ptr + at, dB_sn, mask=mask_1n)
     at = ((PROGRAMS + pid).to(tl.int64) * Q + q[:, None]) * N + n[None, :]
-    tl.store(parts_ptr + at, dC_tn, mask=mask_qn)
+    tl.store(parts_ptr + at, dC_tn, mask=mask_1n)
 
 
 @jit
@@ -1089,7 +1098,7 @@ def total_kernel(
     b = pid // G // NC
     q = tl.arange(0, Q)
     n = nb * NB + tl.arange(0, NB)
-    mask_qn = (q >= 0)[:, None] & (n < N)[None, :]
+    mask_1n = (n < N)[None, :]
     B_sn = load_rows(B_mem, B_row, b, g, c * Q, nb * NB, L, N, Q, NB, TMA)
     C_tn = load_rows(C_mem, C_row, b, g, c * Q, nb * NB, L, N, Q, NB, TMA)
     dB_sn = tl.zeros((Q, NB), tl.float32)
@@ -1099,9 +1108,9 @@ def total_kernel(
         share = pid * NSPLIT + k
         W_st = tl.load(W_ptr + (share.to(tl.int64) * Q + q[:, None]) * Q + q[None, :])
         at = (share.to(tl.int64) * Q + q[:, None]) * N + n[None, :]
-        dB_sn += tl.load(parts_ptr + at, mask=mask_qn, other=0.0)
+        dB_sn += tl.load(parts_ptr + at, mask=mask_1n, other=0.0)
         at = ((PROGRAMS + share).to(tl.int64) * Q + q[:, None]) * N + n[None, :]
-        dC_tn += tl.load(parts_ptr + at, mask=mask_qn, other=0.0)
+        dC_tn += tl.load(parts_ptr + at, mask=mask_1n, other=0.0)
         # dot
         dB_sn = tl.dot(W_st, C_tn, dB_sn, input_precision=PREC)
         dC_tn = tl.dot(tl.trans(W_st), B_sn, dC_tn, input_precision=PREC)
@@ -1147,12 +1156,12 @@ def chain_kernel(
     q = tl.arange(0, Q)
     pp = tl.arange(0, PB)
     mask_h = h < H
-    mask_qh = mask_h[None, :] & (q >= 0)[:, None]
+    mask_1h = mask_h[None, :]
     mask_before = mask_h[None, :] & (q > 0)[:, None]
     bh = b * H + h
     # load
     dt_at = series_at(series_ptr, SERIES_DT, bh, c, BH, NC, Q)[None, :] + q[:, None]
-    dt_qh = tl.load(dt_at, mask=mask_qh, other=0.0)
+    dt_qh = tl.load(dt_at, mask=mask_1h, other=0.0)
     dt_before_qh = tl.load(dt_at - 1, mask=mask_before, other=0.0)
     A_h = tl.load(A_ptr + h, mask=mask_h, other=0.0).to(tl.float32)
     if RAW:
@@ -1169,13 +1178,13 @@ def chain_kernel(
         col_at = series_at(series_ptr, pb * SET + SERIES_COL, bh, c, BH, NC, Q)
         out_at = series_at(series_ptr, pb * SET + SERIES_OUT, bh, c, BH, NC, Q)
         in_at = series_at(series_ptr, pb * SET + SERIES_IN, bh, c, BH, NC, Q)
-        row_qh += tl.load(row_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
-        col_qh += tl.load(col_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
-        out_qh += tl.load(out_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        row_qh += tl.load(row_at[None, :] + q[:, None], mask=mask_1h, other=0.0)
+        col_qh += tl.load(col_at[None, :] + q[:, None], mask=mask_1h, other=0.0)
+        out_qh += tl.load(out_at[None, :] + q[:, None], mask=mask_1h, other=0.0)
         before_qh += tl.load(out_at[None, :] + q[:, None] - 1, mask=mask_before, other=0.0)
-        in_qh += tl.load(in_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        in_qh += tl.load(in_at[None, :] + q[:, None], mask=mask_1h, other=0.0)
         xdy_at = series_at(series_ptr, pb * SET + SERIES_XDY, bh, c, BH, NC, Q)
-        xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_qh, other=0.0)
+        xdy_qh += tl.load(xdy_at[None, :] + q[:, None], mask=mask_1h, other=0.0)
         row = ((pb * BH + bh).to(tl.int64) * NC + c) * PB
         cross_at = cross_ptr + row[:, None] + pp[None, :]
         cross_h += tl.sum(tl.load(cross_at, mask=mask_h[:, None], other=0.0), axis=1)
@@ -1367,6 +1376,7 @@ def _ssd_plan(
     cps = triton.cdiv(nc, _segments(b * h * npb, nc, slots))
     nsplit, hps = _split(h // g, 2 * b * nc * g, slots)
     nseg, programs = triton.cdiv(nc, cps), b * nc * g * nsplit
+    series = SERIES_ROW.value + (0 if dy is None else SET.value * npb)
     numbers = dict(
         x_row=_row(x, TMA), B_row=_row(B, TMA), C_row=_row(C, TMA), dy_row=_row(dy, TMA),
         dx_row=_row(dx, TMA), borders_row=n * x.element_size() // 16,
@@ -1376,14 +1386,15 @@ def _ssd_plan(
         P=p, N=n, NPB=npb, NSEG=nseg, WALKS=nseg - 1, CPS=cps, NSPLIT=nsplit, HPS=hps,
         PROGRAMS=programs, RAW=bias is not None, HAS_SEQ=seq_idx is not None,
         HAS_INIT=init is not None, HAS_D=D is not None, HAS_DFINAL=dfinal is not None,
-        SEGMENTS=nseg > 1, Q=Q, PB=PB, NB=NB, HB=16, PREC=precision, STAGES=settings.stages,
-        TMA=TMA, PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
+        SEGMENTS=nseg > 1, SERIES=series, Q=Q, PB=PB, NB=NB, HB=16, PREC=precision,
+        STAGES=settings.stages, TMA=TMA,
+        PIN=x.element_size() == 2 and not INTERPRET and settings.kind != "cdna",
     )  # fmt: skip
     narrow = numbers | dict(B_mem="B_narrow_mem", C_mem="C_narrow_mem", NB=64)
     tiles = dict(
         x_mem=_tiling(x, Q, PB), B_mem=_tiling(B, Q, NB), C_mem=_tiling(C, Q, NB),
         B_narrow_mem=_tiling(B, Q, 64), C_narrow_mem=_tiling(C, Q, 64),
-        series_mem=([(3 if dy is None else 3 + 5 * npb) * b * h, nc * Q], [nc * Q, 1], [1, Q]),
+        series_mem=([series * b * h, nc * Q], [nc * Q, 1], [1, Q]),
     )  # fmt: skip
     pipeline, blocks_h = dict(num_stages=settings.stages), triton.cdiv(h, 16)
     options, finish = dict(num_warps=settings.warps, **pipeline), dict(num_warps=settings.finish)
@@ -1407,10 +1418,10 @@ def _ssd_plan(
     return _Plan(*calls, tiles=tiles if TMA else ()), numbers
 
 
-def _ssd_tensors(series, numbers, bias, x, dt, A, B, C, D, init, seq_idx):
+def _ssd_tensors(numbers, bias, x, dt, A, B, C, D, init, seq_idx):
     """The tensors that both directions' kernels take."""
-    b, (h, nc, Q) = len(x), (numbers[name] for name in ("H", "NC", "Q"))
-    series = torch.empty(series * b * h, nc * Q, device=x.device, dtype=torch.float32)
+    b, (count, h, nc, Q) = len(x), (numbers[name] for name in ("SERIES", "H", "NC", "Q"))
+    series = torch.empty(count * b * h, nc * Q, device=x.device, dtype=torch.float32)
     end = run = torch.empty(b * h, nc, device=x.device, dtype=torch.float32)
     if seq_idx is not None:  # else nobody reads run
         run = torch.empty(b, nc * Q, device=x.device, dtype=torch.int32)
@@ -1438,7 +1449,7 @@ def _ssd_forward(
         initial_state = torch.zeros_like(final)
     known = settings, settings.Q, precision, bias, low, high
     plan, numbers = _ssd_plan(*known, x, dt, B, C, D, initial_state, seq_idx)
-    tensors = _ssd_tensors(3, numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx)
+    tensors = _ssd_tensors(numbers, bias, x, dt, A, B, C, D, initial_state, seq_idx)
     (b, h, p, n), nseg = final.shape, numbers["NSEG"]
     if nseg > 1:
         tensors["seg_ptr"] = final.new_empty(b, nseg, h, p, n)
@@ -1473,7 +1484,7 @@ def _ssd_backward(
     sums = torch.empty(b * nc, (2 if bias is None else 3) * h, **f32)
     inputs = x, dt, A, B, C, given_D, initial_state, seq_idx
     plan(
-        **_ssd_tensors(3 + 5 * npb, numbers, bias, *inputs),
+        **_ssd_tensors(numbers, bias, *inputs),
         dy_mem=dy, dx_mem=dx, borders_mem=x.new_empty(2 * b * h * nc, p, n),
         dfinal_ptr=dfinal, dinit_ptr=dinit, W_ptr=x.new_empty(programs, Q, Q),
         parts_ptr=torch.empty(2 * programs, Q, n, **f32),
