@@ -4,10 +4,10 @@
     Algorithms Through Structured State Space Duality", ICML 2024, https://arxiv.org/abs/2405.21060.
 
 One idea carries all of it: a layer is a pure function, y, state = layer.step(u, state), for any
-number of positions. One call prefills, resumes, decodes a token in constant time, or forks a
-prompt, and any split of a sequence into calls gives, up to rounding, the result of one call. First
-come three forms of SSD, the layer and the language model; then masks and checks, configuration,
-transformers, several GPUs, and hybrids with attention.
+number of positions. It prefills, resumes, forks a prompt, decodes in constant time; and any split
+of a sequence into calls gives, up to rounding, the result of one call. First come three forms of
+SSD, the layer and the language model; then masks and checks, configuration, transformers, several
+GPUs, and hybrids with attention.
 
     code   paper    meaning
     b               batch
@@ -92,7 +92,7 @@ if (_path := Path(__file__).with_name("kernels.py")).is_file():
 #     final_state     (b, h, p, n)       float32, or float64 if x is
 #
 # All is computed in float32 at least, also under autocast: states and sums of decays add up many
-# steps. (The kernels round factors of products.) Every floating-point input has a gradient.
+# steps. Every floating-point input has a gradient.
 
 
 def _without_autocast(function):
@@ -250,7 +250,7 @@ def causal_conv1d(
     # 1 * copies: else the state's gradient would keep the window's alive.
     window = torch.cat([1 * initial_state.to(x.dtype), x], dim=1)  # (b, k-1+l, d)
     last = (l if length is None else length) + torch.arange(k - 1, device=x.device)
-    final_state = _take(window, last)  # a copy as well
+    final_state = _take(window, last)
     if number is not None:
         of_last = _take(number, last)  # (b, k-1)
         final_state = _erase(final_state, of_last != of_last[:, -1:])
@@ -285,8 +285,6 @@ def rms_norm(x, weight, eps, *, gate=None, groups=1):
 
 
 class CausalConv1d(nn.Conv1d):
-    """`causal_conv1d` with its parameters."""
-
     def __init__(self, channels: int, taps: int, bias: bool):
         super().__init__(channels, channels, taps, groups=channels, bias=bias)
 
@@ -295,8 +293,6 @@ class CausalConv1d(nn.Conv1d):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`rms_norm` with its weight."""
-
     def __init__(self, width: int, eps: float, groups: int = 1):
         super().__init__(width, eps)
         self.groups = groups
@@ -322,9 +318,8 @@ class Mamba2State(NamedTuple):
     def to(self, *args, **kwargs) -> Mamba2State:
         """The state on another device, or with ssm in another dtype, which steps keep: bfloat16
         takes half the memory, and on a GPU less time, but rounds small contributions away."""
-        device, has_ssm = self.conv[:0].to(*args, **kwargs).device, isinstance(self, Mamba2State)
-        moved = self.map(lambda tensor: tensor.to(device))
-        return moved._replace(ssm=moved.ssm.to(*args, **kwargs)) if has_ssm else moved
+        ssm = self.ssm.to(*args, **kwargs)
+        return Mamba2State(self.conv.to(ssm.device), ssm)
 
 
 class Mamba2(nn.Module):
@@ -555,6 +550,9 @@ class Mamba2LM(nn.Module):
         return self.lm_head(hidden), cache
 
 
+# This is the whole model. What follows makes it usable.
+
+
 # ---- 4. Helpers of sections 1 to 3 ---------------------------------------------------------------
 
 
@@ -658,12 +656,12 @@ def _erase(x: Tensor, where: Tensor) -> Tensor:
 @dataclass(eq=False, repr=False)
 class Mamba2Cache:
     """The states of all layers after some tokens, immutable, of constant size unless a layer is
-    attention. torch.save and torch.load keep it in a file."""
+    attention. torch.save writes it to a file, torch.load reads it."""
 
     states: tuple[Mamba2State | AttentionState, ...]
     length: Tensor | int = 0  # tokens seen, masked ones too: a tensor () after a forward pass
 
-    # For transformers' generate, which passes only unread tokens if is_linear is False.
+    # For transformers' generate, which passes only unread tokens if no layer is_linear.
     is_compileable, is_croppable, is_linear = False, False, (False,)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -1065,9 +1063,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         length = config.segment_length if length is None else length
         _check("segment_length", length, *(LENGTH if group is None else WIDTH))
         if length == "auto":
-            # Kept for the backward pass, in numbers per layer and channel: `state` per segment (a
-            # hybrid adds half of all keys and values, on average), `position` per position of one
-            # segment. The sum is least if both parts are equal.
+            # Numbers per layer and channel that are kept for the backward pass: `state` per segment
+            # (a hybrid adds half of all keys and values), `position` per position of one segment.
+            # The sum is least if both parts are equal.
             attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
             state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
@@ -1165,7 +1163,7 @@ class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
     on whichever side the padding is."""
 
     accepts_loss_kwargs = False
-    _keys_to_ignore_on_load_missing = ["score.weight"]  # of a language model
+    _keys_to_ignore_on_load_missing = ["score.weight"]
     _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
 
     def __init__(self, config: Mamba2Config):
@@ -1334,7 +1332,12 @@ class AttentionState(NamedTuple):
     past: Tensor  # (b, m, 2 g, p), rotated keys, then values, in the dtype of in_proj(u)
     counts: Tensor  # (b, m) bool: False where masked, and in earlier packed sequences
 
-    map, detach, to = Mamba2State.map, Mamba2State.detach, Mamba2State.to
+    map, detach = Mamba2State.map, Mamba2State.detach
+
+    def to(self, *args, **kwargs) -> AttentionState:
+        """The state on another device; all keeps its dtype."""
+        device = self.past[:0].to(*args, **kwargs).device
+        return self.map(lambda tensor: tensor.to(device))
 
 
 class Attention(nn.Module):
