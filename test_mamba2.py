@@ -27,7 +27,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import traceback
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -2302,10 +2301,16 @@ def on_ranks(*worlds, nccl=False):
         backends = [("gloo", world) for world in worlds] + [("nccl", 2)] * nccl
 
         @pytest.mark.parametrize("backend, world", backends)
-        def test(ranks, backend, world):
+        def test(backend, world, tmp_path, monkeypatch):
+            method = "spawn"
             if backend == "nccl" and torch.cuda.device_count() < world:
                 pytest.skip(f"needs {world} GPUs")
-            ranks(backend, world, case.__name__)
+            if backend == "gloo":  # which forks, and that CUDA does not survive
+                monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+                multiprocessing.set_forkserver_preload([__name__])
+                method = "forkserver"
+            given = case.__name__, backend, world, tmp_path
+            torch.multiprocessing.start_processes(run_on_rank, given, world, start_method=method)
 
         test.case = case
         return test
@@ -2313,36 +2318,7 @@ def on_ranks(*worlds, nccl=False):
     return decorate
 
 
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory):
-    """A function that runs a case on all ranks of a world, and fails if any of them fails."""
-    groups = {}
-
-    def run(backend, world, case):
-        if (group := (backend, world)) not in groups:
-            given = *group, tmp_path_factory.mktemp("ranks")
-            with pytest.MonkeyPatch.context() as patch:
-                context = multiprocessing.get_context("spawn")
-                if backend == "gloo":  # which forks, and that CUDA does not survive
-                    patch.setenv("CUDA_VISIBLE_DEVICES", "")
-                    context = multiprocessing.get_context("forkserver")
-                    context.set_forkserver_preload([__name__])
-                groups[group] = [context.Pool(1, start_rank, (i, *given)) for i in range(world)]
-        answers = [pool.apply_async(run_on_rank, (case,)) for pool in groups[group]]
-        for answer in answers:
-            answer.wait(100)
-        errors = [answer.get() if answer.ready() else "no answer" for answer in answers]
-        if any(errors):  # then ranks may be out of step
-            for pool in groups.pop(group):
-                pool.terminate()
-        assert not any(errors), "\n".join(f"rank {i}: {e}" for i, e in enumerate(errors) if e)
-
-    yield run
-    for pool in itertools.chain(*groups.values()):
-        pool.terminate()
-
-
-def start_rank(rank, backend, world, folder):
+def run_on_rank(rank, case, backend, world, folder):
     global DEVICE, FOLDER
     DEVICE, FOLDER = torch.device("cpu"), folder
     given = dict(init_method=f"file://{folder}/store", rank=rank, world_size=world)
@@ -2352,14 +2328,9 @@ def start_rank(rank, backend, world, folder):
         torch.set_default_device(DEVICE)
     DRAW["device"] = DEVICE
     dist.init_process_group(backend, timeout=timedelta(seconds=60), **given)
-
-
-def run_on_rank(case):
     torch.manual_seed(0)
-    try:
-        globals()[case].case(dist.get_rank(), dist.get_world_size())
-    except BaseException:
-        return traceback.format_exc()
+    globals()[case].case(rank, world)
+    dist.destroy_process_group()
 
 
 def mean(tensor):
