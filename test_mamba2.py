@@ -154,11 +154,9 @@ def assert_close(found, expected, tolerance=1e-10, case="", rounding=0):
     """Each tensor is equal, relative to the largest value in it, and each value to its rounding."""
     for i, (f, e) in enumerate(zip(tensors(found), tensors(expected), strict=True)):
         f, e = f.detach().double(), e.detach().double()
-        assert f.shape == e.shape, f"{case} [{i}]"
-        if e.numel():
-            error, scale = (f - e).abs().max(), e.abs().max()
-            message = f"{case} [{i}]: error {error:.1e} where values are {scale:.1e}"
-            assert ((f - e).abs() <= tolerance * scale + rounding * e.abs()).all(), message
+        limits = dict(atol=tolerance * e.abs().max().item() if e.numel() else 0.0, rtol=rounding)
+        said = functools.partial("{} [{}]: {}".format, case, i)
+        torch.testing.assert_close(f, e, **limits, msg=said)
 
 
 def identical(found, expected):
