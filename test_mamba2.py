@@ -366,13 +366,9 @@ def attention_by_hand(layer, u, state):
     return y, mamba2.AttentionState(conv, past, counts)
 
 
-def of_rows(where, x):
-    """where (b), as a mask of x (b, ...)."""
-    return where.view(-1, *[1] * (x.dim() - 1)).expand_as(x)
-
-
 def by_hand(layer, u, state=None, mask=None, seq_idx=None, starts=None):
     """`layer.step` (Section 7.1), position by position."""
+    of_rows = lambda where, x: where.view(-1, *[1] * (x.dim() - 1))  # (b), as a mask of (b, ...)
     attends = isinstance(layer, mamba2.Attention)
     step = attention_by_hand if attends else mamba2_by_hand
     state = layer.initial_state(len(u)) if state is None else state
@@ -466,9 +462,8 @@ def test_the_layer_is_the_layer_by_hand_masked_packed_resumed_and_in_any_pieces(
             if start is not None and mask is not None:  # skipping all keeps the state bit for bit
                 skipped = ~mask.bool().any(1)
                 assert (y[skipped] == 0).all()
-                assert identical(
-                    *(canonical(s.map(lambda t, rows=skipped: t[rows])) for s in (end, start))
-                )
+                rows = [s.map(lambda t, rows=skipped: t[rows]) for s in (end, start)]
+                assert identical(*map(canonical, rows))
 
 
 @pytest.mark.parametrize("options", [{}, dict(rmsnorm=False), ROTARY])
@@ -511,10 +506,6 @@ def test_a_step_calls_hooks_and_projections_with_weights_of_another_dtype(method
 # ---- Refusals ------------------------------------------------------------------------------------
 
 
-def step_of_parts(conv, ssm, **arguments):
-    return make_layer().step(state=Mamba2State(conv, ssm), **arguments)
-
-
 SSD_SHAPES = dict(x=(2, 5, 4, 3), dt=(2, 5, 4), A=(4,), B=(2, 5, 2, 6), C=(2, 5, 2, 6), D=(4, 3))
 SSD_SHAPES |= dict(initial_state=(2, 4, 3, 6), seq_idx=(2, 5))
 CONV_SHAPES = dict(x=(2, 5, 6), weight=(6, 4), bias=(6,), initial_state=(2, 3, 6), seq_idx=(2, 5))
@@ -522,8 +513,9 @@ NORM_SHAPES = dict(x=(2, 5, 6), weight=(6,), gate=(2, 5, 6))
 STEP_SHAPES = dict(u=(2, 5, 10), conv=(2, 3, 40), ssm=(2, 4, 5, 5), mask=(2, 5))
 FORWARD_SHAPES = dict.fromkeys(["input_ids", "position_ids", "seq_idx", "labels"], (2, 9))
 NORM = functools.partial(mamba2.rms_norm, eps=1e-5)
+STEP = lambda conv, ssm, **given: make_layer().step(state=Mamba2State(conv, ssm), **given)
 FUNCTIONS = [*((form, SSD_SHAPES) for form in FORMS), (mamba2.causal_conv1d, CONV_SHAPES)]
-FUNCTIONS += [(NORM, NORM_SHAPES), (step_of_parts, STEP_SHAPES)]
+FUNCTIONS += [(NORM, NORM_SHAPES), (STEP, STEP_SHAPES)]
 FUNCTIONS.append((lambda **arguments: tiny()(**arguments), FORWARD_SHAPES))
 for layer in (make_layer(), make_layer(ROTARY)):
     step = functools.partial(layer.step, torch.ones(3, 2, 10, **DRAW))
@@ -1053,9 +1045,7 @@ IDS = torch.ones(2, 9, dtype=torch.long, device=DEVICE)
 EMPTY = mamba2.Mamba2Cache(())
 REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
     Mamba2: {
-        r"ValueError: num_heads .nheads. = 2: times head_dim .* = 64 must be .* = 96": dict(
-            d_model=48
-        ),
+        r"ValueError: num_heads .nheads. = 2: times .* = 64 must be .* = 96": dict(d_model=48),
         "ValueError: nheads. = 3: times head_dim": dict(d_model=64, nheads=3),
         "ValueError: d_model. = 10.5": dict(d_model=7, headdim=1, expand=1.5),
         "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
@@ -1116,9 +1106,8 @@ for form, groups in itertools.product(FORMS, (3, 0)):
 for layer in (make_layer(), make_layer(ROTARY)):
     u = torch.ones(3, 2, 10, **DRAW)
     given = dict(u=u, state=layer.initial_state(1), starts=u[..., 0] > 0)
-    REFUSED.append(
-        (layer.step, "ValueError: a state has shape .1, .*: it must be for 3 rows", given)
-    )
+    error = "ValueError: a state has shape .1, .*: it must be for 3 rows"
+    REFUSED.append((layer.step, error, given))
     given = dict(u=u, starts=u[..., 0] > 0, seq_idx=IDS[:1].expand(3, -1)[:, :2])
     REFUSED.append((layer, "ValueError: seq_idx and starts both", given))
 for name, value in [(name, value) for name, values in IMPOSSIBLE.items() for value in values]:
@@ -1628,10 +1617,12 @@ def byte_data():
     return data, [padding, *(packing(**kind) for kind in kinds)]
 
 
+adamw = lambda model: torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
+
+
 def train(folder, data, collator, model, optimizer=None, resume=None, **options):
     """Train the model by transformers' Trainer, and return the losses on the way."""
-    if optimizer is None:
-        optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
+    optimizer = optimizer or adamw(model)
     given = dict(max_steps=4, per_device_train_batch_size=4, logging_steps=1, save_strategy="no")
     given |= dict(use_cpu=DEVICE.type == "cpu", report_to=[], disable_tqdm=True)
     arguments = transformers.TrainingArguments(output_dir=str(folder), **{**given, **options})
@@ -2473,8 +2464,7 @@ def test_mixed_precision_of_fsdp2_keeps_residual_stream_state_and_gradients_in_f
 def test_a_sharded_model_is_saved_resumed_and_loaded_on_one_device(rank, world):
     def start():
         model = distribute(tiny(dtype=torch.float64).train(), "FSDP2")
-        optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
-        return model, optimizer
+        return model, adamw(model)
 
     batches = [tokens(8, 24, seed=seed).chunk(world)[rank] for seed in range(4)]
     train_on(batches[:2], *(started := start()))
@@ -2501,10 +2491,8 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
     (data, collators), batches = byte_data(), tokens(16, 24).split(4)
     options = dict(max_grad_norm=0.0, max_steps=3, gradient_accumulation_steps=2)
     given = FOLDER, data, collators[0]
-    model = tiny(dtype=torch.float64).train()
-    optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
-    of_bytes = tiny(vocab_size=384, dtype=torch.float64)
-    expected = train(*given, of_bytes, **options), train_on(batches, model, optimizer)
+    model, of_bytes = tiny(dtype=torch.float64).train(), tiny(vocab_size=384, dtype=torch.float64)
+    expected = train(*given, of_bytes, **options), train_on(batches, model, adamw(model))
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     of_torchrun = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     with mock.patch.dict(os.environ, of_torchrun, MASTER_ADDR="localhost"):
@@ -2520,9 +2508,8 @@ def test_trainer_and_accelerate_train_on_ranks_as_in_one_process(rank, world):
                 accelerator.state.fsdp_plugin, accelerator.state.distributed_type = plugin, kind
                 accelerate.PartialState._shared_state["distributed_type"] = kind
             model = tiny(dtype=torch.float64).train()
-            optimizer = torch.optim.AdamW(mamba2.parameter_groups(model, 0.1), lr=1e-2)
             loader = torch.utils.data.DataLoader(tokens(16, 24), batch_size=2)
-            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            model, optimizer, loader = accelerator.prepare(model, adamw(model), loader)
             assert_close(train_on(loader, model, optimizer, accelerator.backward), expected[1])
         assert not FSDP2_RUNS or isinstance(model.backbone.layers[0], FSDPModule)
 
