@@ -889,6 +889,7 @@ def test_padded_and_packed_sequences_in_any_split_are_as_each_alone(masked, apar
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("error")
 def test_a_cache_under_either_name_is_immutable_and_can_be_resumed_again():
     model, ids, new = tiny(), tokens(2, 9), tokens(2, 3, seed=1)
     longer = torch.cat([ids, new], 1)
@@ -896,13 +897,11 @@ def test_a_cache_under_either_name_is_immutable_and_can_be_resumed_again():
     output = model(ids)
     cache, before = output.cache, output.cache.map(torch.clone)
     assert cache is output.past_key_values and cache.length == 9
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for name in ("cache", "past_key_values"):  # transformers' since 5.24, and before
-            call = model(new, **{name: cache})
-            assert_close(call.logits, expected, F32)
-            assert call.cache.length == 12
-            assert torch.equal(model.generate(longer, **{name: cache}, **GREEDY), text)
+    for name in ("cache", "past_key_values"):  # transformers' since 5.24, and before
+        call = model(new, **{name: cache})
+        assert_close(call.logits, expected, F32)
+        assert call.cache.length == 12
+        assert torch.equal(model.generate(longer, **{name: cache}, **GREEDY), text)
     assert_close(model(new, None, cache)[0], expected, F32)
     assert_same_state(cache, before)
     back = tree_map(lambda x: x, copy.deepcopy(output))  # as engines that cast outputs do
@@ -2934,14 +2933,10 @@ for p, n in KERNEL_SIZES:
 KERNEL_CASES["causal_conv1d"] = {
     f"{case}, {k} taps": dict(KERNEL_CONV[case], k=k) for case, k in pairs(KERNEL_CONV, (2, 3, 4))
 }
-KERNEL_CASES["rms_norm"] = {
-    f"{(rows, d, *width)}, {groups} groups, {features}": dict(
-        rows=rows, d=d, width=sum(width), groups=groups, features=features
-    )
-    for groups in (1, 2)
-    for features in ("gate", "gate high", "alone", "alone high")
-    for rows, d, *width in KERNEL_NORM
-}
+NORM_FEATURES = "gate", "gate high", "alone", "alone high"
+for groups, features, (rows, d, *width) in itertools.product((1, 2), NORM_FEATURES, KERNEL_NORM):
+    sizes = dict(rows=rows, d=d, width=sum(width), groups=groups, features=features)
+    KERNEL_CASES["rms_norm"][f"{(rows, d, *width)}, {groups} groups, {features}"] = sizes
 
 
 @in_each_dtype([f"{name}: {case}" for name, cases in KERNEL_CASES.items() for case in cases])
