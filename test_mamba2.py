@@ -2540,11 +2540,9 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
     cache = model(ids, use_cache=True).cache
     layer, u = model.backbone.layers[0].mixer, torch.randn(2, 8, 32)
     step = lambda u=u, **given: layer.step(u, group=group, **given)
-
-    def call(model=model, **changes):
-        model(**dict(input_ids=ids, labels=ids, group=group) | changes)
-
-    for name, odd, *usual in (
+    usual = dict(input_ids=ids, labels=ids, group=group)
+    call = lambda model=model, **changes: model(**usual | changes)
+    for name, odd, *others in (
         ("batch", lambda: call(input_ids=ids[:1], labels=ids[:1])),
         ("arguments", lambda: call(labels=None)),
         ("segments", lambda: call(segment_length=4)),
@@ -2565,7 +2563,7 @@ def test_ranks_that_call_differently_all_get_an_error(rank, world):
         ("autocast", torch.autocast(DEVICE.type, torch.bfloat16)(step), step),
     ):
         with pytest.raises(ValueError, match=f"{name} = .*: one per rank, make them"):
-            (odd if rank == world - 1 else [call, *usual][-1])()
+            (odd if rank == world - 1 else [call, *others][-1])()
     call()  # nobody is out of step
     step()
 
@@ -2988,18 +2986,13 @@ def test_kernel_has_the_same_bits_again_and_with_gradients_of_any_kind(case, dty
     operation, case = case.split(": ")
     inputs, _ = kernel_inputs(operation, dtype, **KERNEL_CASES[operation][case])
     kernel = getattr(mamba2.kernels, operation)
-
-    def run(cotangents):
-        with torch.no_grad():
-            alone = kernel(**inputs)
-        return tensors([alone, run_with_gradients(kernel, inputs, cotangents)])
-
     with torch.no_grad():
-        cotangents = [torch.randn_like(t) for t in tensors(kernel(**inputs))]
-    want = run(cotangents)
-    assert identical(run(cotangents), want)
+        alone, again = kernel(**inputs), kernel(**inputs)
+    assert identical(again, alone)
+    cotangents = [torch.randn_like(t) for t in tensors(alone)]
+    want = tensors(run_with_gradients(kernel, inputs, cotangents))
+    assert identical(run_with_gradients(kernel, inputs, cotangents), want)
 
-    want = want[len(cotangents) :]
     negated = [torch.complex(c.float(), -c.float()).conj().imag for c in cotangents]
     assert all(gradient.is_neg() for gradient in negated)
     assert identical(run_with_gradients(kernel, inputs, negated), want)
@@ -3085,10 +3078,8 @@ KERNEL_LOUD = {
 def test_kernel_leaves_other_tensors_to_its_twin_silently_or_warns_once(case, monkeypatch):
     operation, name = case.split(": ")
     kernel, twin = getattr(mamba2.kernels, operation), KERNELS[operation][1]
-
-    def draw(**changes):
-        return kernel_inputs(operation, torch.float32, **KERNEL_CASES[operation][name] | changes)
-
+    draw = functools.partial(kernel_inputs, operation, torch.float32)
+    draw = functools.partial(draw, **KERNEL_CASES[operation][name])
     given, graded = draw()
     assert kernel(**given) is not None
     changes = [tree_map_only(torch.Tensor, lambda t: t.to("meta"), given)]
@@ -3308,9 +3299,7 @@ def test_kernel_leaves_transforms_and_all_but_single_tokens_without_gradients_to
         with ad.dual_level():
             return ad.unpack_dual(call(ad.make_dual(x, torch.ones_like(x)))).tangent
 
-    def gradient(call, x):
-        return torch.func.grad(lambda x: call(x).square().sum())(x)
-
+    gradient = lambda call, x: torch.func.grad(lambda x: call(x).square().sum())(x)
     for call, x in ((layer, u), (lambda x: layer.step(x, state)[0], one)):
         for transform in (tangent, gradient, torch.no_grad()(tangent)):
             with counted() as ran:
@@ -3336,9 +3325,7 @@ def test_kernel_layer_and_its_step_are_captured_whole_by_torch_compile():
         graphs.append(graph.code)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
-    def count(operation):
-        return [code.count(f"{mamba2.kernels.NAMESPACE}.{operation}") for code in graphs]
-
+    count = lambda name: [code.count(f"{mamba2.kernels.NAMESPACE}.{name}") for code in graphs]
     torch._dynamo.reset()
     l = 200 if CUDA else 9
     u = torch.randn(2, l, layer.config.d_model, device=DEVICE).to(layer.D.dtype)
@@ -3431,14 +3418,13 @@ def test_kernels_reach_beyond_two_to_the_31_elements():
 def interpreters(request):
     """Tests of the kernels in the interpreter, by settings: they run beside all other tests."""
     started = {}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k"]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for item in request.session.items:
         if item.originalname == "test_the_kernels_pass_in_the_interpreter" and HAS_INTERPRETER:
             settings, names = (item.callspec.params[name] for name in ("settings", "names"))
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names]
             environment = {**os.environ, "TRITON_INTERPRET": "1", "MAMBA2_KERNELS": settings}
-            options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            command += [str(Path(__file__))]
-            started[settings] = subprocess.Popen(command, env=environment, **options)
+            started[settings] = subprocess.Popen([*command, names], env=environment, **options)
     yield started
     for process in started.values():
         process.kill()
