@@ -1379,6 +1379,7 @@ def move(model):
         old.fill_(torch.nan)
 
 
+CONV = "backbone.layers.0.mixer.conv1d"
 # Whatever a step depends on, besides values of weights: each changes the logits of the next text.
 DEPENDS = {
     "weights move": move,
@@ -1388,13 +1389,11 @@ DEPENDS = {
     "a layer's option": ("backbone.layers.1.mixer.config", lambda _: tiny(dt_limit=(1, 2)).config),
     "eps of a layer's norm": ("backbone.layers.0.mixer.norm.eps", lambda _: 3.0),
     "a layer twice": ("backbone.layers", lambda layers: nn.ModuleList([layers[0]] * 2)),
-    "a layout": (  # the same memory, read as (d, 1, k) of which d is the innermost
-        "backbone.layers.0.mixer.conv1d.weight.data",
-        lambda weight: weight.as_strided(weight.shape, (1, 1, weight.shape[0])),
-    ),
+    # The same memory, read as (d, 1, k) of which d is the innermost.
+    "a layout": (f"{CONV}.weight.data", lambda w: w.as_strided(w.shape, (1, 1, w.shape[0]))),
     "a lazy minus": ("backbone.norm_f.weight.data", torch._neg_view),
     "a bias": ("lm_head.bias", lambda _: nn.Parameter(torch.randn(64, **DRAW).bfloat16())),
-    "no bias": ("backbone.layers.0.mixer.conv1d.bias", lambda _: None),
+    "no bias": (f"{CONV}.bias", lambda _: None),
     "a dtype": lambda m: m.to(torch.float16),
 }
 # Models with parts that a graph might not follow.
@@ -3202,7 +3201,7 @@ def test_kernels_are_not_compiled_anew_for_other_lengths_and_rows(monkeypatch):
         assert others == compiled[0], others ^ compiled[0]
 
 
-def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypatch):
+def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards():
     config, called = kernel_layer(torch.float32)[0].config, []
     block = mamba2.Mamba2Block(config).to(DEVICE)
     u = torch.randn(1, 3, config.d_model, device=DEVICE)
@@ -3233,16 +3232,14 @@ def test_kernel_layer_and_block_call_adapters_hooks_and_other_forwards(monkeypat
         ran = run(changed)
         assert called == [adapter, adapter] and "norm_linear" not in ran
         assert ("layer_middle" in ran) == (name in ("norm", "mixer"))
+        module = block.get_submodule(name)
         for hook, times in dict(forward_pre=2, forward=2, full_backward=1).items():
-            changed = copy.deepcopy(block)
-            module = changed.get_submodule(name)
-            getattr(module, f"register_{hook}_hook")(lambda *given: called.append(given[0]))
-            run(changed)
+            register = getattr(module, f"register_{hook}_hook")
+            with register(lambda *given: called.append(given[0])):
+                run(block)
             assert called == [module] * times
-        changed = copy.deepcopy(block)
-        monkeypatch.setattr(changed.get_submodule(name), "forward", None)
-        with pytest.raises(TypeError):
-            changed(u)
+        with mock.patch.object(module, "forward", None), pytest.raises(TypeError):
+            block(u)
     with nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m)):
         run(block)
     assert all(called.count(module) == 2 for module in block.modules())
