@@ -907,7 +907,6 @@ def test_a_cache_under_either_name_is_immutable_and_can_be_resumed_again():
     assert {*vars(cache)} == {"states", "length"}  # transformers marks caches that it is given
 
 
-@torch.no_grad()
 @EITHER
 def test_rows_of_caches_are_selected_repeated_and_joined_and_continue_as_alone(options):
     model = tiny(dtype=torch.float64, **options)
@@ -1197,9 +1196,8 @@ def test_sequences_begin_where_positions_are_0_or_do_not_grow():
 # ---- Generate ------------------------------------------------------------------------------------
 
 
-def prompts():
-    """Three prompts of different lengths, padded on the left."""
-    return tokens(3, 12), digits("000000000111", "000111111111", "111111111111")
+# Three prompts of different lengths, padded on the left.
+PROMPTS = tokens(3, 12), digits("000000000111", "000111111111", "111111111111")
 
 
 def streamed(model, ids, **options):
@@ -1223,7 +1221,7 @@ def test_a_stream_samples_in_float32_and_takes_a_generation_config():
 
 TWICE_EVEN = lambda ids, *_, **__: (ids[:, 12:] % 2 == 0).sum(1) >= 2
 # The last of these is in a prompt, where it ends nothing, though a piece of the prompt ends there.
-ENDS = dict(eos_token_id=[*range(2, 64, 4), prompts()[0][2, 9].item()], pad_token_id=3)
+ENDS = dict(eos_token_id=[*range(2, 64, 4), PROMPTS[0][2, 9].item()], pad_token_id=3)
 WAYS = {
     "greedy": {},
     "sampled": dict(do_sample=True, temperature=1.3, top_k=20, top_p=0.9, min_p=0.01),
@@ -1249,7 +1247,7 @@ def test_text_logits_and_cache_are_those_without_a_cache_whatever_the_config_say
     kind = type("MyLM", (Mamba2ForCausalLM,), {})  # transformers < 5.24 sees no Mamba in the name
     options = dict(HYBRID if hybrid else ALL, use_cache=False, return_dict=False)
     model = tiny(kind, dtype=torch.float64, **options)
-    (ids, mask), lengths = (t[:rows] for t in prompts()), []
+    (ids, mask), lengths = (t[:rows] for t in PROMPTS), []
     options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, **WAYS[way]}
     samples, beams = options.get("num_return_sequences", 1), options.get("num_beams", 0)
     prompt, embeddings = dict(attention_mask=mask), model.get_input_embeddings()
@@ -1479,7 +1477,7 @@ def taken(monkeypatch):
 
 
 def test_generate_gives_plain_steps_to_a_graph_and_all_others_to_the_model(taken):
-    model, (ids, mask) = tiny(dtype=torch.float64), prompts()
+    model, (ids, mask) = tiny(dtype=torch.float64), PROMPTS
     holes = mask.clone()
     holes[2, 10] = 0  # after tokens that all rows have, so that a graph has begun
 
@@ -2037,17 +2035,6 @@ HYBRIDS = {  # with the number of parameters; layers of a small one; published n
 }
 
 
-def hybrid_by_hand(model, ids):
-    """Logits; the layers and the MLPs by hand."""
-    h = model.backbone.embeddings(ids)
-    for block in model.backbone.layers:
-        h = h + by_hand(block.mixer, block.norm(h))[0]
-        if block.mlp:
-            y, gate = (block.norm2(h) @ block.mlp.fc1.weight.T).chunk(2, -1)
-            h = h + (y * gate * torch.sigmoid(gate)) @ block.mlp.fc2.weight.T
-    return model.backbone.norm_f(h) @ model.backbone.embeddings.weight.T
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_hybrids_load_as_published_and_decode_as_the_whole(name, tmp_path):
@@ -2070,7 +2057,13 @@ def test_hybrids_load_as_published_and_decode_as_the_whole(name, tmp_path):
     assert model.backbone.layers[1].state_dict().keys() == names
     original(model, tmp_path, **config)
     model, ids = load(tmp_path, dtype=torch.float64), tokens(2, 14, vocabulary=61)
-    expected = hybrid_by_hand(model, ids)
+    h = model.backbone.embeddings(ids)
+    for block in model.backbone.layers:
+        h = h + by_hand(block.mixer, block.norm(h))[0]
+        if block.mlp:
+            y, gate = (block.norm2(h) @ block.mlp.fc1.weight.T).chunk(2, -1)
+            h = h + (y * gate * torch.sigmoid(gate)) @ block.mlp.fc2.weight.T
+    expected = model.backbone.norm_f(h) @ model.backbone.embeddings.weight.T
     assert_close(model(ids).logits, expected)
     call = functools.partial(model, return_dict=False)
     logits, cache = in_pieces(call, dict(input_ids=ids, cache=None), "cache", range(9, 14))
