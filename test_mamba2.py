@@ -630,7 +630,6 @@ IMPOSSIBLE |= dict(expand=[0, -2, math.inf, math.nan], tie_word_embeddings=[None
 IMPOSSIBLE |= dict(layer_norm_epsilon=[0, -1e-5, math.nan], d_intermediate=[-1, 2.0])
 IMPOSSIBLE["time_step_limit"] = [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
 
-
 # Configurations as flash-linear-attention, transformers and the original write them, in short.
 FLA = dict(model_type="mamba2", num_heads=24, head_dim=64, hidden_size=768, n_groups=1)
 FLA |= dict(norm_eps=1e-3, rmsnorm=True, norm_before_gate=False, D_has_hdim=False, fuse_norm=True)
@@ -1542,7 +1541,6 @@ def test_a_cuda_graph_decodes_what_the_plain_step_decodes():
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
-@torch.no_grad()
 def test_kernel_graph_keeps_no_weights_while_it_is_not_used():
     model, ids = tiny(), tokens(2, 12)
     expected, stream = model.generate(ids, **GREEDY), model.stream(ids, **GREEDY)
@@ -2739,9 +2737,8 @@ def kernel_norm_linear_inputs(dtype, rows, d, outputs, groups=1, features=""):
 
 
 def layer_middle(
-    zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, *, groups, eps,
-    dt_limit,
-):  # fmt: skip
+    zxbcdt, conv, ssm, seq_idx, weight, bias, dt_bias, A_log, D, norm_weight, groups, eps, dt_limit
+):
     """The twin of a layer's middle, from the twins of its parts."""
     h, hp, gn = len(D), len(norm_weight), (len(weight) - len(norm_weight)) // 2
     z, xBC, dt = zxbcdt.split([hp, len(weight), h], -1)
