@@ -252,8 +252,7 @@ def causal_conv1d(
     last = (l if length is None else length) + torch.arange(k - 1, device=x.device)
     final_state = _take(window, last)
     if number is not None:
-        of_last = _take(number, last)  # (b, k-1)
-        final_state = _erase(final_state, of_last != of_last[:, -1:])
+        final_state = _erase(final_state, _take(number, last) != number[:, -1:])
     if fused is not None:
         return fused[0], final_state
     dtype = _at_least_float32(x.dtype)
@@ -594,12 +593,13 @@ class Layout(NamedTuple):
     def of(cls, x, mask=None, group=None, starts=None):
         """The layout of x (b, l, ...), with arguments as in `Mamba2.step`."""
         _require(dict(b=x.shape[0], l=x.shape[1]), "b l", "a mask", mask=mask)
-        length = skipped = source = number = None
+        number = None if starts is None else starts.bool().cumsum(1)
+        length = skipped = source = None
         if mask is not None:
             skipped, source = (~mask.bool()).sort(dim=1, stable=True)
             length = (~skipped).sum(1, keepdim=True)
-        if starts is not None:
-            number = cls(length, skipped, source).sort(starts).cumsum(1)
+            if number is not None:  # a start after the last position erases the new state
+                number = torch.where(skipped, number[:, -1:], _take(number, source))
         return cls(length, skipped, source, None if group is None else Slices(group), number)
 
     def sort(self, x):
@@ -622,8 +622,8 @@ class Layout(NamedTuple):
 
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, starts=None):
     """targets (b, l): the label of the next unmasked position; -100 at masked positions, and at the
-    last one of a sequence. starts (b, l) bool: where sequences start: where seq_idx changes; at
-    `starts`, moved to the next unmasked position; or where position_ids are 0 or do not grow. Each
+    last one of a sequence. starts (b, l) bool: where sequences start, a masked start is the next
+    position's: at `starts`, where seq_idx changes, or where position_ids are 0 or do not grow. Each
     is None if no argument says what it is."""
     if seq_idx is not None and starts is not None:
         raise ValueError("seq_idx and starts both say where sequences begin: pass one of them")
@@ -631,18 +631,15 @@ def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, 
     layout = Layout.of(given[0], mask) if given else None
     if seq_idx is not None:
         starts = layout.restore(_borders(layout.sort(seq_idx.long())))
-    elif starts is not None:
-        number = layout.sort(starts.bool().cumsum(1))
-        starts = layout.restore(number > F.pad(number, (1, 0))[:, :-1])
-    elif position_ids is not None:
+    elif starts is None and position_ids is not None:
         position = layout.sort(position_ids.long())
         before = F.pad(position, (1, 0), value=-1)[:, :-1]
         starts = layout.restore((position == 0) | (position <= before))
     if labels is not None:
-        targets = labels.long() + 100  # the 0 of sort and restore is then -100
+        targets = layout.sort(labels.long() + 100)  # the 0 of sort and restore is then -100
         if starts is not None:
-            targets = targets.masked_fill(starts, 0)
-        targets = layout.restore(F.pad(layout.sort(targets), (0, 1))[:, 1:]) - 100
+            targets = _erase(targets, _borders(Layout.of(labels, mask, starts=starts).seq_idx))
+        targets = layout.restore(F.pad(targets, (0, 1))[:, 1:]) - 100
     return targets, starts
 
 
