@@ -972,7 +972,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         # generate passes its tokenizer on to the model.
         position_ids, _ = others.pop("position_ids", None), others.pop("tokenizer", None)
         rows = dict(seq_idx=seq_idx, position_ids=position_ids, labels=labels)
-        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, others, **rows)
+        seen = text or past.states
+        x, mask = _inputs(input_ids, inputs_embeds, attention_mask, others, seen, **rows)
         b, l = x.shape[:2]
         length = self._segment_length(segment_length, b, l, group)
         if use_cache is None:
@@ -1189,9 +1190,10 @@ def _one_cache(cache, past_key_values):
     return given[0] if given else Mamba2Cache(())
 
 
-def _inputs(ids, embeds, mask, others, **rows):
+def _inputs(ids, embeds, mask, others, seen=None, **rows):
     """Check, and return ids (b, l) or embeddings (b, l, d), and the mask, (b, l) bool, or None if
-    nothing is masked. rows: (b, l) integers or None. others must be None or False."""
+    nothing is masked; if a cache has seen tokens, it may begin with theirs. rows: (b, l) integers
+    or None. others must be None or False."""
     others = [name for name, value in others.items() if value is not None and value is not False]
     if others:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")
@@ -1200,7 +1202,7 @@ def _inputs(ids, embeds, mask, others, **rows):
     sizes = _require({}, "b l d", inputs_embeds=embeds)
     _require(sizes, "b l", "integers", input_ids=ids, **rows)
     if mask is not None:
-        mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :]  # what the cache has seen is before
+        mask = mask[:, max(0, mask.shape[1] - sizes["l"]) :] if seen else mask
         _require(sizes, "b l", "a mask", attention_mask=mask)
         mask = None if _readable(mask) and mask.bool().all() else mask.bool()
     return embeds if ids is None else ids, mask

@@ -1066,6 +1066,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
     "forward": {
         "ValueError: exactly one of input_ids and": dict(inputs_embeds=torch.ones(2, 9, 32)),
         r"ValueError: shape \(2, 8\): it must be \(2, 9\)": dict(attention_mask=IDS[:, :8]),
+        r"ValueError: shape \(2, 18\): .* \(2, 9\)": dict(attention_mask=IDS.repeat(1, 2)),
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
         "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
