@@ -186,7 +186,7 @@ SLAB, SLAB_ON_GPU = 2**19, 2**24
 
 def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
     """Listing 1 for `chunks` equal chunks: a list of their y (b, q, h, p), and the new state.
-    log_decay, D, state: see `_prepare`. C B^T is computed once per group."""
+    log_decay, D, state: see `_prepare`."""
     dtype, axes = x.dtype, dict(c=chunks, g=B.shape[2])
     x, dt, B, C = (t.to(state.dtype) for t in (x, dt, B, C))
     xdt = x * dt[..., None]
@@ -418,7 +418,7 @@ class Mamba2(nn.Module):
         return layout, layout.sort(u)
 
     def _run(self, u, state, layout):
-        """The layer itself: y and the new state; u and y are sorted."""
+        """The layer itself, of sorted u: sorted y, and the new state."""
         _require({"d": self.config.hidden_size}, "b l d", u=u)
         zxbcdt = self.in_proj(u)
         if layout.slices:
@@ -533,8 +533,8 @@ class Mamba2Backbone(nn.Module):
 
 
 class Mamba2LM(nn.Module):
-    """The bare language model (Section 9.2): from ids (b, l), and the Mamba2Cache of an earlier
-    call, to logits (b, l, vocabulary) and the new cache."""
+    """The bare language model (Section 9.2): from ids (b, l) and the Mamba2Cache of earlier ones to
+    logits (b, l, vocabulary) and the new cache."""
 
     def __init__(self, config: Mamba2Config):
         super().__init__()
@@ -643,7 +643,7 @@ def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, 
     return targets, starts
 
 
-def _erase(x: Tensor, where: Tensor) -> Tensor:
+def _erase(x, where):
     """x with 0 where `where` is True; `where` has x's first axes."""
     if x.shape[: where.dim()] != where.shape:  # PyTorch would broadcast it
         raise ValueError(f"a state has shape {tuple(x.shape)}: it must be for {len(where)} rows")
@@ -695,21 +695,21 @@ class Mamba2Cache:
         return Mamba2Cache(states, self.get_seq_length())
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
+def _take(x, index):
     """x (b, l, ...) at the positions index (b, m), or (m) for all rows: (b, m, ...)."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
-def _borders(seq_idx: Tensor) -> Tensor:
+def _borders(seq_idx):
     """(b, l) bool: where another sequence begins; never the first position."""
     return F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : seq_idx.shape[1]]
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+def _at_least_float32(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _readable(x: Tensor) -> bool:
+def _readable(x):
     """Whether x's values are known: not on the meta device, nor while PyTorch traces."""
     return not (x.is_meta or torch.compiler.is_compiling())
 
@@ -721,7 +721,7 @@ def _check(name, value, rule, holds):
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
     """Raise unless each tensor is None, or has axes as in "b l h" and numbers of that kind; "a
-    mask" of floats must hold 0 and 1. Add the tensors' sizes, by letter, to `sizes`; return it."""
+    mask" of floats must hold 0 and 1. Add sizes, by letter, to `sizes`; return it."""
     letters = axes.split()
     for name, tensor in tensors.items():
         if tensor is None:
@@ -882,7 +882,7 @@ class Mamba2Config(PreTrainedConfig):
 
 # ---- 6. transformers: cache, loss, segments, loading, generation ---------------------------------
 
-# The name of the cache in transformers' outputs and calls.
+# transformers' name of the cache.
 CACHE = "cache"
 if transformers and not hasattr(CausalLMOutputWithPast, CACHE):  # before 5.24
     CACHE = "past_key_values"
@@ -982,7 +982,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             targets, starts = targets_and_starts(mask=mask, **rows)
         else:
             _check("attn_layer_idx", self.config.attn_layer_idx, *NO_SLICES)
-            # These must be equal on all ranks, or a rank would wait forever.
+            # Must be equal on all ranks, or a rank would wait forever.
             same = dict(items=num_items_in_batch is not None, states=len(past.states))
             same |= dict(segments=max(1, -(-l // length)), cache=use_cache, training=self.training)
             same["checkpoints"] = self.backbone.gradient_checkpointing
@@ -1056,14 +1056,13 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         return sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts)
 
     def _segment_length(self, length, b, l, group):
-        """How many of l positions are in a segment."""
         config = self.config
         length = config.segment_length if length is None else length
         _check("segment_length", length, *(LENGTH if group is None else WIDTH))
         if length == "auto":
-            # Numbers per layer and channel that are kept for the backward pass: `state` per segment
-            # (a hybrid adds half of all keys and values), `position` per position of one segment.
-            # The sum is least if both parts are equal.
+            # Kept for the backward pass, per layer and channel: `state` numbers per segment (in a
+            # hybrid, and half of all keys and values), `position` per position of one segment. The
+            # least sum has equal parts.
             attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
             state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
