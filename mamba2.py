@@ -5,9 +5,8 @@
 
 One idea carries all of it: a layer is a pure function, y, state = layer.step(u, state), for any
 number of positions. It prefills, resumes, forks a prompt, decodes in constant time; and any split
-of a sequence into calls gives, up to rounding, the result of one call. First come three forms of
-SSD, the layer and the language model; then masks and checks, configuration, transformers, several
-GPUs, and hybrids with attention.
+of a sequence into calls gives, up to rounding, the result of one call. First come SSD, the layer
+and the language model; then checks, configuration, transformers, several GPUs, and hybrids.
 
     code   paper    meaning
     b               batch
@@ -516,7 +515,7 @@ class Mamba2Backbone(nn.Module):
                 hidden_states.append(layout.restore(hidden))
             run = functools.partial(block, layout=layout)
             if self.gradient_checkpointing and self.training:
-                run = functools.partial(checkpoint, run, use_reentrant=False)
+                run = functools.partial(_computed_again, block, run)
             hidden, state = run(hidden, state)
             new_states.append(state if use_cache else None)  # None frees its memory
         hidden = layout.restore(self.norm_f(hidden))
@@ -621,10 +620,9 @@ class Layout(NamedTuple):
 
 
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, starts=None):
-    """targets (b, l): the label of the next unmasked position; -100 at masked positions, and at the
-    last one of a sequence. starts (b, l) bool: where sequences start, a masked start is the next
-    position's: at `starts`, where seq_idx changes, or where position_ids are 0 or do not grow. Each
-    is None if no argument says what it is."""
+    """targets (b, l) or None: the label of the next unmasked position; -100 at masked ones, and at
+    the last of a sequence. starts (b, l) bool or None: where sequences start, a masked start is the
+    next position's: at `starts`, where seq_idx changes, or position_ids are 0 or do not grow."""
     if seq_idx is not None and starts is not None:
         raise ValueError("seq_idx and starts both say where sequences begin: pass one of them")
     targets, given = None, [t for t in (labels, seq_idx, position_ids, starts) if t is not None]
@@ -684,10 +682,9 @@ class Mamba2Cache:
     def cat(caches) -> Mamba2Cache:
         """The rows of several caches in one batch, with the longest length: pad whole sequences
         for a later call to it, on the left."""
-        caches = [*caches]
         first, *others = caches
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
-        return replace(joined, length=max(cache.get_seq_length() for cache in caches))
+        return replace(joined, length=max(c.get_seq_length() for c in (first, *others)))
 
     def to(self, *args, **kwargs) -> Mamba2Cache:
         """As `Mamba2State.to`, for all layers."""
@@ -709,13 +706,25 @@ def _at_least_float32(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def _computed_again(module, function, *inputs):
+    """function(*inputs), computed again in the backward pass, which raises if the module's weights
+    have changed meanwhile: `checkpoint` looks at tensors that it is passed."""
+    count = len(inputs)  # `run` must not hold the inputs
+    run = lambda *given: function(*given[:count])
+    return checkpoint(run, *inputs, *module.parameters(), use_reentrant=False)
+
+
 def _readable(x):
     """Whether x's values are known: not on the meta device, nor while PyTorch traces."""
     return not (x.is_meta or torch.compiler.is_compiling())
 
 
 def _check(name, value, rule, holds):
-    if not holds(value):
+    try:
+        fits = holds(value)
+    except (TypeError, ArithmeticError):  # of a wrong type, or 0
+        fits = False
+    if not fits:
         raise ValueError(f"{name} = {value!r}: {rule}")
 
 
@@ -859,6 +868,7 @@ class Mamba2Config(PreTrainedConfig):
             only_attention = len(options.get("attn_layer_idx") or ()) == options.get("n_layer")
             layer = "Mamba2" if only_attention else "Mamba1"
             options = {"layer": layer, **options, **ssm_cfg, "model_type": "mamba2"}
+            _check("pad_vocab_size_multiple", multiple, *COUNT)
             options["vocab_size"] += -options["vocab_size"] % multiple
         elif "model_type" in options:
             if "norm_eps" not in options:  # not flash-linear-attention's
@@ -926,6 +936,10 @@ class Mamba2PreTrainedModel(PreTrainedModel):
         if wrong := {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}:
             hint = "_keys_to_ignore_on_load_missing may name weights that a class of yours adds"
             raise ValueError(f"{str(name)!r} does not fit {cls.__name__}: {wrong}; {hint}")
+        head, tied = model.get_output_embeddings(), model.config.tie_word_embeddings
+        rule = "its lm_head.weight is not the embedding: pass tie_word_embeddings=False"
+        same = head is None or head.weight is model.get_input_embeddings().weight
+        _check("tie_word_embeddings", tied, rule, lambda tied: same or not tied)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args, save_original_format=False, **kwargs):
@@ -959,8 +973,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         logits_to_keep: how many last positions get logits, or a tensor of indices; 0 is all. None
             is all, but with labels no position at all in training and in several segments.
         seq_idx: as in `Mamba2.step`; or None: position_ids, see `targets_and_starts`.
-        group: as in `Mamba2.step`. Tokens, masks and outputs are the slice's; caches and loss
-            those of the whole sequence.
+        group: as in `Mamba2.step`; caches and loss are those of the whole sequence.
         segment_length: positions in a segment (of this rank, with a group), see `_in_segments`;
             "auto" for about the least memory; 0 for all at once; None: the config's.
         """
@@ -988,6 +1001,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
             same["checkpoints"] = self.backbone.gradient_checkpointing
             same |= {name: getattr(self.config, name) for name in _DEFAULTS}
             targets, starts = Slices(group).gather(x, length, mask, same, **rows)
+        fits = lambda keep: keep is None or torch.is_tensor(keep) or WIDTH[1](keep)
+        _check("logits_to_keep", logits_to_keep, f"{WIDTH[0]}, or a tensor", fits)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = [] if output_hidden_states else None
@@ -1022,7 +1037,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         x, losses, kept = whole[0], [], []
         count = max(1, -(-x.shape[1] // length))
         again = count > 1 and torch.is_grad_enabled()
-        call = functools.partial(checkpoint, run, use_reentrant=False) if again else run
+        call = functools.partial(_computed_again, self, run) if again else run
         pieces = [[None] * count if t is None else t.split(length, dim=1) for t in whole]
         if count > 1 and hidden_states is not None:
             raise ValueError("output_hidden_states holds all positions: use segment_length=0")
@@ -1053,16 +1068,15 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         parts = [*zip(hidden, targets, strict=True)]
         if len(parts) == 1:
             return loss_of(*parts[0])
-        return sum(checkpoint(loss_of, *part, use_reentrant=False) for part in parts)
+        return sum(_computed_again(self.lm_head, loss_of, *part) for part in parts)
 
     def _segment_length(self, length, b, l, group):
         config = self.config
         length = config.segment_length if length is None else length
         _check("segment_length", length, *(LENGTH if group is None else WIDTH))
         if length == "auto":
-            # Kept for the backward pass, per layer and channel: `state` numbers per segment (in a
-            # hybrid, and half of all keys and values), `position` per position of one segment. The
-            # least sum has equal parts.
+            # Kept for the backward pass, per layer and channel: `state` numbers per segment, with
+            # half of a hybrid's keys and values, and `position` per position of one segment.
             attention = len(config.attn_layer_idx or ()) / config.num_hidden_layers
             state, position = config.state_size + l * attention, 8
             if self.backbone.gradient_checkpointing:  # each layer's input, and all of one layer
@@ -1084,8 +1098,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         """As in transformers, always with a cache; on CUDA, a step is a CUDA graph. With `cache`,
         ids are the whole sequence, or only new tokens with an attention_mask of it all; for n beams
         or samples per row, pass `cache.repeat(n)`. With `return_dict_in_generate=True`, the cache
-        returned has seen all but the last token; for beams or several rows it is None (`prefill`
-        makes one)."""
+        returned has seen all but the last token; it is None for beams and for several rows."""
         rule = "generate takes none: read the prompt with `prefill`, and pass its cache"
         for name in ("seq_idx", "position_ids", "group"):
             _check(name, options.get(name), rule, lambda value: value is None)
@@ -1096,6 +1109,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         given, seen = options.get("inputs_embeds"), cache.get_seq_length()
         given = ids if given is None else given
         count = 1 if given is None else given.shape[1]  # bos_token_id alone
+        if mask is not None and not cache.states:
+            rule = f"must be {count}, as of ids, without a cache"
+            _check("columns of attention_mask", mask.shape[1], rule, lambda m: m == count)
         if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
             raise ValueError(f"{count} tokens, and the cache has seen {seen}: {rule}")
@@ -1156,8 +1172,7 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
 
 
 class Mamba2ForSequenceClassification(Mamba2PreTrainedModel):
-    """The backbone, and config.num_labels scores for each text, read at its last unmasked token,
-    on whichever side the padding is."""
+    """The backbone, and config.num_labels scores for each text, from its last unmasked token."""
 
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_missing = ["score.weight"]
@@ -1190,9 +1205,8 @@ def _one_cache(cache, past_key_values):
 
 
 def _inputs(ids, embeds, mask, others, seen=None, **rows):
-    """Check, and return ids (b, l) or embeddings (b, l, d), and the mask, (b, l) bool, or None if
-    nothing is masked; if a cache has seen tokens, it may begin with theirs. rows: (b, l) integers
-    or None. others must be None or False."""
+    """Check, and return ids (b, l) or embeddings (b, l, d), and their mask (b, l), None if nothing
+    is masked. If a cache has seen tokens, the mask may begin with theirs. rows: (b, l) or None."""
     others = [name for name, value in others.items() if value is not None and value is not False]
     if others:
         raise TypeError(f"forward() got an unexpected keyword argument {others[0]!r}")

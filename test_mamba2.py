@@ -625,7 +625,7 @@ COUNTS = "hidden_size num_hidden_layers state_size head_dim conv_kernel chunk_si
 IMPOSSIBLE = dict.fromkeys(COUNTS.split(), [0, -1, 2.0, True, "8", [8]])
 IMPOSSIBLE |= dict(n_groups=[0, 5, 48, "2"], num_heads=[23, 0, 24.0, "24"], use_conv_bias=[1])
 IMPOSSIBLE |= dict(hidden_act=["gelu", "relu", None], residual_in_fp32=["no"], vocab_size=[0])
-IMPOSSIBLE |= dict(expand=[0, -2, math.inf, math.nan], tie_word_embeddings=[None])
+IMPOSSIBLE |= dict(expand=[0, -2, math.inf, math.nan, "2"], tie_word_embeddings=[None])
 IMPOSSIBLE |= dict(layer_norm_epsilon=[0, -1e-5, math.nan], d_intermediate=[-1, 2.0])
 IMPOSSIBLE["time_step_limit"] = [(1.0, 0.5), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0,), (math.nan, 1.0)]
 
@@ -836,6 +836,19 @@ def mean_loss(model, pairs):
     pairs = [(model(ids[None]).logits[0, :-1], labels[1:]) for ids, labels in pairs if len(ids)]
     logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("segment, again", [(0, False), (0, True), (40, False), (40, True)])
+@pytest.mark.parametrize("name", ["lm_head.weight", "backbone.layers.0.mixer.in_proj.weight"])
+def test_weights_that_change_before_the_backward_pass_are_an_error(name, segment, again):
+    model, ids = tiny(tie_word_embeddings=False).train(), tokens(2, 80)
+    if again:
+        model.gradient_checkpointing_enable()
+    loss = model(ids, labels=ids, segment_length=segment).loss
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 MASKED_AND_PACKED = pytest.mark.parametrize("masked, apart", [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -1050,6 +1063,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         r"ValueError: \(n_layer\) = '2': must be an integer": ORIGINAL | dict(n_layer="2"),
         "TypeError: norm_eps.* has two names of one option": FLA | dict(layer_norm_epsilon=1e-6),
         "ValueError: only False is implemented": FLA | dict(norm_before_gate=True),
+        "ValueError: pad_.*_multiple = 0: must be an": ORIGINAL | dict(pad_vocab_size_multiple=0),
         "ValueError: layer = 'Mamba1': only 'Mamba2'": ORIGINAL | dict(ssm_cfg={}),
         "ValueError: ^model_type = 'mamba': only 'mamba2'": FLA | dict(model_type="mamba"),
     },
@@ -1074,12 +1088,14 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
         "ValueError: segment_length = -1: must be 'auto', or an": dict(segment_length=-1),
         "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
+        r"ValueError: logits_to_keep = \[0\]: must be an integer": dict(logits_to_keep=[0]),
     },
     "generate": {
         "ValueError: under one of its names": dict(cache=EMPTY, past_key_values=EMPTY),
         "ValueError: assisted generation is not supported": dict(prompt_lookup_num_tokens=3),
         "ValueError: 9 tokens, and the cache has seen 9: give the whole": dict(cache=True),
         "ValueError: _mask = .*: must end .*pad on the left": dict(attention_mask=0 * IDS[:1]),
+        "ValueError: attention_mask = 3: must be 9": dict(attention_mask=IDS[:1, :3]),
     },
 }
 for name in ("seq_idx", "position_ids", "group"):
@@ -1892,6 +1908,7 @@ WRONG = {  # what the error names: changes of the weights, and of the config
     "unexpected_keys.*layers.2.mixer.D": ({"backbone.layers.2.mixer.D": torch.ones(8)}, {}),
     "mismatched_keys.*layers.1.mixer.D": ({"backbone.layers.1.mixer.D": torch.ones(7)}, {}),
     "mismatched_keys.*in_proj.weight": ({}, dict(state_size=8)),
+    "tie_word_embeddings = True: its lm_head.weight": ({}, dict(tie_word_embeddings=True)),
 }
 
 
