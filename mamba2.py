@@ -929,7 +929,7 @@ class Mamba2PreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a hub name or folder in mamba_ssm's, transformers' or Codestral's format. Weights
-        that do not fit the config exactly are a ValueError."""
+        that do not fit the config are a ValueError, of other shapes transformers' RuntimeError."""
         name, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs.setdefault("key_mapping", {r"backbone\.embedding\.": "backbone.embeddings."})
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)

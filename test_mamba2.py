@@ -3864,7 +3864,10 @@ def command_line(arguments=None):
     options = vars(parser.parse_intermixed_args(arguments))
     run, words = COMMANDS[options.pop("command")], options.pop("words")
     options = {name: value for name, value in options.items() if value is not None}
-    inspect.signature(run).bind(*words, **options)
+    try:
+        inspect.signature(run).bind(*words, **options)
+    except TypeError as problem:
+        parser.error(problem)
     return functools.partial(run, *words, **options)
 
 
