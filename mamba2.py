@@ -35,6 +35,7 @@ replaces parts of this file: to change the mathematics, set `kernels` to None. M
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -510,6 +511,10 @@ class Mamba2Backbone(nn.Module):
         layout = Layout.of(hidden, mask, group, starts)
         hidden, new_states = layout.sort(hidden), []
         states = cache.states or [None] * len(self.layers)
+        wanted = len(self.layers), len(x)
+        found = (len(states), len(states[0][0])) if cache.states else wanted
+        rule = f"must be {wanted}: for samples or beams, pass cache.repeat(n)"
+        _check("(layers, rows) of the cache", found, rule, lambda found: found == wanted)
         for block, state in zip(self.layers, states, strict=True):
             if hidden_states is not None:
                 hidden_states.append(layout.restore(hidden))
@@ -687,7 +692,6 @@ class Mamba2Cache:
         return replace(joined, length=max(c.get_seq_length() for c in (first, *others)))
 
     def to(self, *args, **kwargs) -> Mamba2Cache:
-        """As `Mamba2State.to`, for all layers."""
         states = tuple(state.to(*args, **kwargs) for state in self.states)
         return Mamba2Cache(states, self.get_seq_length())
 
@@ -720,12 +724,10 @@ def _readable(x):
 
 
 def _check(name, value, rule, holds):
-    try:
-        fits = holds(value)
-    except (TypeError, ArithmeticError):  # of a wrong type, or 0
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} = {value!r}: {rule}")
+    with contextlib.suppress(TypeError, ArithmeticError):  # of a wrong type, or 0
+        if holds(value):
+            return
+    raise ValueError(f"{name} = {value!r}: {rule}")
 
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
@@ -847,8 +849,8 @@ class Mamba2Config(PreTrainedConfig):
         p, inner = self.head_dim, round(self.expand * self.hidden_size, 6)
         if self.num_heads is None:
             self.num_heads = round(inner / p)
-        h, rule = self.num_heads, f"times head_dim (headdim) = {p} must be expand * hidden_size"
-        rule = f"{rule} (d_model) = {inner:g}"
+        h = self.num_heads
+        rule = f"times head_dim (headdim) = {p} must be expand * hidden_size (d_model) = {inner:g}"
         _check("num_heads (nheads)", h, rule, lambda h: COUNT[1](h) and h * p == inner)
         _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
@@ -1110,8 +1112,8 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
         given = ids if given is None else given
         count = 1 if given is None else given.shape[1]  # bos_token_id alone
         if mask is not None and not cache.states:
-            rule = f"must be {count}, as of ids, without a cache"
-            _check("columns of attention_mask", mask.shape[1], rule, lambda m: m == count)
+            rule = f"must be {count}, as there is no cache"
+            _check("attention_mask's width", mask.shape[1], rule, lambda width: width == count)
         if count <= seen and (mask is None or mask.shape[1] == count):
             rule = "give the whole sequence and new tokens, or these with an attention_mask of all"
             raise ValueError(f"{count} tokens, and the cache has seen {seen}: {rule}")
@@ -1347,21 +1349,18 @@ class AttentionState(NamedTuple):
     map, detach = Mamba2State.map, Mamba2State.detach
 
     def to(self, *args, **kwargs) -> AttentionState:
-        """The state on another device; all keeps its dtype."""
         device = self.past[:0].to(*args, **kwargs).device
         return self.map(lambda tensor: tensor.to(device))
 
 
 class Attention(nn.Module):
     """Causal softmax attention with the interface of `Mamba2`, without slices, and with a state
-    that grows. Differs: initialisation ignores the depth.
+    that grows; h num_heads, p head_dim, g num_heads_kv. Differs: initialisation ignores the depth.
 
         u ── in_proj ── q, k, v ── conv1d ── rotate q and k ── softmax(q k^T) v ── out_proj ── out
 
         layer = Attention(256, num_heads=4, causal=True)  # the original's options and defaults
         y, state = layer.step(u, state)
-
-    h is num_heads, p is head_dim, and g is num_heads_kv.
     """
 
     step, forward, _sorted = Mamba2.step, Mamba2.forward, Mamba2._sorted

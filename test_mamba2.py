@@ -1084,7 +1084,9 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: must hold 0 and 1": dict(attention_mask=IDS - 2.0),
         "ValueError: must hold 0 and 1, not 0 alone: .* == 0": dict(attention_mask=0.0 * IDS),
         "ValueError: pass one Mamba2Cache": dict(past_key_values=transformers.DynamicCache()),
-        r"ValueError: state has shape \(1, 3, 96\): .* \(2, 3, 96\)": dict(cache=True),
+        r"ValueError: of the cache = \(2, 1\): must be \(2, 2\): .* pass cache.rep": dict(
+            cache=True
+        ),
         "TypeError: argument 'cu_seq_lens_q'": dict(cu_seq_lens_q=IDS[0]),
         "ValueError: segment_length = -1: must be 'auto', or an": dict(segment_length=-1),
         "ValueError: use segment_length=0": dict(segment_length=4, output_hidden_states=True),
@@ -1095,7 +1097,7 @@ REFUSED = {  # what is called, and for each error the arguments; cache=True: of 
         "ValueError: assisted generation is not supported": dict(prompt_lookup_num_tokens=3),
         "ValueError: 9 tokens, and the cache has seen 9: give the whole": dict(cache=True),
         "ValueError: _mask = .*: must end .*pad on the left": dict(attention_mask=0 * IDS[:1]),
-        "ValueError: attention_mask = 3: must be 9": dict(attention_mask=IDS[:1, :3]),
+        "ValueError: attention_mask's width = 3: must be 9": dict(attention_mask=IDS[:1, :3]),
     },
 }
 for name in ("seq_idx", "position_ids", "group"):
@@ -1109,7 +1111,7 @@ REFUSED["stream"] = REFUSED["generate"] | {
     "ValueError: could not locate a tokenizer": dict(stop_strings="a", tokenizer=1),
 }
 UNREPEATED = SAMPLES | dict(cache=True, attention_mask=torch.ones(1, 18, device=DEVICE))
-REFUSED["generate"][r"ValueError: has shape \(1, 3, 96\): it must be \(2, 3"] = UNREPEATED
+REFUSED["generate"][r"ValueError: \(2, 1\): must be \(2, 2\): for samples"] = UNREPEATED
 REFUSED = [(call, *case) for call, cases in REFUSED.items() for case in cases.items()]
 SSD = ssd_inputs(2, 5, 4, 3, 3, 6)
 for form, groups in itertools.product(FORMS, (3, 0)):
