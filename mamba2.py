@@ -35,7 +35,6 @@ replaces parts of this file: to change the mathematics, set `kernels` to None. M
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
@@ -724,10 +723,12 @@ def _readable(x):
 
 
 def _check(name, value, rule, holds):
-    with contextlib.suppress(TypeError, ArithmeticError):  # of a wrong type, or 0
-        if holds(value):
-            return
-    raise ValueError(f"{name} = {value!r}: {rule}")
+    try:
+        fits = holds(value)
+    except (TypeError, ArithmeticError):  # of a wrong type, or 0
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} = {value!r}: {rule}")
 
 
 def _require(sizes, axes, kind="floating-point numbers", **tensors):
