@@ -1546,6 +1546,24 @@ def ssd(x, dt, A, B, C, D=None, *, initial_state=None, seq_idx=None):
 #
 # With seq_idx a term counts only if no sequence begins in (t-i, t].
 #
+# Backward, with dv[t] = dy[t] · silu'(v[t]), and the same condition,
+#
+#     dx[s]       = Σ_i weight[k-1-i] · dv[s+i]     (and the same for the state, s < 0)
+#     dweight[j]  = Σ_t dv[t] · u[t-(k-1)+j]
+#     dbias       = Σ_t dv[t]
+#
+# A program walks down its `q_rows` positions, D channels wide; backward also the k-1 after them,
+# because dv[s+i] reaches back. What it needs of other positions stays in registers, so that each
+# row is loaded, and turned into fp32, once (k-1 rows twice, at the borders of the blocks), and
+# every sigmoid is computed once:
+#
+#            D
+#        ┌────────┐   x_window   u[t-k+1] .. u[t-1]      known inputs, for v[t]
+#        │        │   pending    dx[t-k+1] .. dx[t-1]    sums that still miss a term
+#        ├────────┤
+#     R  │        │   x_rows     u[t] .. u[t+R-1]        dy_rows likewise
+#        └────────┘
+#
 # Tiles, chosen by hand on an H200: D channels wide (128 and 256 divide the published widths, 1792 =
 # 7 · 256 and 5376 = 21 · 256), four to a thread; R rows loaded together; a program walks so many
 # positions. Forward: eight rows in flight cover the latency of memory; with four it is 2 % slower,
@@ -1655,26 +1673,9 @@ def _conv_kernel(
     UNIT: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SEQ: tl.constexpr,
     BACKWARD: tl.constexpr, DFINAL: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """y and final, the last k-1 rows of u. BACKWARD: with dv[t] = dy[t] · silu'(v[t]) instead
+    """y and final, the last k-1 rows of u, or BACKWARD dx, dweight and dbias, as above.
 
-        dx[s]       = Σ_i weight[k-1-i] · dv[s+i]     (and the same for the state, s < 0)
-        dweight[j]  = Σ_t dv[t] · u[t-(k-1)+j]
-        dbias       = Σ_t dv[t]
-
-    where a term counts only if no sequence begins between its two positions.
-
-    Grid: (batch · blocks of q · blocks of d,), d fastest: neighbours read neighbouring memory. A
-    program walks down its `q_rows` positions, D channels wide; backward also the k-1 after them,
-    because dv[s+i] reaches back. What it needs of other positions stays in registers, so that each
-    row is loaded, and turned into fp32, once (k-1 rows twice, at the borders of the blocks), and
-    every sigmoid is computed once:
-
-               D
-           ┌────────┐   x_window   u[t-k+1] .. u[t-1]      known inputs, for v[t]
-           │        │   pending    dx[t-k+1] .. dx[t-1]    sums that still miss a term
-           ├────────┤
-        R  │        │   x_rows     u[t] .. u[t+R-1]        dy_rows likewise
-           └────────┘
+    Grid: (batch · blocks of q · blocks of d,), d fastest: neighbours read neighbouring memory.
 
         for t in q0 .. end - 1, or end + k-2, R rows at a time:
             v = bias + weight · (u[t], x_window)             # 0 if a sequence begins in (t-i, t]
@@ -1683,9 +1684,8 @@ def _conv_kernel(
                       dweight, dbias += dv * (u[t], x_window), dv          # while t < end
                       pending += weight * dv;  dx[t-k+1] is complete: store it
 
-    Backward, each program leaves one row of sums: K per channel, as in weight (d, k), then one per
-    channel. Masked: channels past d, rows past l, dx outside of the program's own positions;
-    positions before 0 come from the state.
+    Backward, a program leaves one row of sums: K per channel, as in weight (d, k), then one each.
+    Masked: channels past d, rows past l, dx outside of the program's own positions.
     """
     d = d_units * UNIT
     blocks_d = tl.cdiv(d, D)
@@ -1714,7 +1714,6 @@ def _conv_kernel(
         x_ptr, x_row, weight_ptr, bias_ptr, state_ptr, seq_ptr, q0, channel, d,
         K, BIAS, STATE, SEQ, D,
     )  # fmt: skip
-
     x_next_ptr = x_ptr + q0 * x_row
     y_next_ptr = y_ptr + batch * l * d + q0 * y_row
     for t0 in range(q0, end + (K - 1 if BACKWARD else 0), R):
@@ -1865,7 +1864,12 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 # A slice of `size` = d / groups channels is cut into TILES tiles of N channels, a power of two, 4
 # for each thread (5,120 = 5 · 1,024; one tile would be 8,192 wide). The backward runs 16 warps on
 # each multiprocessor, which fill it at 128 registers a thread; left alone, the compiler takes more
-# for wide slices, and then only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5).
+# for wide slices, and then only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5). With
+# v̂ = v · scale and dv̂ = dout · weight, it computes, over a slice
+#
+#     dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
+#     dy, dz  = dv · silu(z), dv · y · silu'(z)     (where there is no gate: dy = dv)
+#     dweight = Σ over rows of dout · v̂
 
 
 @jit
@@ -1875,16 +1879,11 @@ def _norm_kernel(
     GATE: tl.constexpr, BACKWARD: tl.constexpr, UNIT: tl.constexpr, R: tl.constexpr,
     N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """out, by the equation above. BACKWARD: with v̂ = v · scale and dv̂ = dout · weight, over a slice
-
-        dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
-        dy, dz  = dv · silu(z), dv · y · silu'(z)     (without GATE: dy = dv)
-        dweight = Σ over rows of dout · v̂
+    """out, or BACKWARD dy, dz and dweight, by the equations above.
 
     Grid: (slots · groups,), groups fastest. Program `slot` takes the blocks of rows slot, slot +
     slots, ...: one alone in the forward. Backward there are about as many programs as run at a
-    time, and each keeps its share of dweight in registers. Tile: R rows x one slice, in TILES
-    pieces.
+    time, and each keeps its share of dweight in registers. Tile: R rows x one slice, in pieces.
 
                  N          N          N
            ┌──────────┬──────────┬──────┬ ─ ┐
