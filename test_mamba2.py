@@ -3693,10 +3693,8 @@ def benchmark_cpu():
     torch._inductor.config.freezing = True  # packs the weights for the CPU
     benchmark_work("ssd", "layer", "token")
     print("the same with another process busy on one of the cores")
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         benchmark_work("ssd")
-    finally:
         busy.kill()
 
 
@@ -3712,8 +3710,7 @@ def benchmark_errors():
     others = {"kernels.ssd": mamba2.kernels.ssd} if CUDA and RUNS else {}
     if CUDA and importlib.util.find_spec("mamba_ssm"):
         others["mamba_ssm"] = functools.partial(in_mamba_ssm("ssd"), return_final_states=True)
-    print(f"{where()}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; errors are")
-    print("norms of differences over norms; state and sums are float32 at least in every form")
+    print(f"{where()}: b {b}, l {l}, h {h}, p {p}, g {g}, n {n}; norms of errors over norms")
     print(" " * 27, *(f"{name:>8}" for name in ("y", "state", *(f"d {name}" for name in inputs))))
     for dtype in DTYPES:
         # As in a layer, x, B and C are in the dtype, all else in float32 at least.
@@ -3842,8 +3839,7 @@ def time_generation(name, batch=1, contexts="", state_dtype=None, prompt=100, ne
     source = torch.empty(2**28 if CUDA else 2**26, device=DEVICE)
     target = torch.empty_like(source)
     a_byte = milliseconds(lambda: target.copy_(source), seconds) / (2 * source.nbytes)
-    print(f"floor: {(weights + 2 * states) * a_byte:.3f} ms a token, to read the weights, and to")
-    print("read and write the states, at the speed of a copy")
+    print(f"floor: {(weights + 2 * states) * a_byte:.3f} ms a token, at the speed of a copy")
 
 
 COMMANDS = dict(cpu=benchmark_cpu, errors=benchmark_errors, figure=draw_figure)
