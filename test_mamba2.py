@@ -1053,7 +1053,9 @@ EMPTY = mamba2.Mamba2Cache(())
 READ = lambda **options: Mamba2Config.from_dict(options)
 REFUSED = {  # what is called, and for each error the arguments; cache=True: of a prompt of one row
     Mamba2: {
-        r"ValueError: num_heads .nheads. = 2: times .* = 64 must be .* = 96": dict(d_model=48),
+        r"ValueError: num_heads .nheads. = 2: times head_dim .* = 64 must be .* = 96": dict(
+            d_model=48
+        ),
         "ValueError: nheads. = 3: times head_dim": dict(d_model=64, nheads=3),
         "ValueError: d_model. = 10.5": dict(d_model=7, headdim=1, expand=1.5),
         "TypeError: no option 'use_mem_eff_path'": dict(d_model=64, use_mem_eff_path=True),
@@ -2287,7 +2289,11 @@ def on_ranks(*worlds, nccl=False):
                 torch.multiprocessing.set_forkserver_preload([__name__])
                 method = "forkserver"
             given = case.__name__, backend, world, tmp_path
-            torch.multiprocessing.start_processes(run_on_rank, given, world, start_method=method)
+            options = dict(join=False, daemon=True, start_method=method)
+            ranks = torch.multiprocessing.start_processes(run_on_rank, given, world, **options)
+            end = time.monotonic() + 100
+            while not ranks.join(max(0, end - time.monotonic())):  # returns when one has ended
+                assert time.monotonic() < end, "no answer"
 
         test.case = case
         return test
@@ -3072,7 +3078,7 @@ KERNEL_LOUD = {
 }
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error", "ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("case", KERNEL_SILENT)
 def test_kernel_leaves_other_tensors_to_its_twin_silently_or_warns_once(case, monkeypatch):
     operation, name = case.split(": ")
