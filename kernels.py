@@ -218,7 +218,8 @@ class _Operation:
         self.name, self.results, self.kept = name, made.count("Tensor") - kept, kept
         self.new, self.run, self.backward = new, run, backward
         self.limit, self.known_reason = limit, _planned(self.reason)
-        self.axes = [pair[1] for pair in zip(self.tensors, axes.split(", "), strict=True)]
+        self.axes = dict(zip(self.tensors, axes.split(", "), strict=True))
+        self.graded = [name for name in self.tensors if name != "seq_idx"]
         if not TRITON:  # nothing will ask; an old torch, as 2.6, cannot register it
             return
         define = functools.partial(torch.library.custom_op, mutates_args=())
@@ -279,7 +280,7 @@ class _Operation:
                 fits = not (tensor.is_floating_point() or tensor.is_complex())
             if tensor.device != device or not fits:
                 return ""
-        sizes = _sizes(self.axes, *tensors)
+        sizes = _sizes(self.axes.values(), *tensors)
         if sizes is None:
             return ""
         sizes.update(zip(self.numbers, inputs[len(tensors) :], strict=True))
@@ -292,7 +293,7 @@ class _Operation:
 
     def empty_gradients(self, *inputs):
         given = dict(zip(self.tensors, inputs, strict=False))
-        return [_gradient(given[name], inputs[0]) for name in given if name != "seq_idx"]
+        return [_gradient(given[name], inputs[0]) for name in self.graded]
 
     def save(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -305,8 +306,7 @@ class _Operation:
         inputs, kept = (*saved[:count], *ctx.numbers), saved[count:]
         if all(gradient is None for gradient in given):
             return (None,) * len(inputs)
-        names = [name for name in self.tensors if name != "seq_idx"]
-        found = dict(zip(names, run(*given, *kept, *inputs), strict=True))
+        found = dict(zip(self.graded, run(*given, *kept, *inputs), strict=True))
         pairs = zip(self.tensors, saved, strict=False)
         found = [None if tensor is None else found.get(name) for name, tensor in pairs]
         return *found, *(None for _ in ctx.numbers)
@@ -336,7 +336,7 @@ def _alone(made: tuple):
     return made[0] if len(made) == 1 else made
 
 
-def _sizes(axes: list[str], *tensors) -> dict | None:
+def _sizes(axes, *tensors) -> dict | None:
     """The size of each axis by its letter, or None if the tensors do not have these axes, or are
     empty. `k-1` is one less than k; `...`, at the beginning, the shape of any axes."""
     sizes = {"1": 1}
@@ -1684,8 +1684,8 @@ def _conv_kernel(
                       dweight, dbias += dv * (u[t], x_window), dv          # while t < end
                       pending += weight * dv;  dx[t-k+1] is complete: store it
 
-    Backward, a program leaves one row of sums: K per channel, as in weight (d, k), then one each.
-    Masked: channels past d, rows past l, dx outside of the program's own positions.
+    Backward, a program leaves a row: K sums per channel, as in weight (d, k), then one per channel.
+    Masked: channels past d, rows past l, dx of others' positions. Before 0 comes the state.
     """
     d = d_units * UNIT
     blocks_d = tl.cdiv(d, D)
@@ -1865,7 +1865,7 @@ def causal_conv1d(x, weight, bias=None, *, initial_state=None, seq_idx=None):
 # for each thread (5,120 = 5 · 1,024; one tile would be 8,192 wide). The backward runs 16 warps on
 # each multiprocessor, which fill it at 128 registers a thread; left alone, the compiler takes more
 # for wide slices, and then only 8 warps fit (5,120 channels: 1.0 ms instead of 0.5). With
-# v̂ = v · scale and dv̂ = dout · weight, it computes, over a slice
+# v̂ = v · scale and dv̂ = dout · weight, the backward computes, over a slice
 #
 #     dv      = scale · (dv̂ - v̂ · mean(dv̂ · v̂))
 #     dy, dz  = dv · silu(z), dv · y · silu'(z)     (where there is no gate: dy = dv)
