@@ -57,7 +57,7 @@ try:
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
     from transformers.utils import can_return_tuple
 except ImportError as error:
-    if error.name != "transformers":  # transformers is there, but broken
+    if error.name != "transformers":  # neither missing nor too old, but broken
         raise
     transformers, can_return_tuple = None, lambda function: function
     GenerationMixin, PreTrainedConfig, PreTrainedModel = object, object, nn.Module
@@ -224,7 +224,7 @@ def _quadratic_in_chunks(x, dt, log_decay, B, C, D, state, chunks):
 def causal_conv1d(
     x, weight, bias=None, *, initial_state=None, seq_idx=None, length=None, silu=True
 ):
-    """Causal depthwise convolution and SiLU: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
+    """Causal depthwise convolution and SiLU if silu: y_t = silu(bias + sum_j weight_j x_{t-k+1+j}).
 
     x (b, l, d); weight (d, k); bias (d) or None; initial_state (b, k-1, d), the inputs before x,
     None is zeros; seq_idx as in `ssd`: no tap crosses a border; length (b, 1), how many inputs of a
@@ -343,7 +343,7 @@ class Mamba2(nn.Module):
         if options or not isinstance(config, Mamba2Config):
             config = Mamba2Config(d_model=d_model, **options)
         config.validate_architecture()
-        self.config, self.depth = config, depth
+        self.config, self.depth = config, depth  # depth: layers of the model, for initialisation
         self.sizes = config.num_heads, config.head_dim, config.n_groups, config.state_size
         h, p, g, n = self.sizes
         self.widths = [h * p, h * p + 2 * g * n, h]  # of z, of x, B and C together, and of dt
@@ -625,8 +625,8 @@ class Layout(NamedTuple):
 
 def targets_and_starts(labels=None, mask=None, seq_idx=None, position_ids=None, starts=None):
     """targets (b, l) or None: the label of the next unmasked position; -100 at masked ones, and at
-    the last of a sequence. starts (b, l) bool or None: where sequences start, a masked start is the
-    next position's: at `starts`, where seq_idx changes, or position_ids are 0 or do not grow."""
+    the last of a sequence. starts (b, l) or None: as given, of which a masked one is the next
+    position's; or where unmasked seq_idx change; or unmasked position_ids are 0 or do not grow."""
     if seq_idx is not None and starts is not None:
         raise ValueError("seq_idx and starts both say where sequences begin: pass one of them")
     targets, given = None, [t for t in (labels, seq_idx, position_ids, starts) if t is not None]
@@ -684,8 +684,8 @@ class Mamba2Cache:
 
     @staticmethod
     def cat(caches) -> Mamba2Cache:
-        """The rows of several caches in one batch, with the longest length: pad whole sequences
-        for a later call to it, on the left."""
+        """The rows of several caches in one batch. Its length is the longest: pad sequences that
+        are passed whole with it later to that, on the left."""
         first, *others = caches
         joined = first.map(lambda *tensors: torch.cat(tensors), *others)
         return replace(joined, length=max(c.get_seq_length() for c in (first, *others)))
@@ -856,7 +856,7 @@ class Mamba2Config(PreTrainedConfig):
         _check("n_groups", self.n_groups, f"must divide num_heads = {h}", lambda g: h % g == 0)
 
     def to_dict(self):
-        """As in transformers, but for rmsnorm=False and hybrids with num_heads = None, so that its
+        """As in transformers, but num_heads is None for rmsnorm=False and for hybrids, so that its
         own Mamba-2, which would misread them, refuses the file."""
         theirs = self.rmsnorm and not (self.attn_layer_idx or self.d_intermediate)
         return super().to_dict() | ({} if theirs else {"num_heads": None})
@@ -971,10 +971,10 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, GenerationMixin):
     ):  # fmt: skip
         """Logits, and with `labels` the loss. Arguments are those of all transformers models, and:
         attention_mask: `Mamba2.step`'s mask, or longer on the left, for what the cache has seen.
-        cache, or past_key_values: a Mamba2Cache, of an earlier call or of any states.
+        cache, or past_key_values: the Mamba2Cache of an earlier call, or one of your own states.
         labels: (b, l), the tokens, or -100: see `targets_and_starts`.
         logits_to_keep: how many last positions get logits, or a tensor of indices; 0 is all. None
-            is all, but with labels no position at all in training and in several segments.
+            is all, but with labels no position at all, if in training or in several segments.
         seq_idx: as in `Mamba2.step`; or None: position_ids, see `targets_and_starts`.
         group: as in `Mamba2.step`; caches and loss are those of the whole sequence.
         segment_length: positions in a segment (of this rank, with a group), see `_in_segments`;
@@ -1291,7 +1291,7 @@ class Slices:
 
 
 class _Handover(torch.autograd.Function):
-    """`Slices.hand_over`. The state's gradient goes the other way, and because x passes through,
+    """`Slices.hand_over`. The state's gradient goes the other way; as x passes through, that comes
     before the gradients of what computed x."""
 
     @staticmethod
